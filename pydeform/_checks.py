@@ -1,0 +1,105 @@
+"""Argument checks shared by all operators, and the text of every error they raise."""
+
+from __future__ import annotations
+
+import operator as _operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+def check_dtypes(op: str, arrays: dict[str, Any]) -> None:
+    """Every array present has one and the same native float dtype; `arrays` is in the order of the arguments."""
+    first_name, first = next((n, a) for n, a in arrays.items() if a is not None)
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        if array.dtype.name not in FLOAT_DTYPES or not array.dtype.isnative:
+            raise TypeError(f"{op}: {name} must have dtype {', '.join(FLOAT_DTYPES)}, got {array.dtype}")
+        if array.dtype != first.dtype:
+            raise TypeError(
+                f"{op}: {name} must have the dtype of {first_name}, {first.dtype.name}, got {array.dtype.name}"
+            )
+
+
+def check_ndim(op: str, name: str, array: Any, formula: str, ndim: int) -> None:
+    if array.ndim != ndim:
+        raise ValueError(f"{op}: {name} must have shape {formula}, got {tuple(array.shape)}")
+
+
+def check_shape(op: str, name: str, array: Any, formula: str, expected: Sequence[int]) -> None:
+    if tuple(array.shape) != tuple(expected):
+        raise ValueError(f"{op}: {name} must have shape {formula} = {tuple(expected)}, got {tuple(array.shape)}")
+
+
+def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _as_int(op: str, name: str, value: Any, minimum: int, expected: str) -> int:
+    try:
+        number = _operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be {expected}, got {value!r}") from None
+    if isinstance(value, bool) or number < minimum:
+        raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
+    return number
+
+
+def per_axis(op: str, name: str, value: Any, axes: int, minimum: int) -> tuple[int, ...]:
+    """An int, or one int per axis, as a tuple of `axes` ints not below `minimum`."""
+    expected = f"an int >= {minimum} or {axes} of them"
+    if isinstance(value, str):
+        raise TypeError(f"{op}: {name} must be {expected}, got {value!r}")
+    if not isinstance(value, Iterable):
+        return (_as_int(op, name, value, minimum, expected),) * axes
+    items = tuple(value)
+    if len(items) != axes:
+        raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
+    return tuple(_as_int(op, name, item, minimum, expected) for item in items)
+
+
+def padding_pairs(
+    op: str,
+    padding: Any,
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[tuple[int, int], ...]:
+    """(before, after) for each axis. "same" gives ceil(size / stride) outputs; an odd pixel goes after the image."""
+    axes = len(sizes)
+    expected = f"an int >= 0, {axes} of them, {axes} (before, after) pairs, or 'same'"
+    if isinstance(padding, str):
+        if padding != "same":
+            raise ValueError(f"{op}: padding must be {expected}, got {padding!r}")
+        totals = [
+            max((-(-size // s) - 1) * s + d * (k - 1) + 1 - size, 0)
+            for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)
+        ]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    if not isinstance(padding, Iterable):
+        return ((_as_int(op, "padding", padding, 0, expected),) * 2,) * axes
+    items = tuple(padding)
+    if len(items) != axes:
+        raise ValueError(f"{op}: padding must be {expected}, got {padding!r}")
+    pairs = []
+    for item in items:
+        pair = tuple(item) if isinstance(item, Iterable) and not isinstance(item, str) else (item, item)
+        if len(pair) != 2:
+            raise ValueError(f"{op}: padding must be {expected}, got {padding!r}")
+        pairs.append((_as_int(op, "padding", pair[0], 0, expected), _as_int(op, "padding", pair[1], 0, expected)))
+    return tuple(pairs)
+
+
+def needed(op: str, needs: Iterable[str] | None, arrays: dict[str, Any]) -> frozenset[str]:
+    """The names of the gradients to compute: those asked for whose argument is present."""
+    if isinstance(needs, str):
+        raise TypeError(f"{op}: needs must be a tuple of names from {', '.join(arrays)}, got {needs!r}")
+    wanted = tuple(arrays) if needs is None else tuple(needs)
+    for name in wanted:
+        if name not in arrays:
+            raise ValueError(f"{op}: needs must name gradients among {', '.join(arrays)}, got {name!r}")
+    return frozenset(name for name in wanted if arrays[name] is not None)

@@ -1,0 +1,50 @@
+"""Arrays in the form that kernels take, and results in the form that callers get."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+ALIGNMENT = 64  # a cache line, the widest vector, and what JAX takes without a copy
+
+
+def compute_dtype(dtype: Any) -> Any:
+    """float64 for itself, float32 for the rest: Numba has no half types, and they accumulate in float32."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Like numpy.empty, aligned to a cache line."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    block = np.empty(size + ALIGNMENT, np.uint8)
+    start = -block.__array_interface__["data"][0] % ALIGNMENT
+    return block[start : start + size].view(dtype).reshape(shape)
+
+
+class _Alias:
+    """The memory of an array under the buffer protocol of NumPy, without its read-only flag."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array  # keeps the memory
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+
+def contiguous(array: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """`array` as an aligned C-contiguous array of this dtype and shape; a copy only where it is none yet."""
+    array = np.require(array, dtype, ("C", "A"))
+    if not array.flags.writeable:
+        # Kernels are compiled for one array type. They never write to an input, so a flag need not make a second.
+        array = np.asarray(_Alias(array))
+    return array.reshape(shape)
+
+
+def to_result(array: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """What the caller gets: rounded to his dtype, aligned, in his shape."""
+    if array.dtype != dtype:
+        rounded = empty(array.shape, dtype)
+        rounded[...] = array
+        array = rounded
+    return array.reshape(shape)

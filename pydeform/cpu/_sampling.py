@@ -1,0 +1,123 @@
+"""Where a deformable tap samples: four corners, their weights, and the position within the cell (eq. 2).
+
+The kernels keep an image channels-last and with one more pixel, of zeros, behind the last one. A corner that is
+outside the image points at that pixel, so nothing that follows asks again what is inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pydeform.cpu._jit import inline
+
+TORCHVISION, DCNV2, DCNV1 = 0, 1, 2
+
+
+@inline
+def tile_origins(start: int, count: int, base: Any, g: Any) -> None:
+    """base[0, i], base[1, i]: y and x of tap (0, 0) for output position start + i."""
+    for i in range(count):
+        oy = (start + i) // g.out_w
+        ox = start + i - oy * g.out_w
+        base[0, i] = oy * g.stride_h - g.pad_h
+        base[1, i] = ox * g.stride_w - g.pad_w
+
+
+@inline
+def lowest_coordinate(boundary: int, zero: Any) -> Any:
+    """A sample with a coordinate below this one is outside; at and above it the corners decide."""
+    if boundary == DCNV2:
+        return np.nextafter(zero - 1, zero)  # -1 itself is outside, with derivative 0
+    if boundary == DCNV1:
+        return zero  # nothing is read before the first row and column
+    return zero - 2  # at -1 the corner at 0 has weight 0 and the derivative from the right
+
+
+@inline
+def locate(
+    offset_y: Any,
+    offset_x: Any,
+    mask: Any,
+    has_mask: bool,
+    base: Any,
+    shift_y: int,
+    shift_x: int,
+    count: int,
+    low: Any,
+    g: Any,
+    corner: Any,
+    weight: Any,
+    within: Any,
+) -> None:
+    """Corners (element index of channel 0), weights (times the mask) and (y, x) within the cell of `count` samples.
+
+    The arrays start at the first sample. Corner order: (y0, x0), (y0, x1), (y1, x0), (y1, x1). A NaN coordinate makes
+    weights and positions NaN and points at the zero pixel: no index is formed from a value not known to be in range.
+    """
+    channels = g.in_channels
+    in_h = np.int32(g.in_h)
+    in_w = np.int32(g.in_w)
+    zero_pixel = np.int64(g.in_h) * g.in_w * channels
+    high_y = low * 0 + g.in_h
+    high_x = low * 0 + g.in_w
+    one = low * 0 + 1
+    move_y = np.int32(shift_y)
+    move_x = np.int32(shift_x)
+    nan = low * 0 + np.nan
+    # Rule dcnv1 repeats the last row and column instead of fading to zero: there both corners are one pixel.
+    last_y = in_h - np.int32(1) if g.boundary == DCNV1 else in_h
+    last_x = in_w - np.int32(1) if g.boundary == DCNV1 else in_w
+    for i in range(count):
+        y = one * (base[0, i] + move_y) + offset_y[i]
+        x = one * (base[1, i] + move_x) + offset_x[i]
+        inside = (y >= low) & (y < high_y) & (x >= low) & (x < high_x)  # False for NaN
+        m = mask[i] if has_mask else one
+        ys = y if inside else low
+        xs = x if inside else low
+        fy = np.floor(ys)
+        fx = np.floor(xs)
+        y0 = np.int32(fy)
+        x0 = np.int32(fx)
+        y1 = min(y0 + np.int32(1), last_y)
+        x1 = min(x0 + np.int32(1), last_x)
+        ly = ys - fy
+        lx = xs - fx
+        broken = (y != y) | (x != x)
+        ly = nan if broken else ly
+        lx = nan if broken else lx
+        hy = one - ly
+        hx = one - lx
+        row0 = inside & (y0 >= 0)
+        row1 = inside & (y1 >= 0) & (y1 < in_h)
+        col0 = x0 >= 0
+        col1 = (x1 >= 0) & (x1 < in_w)
+        pixel0 = np.int64(y0) * np.int64(in_w)
+        pixel1 = np.int64(y1) * np.int64(in_w)
+        corner[0, i] = (pixel0 + x0) * channels if row0 & col0 else zero_pixel
+        corner[1, i] = (pixel0 + x1) * channels if row0 & col1 else zero_pixel
+        corner[2, i] = (pixel1 + x0) * channels if row1 & col0 else zero_pixel
+        corner[3, i] = (pixel1 + x1) * channels if row1 & col1 else zero_pixel
+        weight[0, i] = hy * m * hx
+        weight[1, i] = hy * m * lx
+        weight[2, i] = ly * m * hx
+        weight[3, i] = ly * m * lx
+        within[0, i] = ly
+        within[1, i] = lx
+
+
+@inline
+def locate_plain(base: Any, shift_y: int, shift_x: int, count: int, g: Any, corner: Any, weight: Any) -> None:
+    """The same without offsets: one corner of weight 1, the others on the zero pixel."""
+    zero_pixel = np.int64(g.in_h) * g.in_w * g.in_channels
+    for i in range(count):
+        y = np.int64(base[0, i]) + shift_y
+        x = np.int64(base[1, i]) + shift_x
+        inside = (y >= 0) & (y < g.in_h) & (x >= 0) & (x < g.in_w)
+        corner[0, i] = (y * g.in_w + x) * g.in_channels if inside else zero_pixel
+        for k in range(1, 4):
+            corner[k, i] = zero_pixel
+        weight[0, i] = 1
+        for k in range(1, 4):
+            weight[k, i] = 0

@@ -1,0 +1,436 @@
+"""Explicit SIMD for Numba: the few inner loops that LLVM does not vectorise well by itself.
+
+Each primitive is a function that emits LLVM vector code of a given width. `primitives(vector_bytes)` builds the set
+for any width (16: SSE and NEON, 32: AVX2, 64: AVX-512); the module exports the set for this machine. They take
+pointers, made by `at(array, (i, j, ...))`, and check nothing: the kernels above them own all bounds.
+
+Sums run in one fixed order at a given width, so a result depends on neither threads nor tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils, config
+from numba.extending import intrinsic
+
+_INT = ir.IntType(64)
+_LANE = ir.IntType(32)
+
+
+def host_vector_bytes() -> int:
+    """Width of the vectors that Numba's code generator may use here."""
+    features = config.CPU_FEATURES
+    if features is None:
+        if config.CPU_NAME == "generic":
+            return 16
+        features = ",".join(f"+{name}" for name, there in llvmlite.binding.get_host_cpu_features().items() if there)
+    names = set(features.split(","))
+    if "+avx512f" in names and "+avx512vl" in names:
+        return 64
+    return 32 if {"+avx2", "+fma"} <= names else 16
+
+
+def rows_for(vector_bytes: int) -> int:
+    """Rows of the register block: rows x 2 vectors of sums, plus two vectors and a broadcast, fill the registers."""
+    return 12 if vector_bytes == 64 else 6
+
+
+def _const(value: int) -> Any:
+    return ir.Constant(_INT, value)
+
+
+def _shuffle(builder: Any, low: Any, high: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(_LANE, len(lanes)), lanes))
+
+
+class _Vectors:
+    """Emits loads, stores and arithmetic on vectors of one element type."""
+
+    def __init__(self, builder: Any, element: Any, vector_bytes: int) -> None:
+        self.builder = builder
+        self.element = ir.FloatType() if element == types.float32 else ir.DoubleType()
+        self.itemsize = element.bitwidth // 8
+        self.lanes = vector_bytes // self.itemsize
+        self.type = ir.VectorType(self.element, self.lanes)
+        self.zero = ir.Constant(self.type, [0.0] * self.lanes)
+
+    def offset(self, pointer: Any, elements: Any) -> Any:
+        return self.builder.gep(pointer, [elements])
+
+    def _as_vector(self, pointer: Any) -> Any:
+        return self.builder.bitcast(pointer, self.type.as_pointer())
+
+    def load(self, pointer: Any) -> Any:
+        value = self.builder.load(self._as_vector(pointer))
+        value.align = self.itemsize
+        return value
+
+    def store(self, value: Any, pointer: Any) -> None:
+        self.builder.store(value, self._as_vector(pointer)).align = self.itemsize
+
+    def splat(self, scalar: Any) -> Any:
+        undefined = ir.Constant(self.type, ir.Undefined)
+        one = self.builder.insert_element(undefined, scalar, ir.Constant(_LANE, 0))
+        return _shuffle(self.builder, one, undefined, [0] * self.lanes)
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        """x * y + z, fused where the machine can."""
+        return self.builder.call(self._intrinsic("fmuladd", [self.type] * 3, self.type), [x, y, z])
+
+    def sum(self, vector: Any) -> Any:
+        """Sum of the lanes, halves first."""
+        width = self.lanes
+        while width > 1:
+            half = width // 2
+            undefined = ir.Constant(vector.type, ir.Undefined)
+            low = _shuffle(self.builder, vector, undefined, list(range(half)))
+            high = _shuffle(self.builder, vector, undefined, list(range(half, width)))
+            vector, width = self.builder.fadd(low, high), half
+        return self.builder.extract_element(vector, ir.Constant(_LANE, 0))
+
+    def first_lanes(self, count: Any) -> Any:
+        """Mask that is true in the first `count` lanes."""
+        lanes = ir.Constant(ir.VectorType(_INT, self.lanes), list(range(self.lanes)))
+        undefined = ir.Constant(lanes.type, ir.Undefined)
+        one = self.builder.insert_element(undefined, count, ir.Constant(_LANE, 0))
+        return self.builder.icmp_signed("<", lanes, _shuffle(self.builder, one, undefined, [0] * self.lanes))
+
+    def masked_load(self, pointer: Any, mask: Any) -> Any:
+        load = self._intrinsic(
+            "masked.load", [self.type.as_pointer(), _LANE, mask.type, self.type], self.type, f".p0{self._suffix()}"
+        )
+        align = ir.Constant(_LANE, self.itemsize)
+        return self.builder.call(load, [self._as_vector(pointer), align, mask, self.zero])
+
+    def masked_store(self, value: Any, pointer: Any, mask: Any) -> None:
+        store = self._intrinsic(
+            "masked.store", [self.type, self.type.as_pointer(), _LANE, mask.type], ir.VoidType(), f".p0{self._suffix()}"
+        )
+        align = ir.Constant(_LANE, self.itemsize)
+        self.builder.call(store, [value, self._as_vector(pointer), align, mask])
+
+    def _suffix(self) -> str:
+        return f"v{self.lanes}f{8 * self.itemsize}"
+
+    def _intrinsic(self, name: str, arguments: list[Any], result: Any, more: str = "") -> Any:
+        module = self.builder.module
+        full = f"llvm.{name}.{self._suffix()}{more}"
+        if full in module.globals:
+            return module.globals[full]
+        return ir.Function(module, ir.FunctionType(result, arguments), name=full)
+
+
+def _loop(builder: Any, count: Any, carried: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+    """for i in range(count): carried = body(i, carried), for any count, without branches around the body."""
+    before = builder.block
+    head = builder.append_basic_block("head")
+    inside = builder.append_basic_block("body")
+    after = builder.append_basic_block("after")
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(_INT)
+    index.add_incoming(_const(0), before)
+    values = []
+    for value in carried:
+        phi = builder.phi(value.type)
+        phi.add_incoming(value, before)
+        values.append(phi)
+    builder.cbranch(builder.icmp_signed("<", index, count), inside, after)
+    builder.position_at_end(inside)
+    results = body(index, values)
+    following = builder.add(index, _const(1))
+    index.add_incoming(following, builder.block)
+    for phi, result in zip(values, results, strict=True):
+        phi.add_incoming(result, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return values
+
+
+@intrinsic  # type: ignore[misc]
+def at(typing_context: Any, array: Any, index: Any) -> Any:
+    """Pointer to array[index] of a C-contiguous array; `index` is a tuple with one int per axis."""
+    if not (isinstance(array, types.Array) and array.layout == "C" and len(index) == array.ndim):
+        return None
+    signature = types.CPointer(array.dtype)(array, types.UniTuple(types.int64, array.ndim))
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view = context.make_array(array)(context, builder, arguments[0])
+        shape = cgutils.unpack_tuple(builder, view.shape, array.ndim)
+        flat = _const(0)
+        for axis, i in enumerate(cgutils.unpack_tuple(builder, arguments[1], array.ndim)):
+            flat = builder.add(builder.mul(flat, shape[axis]), i) if axis else i
+        return builder.gep(view.data, [flat])
+
+    return signature, codegen
+
+
+@intrinsic  # type: ignore[misc]
+def advance(typing_context: Any, pointer: Any, elements: Any) -> Any:
+    """pointer + elements."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.gep(arguments[0], [arguments[1]])
+
+    return pointer(pointer, types.int64), codegen
+
+
+def primitives(vector_bytes: int) -> SimpleNamespace:
+    """The primitives for vectors of `vector_bytes`, as Numba intrinsics for float32 and float64 pointers."""
+    rows = rows_for(vector_bytes)
+
+    @intrinsic  # type: ignore[misc]
+    def multiply_tile(
+        typing_context: Any,
+        a: Any,
+        a_row: Any,
+        a_step: Any,
+        b: Any,
+        b_step: Any,
+        depth: Any,
+        c: Any,
+        c_row: Any,
+        accumulate: Any,
+    ) -> Any:
+        """c[r*c_row + j] (+)= sum_k a[r*a_row + k*a_step] * b[k*b_step + j], r < rows, j < 2 vectors."""
+        count = types.int64
+        signature = types.void(a, count, count, b, count, count, c, count, types.boolean)
+
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            a_, a_row_, a_step_, b_, b_step_, depth_, c_, c_row_, accumulate_ = arguments
+            v = _Vectors(builder, a.dtype, vector_bytes)
+            second = _const(v.lanes)
+            a_rows = [v.offset(a_, builder.mul(a_row_, _const(r))) for r in range(rows)]
+
+            def body(k: Any, sums: list[Any]) -> list[Any]:
+                b_k = v.offset(b_, builder.mul(k, b_step_))
+                columns = [v.load(b_k), v.load(v.offset(b_k, second))]
+                a_k = builder.mul(k, a_step_)
+                out = []
+                for r in range(rows):
+                    scalar = v.splat(builder.load(v.offset(a_rows[r], a_k)))
+                    out += [v.fma(scalar, columns[j], sums[2 * r + j]) for j in range(2)]
+                return out
+
+            sums = _loop(builder, depth_, [v.zero] * (2 * rows), body)
+            targets = []
+            for r in range(rows):
+                c_r = v.offset(c_, builder.mul(c_row_, _const(r)))
+                targets += [c_r, v.offset(c_r, second)]
+            with builder.if_else(accumulate_) as (add, replace):
+                with add:
+                    for target, total in zip(targets, sums, strict=True):
+                        v.store(builder.fadd(v.load(target), total), target)
+                with replace:
+                    for target, total in zip(targets, sums, strict=True):
+                        v.store(total, target)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    @intrinsic  # type: ignore[misc]
+    def blend(
+        typing_context: Any,
+        out: Any,
+        image: Any,
+        i0: Any,
+        i1: Any,
+        i2: Any,
+        i3: Any,
+        w0: Any,
+        w1: Any,
+        w2: Any,
+        w3: Any,
+        vectors: Any,
+    ) -> Any:
+        """out[c] = w0*image[i0 + c] + w1*image[i1 + c] + w2*image[i2 + c] + w3*image[i3 + c]."""
+        index, weight = types.int64, out.dtype
+        signature = types.void(out, image, *(index,) * 4, *(weight,) * 4, types.int64)
+
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            v = _Vectors(builder, out.dtype, vector_bytes)
+            corners = [v.offset(arguments[1], i) for i in arguments[2:6]]
+            weights = [v.splat(w) for w in arguments[6:10]]
+
+            def body(i: Any, _: list[Any]) -> list[Any]:
+                c = builder.mul(i, _const(v.lanes))
+                total = builder.fmul(weights[0], v.load(v.offset(corners[0], c)))
+                for w, corner in zip(weights[1:], corners[1:], strict=True):
+                    total = v.fma(w, v.load(v.offset(corner, c)), total)
+                v.store(total, v.offset(arguments[0], c))
+                return []
+
+            _loop(builder, arguments[10], [], body)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    def make_blend_backward(scatter: bool) -> Any:
+        @intrinsic  # type: ignore[misc]
+        def blend_backward(
+            typing_context: Any,
+            out: Any,
+            grad: Any,
+            image: Any,
+            grad_image: Any,
+            i0: Any,
+            i1: Any,
+            i2: Any,
+            i3: Any,
+            w0: Any,
+            w1: Any,
+            w2: Any,
+            w3: Any,
+            channels: Any,
+        ) -> Any:
+            """`blend` into out, its transpose added to grad_image, and the dots sum_c grad[c] * image[ik + c]."""
+            index, weight = types.int64, out.dtype
+            result = types.UniTuple(weight, 4)
+            signature = result(out, grad, image, grad_image, *(index,) * 4, *(weight,) * 4, types.int64)
+
+            def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                v = _Vectors(builder, out.dtype, vector_bytes)
+                out_, grad_, image_, grad_image_ = arguments[:4]
+                corners = [v.offset(image_, i) for i in arguments[4:8]]
+                targets = [v.offset(grad_image_, i) for i in arguments[4:8]]
+                weights = [v.splat(w) for w in arguments[8:12]]
+                count = arguments[12]
+
+                def step(c: Any, dots: list[Any], load: Any, store: Any) -> list[Any]:
+                    g = v.load(v.offset(grad_, c))
+                    values = [load(v.offset(corner, c)) for corner in corners]
+                    total = builder.fmul(weights[0], values[0])
+                    for w, value in zip(weights[1:], values[1:], strict=True):
+                        total = v.fma(w, value, total)
+                    v.store(total, v.offset(out_, c))
+                    if scatter:  # one corner after the other: several may be the same pixel
+                        for w, target in zip(weights, targets, strict=True):
+                            pointer = v.offset(target, c)
+                            store(v.fma(w, g, load(pointer)), pointer)
+                    return [v.fma(g, value, dot) for value, dot in zip(values, dots, strict=True)]
+
+                lanes = _const(v.lanes)
+                full = builder.sdiv(count, lanes)
+                dots = _loop(
+                    builder,
+                    full,
+                    [v.zero] * 4,
+                    lambda i, dots: step(builder.mul(i, lanes), dots, v.load, v.store),
+                )
+                # The last channels of a block: the lanes beyond belong to another block and another thread.
+                done = builder.mul(full, lanes)
+                left = builder.sub(count, done)
+                before = builder.block
+                with builder.if_then(builder.icmp_signed(">", left, _const(0))):
+                    mask = v.first_lanes(left)
+                    more = step(
+                        done,
+                        dots,
+                        lambda pointer: v.masked_load(pointer, mask),
+                        lambda value, pointer: v.masked_store(value, pointer, mask),
+                    )
+                    inside = builder.block
+                sums = []
+                for dot, with_tail in zip(dots, more, strict=True):
+                    phi = builder.phi(v.type)
+                    phi.add_incoming(dot, before)
+                    phi.add_incoming(with_tail, inside)
+                    sums.append(phi)
+                return context.make_tuple(builder, result, [v.sum(total) for total in sums])
+
+            return signature, codegen
+
+        return blend_backward
+
+    def make_transpose(with_shift: bool) -> Any:
+        @intrinsic  # type: ignore[misc]
+        def transpose_block(
+            typing_context: Any, source: Any, source_row: Any, target: Any, target_row: Any, shift: Any
+        ) -> Any:
+            """target[j*target_row + i] = source[i*source_row + j] (+ shift[j]), a square block one vector wide."""
+            signature = types.void(source, types.int64, target, types.int64, shift)
+
+            def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                v = _Vectors(builder, source.dtype, vector_bytes)
+                source_, source_row_, target_, target_row_, shift_ = arguments
+                n = v.lanes
+                block = [v.load(v.offset(source_, builder.mul(source_row_, _const(i)))) for i in range(n)]
+                half = n // 2
+                while half:  # swap the off-diagonal quarters of ever smaller squares
+                    for i in range(n):
+                        if i & half:
+                            continue
+                        top, bottom = block[i], block[i + half]
+                        low = [j if not j & half else n + j - half for j in range(n)]
+                        high = [j + half if not j & half else n + j for j in range(n)]
+                        block[i] = _shuffle(builder, top, bottom, low)
+                        block[i + half] = _shuffle(builder, top, bottom, high)
+                    half //= 2
+                for j in range(n):
+                    row = block[j]
+                    if with_shift:
+                        row = builder.fadd(row, v.splat(builder.load(v.offset(shift_, _const(j)))))
+                    v.store(row, v.offset(target_, builder.mul(target_row_, _const(j))))
+                return context.get_dummy_value()
+
+            return signature, codegen
+
+        return transpose_block
+
+    @intrinsic  # type: ignore[misc]
+    def sum_values(typing_context: Any, source: Any, count: Any) -> Any:
+        """source[0] + ... + source[count - 1], in four vectors of partial sums."""
+        signature = source.dtype(source, types.int64)
+
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            v = _Vectors(builder, source.dtype, vector_bytes)
+            source_, count_ = arguments
+            group = _const(4 * v.lanes)
+
+            def body(i: Any, sums: list[Any]) -> list[Any]:
+                start = v.offset(source_, builder.mul(i, group))
+                return [builder.fadd(s, v.load(v.offset(start, _const(j * v.lanes)))) for j, s in enumerate(sums)]
+
+            full = builder.sdiv(count_, group)
+            a, b, c, d = _loop(builder, full, [v.zero] * 4, body)
+            total = v.sum(builder.fadd(builder.fadd(a, b), builder.fadd(c, d)))
+            done = builder.mul(full, group)
+            (total,) = _loop(
+                builder,
+                builder.sub(count_, done),
+                [total],
+                lambda i, carried: [builder.fadd(carried[0], builder.load(v.offset(source_, builder.add(done, i))))],
+            )
+            return total
+
+        return signature, codegen
+
+    return SimpleNamespace(
+        vector_bytes=vector_bytes,
+        rows=rows,
+        multiply_tile=multiply_tile,
+        blend=blend,
+        blend_dots=make_blend_backward(scatter=False),
+        blend_dots_scatter=make_blend_backward(scatter=True),
+        transpose_block=make_transpose(with_shift=False),
+        transpose_block_shifted=make_transpose(with_shift=True),
+        sum_values=sum_values,
+    )
+
+
+VECTOR_BYTES = host_vector_bytes()
+_HOST = primitives(VECTOR_BYTES)
+ROWS: int = _HOST.rows
+multiply_tile = _HOST.multiply_tile
+blend = _HOST.blend
+blend_dots = _HOST.blend_dots
+blend_dots_scatter = _HOST.blend_dots_scatter
+transpose_block = _HOST.transpose_block
+transpose_block_shifted = _HOST.transpose_block_shifted
+sum_values = _HOST.sum_values

@@ -1,0 +1,33 @@
+"""Layers with hand-written gradients: `y, backprop = layer(x)`, then `grad_x = backprop(grad_y)`.
+
+`backprop` adds into `layer.grads` (a dict with the keys of `layer.params`) and returns the gradient of the input. What
+it needs belongs to the call, so a layer may be used twice in one graph. `layer(x, train=False)` keeps nothing.
+Parameters are changed in place; run `backprop` before changing them.
+"""
+
+from pydeform.layers._files import load, save
+from pydeform.layers._layer import Layer
+from pydeform.layers.activation import ReLU, Sigmoid, Softmax
+from pydeform.layers.conv2d import Conv2d
+from pydeform.layers.deform_conv2d import DeformConv2d
+from pydeform.layers.linear import Flatten, Linear
+from pydeform.layers.norm import BatchNorm2d
+from pydeform.layers.pooling import GlobalAvgPool2d, MaxPool2d
+from pydeform.layers.sequential import Sequential
+
+__all__ = [
+    "BatchNorm2d",
+    "Conv2d",
+    "DeformConv2d",
+    "Flatten",
+    "GlobalAvgPool2d",
+    "Layer",
+    "Linear",
+    "MaxPool2d",
+    "ReLU",
+    "Sequential",
+    "Sigmoid",
+    "Softmax",
+    "load",
+    "save",
+]

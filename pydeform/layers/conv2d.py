@@ -1,0 +1,83 @@
+"""Plain convolution as a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pydeform.layers import _layer
+from pydeform.ops.conv2d import conv2d, conv2d_backward
+
+
+class Conv2d(_layer.Layer):
+    """Convolution with learned weight and bias.
+
+    Parameters
+    ----------
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups : as in `pydeform.conv2d`
+    bias : whether to add a bias
+    rng : numpy.random.Generator or seed for the weight: He normal, variance 2 / fan_in; the bias starts at 0
+    dtype : of the parameters, and of the input it takes
+
+    Call      x (N, in_channels, H, W) -> y (N, out_channels, out_h, out_w)
+    params    "weight" (out_channels, in_channels/groups, kernel_h, kernel_w), "bias" (out_channels,)
+
+    >>> import numpy as np
+    >>> y, backprop = Conv2d(3, 8, 3, padding=1, rng=0)(np.ones((2, 3, 6, 5), np.float32))
+    >>> y.shape, backprop(y).shape
+    ((2, 8, 6, 5), (2, 3, 6, 5))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        rng: _layer.Seed = None,
+        dtype: Any = np.float32,
+    ) -> None:
+        _layer.positive(self, in_channels=in_channels, out_channels=out_channels, groups=groups)
+        self.in_channels = in_channels
+        self.options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        weight = conv_weight(self, in_channels, out_channels, kernel_size, groups, rng, dtype)
+        super().__init__({"weight": weight} | ({"bias": np.zeros(out_channels, dtype)} if bias else {}))
+
+    def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
+        weight, bias = self.params["weight"], self.params.get("bias")
+        _layer.check_input(self, x, ("N", "in_channels", "H", "W"), {"in_channels": self.in_channels}, weight.dtype)
+        y = conv2d(x, weight, bias, **self.options)
+        if not train:
+            return y, _layer.nothing_kept(self)
+
+        def backprop(grad_y: Any) -> Any:
+            grads = conv2d_backward(grad_y, x, weight, bias, **self.options)
+            for name in self.params:
+                self.grads[name] += getattr(grads, name)
+            return grads.input
+
+        return y, backprop
+
+
+def conv_weight(
+    layer: _layer.Layer,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Any,
+    groups: int,
+    rng: _layer.Seed,
+    dtype: Any,
+) -> Any:
+    """He normal weight (out_channels, in_channels/groups, kernel_h, kernel_w)."""
+    for argument, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if channels % groups:
+            raise ValueError(f"{layer.name}: {argument} must be a multiple of groups = {groups}, got {channels}")
+    kernel_h, kernel_w = _layer.pair(layer, "kernel_size", kernel_size)
+    shape = (out_channels, in_channels // groups, kernel_h, kernel_w)
+    return _layer.he_normal(rng, shape, shape[1] * kernel_h * kernel_w, dtype)

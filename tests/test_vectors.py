@@ -1,0 +1,151 @@
+"""Results of other systems, each within its own tolerances and under the boundary rule of that system."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydeform
+from tests.vectors import Vector, load
+
+VECTORS = {vector.name: vector for vector in load("deform_conv2d")}
+BUNDLED = Path(pydeform.__file__).parent / "data" / "vectors.npz"
+
+# README.md's tolerances of a float32 run against float64 results, and where rounding may cross a kink.
+FLOAT32 = (2e-4, 2e-5)
+FLOAT32_LEAVES_OUT = {"kink", "border", "composite"}
+
+
+def boundary_of(vector: Vector) -> str:
+    """The rule the system follows. Without `kink` it has no backward, and torchvision and dcnv2 are the same."""
+    semantics = vector.meta["semantics"]
+    if semantics["border"] == "mxnet_v1":
+        return "dcnv1"
+    assert semantics["border"] == "zeros"
+    return {"floor": "torchvision", "strict": "dcnv2"}[semantics.get("kink", "floor")]
+
+
+def options_of(vector: Vector) -> dict[str, Any]:
+    args = vector.args
+    if "onnx_op" in args and "kernel_shape" in args:  # the attributes of the node, with ONNX's defaults
+        top, left, bottom, right = args.get("pads", (0, 0, 0, 0))
+        stride, dilation = args.get("strides", (1, 1)), args.get("dilations", (1, 1))
+        padding: Any = ((top, bottom), (left, right))
+    else:
+        stride, padding, dilation = args["stride"], args["padding"], args["dilation"]
+    return {"stride": stride, "padding": padding, "dilation": dilation, "boundary": boundary_of(vector)}
+
+
+def run(backend: Any, vector: Vector, dtype: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Output and, where the vector has some, gradients under the vector's names."""
+    sent = {name: backend.array(a.astype(dtype)) for name, a in vector.inputs.items()}
+    grad_output = vector.grad_outputs.get("y")
+    if grad_output is not None:
+        grad_output = backend.array(grad_output.astype(dtype))
+    options = options_of(vector)
+    if "composite" in vector.args:
+        output, grads = run_with_offset_branch(sent, grad_output, options)
+    else:
+        sent["input"] = sent.pop("x")
+        output = pydeform.deform_conv2d(**sent, **options)
+        grads = {}
+        if grad_output is not None:
+            grads = pydeform.deform_conv2d_backward(grad_output, **sent, **options)._asdict()
+            grads["x"] = grads.pop("input")
+    return backend.numpy(output), {name: backend.numpy(grad) for name, grad in grads.items()}
+
+
+def run_with_offset_branch(sent: dict[str, Any], grad_output: Any, options: dict[str, Any]) -> Any:
+    """mmcv's layer: a convolution of the same input makes the offset, so the input's gradient has two parts."""
+    assert (options["stride"], options["padding"], options["dilation"]) == ([1, 1], [0, 0], [1, 1])
+    branch = (sent["x"], sent["offset_weight"], sent["offset_bias"])
+    offset = pydeform.conv2d(*branch)
+    output = pydeform.deform_conv2d(sent["x"], offset, sent["weight"], **options)
+    main = pydeform.deform_conv2d_backward(grad_output, sent["x"], offset, sent["weight"], **options)
+    side = pydeform.conv2d_backward(main.offset, *branch)
+    grads = {
+        "x": main.input + side.input,
+        "offset_weight": side.weight,
+        "offset_bias": side.bias,
+        "weight": main.weight,
+    }
+    return output, grads
+
+
+def compare(vector: Vector, output: np.ndarray, grads: dict[str, np.ndarray], rtol: float, atol: float) -> int:
+    """The number of arrays compared."""
+    np.testing.assert_allclose(output, vector.outputs["y"], rtol=rtol, atol=atol, err_msg="output")
+    for name, want in vector.grads.items():
+        np.testing.assert_allclose(grads[name], want, rtol=rtol, atol=atol, err_msg=f"gradient of {name}")
+    return 1 + len(vector.grads)
+
+
+def test_set_is_complete():
+    """Guards against an archive packed from half a folder, in which the tests below would be silent."""
+    kinds: dict[str, int] = {}
+    for vector in VECTORS.values():
+        assert set(vector.outputs) == {"y"}
+        kinds[vector.meta["kind"]] = kinds.get(vector.meta["kind"], 0) + 1
+    with_grads = sum(bool(vector.grads) for vector in VECTORS.values())
+    rules = [boundary_of(vector) for vector in VECTORS.values()]
+    counts = {rule: rules.count(rule) for rule in ("torchvision", "dcnv2", "dcnv1")}
+    assert (len(VECTORS), kinds, with_grads, counts) == COUNTS
+
+
+COUNTS = None
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vector(backend, name):
+    """In float64, even where the system ran in float32: the inputs are exact in both."""
+    vector = VECTORS[name]
+    output, grads = run(backend, vector, np.float64)
+    compared = compare(vector, output, grads, vector.meta["rtol"], vector.meta["atol"])
+    assert compared == 1 + sum(name != "offset_derived" for name in vector.inputs) * bool(vector.grad_outputs)
+
+
+def test_vectors_in_float32(backend):
+    """One test for all, since what is left out shows in the count."""
+    compared = 0
+    for vector in VECTORS.values():
+        if FLOAT32_LEAVES_OUT.isdisjoint(vector.meta["tags"]):
+            output, grads = run(backend, vector, np.float32)
+            assert output.dtype == np.float32
+            rtol, atol = max(FLOAT32[0], vector.meta["rtol"]), max(FLOAT32[1], vector.meta["atol"])
+            try:
+                compare(vector, output, grads, rtol, atol)
+            except AssertionError as error:
+                raise AssertionError(f"{vector.name}: {error}") from error
+            compared += 1
+    assert compared == COUNT_FLOAT32
+
+
+COUNT_FLOAT32 = None
+
+
+def test_derived_offset_of_the_composite_case(backend):
+    """The offsets that the branch should produce are in the file, too."""
+    vector = VECTORS["mmcv-published__unit_pack_v1"]
+    inputs = {name: backend.array(a) for name, a in vector.inputs.items()}
+    offset = pydeform.conv2d(inputs["x"], inputs["offset_weight"], inputs["offset_bias"])
+    np.testing.assert_allclose(backend.numpy(offset), vector.inputs["offset_derived"], rtol=1e-9, atol=1e-9)
+
+
+def test_bundled_vectors_are_some_of_these():
+    """`pydeform check` uses them; every boundary rule and both versions are there."""
+    bundled = load(BUNDLED)
+    assert len(bundled) == 7
+    assert {boundary_of(vector) for vector in bundled} == {"torchvision", "dcnv2", "dcnv1"}
+    assert {"mask" in vector.inputs for vector in bundled} == {True, False}
+    for vector in bundled:
+        operator, _, stem = vector.name.partition("/")
+        assert operator == vector.meta["operator"] == "deform_conv2d"
+        original = VECTORS[stem]
+        assert (vector.args, vector.meta) == (original.args, original.meta)
+        for part in ("inputs", "outputs", "grad_outputs", "grads"):
+            for key, array in getattr(original, part).items():
+                np.testing.assert_array_equal(getattr(vector, part)[key], array)
+    assert BUNDLED.stat().st_size < 60_000

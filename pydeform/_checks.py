@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator as _operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,16 +12,22 @@ FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 def check_dtypes(op: str, arrays: dict[str, Any]) -> None:
     """Every array present has one and the same native float dtype; `arrays` is in the order of the arguments."""
-    first_name, first = next((n, a) for n, a in arrays.items() if a is not None)
+    first: Any = None
     for name, array in arrays.items():
         if array is None:
             continue
-        if array.dtype.name not in FLOAT_DTYPES or not array.dtype.isnative:
-            raise TypeError(f"{op}: {name} must have dtype {', '.join(FLOAT_DTYPES)}, got {array.dtype}")
-        if array.dtype != first.dtype:
-            raise TypeError(
-                f"{op}: {name} must have the dtype of {first_name}, {first.dtype.name}, got {array.dtype.name}"
-            )
+        dtype = array.dtype
+        if first is None:
+            if not _is_float(dtype):
+                raise TypeError(f"{op}: {name} must have dtype {', '.join(FLOAT_DTYPES)}, got {dtype}")
+            first, first_name = dtype, name
+        elif dtype is not first and dtype != first:
+            raise TypeError(f"{op}: {name} must have the dtype of {first_name}, {first.name}, got {dtype.name}")
+
+
+@functools.cache
+def _is_float(dtype: Any) -> bool:
+    return dtype.name in FLOAT_DTYPES and dtype.isnative
 
 
 def check_ndim(op: str, name: str, array: Any, formula: str, ndim: int) -> None:

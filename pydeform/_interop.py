@@ -14,7 +14,6 @@ import numpy as np
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13  # DLPack device types
 UNSIGNED, BFLOAT = 1, 4  # DLPack type codes
-DEVICE_AT, CODE_AT = 8, 20  # bytes into a DLManagedTensor: device type (int32), type code (uint8)
 
 
 class Back:
@@ -85,71 +84,156 @@ def _import_torch(must_be: str, tensor: Any) -> tuple[Any, Back]:
         )
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise TypeError(f"{must_be} a dense tensor, got layout {tensor.layout} and dtype {tensor.dtype}")
-    device = tensor.device.type
-    if device not in ("cpu", "cuda"):
+    if tensor.device.type not in ("cpu", "cuda"):
         raise TypeError(f"{must_be} on the CPU or a CUDA device, got device {tensor.device}")
-    # DLPack ignores the negative bit, so the sign would be lost in silence.
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    is_bfloat16 = plain.dtype is torch.bfloat16
+    cuda = _cuda(must_be) if tensor.device.type == "cuda" else None
     try:
-        if is_bfloat16:
+        plain = tensor.detach().resolve_conj().resolve_neg()  # NumPy would ignore the bits that stand for conj and neg
+        if tensor.dtype is torch.bfloat16:
             plain = plain.view(torch.int16)
-        native = plain.numpy() if device == "cpu" else _cuda(must_be).from_dlpack(plain)
-    except (TypeError, RuntimeError) as error:  # float8 and the like; fake tensors, tensors under vmap
-        if "CuPy" in str(error):
-            raise
+        native = cuda.from_dlpack(plain) if cuda else plain.numpy()
+    except (RuntimeError, TypeError) as error:  # fake tensors, tensors under vmap; float8 and other foreign dtypes
         raise TypeError(
-            f"{must_be} a tensor with memory that NumPy can read, got {type(tensor).__name__} of {tensor.dtype} "
-            f"(inside torch.func or torch.compile call the operator of pydeform.torch): {error}"
+            f"{must_be} a tensor whose memory NumPy can read, got {_type_name(tensor)} of dtype {tensor.dtype}: {error} "
+            "(under torch.func or torch.compile call the operator of pydeform.torch)"
         ) from None
-    if is_bfloat16:
+    if tensor.dtype is torch.bfloat16:
         native = native.view(_bfloat16())
+    to_tensor = torch.from_dlpack if cuda else torch.from_numpy
 
     def export(result: Any) -> Any:
-        if result.dtype == np.float16 or result.dtype.kind == "f":
-            return torch.from_numpy(result) if device == "cpu" else torch.from_dlpack(result)
-        bits = result.view(np.int16)
-        return (torch.from_numpy(bits) if device == "cpu" else torch.from_dlpack(bits)).view(torch.bfloat16)
+        return to_tensor(result) if result.dtype.kind == "f" else to_tensor(result.view(np.int16)).view(torch.bfloat16)
 
-    if device == "cpu":
+    if cuda is None:
         return native, Back(export)
     stream = torch.cuda.current_stream(tensor.device)
-    return native, Back(export, _cuda(must_be).on_stream(stream.device_index, stream.cuda_stream))
+    return native, Back(export, cuda.on_stream(stream.device_index, stream.cuda_stream))
 
 
 def _import_jax(must_be: str, array: Any) -> tuple[Any, Back]:
     jax = sys.modules["jax"]
     if isinstance(array, jax.core.Tracer):
         raise TypeError(
-            f"{must_be} a concrete array, got a JAX tracer: inside jit, grad or vmap call the operator of pydeform.jax"
+            f"{must_be} a concrete array, got a JAX tracer: under jit, grad or vmap call the operator of pydeform.jax"
         )
     devices = array.devices()
-    if len(devices) > 1 or not array.is_fully_addressable:
+    if len(devices) > 1:
         raise TypeError(f"{must_be} on one device, got a JAX array sharded over {len(devices)} devices")
     (device,) = devices
     if device.platform != "cpu":
-        native, _ = _import_dlpack(must_be, array)
-        return native, Back(jax.dlpack.from_dlpack)
+        return _import_dlpack(must_be, array)[0], Back(jax.dlpack.from_dlpack)
 
-    def export(result: Any) -> Any:
+    def export(result: Any) -> Any:  # no copy where the result is 64-byte aligned
         if result.dtype != np.float64:
             return jax.device_put(result, device, may_alias=True)
-        # Without x64 JAX would turn it into float32, though the argument that decided the dtype was float64.
-        with jax.enable_x64(True):
+        # A float64 array can outlive the context that enabled x64; JAX would then make the result float32 in silence.
+        with (getattr(jax, "enable_x64", None) or jax.experimental.enable_x64)(True):
             return jax.device_put(result, device, may_alias=True)
 
-    return np.asarray(array), Back(export)  # read-only, of the same memory; bfloat16 too, which DLPack would refuse
+    return np.asarray(array), Back(export)  # the same memory, read-only; bfloat16 too, unlike through DLPack
 
 
 def _import_dlpack(must_be: str, array: Any) -> tuple[Any, Back]:
     library = sys.modules.get(type(array).__module__.partition(".")[0])
-    exporter = getattr(array, "__dlpack__", None)
-    if exporter is None or not hasattr(array, "__dlpack_device__"):
-        exporter = _capsule_function(library, "to_dlpack", array)
-        if exporter is None:
-            raise TypeError(f"{must_be} an array (NumPy, CuPy, or with __dlpack__), got {_type_name(array)}")
-        capsule = exporter()
-        device = ctypes.c_int32.from_address(_address(capsule) + DEVICE_AT).value
-        array = Capsule(capsule, device)
+    if not (hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")):
+        to_dlpack = _capsule_function(library, "to_dlpack")
+        if to_dlpack is None:
+            raise TypeError(f"{must_be} an array (NumPy, CuPy, or one with __dlpack__), got {_type_name(array)}")
+        array = Capsule(to_dlpack(array))
+    device = int(array.__dlpack_device__()[0])
+    if device in (CUDA, CUDA_MANAGED):
+        native = _cuda(must_be).from_dlpack(array)
+    elif device in (CPU, CUDA_HOST):
+        native = _from_dlpack_cpu(must_be, array)
     else:
-        device = int(array.__dlpack_device__()[0])
+        raise TypeError(f"{must_be} on the CPU or a CUDA device, got DLPack device type {device}")
+    return native, Back(_exporter(must_be, array, library))
+
+
+def _from_dlpack_cpu(must_be: str, array: Any) -> Any:
+    try:
+        return np.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError) as error:  # NumPy reads no bfloat16: hand it over as uint16
+        capsule = Capsule(array.__dlpack__())
+        if capsule.type_code != BFLOAT:
+            raise TypeError(f"{must_be} an array that NumPy can read, got {_type_name(array)}: {error}") from None
+        capsule.type_code = UNSIGNED
+        return np.from_dlpack(capsule).view(_bfloat16())
+
+
+def _exporter(must_be: str, array: Any, library: ModuleType | None) -> Callable[[Any], Any]:
+    """From the array's standard namespace, or from its library: `from_dlpack`, or an older one that takes capsules."""
+    namespace = array.__array_namespace__() if hasattr(array, "__array_namespace__") else library
+    from_dlpack = getattr(namespace, "from_dlpack", None)
+    takes_capsule = from_dlpack is None
+    if takes_capsule:
+        from_dlpack = _capsule_function(library, "from_dlpack")
+    if from_dlpack is None:
+        raise TypeError(f"{must_be} of a library with a function from_dlpack, got {_type_name(array)}")
+
+    def export(result: Any) -> Any:
+        if not takes_capsule and result.dtype.kind == "f":
+            return from_dlpack(result)
+        if result.dtype.kind == "f":
+            return from_dlpack(result.__dlpack__())
+        capsule = Capsule(result.view(np.uint16).__dlpack__())
+        capsule.type_code = BFLOAT
+        return from_dlpack(capsule.capsule if takes_capsule else capsule)
+
+    return export
+
+
+def _capsule_function(library: ModuleType | None, name: str) -> Callable[[Any], Any] | None:
+    """`to_dlpack` or `from_dlpack` where libraries keep it that have them on capsules (TensorFlow, Paddle)."""
+    for path in ("dlpack", "utils.dlpack", "experimental.dlpack"):
+        place: Any = library
+        for step in (*path.split("."), name):
+            place = getattr(place, step, None)
+        if place is not None:
+            return place
+    return None
+
+
+class Capsule:
+    """A DLPack capsule, exchangeable like an array, whose header can be read and whose type code can be set."""
+
+    def __init__(self, capsule: Any):
+        self.capsule = capsule
+        address = ctypes.pythonapi.PyCapsule_GetPointer
+        address.restype, address.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        managed = address(capsule, b"dltensor")
+        # DLManagedTensor starts with: void *data; int32 device_type, device_id, ndim; uint8 type_code, bits
+        self._device = (ctypes.c_int32 * 2).from_address(managed + 8)
+        self._code = ctypes.c_uint8.from_address(managed + 20)
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._device[0], self._device[1]
+
+    @property
+    def type_code(self) -> int:
+        return self._code.value
+
+    @type_code.setter
+    def type_code(self, code: int) -> None:
+        self._code.value = code
+
+
+def _cuda(must_be: str) -> ModuleType:
+    try:
+        return importlib.import_module("pydeform.cuda._dlpack")
+    except ImportError as error:
+        raise TypeError(f"{must_be} on the CPU while CuPy cannot be imported ({error}), got a CUDA array") from error
+
+
+def _bfloat16() -> Any:
+    import ml_dtypes  # not needed by who never sees one
+
+    return ml_dtypes.bfloat16
+
+
+def _type_name(array: Any) -> str:
+    kind = type(array)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

@@ -17,11 +17,20 @@ def compute_dtype(dtype: Any) -> Any:
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
     """Like numpy.empty, aligned to a cache line."""
-    dtype = np.dtype(dtype)
-    size = math.prod(shape) * dtype.itemsize
-    block = np.empty(size + ALIGNMENT, np.uint8)
-    start = -block.__array_interface__["data"][0] % ALIGNMENT
-    return block[start : start + size].view(dtype).reshape(shape)
+    return workspace((shape, dtype))[0]
+
+
+def workspace(*parts: tuple[tuple[int, ...], Any]) -> list[Any]:
+    """An uninitialised array for each (shape, dtype), aligned to a cache line, all of them in one allocation."""
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
+    # A cache line more between them: arrays a power of two apart would share the same cache sets.
+    block = np.empty(sum(sizes) + len(parts) * 2 * ALIGNMENT, np.uint8)
+    start = -block.ctypes.data % ALIGNMENT
+    arrays = []
+    for (shape, dtype), size in zip(parts, sizes, strict=True):
+        arrays.append(np.ndarray(shape, dtype, block, start))
+        start += size + -size % ALIGNMENT + ALIGNMENT
+    return arrays
 
 
 class _Alias:
@@ -34,8 +43,10 @@ class _Alias:
 
 def contiguous(array: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
     """`array` as an aligned C-contiguous array of this dtype and shape; a copy only where it is none yet."""
-    array = np.require(array, dtype, ("C", "A"))
-    if not array.flags.writeable:
+    flags = array.flags
+    if array.dtype != dtype or not (flags.c_contiguous and flags.aligned):
+        array = np.require(array, dtype, ("C", "A"))
+    elif not flags.writeable:
         # Kernels are compiled for one array type. They never write to an input, so a flag need not make a second.
         array = np.asarray(_Alias(array))
     return array.reshape(shape)

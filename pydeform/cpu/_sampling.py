@@ -26,13 +26,14 @@ def tile_origins(start: int, count: int, base: Any, g: Any) -> None:
 
 
 @inline
-def lowest_coordinate(boundary: int, zero: Any) -> Any:
+def lowest_coordinate(boundary: int, values: Any) -> Any:
     """A sample with a coordinate below this one is outside; at and above it the corners decide."""
+    real = values.dtype.type
     if boundary == DCNV2:
-        return np.nextafter(zero - 1, zero)  # -1 itself is outside, with derivative 0
+        return np.nextafter(real(-1), real(0))  # -1 itself is outside, with derivative 0
     if boundary == DCNV1:
-        return zero  # nothing is read before the first row and column
-    return zero - 2  # at -1 the corner at 0 has weight 0 and the derivative from the right
+        return real(0)  # nothing is read before the first row and column
+    return real(-2)  # at -1 the corner at 0 has weight 0 and the derivative from the right
 
 
 @inline
@@ -51,27 +52,25 @@ def locate(
     weight: Any,
     within: Any,
 ) -> None:
-    """Corners (element index of channel 0), weights (times the mask) and (y, x) within the cell of `count` samples.
+    """Corners (pixel indices), weights (times the mask) and (y, x) within the cell of `count` samples.
 
     The arrays start at the first sample. Corner order: (y0, x0), (y0, x1), (y1, x0), (y1, x1). A NaN coordinate makes
     weights and positions NaN and points at the zero pixel: no index is formed from a value not known to be in range.
     """
-    channels = g.in_channels
-    in_h = np.int32(g.in_h)
-    in_w = np.int32(g.in_w)
-    zero_pixel = np.int64(g.in_h) * g.in_w * channels
-    high_y = low * 0 + g.in_h
-    high_x = low * 0 + g.in_w
-    one = low * 0 + 1
-    move_y = np.int32(shift_y)
-    move_x = np.int32(shift_x)
-    nan = low * 0 + np.nan
+    real = weight.dtype.type  # a Python number would turn float32 into float64
+    one, nan = real(1), real(np.nan)
+    in_h, in_w = np.int32(g.in_h), np.int32(g.in_w)
+    high_y, high_x = real(g.in_h), real(g.in_w)
+    move_y, move_x = np.int32(shift_y), np.int32(shift_x)
+    index = corner.dtype.type  # int32, or int64 for an image with too many pixels
+    width = index(g.in_w)
+    zero_pixel = index(index(g.in_h) * width)
     # Rule dcnv1 repeats the last row and column instead of fading to zero: there both corners are one pixel.
-    last_y = in_h - np.int32(1) if g.boundary == DCNV1 else in_h
-    last_x = in_w - np.int32(1) if g.boundary == DCNV1 else in_w
+    last_y = np.int32(in_h - 1) if g.boundary == DCNV1 else in_h
+    last_x = np.int32(in_w - 1) if g.boundary == DCNV1 else in_w
     for i in range(count):
-        y = one * (base[0, i] + move_y) + offset_y[i]
-        x = one * (base[1, i] + move_x) + offset_x[i]
+        y = real(np.int32(base[0, i] + move_y)) + offset_y[i]
+        x = real(np.int32(base[1, i] + move_x)) + offset_x[i]
         inside = (y >= low) & (y < high_y) & (x >= low) & (x < high_x)  # False for NaN
         m = mask[i] if has_mask else one
         ys = y if inside else low
@@ -80,8 +79,8 @@ def locate(
         fx = np.floor(xs)
         y0 = np.int32(fy)
         x0 = np.int32(fx)
-        y1 = min(y0 + np.int32(1), last_y)
-        x1 = min(x0 + np.int32(1), last_x)
+        y1 = min(np.int32(y0 + 1), last_y)  # Numba's int32 + int32 is int64: back to the narrow type each time
+        x1 = min(np.int32(x0 + 1), last_x)
         ly = ys - fy
         lx = xs - fx
         broken = (y != y) | (x != x)
@@ -93,12 +92,12 @@ def locate(
         row1 = inside & (y1 >= 0) & (y1 < in_h)
         col0 = x0 >= 0
         col1 = (x1 >= 0) & (x1 < in_w)
-        pixel0 = np.int64(y0) * np.int64(in_w)
-        pixel1 = np.int64(y1) * np.int64(in_w)
-        corner[0, i] = (pixel0 + x0) * channels if row0 & col0 else zero_pixel
-        corner[1, i] = (pixel0 + x1) * channels if row0 & col1 else zero_pixel
-        corner[2, i] = (pixel1 + x0) * channels if row1 & col0 else zero_pixel
-        corner[3, i] = (pixel1 + x1) * channels if row1 & col1 else zero_pixel
+        pixel0 = index(index(y0) * width)
+        pixel1 = index(index(y1) * width)
+        corner[0, i] = index(pixel0 + x0) if row0 & col0 else zero_pixel
+        corner[1, i] = index(pixel0 + x1) if row0 & col1 else zero_pixel
+        corner[2, i] = index(pixel1 + x0) if row1 & col0 else zero_pixel
+        corner[3, i] = index(pixel1 + x1) if row1 & col1 else zero_pixel
         weight[0, i] = hy * m * hx
         weight[1, i] = hy * m * lx
         weight[2, i] = ly * m * hx
@@ -110,12 +109,12 @@ def locate(
 @inline
 def locate_plain(base: Any, shift_y: int, shift_x: int, count: int, g: Any, corner: Any, weight: Any) -> None:
     """The same without offsets: one corner of weight 1, the others on the zero pixel."""
-    zero_pixel = np.int64(g.in_h) * g.in_w * g.in_channels
+    zero_pixel = np.int64(g.in_h) * g.in_w
     for i in range(count):
         y = np.int64(base[0, i]) + shift_y
         x = np.int64(base[1, i]) + shift_x
         inside = (y >= 0) & (y < g.in_h) & (x >= 0) & (x < g.in_w)
-        corner[0, i] = (y * g.in_w + x) * g.in_channels if inside else zero_pixel
+        corner[0, i] = y * g.in_w + x if inside else zero_pixel
         for k in range(1, 4):
             corner[k, i] = zero_pixel
         weight[0, i] = 1

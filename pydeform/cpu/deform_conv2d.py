@@ -13,7 +13,7 @@ import numpy as np
 
 from pydeform._runtime import get_num_threads
 from pydeform.cpu import _threads
-from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result
+from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, workspace
 from pydeform.cpu._channels_last import PIXELS, pixel_blocks, to_channels_first, to_channels_last
 from pydeform.cpu._jit import Kernel, inline
 from pydeform.cpu._sampling import locate, locate_plain, lowest_coordinate, tile_origins
@@ -36,6 +36,9 @@ CHANNELS = 64  # sampled together
 DEPTH = 320  # of one product
 SERIAL_FLOPS = 2e7  # below this a second thread costs more than it saves
 WEIGHT_COPIES = 16 << 20  # bytes for partial weight gradients, one for each range of images
+
+
+INT32 = np.dtype(np.int32)
 
 
 class ForwardPlan(NamedTuple):
@@ -72,18 +75,20 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
         threads = min(threads, max(g.batch * plan.tiles, 1))
         _threads.run(
             _forward,
-            dtype.char,
+            dtype.char + pixel_dtype(g).char,
             threads,
             _threads.new_counters(2),
             *_flat_arguments(input, offset, weight, bias, mask, g, dtype),
             output,
-            empty((_channels_last_size(g) + lanes,), dtype),
-            empty((packed_size,), dtype),
-            empty((threads, positions, plan.row), dtype),
-            empty((threads, positions, plan.panels * 2 * lanes), dtype),
-            empty((threads, 4, positions), np.int64),
-            empty((threads, 6, positions), dtype),
-            empty((threads, 2, positions), np.int32),
+            *workspace(
+                ((_channels_last_size(g) + lanes,), dtype),
+                ((packed_size,), dtype),
+                ((threads, positions, plan.row), dtype),
+                ((threads, positions, plan.panels * 2 * lanes), dtype),
+                ((threads, 4, positions), pixel_dtype(g)),
+                ((threads, 6, positions), dtype),
+                ((threads, 2, positions), INT32),
+            ),
             entries,
             chunks,
             g,
@@ -129,7 +134,7 @@ def _forward(
     wait_for(counters, 0, preparing)
 
     # Phase 1: every unit is one tile of positions of one image, and owns its outputs.
-    low = lowest_coordinate(g.boundary, bias[0] * 0)
+    low = lowest_coordinate(g.boundary, bias)
     length = g.out_h * g.out_w
     pixels = (g.in_h * g.in_w + 1) * g.in_channels
     group_channels = g.out_channels // g.groups
@@ -160,10 +165,10 @@ def _forward(
                     blend(
                         at(tile_columns, (i, column)),
                         source,
-                        corner[0, i],
-                        corner[1, i],
-                        corner[2, i],
-                        corner[3, i],
+                        corner[0, i] * g.in_channels,
+                        corner[1, i] * g.in_channels,
+                        corner[2, i] * g.in_channels,
+                        corner[3, i] * g.in_channels,
                         blending[0, i],
                         blending[1, i],
                         blending[2, i],
@@ -297,7 +302,7 @@ def backward(
         image_size = _channels_last_size(g) + lanes
         _threads.run(
             _backward,
-            dtype.char,
+            dtype.char + pixel_dtype(g).char,
             threads,
             _threads.new_counters(3),
             np.zeros((g.batch, len(blocks)), np.int64),
@@ -308,15 +313,17 @@ def backward(
             grad_mask,
             grad_weight,
             grad_bias,
-            empty((image_size,), dtype),
-            empty((image_size if plan.need_input else lanes,), dtype),
-            empty((packed_size,), dtype),
-            empty((splits if plan.need_weight else 0, weight_size), dtype),
-            empty((threads, plan.rows, positions), dtype),
-            empty((threads, 2, positions, width), dtype),
-            empty((threads, 4, positions), np.int64),
-            empty((threads, 10, positions), dtype),
-            empty((threads, 2, positions), np.int32),
+            *workspace(
+                ((image_size,), dtype),
+                ((image_size if plan.need_input else lanes,), dtype),
+                ((packed_size,), dtype),
+                ((splits if plan.need_weight else 0, weight_size), dtype),
+                ((threads, plan.rows, positions), dtype),
+                ((threads, 2, positions, width), dtype),
+                ((threads, 4, positions), pixel_dtype(g)),
+                ((threads, 10, positions), dtype),
+                ((threads, 2, positions), INT32),
+            ),
             blocks,
             g,
             plan,
@@ -473,7 +480,7 @@ def _backward_block(
     length = g.out_h * g.out_w
     out_channels = g.out_channels // g.groups
     panel = 2 * VECTOR_BYTES // image.itemsize
-    low = lowest_coordinate(g.boundary, image[0] * 0)
+    low = lowest_coordinate(g.boundary, image)
     first_image = split * g.batch // p.splits
     for b in range(first_image, (split + 1) * g.batch // p.splits):
         origin = b * (g.in_h * g.in_w + 1) * g.in_channels + channel
@@ -514,10 +521,10 @@ def _backward_block(
                                 at(grad_columns, (i, 0)),
                                 source,
                                 target,
-                                corner[0, i],
-                                corner[1, i],
-                                corner[2, i],
-                                corner[3, i],
+                                corner[0, i] * g.in_channels,
+                                corner[1, i] * g.in_channels,
+                                corner[2, i] * g.in_channels,
+                                corner[3, i] * g.in_channels,
                                 weights[0, i],
                                 weights[1, i],
                                 weights[2, i],
@@ -530,10 +537,10 @@ def _backward_block(
                                 at(grad_columns, (i, 0)),
                                 source,
                                 target,
-                                corner[0, i],
-                                corner[1, i],
-                                corner[2, i],
-                                corner[3, i],
+                                corner[0, i] * g.in_channels,
+                                corner[1, i] * g.in_channels,
+                                corner[2, i] * g.in_channels,
+                                corner[3, i] * g.in_channels,
                                 weights[0, i],
                                 weights[1, i],
                                 weights[2, i],
@@ -547,10 +554,10 @@ def _backward_block(
                         blend(
                             at(columns, (i, 0)),
                             source,
-                            corner[0, i],
-                            corner[1, i],
-                            corner[2, i],
-                            corner[3, i],
+                            corner[0, i] * g.in_channels,
+                            corner[1, i] * g.in_channels,
+                            corner[2, i] * g.in_channels,
+                            corner[3, i] * g.in_channels,
                             weights[0, i],
                             weights[1, i],
                             weights[2, i],
@@ -648,6 +655,11 @@ def _round_up(value: int, multiple: int) -> int:
 
 def _channels_last_size(g: Any) -> int:
     return int(g.batch * (g.in_h * g.in_w + 1) * g.in_channels)
+
+
+def pixel_dtype(g: Any) -> Any:
+    """Type of a pixel's index; the wide one halves the speed of `locate`, so only where it must be."""
+    return np.dtype(np.int32 if g.in_h * g.in_w < 2**31 - 1 else np.int64)
 
 
 def _threads_for(g: Any, products: int) -> int:

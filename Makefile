@@ -1,0 +1,41 @@
+# make demo    watch a deformable network learn on real data
+# make test    lint, types, tests
+# make bench   time every operator against the peers that are installed
+# make clean   remove the environment and whatever was built
+#
+# Each makes .venv when it is missing and installs into it only when setup.cfg or pyproject.toml changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: demo test bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/pydeform demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/bench_deform_conv2d.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
+	  f"pydeform needs Python 3.10 or newer, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# Editable, so that the next edit of a source needs no further install.
+$(VENV)/.installed-%: setup.cfg pyproject.toml | $(BIN)/python
+	@echo "installing pydeform[$*] into $(VENV) ..."
+	@$(PIP) --editable '.[$*]'
+	@touch $@

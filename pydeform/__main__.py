@@ -1,0 +1,5 @@
+import sys
+
+from pydeform.cli import main
+
+sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ class GradcheckReport(NamedTuple):
 
 
 class _End(NamedTuple):
-    """A slope to one side, whether steps of three sizes tell the same of it, and a bound of its rounding."""
+    """A slope to one side, whether steps of four sizes tell the same of it, and a bound of its rounding."""
 
     slope: float
     settled: bool
@@ -86,7 +87,7 @@ def gradcheck(
 
     Returns   GradcheckReport(checked, kinked): the elements compared one by one, and those that lie on a kink
     Raises    AssertionError naming argument, index, analytic and numeric value; ValueError for unusable arguments
-    Notes     Three halved steps are extrapolated; where they disagree, a kink is near and the steps shrink.
+    Notes     Four halved steps are extrapolated; where they disagree, a kink is near and the steps shrink.
               On a kink (side="both") any value between the two one-sided derivatives passes; a jump of the value fails.
     Example
     >>> gradcheck(lambda x: x**3, lambda g, x: {"x": 3 * g * x**2}, {"x": np.array([1.0, 2.0])}).checked
@@ -180,18 +181,19 @@ def _slope(change: Callable[..., Any], array: np.ndarray, direction: np.ndarray,
 
 
 def _one_sided(change: Callable[..., Any], array: np.ndarray, direction: np.ndarray, step: float) -> _End:
-    """The slope on one side by three steps, each half of the one before; the sign of `step` says which side."""
+    """The slope on one side by four steps, each half of the one before; the sign of `step` says which side."""
     slopes, noise = [], 0.0
-    for h in (step, step / 2, step / 4):
+    for h in (step, step / 2, step / 4, step / 8):
         difference, rounding = change(array + h * direction)
         slopes.append(difference / h)
         noise = 16 * rounding / abs(h)
-    # Romberg: each line removes one more power of the step.
-    once = 2 * slopes[1] - slopes[0], 2 * slopes[2] - slopes[1]
-    slope = (4 * once[1] - once[0]) / 3
-    # What a smooth loss leaves between the two is of second order in the step; a kink or a jump leaves much more.
-    settled = abs(once[1] - once[0]) <= 1e-3 * abs(step) * max(1.0, *map(abs, slopes)) + noise
-    return _End(slope, settled, noise)
+    # Romberg: each level removes one more power of the step. What a smooth loss leaves within the first level is of
+    # second order in the step; a kink or a jump leaves much more, in one of the two gaps wherever it lies.
+    first = [2 * b - a for a, b in pairwise(slopes)]
+    allowed = 1e-3 * abs(step) * max(1.0, *map(abs, slopes)) + noise
+    settled = all(abs(b - a) <= allowed for a, b in pairwise(first))
+    second = [(4 * b - a) / 3 for a, b in pairwise(first)]
+    return _End((8 * second[1] - second[0]) / 7, settled, noise)
 
 
 def _compare(where: str, analytic: float, slope: _Slope, allowed: float) -> None:

@@ -29,14 +29,10 @@ def to_channels_last(input: Any, image: Any, b: int, block: int, channels: int, 
     whole_channels = channels // lanes * lanes
     for c in range(0, whole_channels, lanes):
         for pixel in range(first, whole, lanes):
-            transpose_block(
-                at(input, (b, c, pixel)), pixels, at(image, (origin + pixel * channels + c,)), channels, at(image, (0,))
-            )
-        for pixel in range(whole, last):
-            for k in range(c, c + lanes):
-                image[origin + pixel * channels + k] = input[b, k, pixel]
-    for c in range(whole_channels, channels):
-        for pixel in range(first, last):
+            target = at(image, (origin + pixel * channels + c,))
+            transpose_block(at(input, (b, c, pixel)), pixels, target, channels, target)
+    for c in range(channels):
+        for pixel in range(whole if c < whole_channels else first, last):
             image[origin + pixel * channels + c] = input[b, c, pixel]
     if block == 0:
         for c in range(channels):
@@ -45,9 +41,9 @@ def to_channels_last(input: Any, image: Any, b: int, block: int, channels: int, 
 
 @inline
 def to_channels_first(
-    tile: Any, tile_row: int, tile_first: int, output: Any, b: int, channel: int, channels: int, start: int, count: int, shift: Any
+    tile: Any, output: Any, b: int, channel: int, channels: int, start: int, count: int, shift: Any
 ) -> None:
-    """output[b, channel + c, start + i] = tile[tile_first + i*tile_row + c] + shift[channel + c]; tile is flat."""
+    """output[b, channel + c, start + i] = tile[i, c] + shift[channel + c]."""
     lanes = VECTOR_BYTES // output.itemsize
     length = output.shape[2]
     whole = count // lanes * lanes
@@ -55,15 +51,29 @@ def to_channels_first(
     for c in range(0, whole_channels, lanes):
         for i in range(0, whole, lanes):
             transpose_block_shifted(
-                at(tile, (tile_first + i * tile_row + c,)),
-                tile_row,
+                at(tile, (i, c)),
+                tile.shape[1],
                 at(output, (b, channel + c, start + i)),
                 length,
                 at(shift, (channel + c,)),
             )
-        for i in range(whole, count):
-            for k in range(c, c + lanes):
-                output[b, channel + k, start + i] = tile[tile_first + i * tile_row + k] + shift[channel + k]
-    for c in range(whole_channels, channels):
-        for i in range(count):
-            output[b, channel + c, start + i] = tile[tile_first + i * tile_row + c] + shift[channel + c]
+    for c in range(channels):
+        for i in range(whole if c < whole_channels else 0, count):
+            output[b, channel + c, start + i] = tile[i, c] + shift[channel + c]
+
+
+@inline
+def block_to_channels_first(
+    image: Any, first: int, grad_input: Any, b: int, channels: int, start: int, count: int
+) -> None:
+    """grad_input[b, c, start + i] = image[first + i*channels + c]: the way back of `to_channels_last`."""
+    lanes = VECTOR_BYTES // image.itemsize
+    whole = count // lanes * lanes
+    whole_channels = channels // lanes * lanes
+    for c in range(0, whole_channels, lanes):
+        for i in range(0, whole, lanes):
+            target = at(grad_input, (b, c, start + i))
+            transpose_block(at(image, (first + i * channels + c,)), channels, target, grad_input.shape[2], target)
+    for c in range(channels):
+        for i in range(whole if c < whole_channels else 0, count):
+            grad_input[b, c, start + i] = image[first + i * channels + c]

@@ -50,11 +50,10 @@ def locate(
     g: Any,
     corner: Any,
     weight: Any,
-    within: Any,
 ) -> None:
-    """Corners (pixel indices), weights (times the mask) and (y, x) within the cell of `count` samples.
+    """Corners (pixel indices), weights (times the mask) and, in rows 4 and 5 of weight, (y, x) within the cell.
 
-    The arrays start at the first sample. Corner order: (y0, x0), (y0, x1), (y1, x0), (y1, x1). A NaN coordinate makes
+    offset_y, offset_x and mask are pointers to the first of `count` samples. Corner order: (y0, x0), (y0, x1), (y1, x0), (y1, x1). A NaN coordinate makes
     weights and positions NaN and points at the zero pixel: no index is formed from a value not known to be in range.
     """
     real = weight.dtype.type  # a Python number would turn float32 into float64
@@ -102,8 +101,8 @@ def locate(
         weight[1, i] = hy * m * lx
         weight[2, i] = ly * m * hx
         weight[3, i] = ly * m * lx
-        within[0, i] = ly
-        within[1, i] = lx
+        weight[4, i] = ly
+        weight[5, i] = lx
 
 
 @inline

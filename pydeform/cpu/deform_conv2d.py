@@ -14,12 +14,13 @@ import numpy as np
 from pydeform._runtime import get_num_threads
 from pydeform.cpu import _threads
 from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, workspace
-from pydeform.cpu._channels_last import PIXELS, pixel_blocks, to_channels_first, to_channels_last
+from pydeform.cpu._channels_last import PIXELS, block_to_channels_first, pixel_blocks, to_channels_first, to_channels_last
 from pydeform.cpu._jit import Kernel, inline
 from pydeform.cpu._sampling import locate, locate_plain, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import (
     ROWS,
     VECTOR_BYTES,
+    advance,
     at,
     blend,
     blend_dots,
@@ -135,12 +136,12 @@ def _forward(
 
     # Phase 1: every unit is one tile of positions of one image, and owns its outputs.
     low = lowest_coordinate(g.boundary, bias)
+    has_offset, has_mask = p.has_offset != 0, p.has_mask != 0
     length = g.out_h * g.out_w
     pixels = (g.in_h * g.in_w + 1) * g.in_channels
     group_channels = g.out_channels // g.groups
     tile_columns = columns[thread]
     tile_sums = sums[thread]
-    flat_sums = tile_sums.reshape(tile_sums.size)
     corner = corners[thread]
     blending = weights[thread]
     base = bases[thread]
@@ -158,7 +159,7 @@ def _forward(
                 tap, og, channel, channels, column = entries[e]
                 if tap != at_tap or og != at_group:
                     at_tap, at_group = tap, og
-                    _locate_tap(offset, mask, b, og, tap, start, count, low, base, corner, blending, g, p)
+                    _locate_tap(offset, mask, b, og, tap, start, count, low, base, corner, blending, g, has_offset, has_mask)
                 source = at(image, (b * pixels + channel,))
                 vectors = -(-channels * image.itemsize // VECTOR_BYTES)
                 for i in range(count):
@@ -191,7 +192,7 @@ def _forward(
             if is_last:
                 first = group * group_channels
                 to_channels_first(
-                    flat_sums, p.panels * panel, 0, output, b, first, group_channels, start, count, bias
+                    tile_sums, output, b, first, group_channels, start, count, bias
                 )
         finish(counters, 1)
         unit = claim(counters, 1)
@@ -200,18 +201,17 @@ def _forward(
 
 @inline
 def _locate_tap(
-    offset: Any, mask: Any, b: int, og: int, tap: int, start: int, count: int, low: Any, base: Any, corner: Any, weights: Any, g: Any, p: Any
+    offset: Any, mask: Any, b: int, og: int, tap: int, start: int, count: int, low: Any, base: Any, corner: Any, weights: Any, g: Any, has_offset: bool, has_mask: bool
 ) -> None:
     """Corners, weights (rows 0-3 of `weights`) and positions within the cell (rows 4, 5) of one tap of a tile."""
     shift_y = tap // g.kernel_w * g.dilation_h
     shift_x = tap % g.kernel_w * g.dilation_w
-    if p.has_offset:
-        moved = offset[b, og, tap]
+    if has_offset:
         locate(
-            moved[0, start : start + count],
-            moved[1, start : start + count],
-            mask[b, og, tap, start : start + count] if p.has_mask else moved[0, :0],
-            p.has_mask != 0,
+            at(offset, (b, og, tap, 0, start)),
+            at(offset, (b, og, tap, 1, start)),
+            at(mask, (b, og, tap, start)),
+            has_mask,
             base,
             shift_y,
             shift_x,
@@ -220,7 +220,6 @@ def _locate_tap(
             g,
             corner,
             weights,
-            weights[4:],
         )
     else:
         locate_plain(base, shift_y, shift_x, count, g, corner, weights)
@@ -368,10 +367,110 @@ def _backward(
     g: Any,
     p: Any,
 ) -> None:
+    _prepare_backward(counters, input, image, grad_image, weight, packed, blocks, g, p)
+
+    # Phase 1: every unit is one block of channels of one range of images, and owns its slices of all gradients.
+    low = lowest_coordinate(g.boundary, image)
+    has_offset, has_mask = p.has_offset != 0, p.has_mask != 0
+    taps = g.kernel_h * g.kernel_w
+    length = g.out_h * g.out_w
+    out_channels = g.out_channels // g.groups
+    panel = 2 * VECTOR_BYTES // image.itemsize
+    corner = corners[thread]
+    blending = weights[thread]
+    base = bases[thread]
+    working = p.splits * len(blocks) * (p.need_input | p.need_dots | p.need_weight)
+    unit = claim(counters, 1)
+    while unit < working:
+        split = unit // len(blocks)
+        block = unit - split * len(blocks)
+        group, og, channel, channels, width, previous, packed_at, partial_at = blocks[block]
+        first_image = split * g.batch // p.splits
+        for b in range(first_image, (split + 1) * g.batch // p.splits):
+            origin = b * (g.in_h * g.in_w + 1) * g.in_channels + channel
+            for tile in range(p.tiles):
+                start = tile * p.positions
+                count = min(p.positions, length - start)
+                tile_origins(start, count, base, g)
+                for o in range(out_channels):
+                    for i in range(count):
+                        tile_grad[thread, o, i] = grad_output[b, group * out_channels + o, start + i]
+                if p.need_dots and previous >= 0:
+                    # Sums over channels go from block to block: this one adds where the one before has been.
+                    wait_until(progress, b * len(blocks) + previous, tile + 1)
+                for tap in range(taps):
+                    _locate_tap(
+                        offset, mask, b, og, tap, start, count, low, base, corner, blending, g, has_offset, has_mask
+                    )
+                    if p.need_input | p.need_dots:
+                        # grad_columns[i, c] = sum_o grad_output[o, i] * weight[o, c, tap]
+                        for j in range(0, width, panel):
+                            for i in range(0, count, ROWS):
+                                multiply_tile(
+                                    at(tile_grad, (thread, 0, i)),
+                                    1,
+                                    p.positions,
+                                    at(packed, (packed_at + (tap * width + j) * out_channels,)),
+                                    panel,
+                                    out_channels,
+                                    at(tile_columns, (thread, 1, i, j)),
+                                    p.width,
+                                    False,
+                                )
+                    _sample_backward(
+                        at(tile_columns, (thread, 0, 0, 0)),
+                        at(tile_columns, (thread, 1, 0, 0)),
+                        at(image, (origin,)),
+                        at(grad_image, (origin * p.need_input,)),
+                        corner,
+                        blending,
+                        count,
+                        channels,
+                        g.in_channels,
+                        p,
+                    )
+                    if p.need_dots:
+                        _add_offset_gradient(
+                            blending,
+                            at(mask, (b, og, tap, start)),
+                            at(grad_offset, (b, og, tap, 0, start)),
+                            at(grad_offset, (b, og, tap, 1, start)),
+                            at(grad_mask, (b, og, tap, start)),
+                            count,
+                            previous >= 0,
+                            has_mask,
+                        )
+                    if p.need_weight:
+                        # partial[o, c] += sum_i grad_output[o, i] * columns[i, c]: eq. 6 for one tap of one tile
+                        for j in range(0, width, panel):
+                            for o in range(0, out_channels, ROWS):
+                                multiply_tile(
+                                    at(tile_grad, (thread, o, 0)),
+                                    p.positions,
+                                    1,
+                                    at(tile_columns, (thread, 0, 0, j)),
+                                    p.width,
+                                    count,
+                                    at(partial, (split, partial_at + (tap * p.rows + o) * width + j)),
+                                    width,
+                                    b > first_image or tile > 0,
+                                )
+                if p.need_dots:
+                    advance_counter(progress, b * len(blocks) + block)
+        finish(counters, 1)
+        unit = claim(counters, 1)
+    wait_for(counters, 1, working)
+
+    _finish_backward(counters, grad_output, grad_image, partial, grad_input, grad_weight, grad_bias, blocks, g, p)
+
+
+@inline
+def _prepare_backward(
+    counters: Any, input: Any, image: Any, grad_image: Any, weight: Any, packed: Any, blocks: Any, g: Any, p: Any
+) -> None:
+    """Phase 0: the image to channels-last, its gradient to zero, the weight into panels."""
     pixels = g.in_h * g.in_w
     pixel_units = pixel_blocks(pixels)
-
-    # Phase 0: the image to channels-last, its gradient to zero, the weight into panels.
     converting = g.batch * pixel_units
     preparing = converting + len(blocks)
     unit = claim(counters, 0)
@@ -381,68 +480,49 @@ def _backward(
             block = unit - b * pixel_units
             to_channels_last(input, image, b, block, g.in_channels, pixels)
             if p.need_input:
-                first = (b * (pixels + 1) + block * PIXELS) * g.in_channels
-                last = first + min(PIXELS, pixels + 1 - block * PIXELS) * g.in_channels
-                if block == pixel_units - 1:
-                    last = (b + 1) * (pixels + 1) * g.in_channels
-                grad_image[first:last] = 0
+                first = b * (pixels + 1) + block * PIXELS
+                last = (b + 1) * (pixels + 1) if block == pixel_units - 1 else first + PIXELS
+                for i in range(first * g.in_channels, last * g.in_channels):
+                    grad_image[i] = 0
         else:
             _pack_backward(weight, packed, blocks[unit - converting], g)
         finish(counters, 0)
         unit = claim(counters, 0)
     wait_for(counters, 0, preparing)
 
-    # Phase 1: every unit is one block of channels of one range of images, and owns its slices of all gradients.
-    working = p.splits * len(blocks) * (p.need_input | p.need_dots | p.need_weight)
-    unit = claim(counters, 1)
-    while unit < working:
-        _backward_block(
-            unit // len(blocks),
-            unit % len(blocks),
-            progress,
-            grad_output,
-            offset,
-            mask,
-            grad_offset,
-            grad_mask,
-            image,
-            grad_image,
-            packed,
-            partial,
-            tile_grad[thread],
-            tile_columns[thread, 0],
-            tile_columns[thread, 1],
-            corners[thread],
-            weights[thread],
-            bases[thread],
-            blocks,
-            g,
-            p,
-        )
-        finish(counters, 1)
-        unit = claim(counters, 1)
-    wait_for(counters, 1, working)
 
-    # Phase 2: gradients into the caller's layout.
-    inputs = converting * p.need_input
+@inline
+def _finish_backward(
+    counters: Any,
+    grad_output: Any,
+    grad_image: Any,
+    partial: Any,
+    grad_input: Any,
+    grad_weight: Any,
+    grad_bias: Any,
+    blocks: Any,
+    g: Any,
+    p: Any,
+) -> None:
+    """Phase 2: gradients into the caller's layout."""
+    pixels = g.in_h * g.in_w
+    pixel_units = pixel_blocks(pixels)
+    inputs = g.batch * pixel_units * p.need_input
     outputs = inputs + g.out_channels
-    zero = image[0] * 0
-    zeros = np.zeros(g.in_channels, image.dtype)
     unit = claim(counters, 2)
     while unit < outputs:
         if unit < inputs:
             b = unit // pixel_units
             start = (unit - b * pixel_units) * PIXELS
             first = (b * (pixels + 1) + start) * g.in_channels
-            count = min(PIXELS, pixels - start)
-            to_channels_first(grad_image, g.in_channels, first, grad_input, b, 0, g.in_channels, start, count, zeros)
+            block_to_channels_first(grad_image, first, grad_input, b, g.in_channels, start, min(PIXELS, pixels - start))
         else:
             o = unit - inputs
             if p.need_weight:
                 _reduce_weight(partial, grad_weight, blocks, o, g, p)
             if p.need_bias:  # eq. 7
-                total = zero
-                for b in range(g.batch):
+                total = sum_values(at(grad_output, (0, o, 0)), g.out_h * g.out_w)
+                for b in range(1, g.batch):
                     total += sum_values(at(grad_output, (b, o, 0)), g.out_h * g.out_w)
                 grad_bias[o] = total
         finish(counters, 2)
@@ -451,151 +531,40 @@ def _backward(
 
 
 @inline
-def _backward_block(
-    split: int,
-    block: int,
-    progress: Any,
-    grad_output: Any,
-    offset: Any,
-    mask: Any,
-    grad_offset: Any,
-    grad_mask: Any,
+def _sample_backward(
+    columns: Any,
+    grad_columns: Any,
     image: Any,
     grad_image: Any,
-    packed: Any,
-    partial: Any,
-    tile_grad: Any,
-    grad_columns: Any,
-    columns: Any,
     corner: Any,
     weights: Any,
-    base: Any,
-    blocks: Any,
-    g: Any,
+    count: int,
+    channels: int,
+    stride: int,
     p: Any,
 ) -> None:
-    """All gradients of one block of channels, over the images of one range."""
-    group, og, channel, channels, width, previous, packed_at, partial_at = blocks[block]
-    taps = g.kernel_h * g.kernel_w
-    length = g.out_h * g.out_w
-    out_channels = g.out_channels // g.groups
-    panel = 2 * VECTOR_BYTES // image.itemsize
-    low = lowest_coordinate(g.boundary, image)
-    first_image = split * g.batch // p.splits
-    for b in range(first_image, (split + 1) * g.batch // p.splits):
-        origin = b * (g.in_h * g.in_w + 1) * g.in_channels + channel
-        source = at(image, (origin,))
-        target = at(grad_image, (origin if p.need_input else 0,))
-        for tile in range(p.tiles):
-            start = tile * p.positions
-            count = min(p.positions, length - start)
-            is_first = b == first_image and tile == 0
-            tile_origins(start, count, base, g)
-            for o in range(out_channels):
-                for i in range(count):
-                    tile_grad[o, i] = grad_output[b, group * out_channels + o, start + i]
-            if p.need_dots and previous >= 0:
-                # Sums over channels go from block to block: this one adds where the one before has been.
-                wait_until(progress, b * len(blocks) + previous, tile + 1)
-            for tap in range(taps):
-                _locate_tap(offset, mask, b, og, tap, start, count, low, base, corner, weights, g, p)
-                if p.need_input | p.need_dots:
-                    # grad_columns[i, c] = sum_o grad_output[o, i] * weight[o, c, tap]
-                    for j in range(0, width, panel):
-                        for i in range(0, count, ROWS):
-                            multiply_tile(
-                                at(tile_grad, (0, i)),
-                                1,
-                                p.positions,
-                                at(packed, (packed_at + (tap * width + j) * out_channels,)),
-                                panel,
-                                out_channels,
-                                at(grad_columns, (i, j)),
-                                p.width,
-                                False,
-                            )
-                    for i in range(count):
-                        if p.need_input:
-                            dots = blend_dots_scatter(
-                                at(columns, (i, 0)),
-                                at(grad_columns, (i, 0)),
-                                source,
-                                target,
-                                corner[0, i] * g.in_channels,
-                                corner[1, i] * g.in_channels,
-                                corner[2, i] * g.in_channels,
-                                corner[3, i] * g.in_channels,
-                                weights[0, i],
-                                weights[1, i],
-                                weights[2, i],
-                                weights[3, i],
-                                channels,
-                            )
-                        else:
-                            dots = blend_dots(
-                                at(columns, (i, 0)),
-                                at(grad_columns, (i, 0)),
-                                source,
-                                target,
-                                corner[0, i] * g.in_channels,
-                                corner[1, i] * g.in_channels,
-                                corner[2, i] * g.in_channels,
-                                corner[3, i] * g.in_channels,
-                                weights[0, i],
-                                weights[1, i],
-                                weights[2, i],
-                                weights[3, i],
-                                channels,
-                            )
-                        weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
-                else:
-                    vectors = -(-channels * image.itemsize // VECTOR_BYTES)
-                    for i in range(count):
-                        blend(
-                            at(columns, (i, 0)),
-                            source,
-                            corner[0, i] * g.in_channels,
-                            corner[1, i] * g.in_channels,
-                            corner[2, i] * g.in_channels,
-                            corner[3, i] * g.in_channels,
-                            weights[0, i],
-                            weights[1, i],
-                            weights[2, i],
-                            weights[3, i],
-                            vectors,
-                        )
-                if p.need_dots:
-                    _add_offset_gradient(
-                        weights, mask, grad_offset, grad_mask, b, og, tap, start, count, previous >= 0, p
-                    )
-                if p.need_weight:
-                    # partial[o, c] += sum_i grad_output[o, i] * columns[i, c]
-                    for j in range(0, width, panel):
-                        for o in range(0, out_channels, ROWS):
-                            multiply_tile(
-                                at(tile_grad, (o, 0)),
-                                p.positions,
-                                1,
-                                at(columns, (0, j)),
-                                p.width,
-                                count,
-                                at(partial, (split, partial_at + (tap * p.rows + o) * width + j)),
-                                width,
-                                not is_first,
-                            )
-            if p.need_dots:
-                advance_counter(progress, b * len(blocks) + block)
+    """One tap of a tile: its columns, eq. 5 into grad_image, and the dots for eq. 3 and 4 in rows 6-9 of weights."""
+    vectors = -(-channels * weights.itemsize // VECTOR_BYTES)
+    for i in range(count):
+        i0, i1, i2, i3 = corner[0, i] * stride, corner[1, i] * stride, corner[2, i] * stride, corner[3, i] * stride
+        w0, w1, w2, w3 = weights[0, i], weights[1, i], weights[2, i], weights[3, i]
+        out = advance(columns, i * p.width)
+        grad = advance(grad_columns, i * p.width)
+        if p.need_input:
+            dots = blend_dots_scatter(out, grad, image, grad_image, i0, i1, i2, i3, w0, w1, w2, w3, channels)
+            weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
+        elif p.need_dots:
+            dots = blend_dots(out, grad, image, grad_image, i0, i1, i2, i3, w0, w1, w2, w3, channels)
+            weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
+        else:
+            blend(out, image, i0, i1, i2, i3, w0, w1, w2, w3, vectors)
 
 
 @inline
 def _add_offset_gradient(
-    weights: Any, mask: Any, grad_offset: Any, grad_mask: Any, b: int, og: int, tap: int, start: int, count: int, add: bool, p: Any
+    weights: Any, mask: Any, grad_y: Any, grad_x: Any, grad_mask: Any, count: int, add: bool, has_mask: bool
 ) -> None:
     """Eq. 3 and 4 from the dots of the column gradient with the four corners."""
-    grad_y = grad_offset[b, og, tap, 0, start : start + count]
-    grad_x = grad_offset[b, og, tap, 1, start : start + count]
-    grad_m = grad_mask[b, og, tap, start : start + count]
-    m = mask[b, og, tap, start : start + count] if p.has_mask else grad_m[:0]
     for i in range(count):
         ly, lx = weights[4, i], weights[5, i]
         d00, d01, d10, d11 = weights[6, i], weights[7, i], weights[8, i], weights[9, i]
@@ -603,16 +572,16 @@ def _add_offset_gradient(
         y = hx * (d10 - d00) + lx * (d11 - d01)
         x = hy * (d01 - d00) + ly * (d11 - d10)
         value = hy * (hx * d00 + lx * d01) + ly * (hx * d10 + lx * d11)
-        if p.has_mask:
-            y *= m[i]
-            x *= m[i]
+        if has_mask:
+            y *= mask[i]
+            x *= mask[i]
         if add:
             y += grad_y[i]
             x += grad_x[i]
-            value += grad_m[i]
+            value += grad_mask[i]
         grad_y[i] = y
         grad_x[i] = x
-        grad_m[i] = value
+        grad_mask[i] = value
 
 
 @inline

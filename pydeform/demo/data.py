@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-
-Array = npt.NDArray[np.generic]
 
 SIDE = 8  # of a digit, in its own pixels
-SIZE = 24  # of the image it is placed in
+SIZE = 28  # of the image it is placed in
 TRAIN = 1200  # digits; the other 597 are the test set
 SCALES = (1.0, 3.0)
 ROTATION = 0.5  # radians, either way
@@ -19,16 +16,16 @@ SHIFT = 4.0  # pixels, either way, and not more than keeps the digit inside the 
 
 
 class Digits(NamedTuple):
-    train_x: Array  # (1200, 8, 8) float32 in [0, 1]
-    train_y: Array  # (1200,) int64
-    test_x: Array
-    test_y: Array
+    train_x: Any  # (1200, 8, 8) float32 in [0, 1]
+    train_y: Any  # (1200,) int64
+    test_x: Any
+    test_y: Any
 
 
 class Placed(NamedTuple):
-    image: Array  # (N, 1, SIZE, SIZE) float32
-    scale: Array  # (N,) image pixels per digit pixel
-    inside: Array  # (N, SIZE, SIZE) bool: the pixel lies in the (warped) square of the digit
+    image: Any  # (N, 1, SIZE, SIZE) float32
+    scale: Any  # (N,) image pixels per digit pixel
+    depth: Any  # (N, SIZE, SIZE) how far inside the digit's warped square: 1 centre, 0 edge, below 0 outside
 
 
 def load_digits() -> Digits:
@@ -43,7 +40,7 @@ def load_digits() -> Digits:
 
 
 def place(
-    digits: Array,
+    digits: Any,
     rng: np.random.Generator,
     scales: tuple[float, float] = SCALES,
     rotation: float = ROTATION,
@@ -63,12 +60,12 @@ def place(
     pixel = np.arange(SIZE) - (SIZE - 1) / 2
     grid = np.stack(np.meshgrid(pixel, pixel, indexing="ij"), axis=-1).reshape(1, SIZE * SIZE, 2)
     source = (grid - centre[:, None]) @ matrix.transpose(0, 2, 1) + (SIDE - 1) / 2
-    inside = (abs(source - (SIDE - 1) / 2) <= SIDE / 2).all(axis=-1)
+    depth = 1 - abs(source - (SIDE - 1) / 2).max(axis=-1) / (SIDE / 2)
     image = _bilinear(digits, source)
-    return Placed(image.reshape(n, 1, SIZE, SIZE), scale, inside.reshape(n, SIZE, SIZE))
+    return Placed(image.reshape(n, 1, SIZE, SIZE), scale, depth.reshape(n, SIZE, SIZE))
 
 
-def _bilinear(digits: Array, source: Array) -> Array:
+def _bilinear(digits: Any, source: Any) -> Any:
     """Values of digits (N, 8, 8) at points (N, P, 2) in (y, x); 0 outside."""
     n = len(digits)
     padded = np.zeros((n, SIDE + 3, SIDE + 3), np.float32)  # one zero before, two after: no corner needs a check

@@ -1,0 +1,126 @@
+"""Time several ways of computing the same thing in one process, so that all of them meet the same weather.
+
+Libraries keep threads that spin for a while after a call (OpenMP, OpenBLAS, onnxruntime), and those disturb whoever
+comes next. So candidates run in blocks: a pause in which such threads fall asleep, one call that is not timed and
+wakes the candidate's own, then the timed calls. The blocks go round among the candidates several times.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PAUSE = 0.06  # seconds; OpenBLAS's threads spin for about 30 ms
+BLOCK = 0.12  # seconds of timed calls in one block
+FEWEST, MOST = 2, 60  # timed calls in one block
+LIBRARIES = ("pydeform", "numpy", "numba", "llvmlite", "onnxruntime", "openvino", "torch", "torchvision", "scipy")
+
+
+class Timing(NamedTuple):
+    """Seconds, over all timed calls of all rounds."""
+
+    median: float
+    minimum: float
+    calls: int
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, progress: Callable[[str], None] | None = None
+) -> dict[str, Timing]:
+    """The timing of each candidate; the first call of each, which may compile, is not counted."""
+    for call in candidates.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(rounds):
+        for name, call in candidates.items():
+            if progress is not None:
+                progress(f"round {number + 1}/{rounds}, {name}")
+            seconds[name] += _block(call)
+    return {name: Timing(float(np.median(s)), min(s), len(s)) for name, s in seconds.items()}
+
+
+def _block(call: Callable[[], object]) -> list[float]:
+    time.sleep(PAUSE)
+    if _timed(call) > BLOCK:  # a long call needs no waking up
+        return [_timed(call) for _ in range(FEWEST - 1)]
+    seconds: list[float] = []
+    while len(seconds) < FEWEST or (sum(seconds) < BLOCK and len(seconds) < MOST):
+        seconds.append(_timed(call))
+    return seconds
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """The environment in which every library that we know uses this many threads. Read when a process starts."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+    return {**os.environ, **dict.fromkeys(names, str(threads))}
+
+
+def python(*arguments: str, env: Mapping[str, str] | None = None) -> str:
+    """The standard output of this Python with these arguments. Its stderr, where progress goes, is ours."""
+    done = subprocess.run([sys.executable, *arguments], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
+
+
+def show_progress(text: str) -> None:
+    """One line on stderr that the next one overwrites; nothing where stderr is a file."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
+
+
+def cpu_name() -> str:
+    """The processor's name as its maker prints it, where the system tells."""
+    if sys.platform.startswith("linux"):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    if sys.platform == "darwin":
+        name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout
+        if name.strip():
+            return name.strip()
+    return platform.processor() or platform.machine()
+
+
+def versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
+    """Library -> version, for those that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+    """Columns of text, aligned; the first to the left, the others to the right."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,196 @@
+"""Pictures of sampling points, offsets and effective dilation. Every function draws on Matplotlib axes and returns them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pydeform.ops.analysis import effective_dilation, sampling_locations
+
+INPUT, TAP, CENTRE = "#888888", "#e4572e", "#ffd23f"
+
+
+class Level(NamedTuple):
+    """One deformable layer over one image: its offsets (2*offset_groups*K, out_h, out_w), and its options."""
+
+    offset: Any
+    kernel_size: Any = 3
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+
+
+def panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (4, 4), **options: Any) -> Any:
+    """An array (rows, columns) of axes of a new figure, for use without a display; save with `axes[0, 0].figure`.
+
+    `size` is the (width, height) of one panel in inches; `options` go to `Figure.subplots`.
+
+    >>> panels(2, 3).shape
+    (2, 3)
+    """
+    figure = Figure(figsize=(columns * size[0], rows * size[1]), layout="constrained")
+    return figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def sampling_points(
+    ax: Axes,
+    image: Any,
+    levels: Level | Sequence[Level],
+    position: tuple[int, int],
+    *,
+    pixel_stride: float = 1,
+    group: int = 0,
+    color: Any = TAP,
+    size: float = 12,
+) -> Axes:
+    """Draw where one output position of one or several deformable layers samples the image (figure 6 of the paper).
+
+    Parameters
+    ----------
+    ax : where to draw
+    image : (H, W) grey or (H, W, 3)
+    levels : the layers from the first (nearest to the image) to the last
+    position : (oy, ox) in the output of the last level
+    pixel_stride : image pixels per pixel of the first level's input
+    group : which offset group
+    color, size : of the points; the position itself is a cross
+
+    Returns   `ax`. With n levels of K taps there are up to K**n points: a tap of one level lies between outputs of the
+              level below, and is followed into the nearest of them. A tap outside that map reads zero and ends there.
+    Source    arXiv:1703.06211 figure 6; its code drops taps outside before it looks up offsets, which misaligns them
+
+    >>> import numpy as np
+    >>> ax = sampling_points(panels()[0, 0], np.zeros((8, 8)), Level(np.zeros((18, 8, 8)), padding=1), (4, 4))
+    >>> len(ax.collections[0].get_offsets())
+    9
+    """
+    chain = [levels] if isinstance(levels, Level) else list(levels)
+    points = trace(chain, position, group) * pixel_stride
+    centre = trace([level._replace(offset=np.zeros_like(level.offset)) for level in chain], position, group)
+    middle = np.nanmean(centre, axis=0) * pixel_stride
+    show(ax, image)
+    ax.scatter(points[:, 1], points[:, 0], s=size, color=color, linewidths=0.3, edgecolors="black", zorder=2)
+    ax.plot(middle[1], middle[0], "+", color=CENTRE, markersize=9, markeredgewidth=2, zorder=3)
+    return ax
+
+
+def trace(levels: Sequence[Level], position: tuple[int, int], group: int = 0) -> Any:
+    """Points (P, 2) in (y, x) that `position` of the last level samples in the input of the first.
+
+    >>> import numpy as np
+    >>> trace([Level(np.zeros((2, 4, 4)), kernel_size=1, stride=2)], (1, 1)).tolist()
+    [[2.0, 2.0]]
+    """
+    points = np.array([position], np.float64)
+    for level in reversed(levels):
+        options = (level.kernel_size, level.stride, level.padding, level.dilation)
+        where = sampling_locations(np.asarray(level.offset, np.float64)[None], *options)[0, group]  # (K, h, w, 2)
+        at = np.rint(points)
+        inside = ((at >= 0) & (at < where.shape[1:3])).all(axis=1)
+        rows, columns = at[inside].astype(np.intp).T
+        points = where[:, rows, columns].transpose(1, 0, 2).reshape(-1, 2)
+    return points
+
+
+def offset_field(
+    ax: Axes,
+    offset: Any,
+    tap: int | None = None,
+    *,
+    image: Any = None,
+    pixel_stride: float = 1,
+    group: int = 0,
+    kernel_size: Any = 3,
+    **options: Any,
+) -> Axes:
+    """Draw the offsets of one image as arrows, one at each output position.
+
+    Parameters
+    ----------
+    ax : where to draw
+    offset : (2*offset_groups*K, out_h, out_w)
+    tap : which tap of the kernel, row by row; None for the mean over all taps, the shift of the whole filter
+    image : drawn under the arrows, with `pixel_stride` image pixels per output position
+    kernel_size, group : of the layer; which of its offset groups
+    options : for `Axes.quiver`
+
+    >>> import numpy as np
+    >>> len(offset_field(panels()[0, 0], np.ones((18, 5, 6)), tap=8).collections)
+    1
+    """
+    kernel_h, kernel_w = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    vectors = np.asarray(offset).reshape(-1, kernel_h * kernel_w, 2, *offset.shape[1:])[group]
+    dy, dx = (vectors.mean(axis=0) if tap is None else vectors[tap]) * pixel_stride
+    rows, columns = np.indices(dy.shape) * pixel_stride
+    if image is not None:
+        show(ax, image)
+    else:
+        ax.set(xlim=(-1, columns.max() + 1), ylim=(rows.max() + 1, -1), aspect="equal", xticks=[], yticks=[])
+    options = {"color": TAP, "width": 0.006, **options}
+    ax.quiver(columns, rows, dx, dy, angles="xy", scale_units="xy", scale=1, **options)
+    return ax
+
+
+def dilation_map(ax: Axes, offset: Any, kernel_size: Any = 3, dilation: Any = 1, *, group: int = 0) -> Axes:
+    """Draw the effective dilation (colour) of each output position of one image, offset (2*offset_groups*K, h, w).
+
+    >>> import numpy as np
+    >>> float(dilation_map(panels()[0, 0], np.zeros((18, 5, 6)), dilation=2).images[0].get_array().max())
+    2.0
+    """
+    values = effective_dilation(np.asarray(offset)[None], kernel_size, dilation)[0, group]
+    drawn = ax.imshow(values, cmap="viridis")
+    ax.figure.colorbar(drawn, ax=ax, shrink=0.8)
+    ax.set(xticks=[], yticks=[])
+    return ax
+
+
+def dilation_curve(ax: Axes, scales: Any, dilation: Mapping[str, Any]) -> Axes:
+    """Draw effective dilation against object scale: name -> (runs, scales) or (scales,); line the mean, band the range.
+
+    >>> dilation_curve(panels()[0, 0], [1, 2], {"layer 1": [[2, 3], [3, 4]]}).get_xlabel()
+    'object scale'
+    """
+    _curves(ax, np.asarray(scales), dilation, marker="o")
+    ax.set(xlabel="object scale", ylabel="effective dilation (pixels of the layer's input)", xticks=scales)
+    return ax
+
+
+def learning_curves(ax: Axes, curves: Mapping[str, Any], label: str = "test accuracy") -> Axes:
+    """Draw values by epoch: name -> (runs, epochs) or (epochs,); line the mean, band the range.
+
+    >>> learning_curves(panels()[0, 0], {"plain": [0.5, 0.75]}).get_ylabel()
+    'test accuracy'
+    """
+    epochs = max(np.atleast_2d(values).shape[1] for values in curves.values())
+    _curves(ax, np.arange(1, epochs + 1), curves)
+    ax.set(xlabel="epoch", ylabel=label)
+    return ax
+
+
+def show(ax: Axes, image: Any) -> Axes:
+    """Draw an image (H, W) or (H, W, 3) without axis marks.
+
+    >>> import numpy as np
+    >>> len(show(panels()[0, 0], np.zeros((4, 5))).images)
+    1
+    """
+    ax.imshow(image, cmap="gray", interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    return ax
+
+
+def _curves(ax: Axes, x: Any, curves: Mapping[str, Any], **options: Any) -> None:
+    for name, values in curves.items():
+        runs = np.atleast_2d(np.asarray(values, np.float64))
+        (line,) = ax.plot(x[: runs.shape[1]], runs.mean(axis=0), label=name, **options)
+        if len(runs) > 1:
+            band = (runs.min(axis=0), runs.max(axis=0))
+            ax.fill_between(x[: runs.shape[1]], *band, color=line.get_color(), alpha=0.2, linewidth=0)
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)

@@ -1,0 +1,157 @@
+"""What is special about the CPU backend: vector widths, index types, the cache of compiled kernels, threads."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pydeform
+from pydeform.cpu import _jit, _threads
+from pydeform.cpu import deform_conv2d as kernels
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_python(code, **environment):
+    """Run code in a new interpreter that finds pydeform and the tests."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+AGAINST_ORACLE = """
+import numpy as np
+import pydeform
+from pydeform.cpu import _simd
+from tests.reference import deform_conv2d as oracle
+
+rng = np.random.default_rng(3)
+arrays = dict(
+    input=rng.standard_normal((2, 12, 7, 9)),
+    offset=2 * rng.standard_normal((2, 36, 5, 9)),
+    weight=rng.standard_normal((10, 6, 3, 3)),
+    bias=rng.standard_normal(10),
+    mask=rng.random((2, 18, 5, 9)),
+)
+want = oracle.forward(*arrays.values(), (1, 1), ((0, 0), (1, 1)), (1, 1))
+got = pydeform.deform_conv2d(**arrays, padding=(0, 1))
+np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+grad = rng.standard_normal(want.shape)
+want = oracle.backward(grad, *arrays.values(), (1, 1), ((0, 0), (1, 1)), (1, 1))
+got = pydeform.deform_conv2d_backward(grad, **arrays, padding=(0, 1))
+for name in arrays:
+    np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-11, atol=1e-11, err_msg=name)
+print("vector bytes", _simd.VECTOR_BYTES)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith(("linux", "darwin")), reason="names x86 features")
+def test_kernels_without_avx():
+    """The whole operator with 16-byte vectors and without fused multiply-add."""
+    if _jit.typeof(np.zeros(1)).dtype.bitwidth != 64 or "x86" not in os.uname().machine:
+        pytest.skip("this machine has 16-byte vectors only")
+    done = run_python(AGAINST_ORACLE, NUMBA_CPU_NAME="nehalem", NUMBA_CPU_FEATURES="+sse2,+sse3,+sse4.1,+sse4.2,+ssse3,+popcnt")
+    assert done.returncode == 0, done.stderr
+    assert "vector bytes 16" in done.stdout
+
+
+def test_an_image_of_2_to_the_31_pixels_takes_the_wide_index():
+    g = pydeform._geometry.Conv2dGeometry(*[1] * 19)
+    assert kernels.pixel_dtype(g._replace(in_h=2**15, in_w=2**16 - 1)) == np.int32
+    assert kernels.pixel_dtype(g._replace(in_h=2**16, in_w=2**15)) == np.int64
+
+
+def test_both_index_types_give_the_same_bits(monkeypatch):
+    rng = np.random.default_rng(5)
+    arrays = (
+        rng.standard_normal((1, 3, 6, 5)),
+        3 * rng.standard_normal((1, 18, 6, 5)),
+        rng.standard_normal((4, 3, 3, 3)),
+    )
+    grad = rng.standard_normal((1, 4, 6, 5))
+    narrow = pydeform.deform_conv2d(*arrays, padding=1)
+    narrow_grads = pydeform.deform_conv2d_backward(grad, *arrays, padding=1)
+    asked = []
+    monkeypatch.setattr(kernels, "pixel_dtype", lambda g: asked.append(g) or np.dtype(np.int64))
+    wide = pydeform.deform_conv2d(*arrays, padding=1)
+    wide_grads = pydeform.deform_conv2d_backward(grad, *arrays, padding=1)
+    assert asked
+    np.testing.assert_array_equal(wide, narrow)
+    for name in ("input", "offset", "weight"):
+        np.testing.assert_array_equal(getattr(wide_grads, name), getattr(narrow_grads, name))
+
+
+TINY = """
+import numpy as np, pydeform
+x = np.ones((1, 1, 3, 3), np.float32)
+print(pydeform.conv2d(x, np.ones((1, 1, 3, 3), np.float32)).item())
+"""
+
+
+def test_first_compile_says_so_once_and_later_processes_load_it(tmp_path):
+    cold = run_python(TINY, NUMBA_CACHE_DIR=str(tmp_path))
+    assert cold.returncode == 0, cold.stderr
+    assert cold.stdout.strip() == "9.0"
+    assert cold.stderr.count("compiling kernels") == 1 and str(tmp_path) in cold.stderr
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
+    assert kept
+    warm = run_python(TINY, NUMBA_CACHE_DIR=str(tmp_path))
+    assert warm.stdout.strip() == "9.0" and warm.stderr == ""
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == kept
+
+
+def test_an_unwritable_cache_folder_is_said_once_and_does_no_harm(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder can be made below a file")
+    done = run_python(TINY, NUMBA_CACHE_DIR=str(blocked / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "9.0"
+    assert done.stderr.count("not writable") == 1
+
+
+def test_an_edit_in_any_kernel_source_makes_the_cache_stale(tmp_path, monkeypatch):
+    for path in Path(_jit.__file__).parent.glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(_jit, "_SOURCES", tmp_path)
+    digest = _jit.source_digest.__wrapped__
+    before = digest()
+    assert before == digest()
+    with (tmp_path / "_simd.py").open("a") as file:
+        file.write("# edited\n")
+    assert digest() != before
+
+
+def test_every_unit_is_done_once_by_any_number_of_threads():
+    @_jit.Kernel
+    def mark(thread, counters, done, by):
+        unit = _threads.claim(counters, 0)
+        while unit < len(done):
+            done[unit] += 1
+            by[thread] += 1
+            _threads.finish(counters, 0)
+            unit = _threads.claim(counters, 0)
+        _threads.wait_for(counters, 0, len(done))
+
+    for threads in (1, 2, 5):
+        done, by = np.zeros(1000, np.int64), np.zeros(threads, np.int64)
+        _threads.run(mark, "test", threads, _threads.new_counters(1), done, by)
+        assert (done == 1).all() and by.sum() == 1000
+
+
+@pytest.mark.parametrize("count", [0, -1, True])
+def test_set_num_threads_refuses(count):
+    with pytest.raises(ValueError, match="set_num_threads: count must be an int >= 1"):
+        pydeform.set_num_threads(count)
+
+
+def test_set_num_threads_refuses_what_is_no_int():
+    with pytest.raises(TypeError, match="set_num_threads: count must be an int >= 1, got 1.5"):
+        pydeform.set_num_threads(1.5)

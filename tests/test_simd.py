@@ -1,0 +1,177 @@
+"""The SIMD primitives at every vector width, against NumPy, on pointers that are not aligned."""
+
+import numpy as np
+import pytest
+from numba import njit
+
+from pydeform.cpu import _simd
+from pydeform.cpu._simd import at, primitives
+
+WIDTHS = {width: primitives(width) for width in (16, 32, 64)}
+TOLERANCE = {"float32": 2e-6, "float64": 1e-15}
+
+
+@pytest.fixture(params=WIDTHS, ids="{}-byte".format)
+def simd(request):
+    return WIDTHS[request.param]
+
+
+@pytest.fixture(params=("float32", "float64"))
+def dtype(request):
+    return np.dtype(request.param)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def close(got, want, dtype, scale=1.0):
+    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE[dtype.name] * scale)
+
+
+def test_module_exports_the_width_of_this_machine():
+    assert _simd.VECTOR_BYTES in WIDTHS
+    assert _simd.ROWS == WIDTHS[_simd.VECTOR_BYTES].rows
+
+
+@pytest.mark.parametrize("features, expected", [("+sse2", 16), ("+avx,+avx2", 16), ("+avx2,+fma", 32)])
+def test_width_follows_the_features_numba_compiles_for(monkeypatch, features, expected):
+    monkeypatch.setattr(_simd.config, "CPU_FEATURES", features)
+    assert _simd.host_vector_bytes() == expected
+    monkeypatch.setattr(_simd.config, "CPU_FEATURES", features + ",+avx512f,+avx512vl")
+    assert _simd.host_vector_bytes() == 64
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 7])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_multiply_tile(simd, dtype, rng, depth, accumulate):
+    multiply_tile, rows, columns = simd.multiply_tile, simd.rows, 2 * simd.vector_bytes // dtype.itemsize
+
+    @njit
+    def run(a, b, c, depth, accumulate):
+        multiply_tile(at(a, (1, 0)), a.shape[1], 1, at(b, (0, 1)), b.shape[1], depth, at(c, (1, 1)), c.shape[1], accumulate)
+        # The same product with the roles of row and step exchanged, as the weight gradient uses it.
+        transposed = np.ascontiguousarray(a[1:, :].T)
+        multiply_tile(
+            at(transposed, (0, 0)), 1, transposed.shape[1], at(b, (0, 1)), b.shape[1], depth, at(c, (2 + rows_, 1)), c.shape[1], accumulate
+        )
+
+    rows_ = rows
+    a = rng.standard_normal((rows + 1, depth + 3)).astype(dtype)
+    b = rng.standard_normal((depth + 1, columns + 5)).astype(dtype)
+    c = rng.standard_normal((2 * rows + 3, columns + 3)).astype(dtype)
+    want = c.astype(np.float64)
+    for first in (1, 2 + rows):
+        product = a[1:, :depth].astype(np.float64) @ b[:depth, 1 : columns + 1].astype(np.float64)
+        block = want[first : first + rows, 1 : columns + 1]
+        block[...] = product + (block if accumulate else 0)
+    run(a, b, c, depth, accumulate)
+    close(c, want, dtype, 10)
+
+
+def corners_of(rng, dtype, pixels, channels):
+    image = rng.standard_normal((pixels, channels)).astype(dtype)
+    corners = np.array([2, 0, 2, pixels - 1])  # two of them are one pixel
+    weights = rng.random(4).astype(dtype)
+    return image, corners, weights
+
+
+@pytest.mark.parametrize("vectors", [0, 1, 3])
+def test_blend(simd, dtype, rng, vectors):
+    blend = simd.blend
+    channels = vectors * simd.vector_bytes // dtype.itemsize + 3
+    image, corners, weights = corners_of(rng, dtype, 5, channels)
+
+    @njit
+    def run(out, image, i, w, vectors):
+        blend(at(out, (1,)), at(image, (0, 2)), i[0], i[1], i[2], i[3], w[0], w[1], w[2], w[3], vectors)
+
+    out = np.full(channels + 2, 99, dtype)
+    run(out, image, corners * channels, weights, vectors)
+    count = channels - 3
+    close(out[1 : 1 + count], weights @ image[corners, 2 : 2 + count], dtype, 10)
+    assert (out[1 + count :] == 99).all() and out[0] == 99
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 8, 21, 32])
+@pytest.mark.parametrize("scatter", [False, True])
+def test_blend_backward(simd, dtype, rng, channels, scatter):
+    blend_dots = simd.blend_dots_scatter if scatter else simd.blend_dots
+    width = channels + 4  # what stands right and left belongs to others
+    image, corners, weights = corners_of(rng, dtype, 5, width)
+    room = simd.vector_bytes // dtype.itemsize
+    grad = np.zeros(channels + room, dtype)
+    grad[:channels] = rng.standard_normal(channels)
+    image[:, channels + 2 :] = np.nan  # must not leak into the dots
+
+    @njit
+    def run(out, grad, image, grad_image, i, w, channels):
+        return blend_dots(
+            at(out, (0,)),
+            at(grad, (0,)),
+            at(image, (0, 2)),
+            at(grad_image, (0, 2)),
+            i[0],
+            i[1],
+            i[2],
+            i[3],
+            w[0],
+            w[1],
+            w[2],
+            w[3],
+            channels,
+        )
+
+    out = np.zeros(channels + room, dtype)
+    grad_image = rng.standard_normal(image.shape).astype(dtype)
+    want = grad_image.astype(np.float64)
+    dots = run(out, grad, image, grad_image, corners * width, weights, channels)
+    inside = image[:, 2 : 2 + channels].astype(np.float64)
+    close(out[:channels], weights @ inside[corners], dtype, 10)
+    close(dots, inside[corners] @ grad[:channels], dtype, 40)
+    if scatter:
+        for k, w in zip(corners, weights, strict=True):
+            want[k, 2 : 2 + channels] += w * grad[:channels]
+    close(grad_image, want, dtype, 10)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_transpose_block(simd, dtype, rng, shifted):
+    transpose = simd.transpose_block_shifted if shifted else simd.transpose_block
+    lanes = simd.vector_bytes // dtype.itemsize
+
+    @njit
+    def run(source, target, shift):
+        transpose(at(source, (1, 2)), source.shape[1], at(target, (2, 1)), target.shape[1], at(shift, (1,)))
+
+    source = rng.standard_normal((lanes + 2, lanes + 3)).astype(dtype)
+    target = np.full((lanes + 3, lanes + 2), 99, dtype)
+    shift = rng.standard_normal(lanes + 1).astype(dtype)
+    want = target.copy()
+    want[2 : 2 + lanes, 1 : 1 + lanes] = source[1 : 1 + lanes, 2 : 2 + lanes].T + shifted * shift[1:, None]
+    run(source, target, shift)
+    np.testing.assert_array_equal(target, want)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 64, 133])
+def test_sum_values(simd, dtype, rng, count):
+    sum_values = simd.sum_values
+
+    @njit
+    def run(source, count):
+        return sum_values(at(source, (1,)), count)
+
+    source = rng.standard_normal(count + 2).astype(dtype)
+    close(run(source, count), source[1 : 1 + count].astype(np.float64).sum(), dtype, 30)
+
+
+def test_at_refuses_an_index_of_another_rank():
+    from numba.core.errors import TypingError
+
+    @njit
+    def run(source):
+        return at(source, (1,))
+
+    with pytest.raises(TypingError):
+        run(np.zeros((2, 3)))

@@ -1,0 +1,207 @@
+"""Threads, processes and caches change no bit of a result and stop nothing from working."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import pydeform
+from tests.cases.deform_conv2d import ARRAYS, Case, make, make_grad_output
+from tests.conftest import assert_same_bits
+
+ROOT = Path(pydeform.__file__).parents[1]
+
+# Different enough that no two threads are ever at the same place of the same loop.
+PROBLEMS = (
+    Case(2, 12, 11, 7, 4, (3, 2), (2, 1), ((1, 1), (0, 0)), (2, 1), groups=2, offset_groups=3),
+    Case(1, 34, 25, 23, 18, (3, 3), padding=((1, 1), (1, 1)), groups=2, offset_groups=2),
+    Case(3, 16, 18, 17, 40, (1, 3), mask=False),
+    Case(5, 6, 9, 12, 6, (3, 3), groups=6, bias=False),
+    Case(1, 3, 40, 31, 8, (5, 5), padding=((2, 2), (2, 2))),
+    Case(7, 8, 6, 5, 9, (1, 1), offset_groups=4),
+    Case(1, 70, 13, 14, 66, (2, 2), mask=False, bias=False),
+    Case(2, 20, 1, 50, 10, (1, 4), groups=5, offset_groups=2),
+)
+
+
+def solve(case: Case, dtype: str) -> dict[str, object]:
+    arrays = make(case, dtype)
+    grads = pydeform.deform_conv2d_backward(make_grad_output(case, dtype), **arrays, **case.options)
+    return {"output": pydeform.deform_conv2d(**arrays, **case.options), **grads._asdict()}
+
+
+def assert_same_results(got, want):
+    for name in ("output", *ARRAYS):
+        if want[name] is None:
+            assert got[name] is None
+        else:
+            assert_same_bits(got[name], want[name], name)
+
+
+@pytest.fixture
+def threads():
+    """set_num_threads for one test."""
+    before = pydeform.get_num_threads()
+    yield pydeform.set_num_threads
+    pydeform.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_the_number_of_threads_changes_no_bit(threads, dtype):
+    threads(1)
+    assert pydeform.get_num_threads() == 1
+    want = [solve(case, dtype) for case in PROBLEMS]
+    for count in (2, 3, 7):  # more than there are processors, too
+        threads(count)
+        assert pydeform.get_num_threads() == count
+        for case, results in zip(PROBLEMS, want, strict=True):
+            assert_same_results(solve(case, dtype), results)
+
+
+def test_eight_threads_at_once(threads):
+    """Each Python thread works on its own problem, several times, starting together."""
+    threads(1)
+    want = [solve(case, "float32") for case in PROBLEMS]
+    threads(2)
+    barrier, failures = threading.Barrier(len(PROBLEMS)), []
+
+    def work(number):
+        try:
+            barrier.wait()
+            for _ in range(4):
+                assert_same_results(solve(PROBLEMS[number], "float32"), want[number])
+        except BaseException as error:
+            failures.append((number, error))
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(len(PROBLEMS))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert not worker.is_alive(), "still running: the threads wait for each other"
+    assert not failures, failures
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A new interpreter that finds this pydeform and these tests."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+# First use is by all threads at once, so that compiling or loading kernels is raced for, too; then a child process.
+FIRST_USE_BY_THREADS_THEN_FORK = """
+import faulthandler, os, signal, sys, threading
+faulthandler.dump_traceback_later(120, exit=True)
+import numpy as np, pydeform
+from tests.test_threads import PROBLEMS, assert_same_results, solve
+
+def child(want):
+    signal.alarm(60)  # a child that hangs dies of it
+    try:
+        for case, results in zip(PROBLEMS[:3], want):
+            assert_same_results(solve(case, "float32"), results)
+    except BaseException as error:
+        print("child:", repr(error), file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+got = [None] * 3
+barrier = threading.Barrier(3)
+def work(number):
+    barrier.wait()
+    got[number] = solve(PROBLEMS[number], "float32")
+workers = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+[w.start() for w in workers]
+[w.join() for w in workers]
+pydeform.set_num_threads(1)
+want = [solve(case, "float32") for case in PROBLEMS[:3]]
+for a, b in zip(got, want):
+    assert_same_results(a, b)
+pydeform.set_num_threads(2)
+solve(PROBLEMS[1], "float32")
+for _ in range(2):
+    pid = os.fork()
+    if pid == 0:
+        child(want)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert_same_results(solve(PROBLEMS[1], "float32"), want[1])  # and the parent goes on
+print("all the same")
+"""
+
+
+# pydeform brings its own threads, so a layer that Numba lacks on this machine must not matter either.
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
+@pytest.mark.parametrize("layer", ["workqueue", "omp", "tbb"])
+def test_threads_and_fork(layer):
+    done = run_python(FIRST_USE_BY_THREADS_THEN_FORK, NUMBA_THREADING_LAYER=layer)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "all the same\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
+def test_fork_while_other_threads_compute():
+    """The child must not inherit a lock that a thread of the parent held."""
+    code = """
+import faulthandler, os, signal, threading
+faulthandler.dump_traceback_later(120, exit=True)
+import pydeform
+from tests.test_threads import PROBLEMS, assert_same_results, solve
+pydeform.set_num_threads(2)
+want = solve(PROBLEMS[0], "float32")
+stop = threading.Event()
+def busy():
+    while not stop.is_set():
+        solve(PROBLEMS[1], "float32")
+workers = [threading.Thread(target=busy) for _ in range(3)]
+[w.start() for w in workers]
+codes = []
+for _ in range(8):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        try:
+            assert_same_results(solve(PROBLEMS[0], "float32"), want)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+stop.set()
+[w.join() for w in workers]
+print(codes)
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{[0] * 8}\n"
+
+
+def compile_without_cache(folder: str) -> subprocess.CompletedProcess[str]:
+    code = """
+import numpy as np, pydeform
+x = np.arange(12.0, dtype=np.float32).reshape(1, 1, 3, 4)
+print(pydeform.deform_conv2d(x, np.full((1, 2, 3, 4), 0.5, np.float32), np.ones((1, 1, 1, 1), np.float32))[0, 0, 0, 0])
+"""
+    return run_python(code, HOME=folder, NUMBA_CACHE_DIR=folder, XDG_CACHE_HOME=folder, LOCALAPPDATA=folder)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    """Below a regular file nobody can make a folder, not even root."""
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    done = compile_without_cache(str(blocker / "below"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "2.5\n"
+    said = [line for line in done.stderr.splitlines() if "not writable" in line]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("pydeform: no compiled kernels are kept")
+    assert blocker.read_text() == ""

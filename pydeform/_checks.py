@@ -10,6 +10,12 @@ from typing import Any
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
+def check_present(op: str, arrays: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if arrays[name] is None:
+            raise TypeError(f"{op}: {name} must be an array, got None")
+
+
 def check_dtypes(op: str, arrays: dict[str, Any]) -> None:
     """Every array present has one and the same native float dtype; `arrays` is in the order of the arguments."""
     first: Any = None
@@ -22,7 +28,7 @@ def check_dtypes(op: str, arrays: dict[str, Any]) -> None:
                 raise TypeError(f"{op}: {name} must have dtype {', '.join(FLOAT_DTYPES)}, got {dtype}")
             first, first_name = dtype, name
         elif dtype is not first and dtype != first:
-            raise TypeError(f"{op}: {name} must have the dtype of {first_name}, {first.name}, got {dtype.name}")
+            raise TypeError(f"{op}: {name} must have the dtype of {first_name}, {first}, got {dtype}")
 
 
 @functools.cache
@@ -45,27 +51,28 @@ def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _as_int(op: str, name: str, value: Any, minimum: int, expected: str) -> int:
+def _as_int(op: str, name: str, item: Any, minimum: int, expected: str, value: Any) -> int:
+    """`item` of the argument `value` as an int."""
     try:
-        number = _operator.index(value)
+        number = _operator.index(item)
     except TypeError:
         raise TypeError(f"{op}: {name} must be {expected}, got {value!r}") from None
-    if isinstance(value, bool) or number < minimum:
+    if isinstance(item, bool) or number < minimum:
         raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
     return number
 
 
 def per_axis(op: str, name: str, value: Any, axes: int, minimum: int) -> tuple[int, ...]:
     """An int, or one int per axis, as a tuple of `axes` ints not below `minimum`."""
-    expected = f"an int >= {minimum} or {axes} of them"
+    expected = f"an int >= {minimum}" + (f" or {axes} of them" if axes > 1 else "")
     if isinstance(value, str):
         raise TypeError(f"{op}: {name} must be {expected}, got {value!r}")
     if not isinstance(value, Iterable):
-        return (_as_int(op, name, value, minimum, expected),) * axes
+        return (_as_int(op, name, value, minimum, expected, value),) * axes
     items = tuple(value)
     if len(items) != axes:
         raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
-    return tuple(_as_int(op, name, item, minimum, expected) for item in items)
+    return tuple(_as_int(op, name, item, minimum, expected, value) for item in items)
 
 
 def padding_pairs(
@@ -88,7 +95,7 @@ def padding_pairs(
         ]
         return tuple((total // 2, total - total // 2) for total in totals)
     if not isinstance(padding, Iterable):
-        return ((_as_int(op, "padding", padding, 0, expected),) * 2,) * axes
+        return ((_as_int(op, "padding", padding, 0, expected, padding),) * 2,) * axes
     items = tuple(padding)
     if len(items) != axes:
         raise ValueError(f"{op}: padding must be {expected}, got {padding!r}")
@@ -97,7 +104,8 @@ def padding_pairs(
         pair = tuple(item) if isinstance(item, Iterable) and not isinstance(item, str) else (item, item)
         if len(pair) != 2:
             raise ValueError(f"{op}: padding must be {expected}, got {padding!r}")
-        pairs.append((_as_int(op, "padding", pair[0], 0, expected), _as_int(op, "padding", pair[1], 0, expected)))
+        before, after = (_as_int(op, "padding", side, 0, expected, padding) for side in pair)
+        pairs.append((before, after))
     return tuple(pairs)
 
 

@@ -46,6 +46,7 @@ def conv2d_backward(
     arrays, back = _interop.to_native(
         op, {"grad_output": grad_output, "input": input, "weight": weight, "bias": bias}
     )
+    _checks.check_present(op, arrays, "grad_output")
     grad_output = arrays.pop("grad_output")
     g = _geometry_of(op, arrays, stride, padding, dilation, groups, grad_output)
     wanted = _checks.needed(op, needs, arrays)
@@ -57,9 +58,7 @@ def conv2d_backward(
 def _geometry_of(
     op: str, arrays: dict[str, Any], stride: Any, padding: Any, dilation: Any, groups: int, grad_output: Any = None
 ) -> _geometry.Conv2dGeometry:
-    for name in ("input", "weight"):
-        if arrays[name] is None:
-            raise TypeError(f"{op}: {name} must be an array, got None")
+    _checks.check_present(op, arrays, "input", "weight")
     present = arrays if grad_output is None else {**arrays, "grad_output": grad_output}
     _checks.check_dtypes(op, present)
     g = _geometry.conv2d_geometry(

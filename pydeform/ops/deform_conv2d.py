@@ -64,6 +64,7 @@ def deform_conv2d_backward(
             "mask": mask,
         },
     )
+    _checks.check_present(op, arrays, "grad_output")
     grad_output = arrays.pop("grad_output")
     g = _geometry_of(op, arrays, stride, padding, dilation, boundary, grad_output)
     wanted = _checks.needed(op, needs, arrays)
@@ -75,9 +76,7 @@ def deform_conv2d_backward(
 def _geometry_of(
     op: str, arrays: dict[str, Any], stride: Any, padding: Any, dilation: Any, boundary: str, grad_output: Any = None
 ) -> _geometry.Conv2dGeometry:
-    for name in ("input", "offset", "weight"):
-        if arrays[name] is None:
-            raise TypeError(f"{op}: {name} must be an array, got None")
+    _checks.check_present(op, arrays, "input", "offset", "weight")
     present = arrays if grad_output is None else {**arrays, "grad_output": grad_output}
     _checks.check_dtypes(op, present)
     g = _geometry.conv2d_geometry(

@@ -1,0 +1,112 @@
+"""What every benchmark here shares: where results go, and measurements that need a fresh process.
+
+The round robin among candidates is in pydeform.bench.timing, where `pydeform bench` finds it as well.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydeform.bench import timing
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def device_slug() -> str:
+    """A folder name for this machine, such as amd-epyc-2-cores."""
+    name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*$", " ", timing.cpu_name().lower())
+    return "-".join([*re.findall(r"[a-z0-9]+", name), str(os.cpu_count()), "cores"])
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """The result with the machine, versions and date it was measured with. Seconds and bytes throughout."""
+    header = {
+        "device": {"cpu": timing.cpu_name(), "cores": os.cpu_count(), "system": sys.platform},
+        "versions": timing.versions(),
+        "python": sys.version.split()[0],
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**header, **_rounded(result)}, indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """Four digits: the rest is noise, and noise in the diff of every later run."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+# Linux only: writing 5 to clear_refs sets the peak back to the present size, so that only the call is measured.
+_PEAK = """
+import json
+import pathlib
+import numpy as np
+
+def _status(key):
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+
+def _extra_peak(call):
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    returned = call()
+    kept = sum(a.nbytes for a in (returned if isinstance(returned, tuple) else (returned,)) if a is not None)
+    return _status("VmHWM") - before - kept
+
+{setup}
+print(json.dumps({{name: _extra_peak(call) for name, call in calls.items()}}))
+"""
+
+
+def extra_memory(setup: str, threads: int) -> dict[str, int] | None:
+    """Peak memory of each call beyond what was there before and what it returns. `setup` defines a dict `calls`."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        return None
+    output = timing.python("-c", _PEAK.format(setup=setup), env=timing.thread_environment(threads))
+    result: dict[str, int] = json.loads(output.splitlines()[-1])
+    return result
+
+
+_COMPILE = """
+import json
+import time
+import numpy as np
+{setup}
+
+begin = time.perf_counter()
+import pydeform  # is part of what the first call costs
+seconds = {{"import": time.perf_counter() - begin}}
+for name, call in calls.items():
+    start = time.perf_counter()
+    call()
+    first = time.perf_counter() - start
+    steady = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        steady.append(time.perf_counter() - start)
+    seconds[name] = first - min(steady)
+print(json.dumps({{**seconds, "together": sum(seconds.values())}}))
+"""
+
+
+def compile_seconds(setup: str) -> dict[str, dict[str, float]]:
+    """Time to the first result less that of a later one, with an empty cache and then in a process that finds it full.
+
+    Both begin after `import numpy`. `setup` defines a dict `calls`; its functions may use `pydeform`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "NUMBA_CACHE_DIR": folder}
+        return {
+            state: json.loads(timing.python("-c", _COMPILE.format(setup=setup), env=env).splitlines()[-1])
+            for state in ("cold", "cached")
+        }

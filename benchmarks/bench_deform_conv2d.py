@@ -25,8 +25,8 @@ from pydeform.bench import timing
 PARTS = ("speed", "scaling", "memory", "compile")
 MEMORY_SHAPE = "W6"
 SCALING_SHAPE = "W1"
-MEGABYTE = 1e6
-SLACK = 32 * 2**20  # bytes allowed beside the channels-last copies
+MEGABYTE = 10**6
+SLACK = 32 * MEGABYTE  # bytes allowed beside the channels-last copies
 
 MEMORY_SETUP = """
 from pydeform.bench import deform_conv2d as bench
@@ -91,8 +91,8 @@ def memory(threads: int) -> dict[str, Any] | None:
         bound = copies * copy + SLACK
         result[what] = {"extra": extra[what], "bound": bound, "copies": copies}
         print(
-            f"{MEMORY_SHAPE} {what}, threads {threads}: peak {extra[what] / MEGABYTE:.1f} MB beyond inputs and results; "
-            f"{copies} channels-last and 32 MiB are {bound / MEGABYTE:.1f} MB"
+            f"{MEMORY_SHAPE} {what}, threads {threads}: peak {extra[what] / MEGABYTE:.1f} MB beyond inputs and results "
+            f"(bound {bound / MEGABYTE:.1f}: channels-last copies, {copies}, and 32 MB)"
         )
     return {MEMORY_SHAPE: result}
 

@@ -6,7 +6,7 @@ import ctypes
 import importlib
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13  # DLPack device types
 UNSIGNED, BFLOAT = 1, 4  # DLPack type codes
+UNREADABLE = (BufferError, RuntimeError, TypeError, ValueError)  # what libraries raise for memory they do not share
 
 
 class Back:
@@ -92,10 +93,10 @@ def _import_torch(must_be: str, tensor: Any) -> tuple[Any, Back]:
         if tensor.dtype is torch.bfloat16:
             plain = plain.view(torch.int16)
         native = cuda.from_dlpack(plain) if cuda else plain.numpy()
-    except (RuntimeError, TypeError) as error:  # fake tensors, tensors under vmap; float8 and other foreign dtypes
+    except UNREADABLE as error:  # fake tensors, tensors under vmap; float8 and other foreign dtypes
         raise TypeError(
-            f"{must_be} a tensor whose memory NumPy can read, got {_type_name(tensor)} of dtype {tensor.dtype}: {error} "
-            "(under torch.func or torch.compile call the operator of pydeform.torch)"
+            f"{must_be} a tensor whose memory NumPy can read, got {_type_name(tensor)} of dtype {tensor.dtype} "
+            f"(under torch.func or torch.compile call the operator of pydeform.torch): {error}"
         ) from None
     if tensor.dtype is torch.bfloat16:
         native = native.view(_bfloat16())
@@ -139,7 +140,10 @@ def _import_dlpack(must_be: str, array: Any) -> tuple[Any, Back]:
         to_dlpack = _capsule_function(library, "to_dlpack")
         if to_dlpack is None:
             raise TypeError(f"{must_be} an array (NumPy, CuPy, or one with __dlpack__), got {_type_name(array)}")
-        array = Capsule(to_dlpack(array))
+        try:
+            array = Capsule(to_dlpack(array))
+        except Exception as error:  # each library has its own
+            raise TypeError(f"{must_be} an array with memory to share, got {_type_name(array)}: {error}") from error
     device = int(array.__dlpack_device__()[0])
     if device in (CUDA, CUDA_MANAGED):
         native = _cuda(must_be).from_dlpack(array)
@@ -153,12 +157,14 @@ def _import_dlpack(must_be: str, array: Any) -> tuple[Any, Back]:
 def _from_dlpack_cpu(must_be: str, array: Any) -> Any:
     try:
         return np.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError) as error:  # NumPy reads no bfloat16: hand it over as uint16
+    except UNREADABLE as error:
+        reason = error
+    with suppress(*UNREADABLE):  # NumPy reads no bfloat16: hand it over as uint16
         capsule = Capsule(array.__dlpack__())
-        if capsule.type_code != BFLOAT:
-            raise TypeError(f"{must_be} an array that NumPy can read, got {_type_name(array)}: {error}") from None
-        capsule.type_code = UNSIGNED
-        return np.from_dlpack(capsule).view(_bfloat16())
+        if capsule.type_code == BFLOAT:
+            capsule.type_code = UNSIGNED
+            return np.from_dlpack(capsule).view(_bfloat16())
+    raise TypeError(f"{must_be} an array that NumPy can read, got {_type_name(array)}: {reason}") from None
 
 
 def _exporter(must_be: str, array: Any, library: ModuleType | None) -> Callable[[Any], Any]:

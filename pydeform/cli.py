@@ -1,1 +1,158 @@
-def main(argv=None): return 0
+"""The command line: `pydeform info | check | bench | warmup | demo`, also `python -m pydeform`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import pydeform
+
+# extra -> the modules that it brings
+EXTRAS = {
+    "cuda12 or cuda13": ("cupy",),
+    "torch": ("torch",),
+    "jax": ("jax",),
+    "dask": ("dask", "distributed"),
+    "onnx": ("onnx",),
+    "viz": ("matplotlib",),
+    "demo": ("matplotlib", "sklearn", "tqdm"),
+    "test": ("hypothesis", "matplotlib", "onnx", "onnxruntime", "pytest", "safetensors", "sklearn", "tqdm"),
+}
+VECTOR_FEATURES = ("sse2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bf16", "avx512fp16", "neon", "sve")
+WARMUP_DTYPES = ("float32", "float64")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["demo"]:  # has options of its own
+        return demo(arguments[1:])
+    parser = argparse.ArgumentParser(prog="pydeform", description="Deformable operators on NumPy and CuPy arrays.")
+    parser.add_argument("--version", action="version", version=pydeform.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | check | bench | warmup | demo")
+    commands.add_parser("info", help="versions, processor, threads, devices, cache, extras").set_defaults(run=info)
+    parser_check = commands.add_parser("check", help="every operator on this machine against known results")
+    parser_check.set_defaults(run=check)
+    parser_bench = commands.add_parser("bench", help="speed on this machine, beside the peers that are installed")
+    parser_bench.add_argument("--quick", action="store_true", help="three small shapes only")
+    parser_bench.add_argument("--threads", type=int, default=pydeform.get_num_threads())
+    parser_bench.set_defaults(run=bench)
+    commands.add_parser("warmup", help="compile every kernel once").set_defaults(run=warmup)
+    commands.add_parser("demo", help="train deformable networks on real digits; `pydeform demo --help`")
+    options = parser.parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    return run(options)
+
+
+def info(options: argparse.Namespace) -> int:
+    from pydeform.bench import timing
+
+    installed = timing.versions(("numpy", "numba", "llvmlite", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x"))
+    threads = pydeform.get_num_threads()
+    rows = [
+        ("python", f"{platform.python_version()} {platform.python_implementation()}, {platform.platform()}"),
+        *installed.items(),
+        ("processor", f"{timing.cpu_name()}, {os.cpu_count()} cores, {' '.join(vector_features())}"),
+        ("threads", f"{threads} (change it with pydeform.set_num_threads or NUMBA_NUM_THREADS)"),
+        ("devices", ", ".join(devices())),
+        ("cache", cache()),
+        *((f"extra {name}", extra_state(modules)) for name, modules in EXTRAS.items()),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:{width}}  {value}")
+    return 0
+
+
+def vector_features() -> list[str]:
+    """The processor's vector instructions, as LLVM reports them."""
+    features = importlib.import_module("llvmlite.binding").get_host_cpu_features()
+    return [name for name in VECTOR_FEATURES if features.get(name)]
+
+
+def devices() -> list[str]:
+    """The CPU, and the name of each GPU or the reason why there is none."""
+    if find_spec("cupy") is None:
+        return ["cpu", "no cuda (cupy is not installed)"]
+    cupy = importlib.import_module("cupy")
+    if not cupy.is_available():
+        return ["cpu", "no cuda (cupy finds no device)"]
+    count = cupy.cuda.runtime.getDeviceCount()
+    names = [cupy.cuda.runtime.getDeviceProperties(number)["name"].decode() for number in range(count)]
+    return ["cpu", *(f"cuda:{number} {name}" for number, name in enumerate(names))]
+
+
+def cache() -> str:
+    """Folder and size of the compiled kernels."""
+    folder: Path | None = importlib.import_module("pydeform.cpu._jit").cache_directory()
+    if folder is None:
+        return "none: its folder is not writable, so every process compiles again"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return f"{folder}, {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB"
+
+
+def extra_state(modules: Sequence[str]) -> str:
+    missing = [name for name in modules if find_spec(name) is None]
+    return f"no, without {', '.join(missing)}" if missing else "yes"
+
+
+def check(options: argparse.Namespace) -> int:
+    from pydeform import _selfcheck
+    from pydeform._progress import progress
+    from pydeform.bench import timing
+
+    jobs = [
+        (operator, backend, dtype)
+        for operator in _selfcheck.operators()
+        for backend in _selfcheck.backends()
+        for dtype in _selfcheck.DTYPES
+    ]
+    shown = progress(jobs, "check", lambda job: f"{job[0]} {job[1].name} {job[2]}")
+    results = [_selfcheck.check(*job) for job in shown]
+    rows = [(r.operator, r.backend, r.dtype, r.evidence, "FAILED" if r.failure else "ok") for r in results]
+    print(timing.table(("operator", "backend", "dtype", "compared with", "result"), rows))
+    failures = [r for r in results if r.failure]
+    for r in failures:
+        print(f"{r.operator} {r.backend} {r.dtype}: {r.failure}")
+    print(f"{len(results) - len(failures)} ok, {len(failures)} failed")
+    return 1 if failures else 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    from pydeform.bench import deform_conv2d, timing
+
+    shapes = ["W1", "W2", "W5"] if options.quick else list(deform_conv2d.SHAPES)
+    print(", ".join(f"{name} {version}" for name, version in timing.versions().items()))
+    print(f"{timing.cpu_name()}, {options.threads} threads, float32, milliseconds, median/minimum")
+    results = deform_conv2d.run(options.threads, shapes, rounds=3)
+    for what in ("forward", "training"):
+        print(f"\n{deform_conv2d.report(results, what)}")
+    return 0
+
+
+def warmup(options: argparse.Namespace) -> int:
+    from pydeform import _selfcheck
+    from pydeform._progress import progress
+
+    start = time.perf_counter()
+    backends = _selfcheck.backends()
+    jobs = [(operator, dtype) for operator in _selfcheck.operators() for dtype in WARMUP_DTYPES]
+    for operator, dtype in progress(jobs, "warmup", " ".join):
+        for backend in backends:
+            _selfcheck.run(operator, _selfcheck.problem(operator), backend, _selfcheck.DTYPES[dtype])
+    print(f"{len(jobs)} kernels ready in {time.perf_counter() - start:.1f} s; cache: {cache()}")
+    return 0
+
+
+def demo(argv: Sequence[str]) -> int:
+    missing = [name for name in EXTRAS["demo"] if find_spec(name) is None]
+    if missing:
+        print(f'pydeform demo: {", ".join(missing)} must be installed (pip install ".[demo]")', file=sys.stderr)
+        return 2
+    return int(importlib.import_module("pydeform.demo").main(list(argv)) or 0)

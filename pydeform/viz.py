@@ -1,4 +1,4 @@
-"""Pictures of sampling points, offsets and effective dilation. Every function draws on Matplotlib axes and returns them."""
+"""Pictures of sampling points, offsets and effective dilation: every function draws on Matplotlib axes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pydeform.ops.analysis import effective_dilation, sampling_locations
 
-INPUT, TAP, CENTRE = "#888888", "#e4572e", "#ffd23f"
+TAP, CENTRE = "#e4572e", "#ffd23f"
 
 
 class Level(NamedTuple):
@@ -103,8 +103,9 @@ def offset_field(
     *,
     image: Any = None,
     pixel_stride: float = 1,
-    group: int = 0,
     kernel_size: Any = 3,
+    stride: int = 1,
+    group: int = 0,
     **options: Any,
 ) -> Axes:
     """Draw the offsets of one image as arrows, one at each output position.
@@ -114,8 +115,8 @@ def offset_field(
     ax : where to draw
     offset : (2*offset_groups*K, out_h, out_w)
     tap : which tap of the kernel, row by row; None for the mean over all taps, the shift of the whole filter
-    image : drawn under the arrows, with `pixel_stride` image pixels per output position
-    kernel_size, group : of the layer; which of its offset groups
+    image : drawn under the arrows, with `pixel_stride` image pixels per pixel of the layer's input
+    kernel_size, stride, group : of the layer; which of its offset groups
     options : for `Axes.quiver`
 
     >>> import numpy as np
@@ -125,7 +126,7 @@ def offset_field(
     kernel_h, kernel_w = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
     vectors = np.asarray(offset).reshape(-1, kernel_h * kernel_w, 2, *offset.shape[1:])[group]
     dy, dx = (vectors.mean(axis=0) if tap is None else vectors[tap]) * pixel_stride
-    rows, columns = np.indices(dy.shape) * pixel_stride
+    rows, columns = np.indices(dy.shape) * (stride * pixel_stride)
     if image is not None:
         show(ax, image)
     else:

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pydeform._version import __version__
+
 PAUSE = 0.06  # seconds; OpenBLAS's threads spin for about 30 ms
 BLOCK = 0.12  # seconds of timed calls in one block
 FEWEST, MOST = 2, 60  # timed calls in one block
-LIBRARIES = ("pydeform", "numpy", "numba", "llvmlite", "onnxruntime", "openvino", "torch", "torchvision", "scipy")
+LIBRARIES = ("numpy", "numba", "llvmlite", "onnxruntime", "openvino", "torch", "torchvision", "scipy")
 
 
 class Timing(NamedTuple):
@@ -98,8 +100,8 @@ def cpu_name() -> str:
 
 
 def versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
-    """Library -> version, for those that are installed."""
-    found = {}
+    """Library -> version, for those that are installed; this one first."""
+    found = {"pydeform": __version__}
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)

@@ -11,30 +11,31 @@ PIXELS = 128  # a unit of work: its channels-last form stays in the first-level 
 
 
 @inline
-def pixel_blocks(pixels: int) -> int:
+def pixel_parts(pixels: int) -> int:
     return -(-pixels // PIXELS)
 
 
 @inline
-def to_channels_last(input: Any, image: Any, b: int, block: int, channels: int, pixels: int) -> None:
-    """image[b, pixel, c] = input[b, c, pixel] for one block of pixels; the first block also writes the zero pixel.
+def to_channels_last(input: Any, image: Any, b: int, channel: int, channels: int, part: int, pixels: int) -> None:
+    """One block of channels and one part of the pixels of image b; the first part also writes the zero pixel.
 
-    image is flat, (batch, pixels + 1, channels): one more pixel of zeros stands behind each image.
+    image is flat, (batch, blocks, pixels + 1, channels of the block): one more pixel of zeros stands behind the last.
+    Blocks lie apart, so that threads at work on two of them share no cache line, and corners of one fill a cache evenly.
     """
     lanes = VECTOR_BYTES // input.itemsize
-    first = block * PIXELS
+    first = part * PIXELS
     last = min(first + PIXELS, pixels)
-    origin = b * (pixels + 1) * channels
+    origin = (b * input.shape[1] + channel) * (pixels + 1)
     whole = first + (last - first) // lanes * lanes
     whole_channels = channels // lanes * lanes
     for c in range(0, whole_channels, lanes):
         for pixel in range(first, whole, lanes):
             target = at(image, (origin + pixel * channels + c,))
-            transpose_block(at(input, (b, c, pixel)), pixels, target, channels, target)
+            transpose_block(at(input, (b, channel + c, pixel)), pixels, target, channels, target)
     for c in range(channels):
         for pixel in range(whole if c < whole_channels else first, last):
-            image[origin + pixel * channels + c] = input[b, c, pixel]
-    if block == 0:
+            image[origin + pixel * channels + c] = input[b, channel + c, pixel]
+    if part == 0:
         for c in range(channels):
             image[origin + pixels * channels + c] = 0
 
@@ -64,16 +65,19 @@ def to_channels_first(
 
 @inline
 def block_to_channels_first(
-    image: Any, first: int, grad_input: Any, b: int, channels: int, start: int, count: int
+    image: Any, grad_input: Any, b: int, channel: int, channels: int, part: int, pixels: int
 ) -> None:
-    """grad_input[b, c, start + i] = image[first + i*channels + c]: the way back of `to_channels_last`."""
+    """The way back of `to_channels_last`."""
     lanes = VECTOR_BYTES // image.itemsize
-    whole = count // lanes * lanes
+    first = part * PIXELS
+    last = min(first + PIXELS, pixels)
+    origin = (b * grad_input.shape[1] + channel) * (pixels + 1)
+    whole = first + (last - first) // lanes * lanes
     whole_channels = channels // lanes * lanes
     for c in range(0, whole_channels, lanes):
-        for i in range(0, whole, lanes):
-            target = at(grad_input, (b, c, start + i))
-            transpose_block(at(image, (first + i * channels + c,)), channels, target, grad_input.shape[2], target)
+        for pixel in range(first, whole, lanes):
+            target = at(grad_input, (b, channel + c, pixel))
+            transpose_block(at(image, (origin + pixel * channels + c,)), channels, target, pixels, target)
     for c in range(channels):
-        for i in range(whole if c < whole_channels else 0, count):
-            grad_input[b, c, start + i] = image[first + i * channels + c]
+        for pixel in range(whole if c < whole_channels else first, last):
+            grad_input[b, channel + c, pixel] = image[origin + pixel * channels + c]

@@ -14,7 +14,7 @@ import numpy as np
 from pydeform._runtime import get_num_threads
 from pydeform.cpu import _threads
 from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, workspace
-from pydeform.cpu._channels_last import PIXELS, block_to_channels_first, pixel_blocks, to_channels_first, to_channels_last
+from pydeform.cpu._channels_last import PIXELS, block_to_channels_first, pixel_parts, to_channels_first, to_channels_last
 from pydeform.cpu._jit import Kernel, inline
 from pydeform.cpu._sampling import locate, locate_plain, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import (
@@ -58,7 +58,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
     output = empty((g.batch, g.out_channels, g.out_h * g.out_w), dtype)
     if output.size:
         lanes = VECTOR_BYTES // dtype.itemsize
-        entries, chunks, depth, packed_size = _forward_steps(g, 2 * lanes)
+        blocks, entries, chunks, depth, packed_size = _forward_steps(g, 2 * lanes)
         threads = _threads_for(g, 1)
         positions = out_positions = g.out_h * g.out_w
         tiles = -(-positions // FORWARD_POSITIONS)
@@ -90,6 +90,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
                 ((threads, 6, positions), dtype),
                 ((threads, 2, positions), INT32),
             ),
+            blocks,
             entries,
             chunks,
             g,
@@ -115,19 +116,24 @@ def _forward(
     corners: Any,
     weights: Any,
     bases: Any,
+    blocks: Any,
     entries: Any,
     chunks: Any,
     g: Any,
     p: Any,
 ) -> None:
     # Phase 0: the image to channels-last, the weight into panels.
-    blocks = pixel_blocks(g.in_h * g.in_w)
-    converting = g.batch * blocks
+    parts = pixel_parts(g.in_h * g.in_w)
+    converting = g.batch * parts
     preparing = converting + len(chunks) * p.panels
     unit = claim(counters, 0)
     while unit < preparing:
         if unit < converting:
-            to_channels_last(input, image, unit // blocks, unit % blocks, g.in_channels, g.in_h * g.in_w)
+            for block in range(len(blocks)):
+                channel, channels = blocks[block]
+                to_channels_last(
+                    input, image, unit // parts, channel, channels, unit % parts, g.in_h * g.in_w
+                )
         else:
             _pack_forward(weight, packed, entries, chunks, (unit - converting) // p.panels, (unit - converting) % p.panels, g, p)
         finish(counters, 0)
@@ -138,7 +144,7 @@ def _forward(
     low = lowest_coordinate(g.boundary, bias)
     has_offset, has_mask = p.has_offset != 0, p.has_mask != 0
     length = g.out_h * g.out_w
-    pixels = (g.in_h * g.in_w + 1) * g.in_channels
+    pixels = g.in_h * g.in_w + 1
     group_channels = g.out_channels // g.groups
     tile_columns = columns[thread]
     tile_sums = sums[thread]
@@ -160,16 +166,16 @@ def _forward(
                 if tap != at_tap or og != at_group:
                     at_tap, at_group = tap, og
                     _locate_tap(offset, mask, b, og, tap, start, count, low, base, corner, blending, g, has_offset, has_mask)
-                source = at(image, (b * pixels + channel,))
+                source = at(image, ((b * g.in_channels + channel) * pixels,))
                 vectors = -(-channels * image.itemsize // VECTOR_BYTES)
                 for i in range(count):
                     blend(
                         at(tile_columns, (i, column)),
                         source,
-                        corner[0, i] * g.in_channels,
-                        corner[1, i] * g.in_channels,
-                        corner[2, i] * g.in_channels,
-                        corner[3, i] * g.in_channels,
+                        corner[0, i] * channels,
+                        corner[1, i] * channels,
+                        corner[2, i] * channels,
+                        corner[3, i] * channels,
                         blending[0, i],
                         blending[1, i],
                         blending[2, i],
@@ -387,7 +393,7 @@ def _backward(
         group, og, channel, channels, width, previous, packed_at, partial_at = blocks[block]
         first_image = split * g.batch // p.splits
         for b in range(first_image, (split + 1) * g.batch // p.splits):
-            origin = b * (g.in_h * g.in_w + 1) * g.in_channels + channel
+            origin = (b * g.in_channels + channel) * (g.in_h * g.in_w + 1)
             for tile in range(p.tiles):
                 start = tile * p.positions
                 count = min(p.positions, length - start)
@@ -426,7 +432,6 @@ def _backward(
                         blending,
                         count,
                         channels,
-                        g.in_channels,
                         p,
                     )
                     if p.need_dots:
@@ -470,20 +475,22 @@ def _prepare_backward(
 ) -> None:
     """Phase 0: the image to channels-last, its gradient to zero, the weight into panels."""
     pixels = g.in_h * g.in_w
-    pixel_units = pixel_blocks(pixels)
-    converting = g.batch * pixel_units
+    parts = pixel_parts(pixels)
+    converting = g.batch * parts
     preparing = converting + len(blocks)
     unit = claim(counters, 0)
     while unit < preparing:
         if unit < converting:
-            b = unit // pixel_units
-            block = unit - b * pixel_units
-            to_channels_last(input, image, b, block, g.in_channels, pixels)
-            if p.need_input:
-                first = b * (pixels + 1) + block * PIXELS
-                last = (b + 1) * (pixels + 1) if block == pixel_units - 1 else first + PIXELS
-                for i in range(first * g.in_channels, last * g.in_channels):
-                    grad_image[i] = 0
+            b = unit // parts
+            part = unit - b * parts
+            for block in range(len(blocks)):
+                channel, channels = blocks[block, 2], blocks[block, 3]
+                to_channels_last(input, image, b, channel, channels, part, pixels)
+                if p.need_input:
+                    origin = (b * g.in_channels + channel) * (pixels + 1)
+                    last = pixels + 1 if part == parts - 1 else (part + 1) * PIXELS
+                    for i in range(origin + part * PIXELS * channels, origin + last * channels):
+                        grad_image[i] = 0
         else:
             _pack_backward(weight, packed, blocks[unit - converting], g)
         finish(counters, 0)
@@ -506,16 +513,16 @@ def _finish_backward(
 ) -> None:
     """Phase 2: gradients into the caller's layout."""
     pixels = g.in_h * g.in_w
-    pixel_units = pixel_blocks(pixels)
-    inputs = g.batch * pixel_units * p.need_input
+    parts = pixel_parts(pixels)
+    inputs = g.batch * parts * p.need_input
     outputs = inputs + g.out_channels
     unit = claim(counters, 2)
     while unit < outputs:
         if unit < inputs:
-            b = unit // pixel_units
-            start = (unit - b * pixel_units) * PIXELS
-            first = (b * (pixels + 1) + start) * g.in_channels
-            block_to_channels_first(grad_image, first, grad_input, b, g.in_channels, start, min(PIXELS, pixels - start))
+            b = unit // parts
+            for block in range(len(blocks)):
+                channel, channels = blocks[block, 2], blocks[block, 3]
+                block_to_channels_first(grad_image, grad_input, b, channel, channels, unit - b * parts, pixels)
         else:
             o = unit - inputs
             if p.need_weight:
@@ -540,13 +547,13 @@ def _sample_backward(
     weights: Any,
     count: int,
     channels: int,
-    stride: int,
     p: Any,
 ) -> None:
     """One tap of a tile: its columns, eq. 5 into grad_image, and the dots for eq. 3 and 4 in rows 6-9 of weights."""
     vectors = -(-channels * weights.itemsize // VECTOR_BYTES)
     for i in range(count):
-        i0, i1, i2, i3 = corner[0, i] * stride, corner[1, i] * stride, corner[2, i] * stride, corner[3, i] * stride
+        i0, i1 = corner[0, i] * channels, corner[1, i] * channels
+        i2, i3 = corner[2, i] * channels, corner[3, i] * channels
         w0, w1, w2, w3 = weights[0, i], weights[1, i], weights[2, i], weights[3, i]
         out = advance(columns, i * p.width)
         grad = advance(grad_columns, i * p.width)
@@ -667,7 +674,7 @@ def _channel_blocks(g: Any, largest: int) -> list[tuple[int, int, int, int]]:
 
 
 @functools.lru_cache(maxsize=64)
-def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, int, int]:
+def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int]:
     """The order of a tile's work: entries (tap, offset group, channel, channels, column) and the chunks they make up.
 
     A chunk (group, first entry, last entry, depth, start in packed, is first, is last of its group) is one product.
@@ -693,7 +700,8 @@ def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, int, int]:
         chunks[first_of_group][5] = 1
         chunks[-1][6] = 1
     deepest = max(chunk[3] for chunk in chunks)
-    return np.array(entries, np.int64), np.array(chunks, np.int64), deepest, packed_size
+    table = np.array([block[2:] for block in blocks], np.int64)
+    return table, np.array(entries, np.int64), np.array(chunks, np.int64), deepest, packed_size
 
 
 @functools.lru_cache(maxsize=64)

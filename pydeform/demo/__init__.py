@@ -1,0 +1,58 @@
+"""`pydeform demo`: watch deformable networks learn real digits, against a plain one of the same size."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo with these command line arguments; returns the exit status."""
+    options = _parser().parse_args(argv)
+    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        print(
+            f"pydeform demo: needs {', '.join(missing)}: install the extra `demo`: pip install '.[demo]'",
+            file=sys.stderr,
+        )
+        return 1
+    from pydeform.demo import run
+
+    try:
+        return run.photograph(options) if options.image is not None else run.digits(options)
+    except OSError as error:
+        print(f"pydeform demo: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pydeform demo",
+        description="Train three networks of equal size (plain, deformable v1, modulated v2) on handwritten digits of "
+        "many sizes; print accuracy, time and effective dilation; draw where they sample.",
+    )
+    parser.add_argument("--epochs", type=_count, default=None, help="passes over the digits (default: 15)")
+    parser.add_argument("--seeds", type=_count, default=None, help="how often to train each network (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a few digits, one epoch, one seed: does it run?")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--image",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="instead of training, draw sampling points on a photograph (without FILE: scikit-learn's flower.jpg)",
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

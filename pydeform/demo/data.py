@@ -75,8 +75,6 @@ def _bilinear(digits: Any, source: Any) -> Any:
     y, x = np.moveaxis(point - corner, -1, 0)
     flat = padded.reshape(n, -1)
     at = corner[..., 0] * (SIDE + 3) + corner[..., 1]
-    v00, v01, v10, v11 = (
-        np.take_along_axis(flat, at + step, axis=1) for step in (0, 1, SIDE + 3, SIDE + 4)
-    )
+    v00, v01, v10, v11 = (np.take_along_axis(flat, at + step, axis=1) for step in (0, 1, SIDE + 3, SIDE + 4))
     top, bottom = v00 + x * (v01 - v00), v10 + x * (v11 - v10)
     return (top + y * (bottom - top)).astype(np.float32)

@@ -9,9 +9,10 @@ import numpy as np
 from pydeform.layers import BatchNorm2d, Conv2d, DeformConv2d, GlobalAvgPool2d, Layer, Linear, ReLU, Sequential
 
 CLASSES = 10
+PLAIN = "plain"
 # Channels of the four convolutions. The offset branches cost parameters, so the others are wider in the third.
 WIDTHS = {
-    "plain": (16, 32, 47, 56),
+    PLAIN: (16, 32, 47, 56),
     "deformable v1": (16, 32, 36, 49),
     "modulated v2": (16, 32, 32, 44),
 }
@@ -33,7 +34,7 @@ def build(kind: str, rng: np.random.Generator) -> Sequential:
     a, b, c, d = WIDTHS[kind]
 
     def conv(inputs: int, outputs: int, stride: int) -> Layer:
-        if kind == "plain":
+        if kind == PLAIN:
             return Conv2d(inputs, outputs, 3, stride, 1, rng=rng)
         # mask_scale 2 starts the mask at 1: before training, all three are plain networks
         return DeformConv2d(inputs, outputs, 3, stride, 1, modulated=kind == "modulated v2", mask_scale=2, rng=rng)
@@ -43,7 +44,9 @@ def build(kind: str, rng: np.random.Generator) -> Sequential:
         Conv2d(a, b, 3, 1, 1, rng=rng),
         *(conv(inputs, outputs, site.conv_stride) for inputs, outputs, site in zip((b, c), (c, d), SITES, strict=True)),
     )
-    blocks = (layer for conv, n in zip(convolutions, (a, b, c, d), strict=True) for layer in (conv, BatchNorm2d(n), ReLU()))
+    blocks = (
+        layer for conv, n in zip(convolutions, (a, b, c, d), strict=True) for layer in (conv, BatchNorm2d(n), ReLU())
+    )
     return Sequential(*blocks, GlobalAvgPool2d(), Linear(d, CLASSES, rng=rng))
 
 

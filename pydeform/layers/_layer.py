@@ -61,9 +61,7 @@ def check_input(layer: Layer, x: Any, axes: Sequence[str], sizes: dict[str, int]
 
 def check_grad(layer: Layer, grad_y: Any, shape: Sequence[int]) -> None:
     if tuple(grad_y.shape) != tuple(shape):
-        raise ValueError(
-            f"{layer.name}: grad_y must have the shape of y, {tuple(shape)}, got {tuple(grad_y.shape)}"
-        )
+        raise ValueError(f"{layer.name}: grad_y must have the shape of y, {tuple(shape)}, got {tuple(grad_y.shape)}")
 
 
 def pair(layer: Layer, argument: str, value: Any, minimum: int = 1) -> tuple[int, int]:

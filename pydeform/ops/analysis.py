@@ -4,12 +4,127 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np  # on CuPy arrays its functions call CuPy's
+
+from pydeform import _checks, _interop
+
+OFFSET_SHAPE = "(N, 2*offset_groups*kernel_h*kernel_w, out_h, out_w)"
+
 
 def sampling_locations(
     offset: Any, kernel_size: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1
 ) -> Any:
-    raise NotImplementedError
+    """Where `deform_conv2d` samples its input, in pixels.
+
+        location[b, og, k, oy, ox] = (oy*stride_h - pad_h + ky*dilation_h + dy,
+                                      ox*stride_w - pad_w + kx*dilation_w + dx)
+
+    with k = ky*kernel_w + kx and (dy, dx) = offset[b, 2*(og*K + k)], offset[b, 2*(og*K + k) + 1], K taps in all.
+
+    Parameters
+    ----------
+    offset : array (N, 2*offset_groups*K, out_h, out_w), in input pixels, as given to `deform_conv2d`
+    kernel_size : int or (height, width)
+    stride, dilation : int or one per axis
+    padding : int, one per axis, a (before, after) pair per axis, or "same". Only what lies before the image counts.
+        "same" is dilation*(kernel - 1)//2 before; with a stride above 1 it depends on the size of the input, which
+        is not an argument here: give numbers then.
+
+    Returns   array (N, offset_groups, K, out_h, out_w, 2), (y, x) with pixel centres at integers, of the kind and dtype
+              of `offset`. Locations may lie outside the image.
+    Raises    ValueError (a shape or option does not fit, "same" with a stride), TypeError (kind or dtype)
+    Notes     float16 and bfloat16 are computed in float32 and rounded at the end. NaN and infinities stay what they are.
+    Source    arXiv:1703.06211 eq. 2. Same result each run.
+    Example
+    >>> import numpy as np
+    >>> from pydeform import sampling_locations
+    >>> locations = sampling_locations(np.zeros((1, 18, 4, 4)), 3, padding=1)
+    >>> locations.shape, locations[0, 0, 0, 2, 3].tolist()
+    ((1, 1, 9, 4, 4, 2), [1.0, 2.0])
+    """
+    op = "sampling_locations"
+    arrays, back = _interop.to_native(op, {"offset": offset})
+    kernel = _checks.per_axis(op, "kernel_size", kernel_size, 2, 1)
+    strides = _checks.per_axis(op, "stride", stride, 2, 1)
+    dilations = _checks.per_axis(op, "dilation", dilation, 2, 1)
+    if isinstance(padding, str) and max(strides) > 1:
+        raise ValueError(f"{op}: padding must be given in numbers where stride > 1, got {padding!r}: {NO_INPUT_SIZE}")
+    # Without a stride "same" is the same for every size of the input.
+    before = [pair[0] for pair in _checks.padding_pairs(op, padding, (1, 1), kernel, (1, 1), dilations)]
+    taps = _taps(op, arrays["offset"], kernel)
+    batch, groups, _, _, _, *out = taps.shape
+    with back:
+        locations = np.moveaxis(taps, 4, -1).astype(_compute_dtype(taps), order="C", copy=True)
+        for axis in (0, 1):
+            grid = (1,) * 2 + tuple(kernel) + tuple(out)
+            tap = np.arange(kernel[axis], dtype=locations.dtype, like=locations) * dilations[axis]
+            pixel = np.arange(out[axis], dtype=locations.dtype, like=locations) * strides[axis] - before[axis]
+            locations[..., axis] += _along(tap, 2 + axis, len(grid)) + _along(pixel, 4 + axis, len(grid))
+        return back(locations.astype(taps.dtype, copy=False).reshape(batch, groups, -1, *out, 2))
 
 
 def effective_dilation(offset: Any, kernel_size: Any, dilation: Any = 1) -> Any:
-    raise NotImplementedError
+    """How far apart the taps of a deformable convolution stand: the dilation of a plain one that is as wide.
+
+        mean over pairs (k, k') of adjacent taps of |p[k'] - p[k]|,   p[k] = (ky*dilation_h + dy, kx*dilation_w + dx)
+
+    Adjacent are horizontal and vertical neighbours in the kernel: 12 pairs for 3x3.
+
+    Parameters
+    ----------
+    offset : array (N, 2*offset_groups*kernel_h*kernel_w, out_h, out_w), in input pixels, as given to `deform_conv2d`
+    kernel_size : int or (height, width), of at least two taps
+    dilation : int or one per axis
+
+    Returns   array (N, offset_groups, out_h, out_w), in input pixels, of the kind and dtype of `offset`. Zero offsets
+              give `dilation` exactly (where it is equal on both axes).
+    Raises    ValueError (a shape or option does not fit), TypeError (kind or dtype)
+    Notes     float16 and bfloat16 are computed in float32. NaN or infinite offsets give NaN or infinity at their output
+              pixel only.
+    Source    arXiv:1703.06211 section 4.2, "effective dilation". Same result each run.
+    Example
+    >>> import numpy as np
+    >>> from pydeform import effective_dilation
+    >>> effective_dilation(np.zeros((1, 18, 1, 1)), 3, dilation=2).tolist()
+    [[[[2.0]]]]
+    """
+    op = "effective_dilation"
+    arrays, back = _interop.to_native(op, {"offset": offset})
+    kernel = kernel_h, kernel_w = _checks.per_axis(op, "kernel_size", kernel_size, 2, 1)
+    dilations = _checks.per_axis(op, "dilation", dilation, 2, 1)
+    pairs = kernel_h * (kernel_w - 1) + (kernel_h - 1) * kernel_w
+    if pairs == 0:
+        raise ValueError(f"{op}: kernel_size must have at least two taps, got {kernel_size!r}")
+    taps = _taps(op, arrays["offset"], kernel)
+    with back, np.errstate(invalid="ignore", over="ignore"):  # inf - inf is NaN, as the docstring says
+        points = taps.astype(_compute_dtype(taps), copy=False)
+        total = 0
+        for axis in (0, 1):
+            here, there = (slice(None),) * (2 + axis), slice(1, None)
+            step = points[(*here, there)] - points[(*here, slice(None, -1))]
+            along, across = step[:, :, :, :, axis] + dilations[axis], step[:, :, :, :, 1 - axis]
+            total = total + np.hypot(along, across).sum(axis=(2, 3))
+        return back((total / pairs).astype(taps.dtype, copy=False))
+
+
+NO_INPUT_SIZE = "'same' depends on the size of the input, which is no argument here"
+
+
+def _taps(op: str, offset: Any, kernel: tuple[int, ...]) -> Any:
+    """Check `offset` and take its channel axis apart: (N, offset_groups, kernel_h, kernel_w, 2, out_h, out_w)."""
+    if offset is None:
+        raise TypeError(f"{op}: offset must be an array, got None")
+    _checks.check_dtypes(op, {"offset": offset})
+    _checks.check_ndim(op, "offset", offset, OFFSET_SHAPE, 4)
+    batch, channels, *out = offset.shape
+    groups = max(channels // (2 * kernel[0] * kernel[1]), 1)
+    _checks.check_shape(op, "offset", offset, OFFSET_SHAPE, (batch, 2 * groups * kernel[0] * kernel[1], *out))
+    return offset.reshape(batch, groups, *kernel, 2, *out)
+
+
+def _compute_dtype(array: Any) -> Any:
+    return array.dtype if array.dtype.itemsize > 2 else np.dtype(np.float32)
+
+
+def _along(values: Any, axis: int, ndim: int) -> Any:
+    return values.reshape((1,) * axis + (-1,) + (1,) * (ndim - axis - 1))

@@ -1,0 +1,179 @@
+"""`pydeform check` and `pydeform warmup`: every operator on small problems, and what its results must equal."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+import pydeform
+from pydeform.testing import gradcheck
+
+VECTORS = Path(__file__).parent / "data" / "vectors.npz"
+DTYPES = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+# Relative to the largest value, against float64 on the same numbers: rounding of sums, then of half types' results.
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+# What a system does at the border decides which of our rules its vectors follow.
+BOUNDARY = {
+    ("zeros", "floor"): "torchvision",
+    ("zeros", "strict"): "dcnv2",
+    ("mxnet_v1", "floor"): "dcnv1",
+}
+
+
+class Problem(NamedTuple):
+    """One operator's arguments: float64 arrays, exact in every dtype that we have, and options."""
+
+    arrays: dict[str, Any]
+    options: dict[str, Any]
+    grad_output: Any
+
+
+class Backend(NamedTuple):
+    name: str
+    send: Callable[[Any], Any]
+    fetch: Callable[[Any], Any]
+
+
+class Result(NamedTuple):
+    operator: str
+    backend: str
+    dtype: str
+    evidence: str  # what was compared
+    failure: str  # first line of the first failure; empty: none
+
+
+def operators() -> list[str]:
+    """The public functions that have a backward."""
+    return [name for name in pydeform.__all__ if f"{name}_backward" in pydeform.__all__]
+
+
+def backends() -> list[Backend]:
+    """The CPU, and the GPU where CuPy finds one."""
+    found = [Backend("cpu", lambda a: a, lambda a: a)]
+    if importlib.util.find_spec("cupy") is not None:
+        cupy = importlib.import_module("cupy")
+        if cupy.is_available():
+            found.append(Backend("cuda", cupy.asarray, cupy.asnumpy))
+    return found
+
+
+def problem(operator: str) -> Problem:
+    """Small, with no two sizes alike, and no sampling point within 1/8 of a kink."""
+    rng = np.random.default_rng(7)
+
+    def eighths(*shape: int) -> Any:
+        return rng.integers(-8, 9, shape) / 8
+
+    arrays = {"input": eighths(2, 4, 5, 6), "weight": eighths(6, 2, 3, 2), "bias": eighths(6)}
+    options: dict[str, Any] = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
+    size = (3, 8)
+    if operator == "conv2d":
+        options["groups"] = 2
+    elif operator == "deform_conv2d":
+        whole, part = rng.integers(-2, 3, (2, 24, *size)), rng.integers(1, 8, (2, 24, *size)) / 8
+        arrays |= {"offset": whole + part, "mask": rng.integers(0, 9, (2, 12, *size)) / 8}
+    else:
+        raise NotImplementedError(f"check: no problem for {operator}")
+    return Problem(arrays, options, eighths(2, 6, *size))
+
+
+def run(operator: str, p: Problem, backend: Backend, dtype: Any) -> dict[str, Any]:
+    """Output and gradients as float64 NumPy arrays, by name."""
+    forward, backward = (getattr(pydeform, name) for name in (operator, f"{operator}_backward"))
+    sent = {name: backend.send(array.astype(dtype)) for name, array in p.arrays.items()}
+    output = forward(**sent, **p.options)
+    results = {"output": output}
+    if p.grad_output is not None:
+        grads = backward(backend.send(p.grad_output.astype(dtype)), **sent, **p.options)._asdict()
+        results |= {f"gradient of {name}": grad for name, grad in grads.items() if grad is not None}
+    if output.dtype != dtype:
+        raise AssertionError(f"output has dtype {output.dtype}, expected {dtype}")
+    return {name: backend.fetch(array).astype(np.float64) for name, array in results.items()}
+
+
+def vectors(operator: str) -> Iterator[tuple[str, Problem, dict[str, Any], dict[str, Any]]]:
+    """(name, problem, expected results, meta) of each bundled vector; tests/vectors/README.md describes the file."""
+    with np.load(VECTORS) as file:
+        arrays = dict(file)
+    for name, place in json.loads(str(arrays.pop("same"))).items():
+        arrays[name] = arrays[place]
+    for name in sorted({key.rpartition("/")[0] for key in arrays if key.startswith(f"{operator}/")}):
+        entries = {key.removeprefix(f"{name}/"): a for key, a in arrays.items() if key.startswith(f"{name}/")}
+        args, meta = json.loads(str(entries["args"])), json.loads(str(entries["meta"]))
+        rule = meta["semantics"]["border"], meta["semantics"].get("kink", "floor")
+        options = {key: args[key] for key in ("stride", "padding", "dilation")} | {"boundary": BOUNDARY[rule]}
+        inputs = {"input" if n == "x" else n: a for n, a in _named(entries, "in__").items()}
+        expected = {"output": entries["out__y"]} | {
+            f"gradient of {'input' if n == 'x' else n}": a for n, a in _named(entries, "gin__").items()
+        }
+        yield name, Problem(inputs, options, entries.get("gout__y")), expected, meta
+
+
+def _named(entries: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): array for key, array in entries.items() if key.startswith(prefix)}
+
+
+def _compare(where: str, got: dict[str, Any], expected: dict[str, Any], rtol: float, atol: float) -> None:
+    for name, want in expected.items():
+        if not np.allclose(got[name], want, rtol=rtol, atol=atol, equal_nan=True):
+            raise AssertionError(f"{where}: {name} differs by {np.abs(got[name] - want).max():.2g}")
+
+
+def _check_vectors(operator: str, backend: Backend) -> int:
+    count = 0
+    for name, p, expected, meta in vectors(operator):
+        _compare(name, run(operator, p, backend, np.float64), expected, meta["rtol"], meta["atol"])
+        count += 1
+    return count
+
+
+def _check_gradients(operator: str, backend: Backend) -> None:
+    p = problem(operator)
+    forward, backward = (getattr(pydeform, name) for name in (operator, f"{operator}_backward"))
+
+    def send(arguments: dict[str, Any]) -> dict[str, Any]:
+        return {n: backend.send(a) if isinstance(a, np.ndarray) else a for n, a in arguments.items()}
+
+    def grads(grad_output: Any, **arguments: Any) -> dict[str, Any]:
+        found = backward(backend.send(grad_output), **send(arguments))._asdict()
+        return {name: None if grad is None else backend.fetch(grad) for name, grad in found.items()}
+
+    gradcheck(
+        lambda **arguments: backend.fetch(forward(**send(arguments))), grads, {**p.arrays, **p.options}, wrt=p.arrays
+    )
+
+
+def _check_other_dtype(operator: str, backend: Backend, dtype: str) -> None:
+    p = problem(operator)
+    got, want = run(operator, p, backend, DTYPES[dtype]), run(operator, p, backend, np.float64)
+    for name, expected in want.items():
+        _compare(dtype, got, {name: expected}, 0, TOLERANCE[dtype] * np.abs(expected).max())
+
+
+def check(operator: str, backend: Backend, dtype: str) -> Result:
+    """float64 must equal what other systems computed and finite differences; the other dtypes must equal float64."""
+    evidence, failure = "float64", ""
+    try:
+        if dtype == "float64":
+            evidence = "finite differences"
+            count = _check_vectors(operator, backend)
+            if count:
+                evidence = f"{count} vectors, {evidence}"
+            _check_gradients(operator, backend)
+        else:
+            _check_other_dtype(operator, backend, dtype)
+    except Exception as error:  # whatever it is, the table says it, and the other rows are still of interest
+        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+    return Result(operator, backend.name, dtype, evidence, failure)

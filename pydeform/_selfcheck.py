@@ -99,7 +99,7 @@ def run(operator: str, p: Problem, backend: Backend, dtype: Any) -> dict[str, An
         grads = backward(backend.send(p.grad_output.astype(dtype)), **sent, **p.options)._asdict()
         results |= {f"gradient of {name}": grad for name, grad in grads.items() if grad is not None}
     if output.dtype != dtype:
-        raise AssertionError(f"output has dtype {output.dtype}, expected {dtype}")
+        raise AssertionError(f"output has dtype {output.dtype}, expected {np.dtype(dtype)}")
     return {name: backend.fetch(array).astype(np.float64) for name, array in results.items()}
 
 
@@ -139,6 +139,17 @@ def _check_vectors(operator: str, backend: Backend) -> int:
     return count
 
 
+def _check_zero_offset(backend: Backend) -> None:
+    """conv2d equals deform_conv2d, which the vectors vouch for, where nothing moves."""
+    p = problem("conv2d")
+    offset = np.zeros((p.grad_output.shape[0], 12, *p.grad_output.shape[2:]))
+    options = {name: value for name, value in p.options.items() if name != "groups"}
+    moved = Problem({**p.arrays, "offset": offset}, options, p.grad_output)
+    expected = run("deform_conv2d", moved, backend, np.float64)
+    del expected["gradient of offset"]
+    _compare("zero offset", run("conv2d", p, backend, np.float64), expected, 1e-12, 1e-12)
+
+
 def _check_gradients(operator: str, backend: Backend) -> None:
     p = problem(operator)
     forward, backward = (getattr(pydeform, name) for name in (operator, f"{operator}_backward"))
@@ -171,6 +182,9 @@ def check(operator: str, backend: Backend, dtype: str) -> Result:
             count = _check_vectors(operator, backend)
             if count:
                 evidence = f"{count} vectors, {evidence}"
+            if operator == "conv2d":
+                evidence = f"zero offset, {evidence}"
+                _check_zero_offset(backend)
             _check_gradients(operator, backend)
         else:
             _check_other_dtype(operator, backend, dtype)

@@ -50,11 +50,21 @@ def test_multiply_tile(simd, dtype, rng, depth, accumulate):
 
     @njit
     def run(a, b, c, depth, accumulate):
-        multiply_tile(at(a, (1, 0)), a.shape[1], 1, at(b, (0, 1)), b.shape[1], depth, at(c, (1, 1)), c.shape[1], accumulate)
+        multiply_tile(
+            at(a, (1, 0)), a.shape[1], 1, at(b, (0, 1)), b.shape[1], depth, at(c, (1, 1)), c.shape[1], accumulate
+        )
         # The same product with the roles of row and step exchanged, as the weight gradient uses it.
         transposed = np.ascontiguousarray(a[1:, :].T)
         multiply_tile(
-            at(transposed, (0, 0)), 1, transposed.shape[1], at(b, (0, 1)), b.shape[1], depth, at(c, (2 + rows_, 1)), c.shape[1], accumulate
+            at(transposed, (0, 0)),
+            1,
+            transposed.shape[1],
+            at(b, (0, 1)),
+            b.shape[1],
+            depth,
+            at(c, (2 + rows_, 1)),
+            c.shape[1],
+            accumulate,
         )
 
     rows_ = rows

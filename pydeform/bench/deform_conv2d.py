@@ -173,7 +173,7 @@ def dense_call(p: Problem, threads: int, gradients: bool) -> Callable[[], Any]:
 
 
 def products(p: Problem, threads: int, gradients: bool) -> dict[str, Callable[[], Any]]:
-    """The matrix products of one call, image by image, by each BLAS at hand, into memory that is there already.
+    """The matrix products of one call, image by image.
 
     Forward:   [O, CK] [CK, L] -> [O, L]
     Columns:   [CK, O] [O, L]  -> [CK, L]
@@ -183,39 +183,34 @@ def products(p: Problem, threads: int, gradients: bool) -> dict[str, Callable[[]
     grad = p.grad_output[0].reshape(p.shape.channels, -1)
     some = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
     columns = np.resize(some, (weight.shape[1], grad.shape[1]))
-    pairs = [(weight, columns), (weight.T, grad), (grad, columns.T)][: 3 if gradients else 1]
+    pairs = [(weight, columns), (weight.T, grad), (grad, columns.T)]
+    return blas_calls(pairs[: 3 if gradients else 1], p.shape.batch, threads)
+
+
+def blas_calls(pairs: list[tuple[Any, Any]], images: int, threads: int) -> dict[str, Callable[[], list[Any]]]:
+    """All products of `pairs`, `images` times, by each BLAS at hand, into memory that is there already."""
     results = [np.empty((a.shape[0], b.shape[1]), np.float32) for a, b in pairs]
-    images = range(p.shape.batch)
+    triples = [(a, b, out) for (a, b), out in zip(pairs, results, strict=True)]
 
-    def by_numpy() -> None:
-        for _ in images:
-            for (a, b), out in zip(pairs, results, strict=True):
-                np.matmul(a, b, out=out)
+    def repeated(product: Callable[[Any, Any, Any], object], operands: list[Any]) -> Callable[[], list[Any]]:
+        def call() -> list[Any]:
+            for _ in range(images):
+                for a, b, out in operands:
+                    product(a, b, out)
+            return results
 
-    calls: dict[str, Callable[[], Any]] = {"products numpy": by_numpy}
+        return call
+
+    calls = {"products numpy": repeated(lambda a, b, out: np.matmul(a, b, out=out), triples)}
     if _installed("scipy"):
         sgemm = importlib.import_module("scipy.linalg.blas").sgemm
-
-        def by_scipy() -> None:  # Fortran's order: the transposed product, of transposed views
-            for _ in images:
-                for (a, b), out in zip(pairs, results, strict=True):
-                    _sgemm(sgemm, b.T, a.T, out.T)
-
-        calls["products scipy"] = by_scipy
+        # Fortran's order: the transposed product, of transposed views.
+        calls["products scipy"] = repeated(lambda a, b, out: _sgemm(sgemm, b.T, a.T, out.T), triples)
     if _installed("torch"):
         torch = importlib.import_module("torch")
         torch.set_num_threads(threads)
-        tensors = [
-            (torch.from_numpy(a), torch.from_numpy(b), torch.from_numpy(out))
-            for (a, b), out in zip(pairs, results, strict=True)
-        ]
-
-        def by_torch() -> None:
-            for _ in images:
-                for a, b, out in tensors:
-                    torch.mm(a, b, out=out)
-
-        calls["products torch"] = by_torch
+        tensors = [tuple(map(torch.from_numpy, triple)) for triple in triples]
+        calls["products torch"] = repeated(lambda a, b, out: torch.mm(a, b, out=out), tensors)
     return calls
 
 

@@ -20,7 +20,7 @@ def to_channels_last(input: Any, image: Any, b: int, channel: int, channels: int
     """One block of channels and one part of the pixels of image b; the first part also writes the zero pixel.
 
     image is flat, (batch, blocks, pixels + 1, channels of the block): one more pixel of zeros stands behind the last.
-    Blocks lie apart, so that threads at work on two of them share no cache line, and corners of one fill a cache evenly.
+    Blocks lie apart: two threads at work on two of them share no cache line, and corners of one fill a cache evenly.
     """
     lanes = VECTOR_BYTES // input.itemsize
     first = part * PIXELS

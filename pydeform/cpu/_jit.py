@@ -104,7 +104,6 @@ class Kernel:
     """An entry point: a Numba function that runs without the GIL, compiled at its first call for a dtype."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, function)
         self.call = numba.njit(nogil=True, error_model="numpy")(function)
         self._compiled: set[Any] = set()
 

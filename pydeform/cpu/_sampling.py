@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pydeform.cpu._jit import inline
+from pydeform.cpu._simd import at
 
 TORCHVISION, DCNV2, DCNV1 = 0, 1, 2
 
@@ -53,8 +54,9 @@ def locate(
 ) -> None:
     """Corners (pixel indices), weights (times the mask) and, in rows 4 and 5 of weight, (y, x) within the cell.
 
-    offset_y, offset_x and mask are pointers to the first of `count` samples. Corner order: (y0, x0), (y0, x1), (y1, x0), (y1, x1). A NaN coordinate makes
-    weights and positions NaN and points at the zero pixel: no index is formed from a value not known to be in range.
+    offset_y, offset_x and mask are pointers to the first of `count` samples. Corner order: (y0, x0), (y0, x1),
+    (y1, x0), (y1, x1). A NaN coordinate makes weights and positions NaN and points at the zero pixel: no index is
+    formed from a value that is not known to be in range.
     """
     real = weight.dtype.type  # a Python number would turn float32 into float64
     one, nan = real(1), real(np.nan)
@@ -119,3 +121,42 @@ def locate_plain(base: Any, shift_y: int, shift_x: int, count: int, g: Any, corn
         weight[0, i] = 1
         for k in range(1, 4):
             weight[k, i] = 0
+
+
+@inline
+def locate_tap(
+    offset: Any,
+    mask: Any,
+    b: int,
+    og: int,
+    tap: int,
+    start: int,
+    count: int,
+    low: Any,
+    base: Any,
+    corner: Any,
+    weights: Any,
+    g: Any,
+    has_offset: bool,
+    has_mask: bool,
+) -> None:
+    """Corners, weights (rows 0-3 of `weights`) and positions within the cell (rows 4, 5) of one tap of a tile."""
+    shift_y = tap // g.kernel_w * g.dilation_h
+    shift_x = tap % g.kernel_w * g.dilation_w
+    if has_offset:
+        locate(
+            at(offset, (b, og, tap, 0, start)),
+            at(offset, (b, og, tap, 1, start)),
+            at(mask, (b, og, tap, start)),
+            has_mask,
+            base,
+            shift_y,
+            shift_x,
+            count,
+            low,
+            g,
+            corner,
+            weights,
+        )
+    else:
+        locate_plain(base, shift_y, shift_x, count, g, corner, weights)

@@ -11,9 +11,7 @@ from pydeform import _checks, _interop
 OFFSET_SHAPE = "(N, 2*offset_groups*kernel_h*kernel_w, out_h, out_w)"
 
 
-def sampling_locations(
-    offset: Any, kernel_size: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1
-) -> Any:
+def sampling_locations(offset: Any, kernel_size: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Any:
     """Where `deform_conv2d` samples its input, in pixels.
 
         location[b, og, k, oy, ox] = (oy*stride_h - pad_h + ky*dilation_h + dy,
@@ -48,7 +46,10 @@ def sampling_locations(
     strides = _checks.per_axis(op, "stride", stride, 2, 1)
     dilations = _checks.per_axis(op, "dilation", dilation, 2, 1)
     if isinstance(padding, str) and max(strides) > 1:
-        raise ValueError(f"{op}: padding must be given in numbers where stride > 1, got {padding!r}: {NO_INPUT_SIZE}")
+        raise ValueError(
+            f"{op}: padding must be given in numbers where stride > 1, since 'same' then depends on the size of the "
+            f"input, got {padding!r}"
+        )
     # Without a stride "same" is the same for every size of the input.
     before = [pair[0] for pair in _checks.padding_pairs(op, padding, (1, 1), kernel, (1, 1), dilations)]
     taps = _taps(op, arrays["offset"], kernel)
@@ -56,11 +57,12 @@ def sampling_locations(
     with back:
         locations = np.moveaxis(taps, 4, -1).astype(_compute_dtype(taps), order="C", copy=True)
         for axis in (0, 1):
-            grid = (1,) * 2 + tuple(kernel) + tuple(out)
             tap = np.arange(kernel[axis], dtype=locations.dtype, like=locations) * dilations[axis]
             pixel = np.arange(out[axis], dtype=locations.dtype, like=locations) * strides[axis] - before[axis]
-            locations[..., axis] += _along(tap, 2 + axis, len(grid)) + _along(pixel, 4 + axis, len(grid))
-        return back(locations.astype(taps.dtype, copy=False).reshape(batch, groups, -1, *out, 2))
+            grid = tap[:, None, None, None] + pixel[:, None]  # (kernel, 1, out, 1): rows
+            locations[..., axis] += grid if axis == 0 else grid.swapaxes(0, 1).swapaxes(2, 3)
+        shape = (batch, groups, kernel[0] * kernel[1], *out, 2)
+        return back(locations.astype(taps.dtype, copy=False).reshape(shape))
 
 
 def effective_dilation(offset: Any, kernel_size: Any, dilation: Any = 1) -> Any:
@@ -107,9 +109,6 @@ def effective_dilation(offset: Any, kernel_size: Any, dilation: Any = 1) -> Any:
         return back((total / pairs).astype(taps.dtype, copy=False))
 
 
-NO_INPUT_SIZE = "'same' depends on the size of the input, which is no argument here"
-
-
 def _taps(op: str, offset: Any, kernel: tuple[int, ...]) -> Any:
     """Check `offset` and take its channel axis apart: (N, offset_groups, kernel_h, kernel_w, 2, out_h, out_w)."""
     if offset is None:
@@ -124,7 +123,3 @@ def _taps(op: str, offset: Any, kernel: tuple[int, ...]) -> Any:
 
 def _compute_dtype(array: Any) -> Any:
     return array.dtype if array.dtype.itemsize > 2 else np.dtype(np.float32)
-
-
-def _along(values: Any, axis: int, ndim: int) -> Any:
-    return values.reshape((1,) * axis + (-1,) + (1,) * (ndim - axis - 1))

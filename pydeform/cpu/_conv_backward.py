@@ -1,0 +1,437 @@
+"""Backward of a convolution with or without offsets: every gradient in one pass over the tiles (eq. 3 to 7)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pydeform.cpu import _conv_common, _threads
+from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, workspace
+from pydeform.cpu._channels_last import PIXELS, block_to_channels_first, pixel_parts, to_channels_last
+from pydeform.cpu._conv_common import (
+    CHANNELS,
+    INT32,
+    channel_blocks,
+    channels_last_size,
+    flat_arguments,
+    round_up,
+    threads_for,
+)
+from pydeform.cpu._jit import Kernel, inline
+from pydeform.cpu._sampling import locate_tap, lowest_coordinate, tile_origins
+from pydeform.cpu._simd import (
+    ROWS,
+    VECTOR_BYTES,
+    advance,
+    at,
+    blend,
+    blend_dots,
+    blend_dots_scatter,
+    multiply_tile,
+    sum_values,
+)
+from pydeform.cpu._threads import advance_counter, claim, finish, wait_for, wait_until
+
+POSITIONS = 96  # of a tile: its columns, their gradient and that of the output stay in the second-level cache
+WEIGHT_COPIES = 16 << 20  # bytes for partial weight gradients, one for each range of images
+
+
+class BackwardPlan(NamedTuple):
+    """How one backward problem is cut up. None of it depends on threads, and only `splits` on the batch."""
+
+    positions: int  # of a tile
+    tiles: int  # of an image
+    splits: int  # ranges of images, each with a weight gradient of its own
+    rows: int  # output channels of a group, rounded up to the register block
+    width: int  # widest block of channels, rounded up to a panel
+    weight_size: int  # elements of one partial weight gradient
+    has_offset: int
+    has_mask: int
+    need_input: int
+    need_dots: int  # for offset and mask
+    need_weight: int
+    need_bias: int
+
+
+def backward(
+    grad_output: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, needs: Any
+) -> tuple[Any, Any, Any, Any, Any]:
+    dtype = compute_dtype(input.dtype)
+    taps = g.kernel_h * g.kernel_w
+    positions_out = g.out_h * g.out_w
+    need_dots = "offset" in needs or "mask" in needs
+    grad_input = empty((g.batch, g.in_channels, g.in_h * g.in_w) if "input" in needs else (0, 1, 1), dtype)
+    grad_offset = empty((g.batch, g.offset_groups, taps, 2, positions_out) if need_dots else (0, 1, 1, 2, 1), dtype)
+    grad_mask = empty((g.batch, g.offset_groups, taps, positions_out) if need_dots else (0, 1, 1, 1), dtype)
+    grad_weight = empty((g.out_channels, g.in_channels // g.groups, taps) if "weight" in needs else (0, 1, 1), dtype)
+    grad_bias = empty((g.out_channels,) if "bias" in needs else (0,), dtype)
+    if g.batch == 0:
+        grad_weight[...] = 0
+        grad_bias[...] = 0
+    elif needs:
+        pixel_dtype = _conv_common.pixel_dtype(g)
+        lanes = VECTOR_BYTES // dtype.itemsize
+        panel = 2 * lanes
+        blocks, weight_size, packed_size, width = _backward_blocks(g, panel)
+        splits = max(1, min(g.batch, WEIGHT_COPIES // (weight_size * dtype.itemsize)))
+        tiles = -(-positions_out // POSITIONS)
+        positions = round_up(-(-positions_out // tiles), ROWS)
+        plan = BackwardPlan(
+            positions=positions,
+            tiles=-(-positions_out // positions),
+            splits=splits,
+            rows=round_up(g.out_channels // g.groups, ROWS),
+            width=width,
+            weight_size=weight_size,
+            has_offset=int(offset is not None),
+            has_mask=int(mask is not None),
+            need_input=int("input" in needs),
+            need_dots=int(need_dots),
+            need_weight=int("weight" in needs),
+            need_bias=int("bias" in needs),
+        )
+        threads = threads_for(g, 3)
+        image_size = channels_last_size(g) + lanes
+        _threads.run(
+            _backward,
+            dtype.char + pixel_dtype.char,
+            threads,
+            _threads.new_counters(3),
+            np.zeros((g.batch, len(blocks)), np.int64),
+            contiguous(grad_output, dtype, (g.batch, g.out_channels, positions_out)),
+            *flat_arguments(input, offset, weight, bias, mask, g, dtype),
+            grad_input,
+            grad_offset,
+            grad_mask,
+            grad_weight,
+            grad_bias,
+            *workspace(
+                ((image_size,), dtype),
+                ((image_size if plan.need_input else lanes,), dtype),
+                ((packed_size,), dtype),
+                ((splits if plan.need_weight else 0, weight_size), dtype),
+                ((threads, plan.rows, positions), dtype),
+                ((threads, 2, positions, width), dtype),
+                ((threads, 4, positions), pixel_dtype),
+                ((threads, 10, positions), dtype),
+                ((threads, 2, positions), INT32),
+            ),
+            blocks,
+            g,
+            plan,
+        )
+    taken = {
+        "input": (grad_input, (g.batch, g.in_channels, g.in_h, g.in_w)),
+        "offset": (grad_offset, (g.batch, 2 * g.offset_groups * taps, g.out_h, g.out_w)),
+        "weight": (grad_weight, (g.out_channels, g.in_channels // g.groups, g.kernel_h, g.kernel_w)),
+        "bias": (grad_bias, (g.out_channels,)),
+        "mask": (grad_mask, (g.batch, g.offset_groups * taps, g.out_h, g.out_w)),
+    }
+    grads = [to_result(grad, input.dtype, shape) if name in needs else None for name, (grad, shape) in taken.items()]
+    return tuple(grads)  # type: ignore[return-value]
+
+
+@Kernel
+def _backward(
+    thread: int,
+    counters: Any,
+    progress: Any,
+    grad_output: Any,
+    input: Any,
+    offset: Any,
+    mask: Any,
+    weight: Any,
+    bias: Any,
+    grad_input: Any,
+    grad_offset: Any,
+    grad_mask: Any,
+    grad_weight: Any,
+    grad_bias: Any,
+    image: Any,
+    grad_image: Any,
+    packed: Any,
+    partial: Any,
+    tile_grad: Any,
+    tile_columns: Any,
+    corners: Any,
+    weights: Any,
+    bases: Any,
+    blocks: Any,
+    g: Any,
+    p: Any,
+) -> None:
+    _prepare_backward(counters, input, image, grad_image, weight, packed, blocks, g, p)
+
+    # Phase 1: every unit is one block of channels of one range of images, and owns its slices of all gradients.
+    low = lowest_coordinate(g.boundary, image)
+    has_offset, has_mask = p.has_offset != 0, p.has_mask != 0
+    taps = g.kernel_h * g.kernel_w
+    length = g.out_h * g.out_w
+    out_channels = g.out_channels // g.groups
+    panel = 2 * VECTOR_BYTES // image.itemsize
+    corner = corners[thread]
+    blending = weights[thread]
+    base = bases[thread]
+    working = p.splits * len(blocks) * (p.need_input | p.need_dots | p.need_weight)
+    unit = claim(counters, 1)
+    while unit < working:
+        split = unit // len(blocks)
+        block = unit - split * len(blocks)
+        group, og, channel, channels, width, previous, packed_at, partial_at = blocks[block]
+        first_image = split * g.batch // p.splits
+        for b in range(first_image, (split + 1) * g.batch // p.splits):
+            origin = (b * g.in_channels + channel) * (g.in_h * g.in_w + 1)
+            for tile in range(p.tiles):
+                start = tile * p.positions
+                count = min(p.positions, length - start)
+                tile_origins(start, count, base, g)
+                for o in range(out_channels):
+                    for i in range(count):
+                        tile_grad[thread, o, i] = grad_output[b, group * out_channels + o, start + i]
+                if p.need_dots and previous >= 0:
+                    # Sums over channels go from block to block: this one adds where the one before has been.
+                    wait_until(progress, b * len(blocks) + previous, tile + 1)
+                for tap in range(taps):
+                    locate_tap(
+                        offset, mask, b, og, tap, start, count, low, base, corner, blending, g, has_offset, has_mask
+                    )
+                    if p.need_input | p.need_dots:
+                        # grad_columns[i, c] = sum_o grad_output[o, i] * weight[o, c, tap]
+                        for j in range(0, width, panel):
+                            for i in range(0, count, ROWS):
+                                multiply_tile(
+                                    at(tile_grad, (thread, 0, i)),
+                                    1,
+                                    p.positions,
+                                    at(packed, (packed_at + (tap * width + j) * out_channels,)),
+                                    panel,
+                                    out_channels,
+                                    at(tile_columns, (thread, 1, i, j)),
+                                    p.width,
+                                    False,
+                                )
+                    _sample_backward(
+                        at(tile_columns, (thread, 0, 0, 0)),
+                        at(tile_columns, (thread, 1, 0, 0)),
+                        at(image, (origin,)),
+                        at(grad_image, (origin * p.need_input,)),
+                        corner,
+                        blending,
+                        count,
+                        channels,
+                        p,
+                    )
+                    if p.need_dots:
+                        _add_offset_gradient(
+                            blending,
+                            at(mask, (b, og, tap, start)),
+                            at(grad_offset, (b, og, tap, 0, start)),
+                            at(grad_offset, (b, og, tap, 1, start)),
+                            at(grad_mask, (b, og, tap, start)),
+                            count,
+                            previous >= 0,
+                            has_mask,
+                        )
+                    if p.need_weight:
+                        # partial[o, c] += sum_i grad_output[o, i] * columns[i, c]: eq. 6 for one tap of one tile
+                        for j in range(0, width, panel):
+                            for o in range(0, out_channels, ROWS):
+                                multiply_tile(
+                                    at(tile_grad, (thread, o, 0)),
+                                    p.positions,
+                                    1,
+                                    at(tile_columns, (thread, 0, 0, j)),
+                                    p.width,
+                                    count,
+                                    at(partial, (split, partial_at + (tap * p.rows + o) * width + j)),
+                                    width,
+                                    b > first_image or tile > 0,
+                                )
+                if p.need_dots:
+                    advance_counter(progress, b * len(blocks) + block)
+        finish(counters, 1)
+        unit = claim(counters, 1)
+    wait_for(counters, 1, working)
+
+    _finish_backward(counters, grad_output, grad_image, partial, grad_input, grad_weight, grad_bias, blocks, g, p)
+
+
+@inline
+def _prepare_backward(
+    counters: Any, input: Any, image: Any, grad_image: Any, weight: Any, packed: Any, blocks: Any, g: Any, p: Any
+) -> None:
+    """Phase 0: the image to channels-last, its gradient to zero, the weight into panels."""
+    pixels = g.in_h * g.in_w
+    parts = pixel_parts(pixels)
+    converting = g.batch * parts
+    preparing = converting + len(blocks)
+    unit = claim(counters, 0)
+    while unit < preparing:
+        if unit < converting:
+            b = unit // parts
+            part = unit - b * parts
+            for block in range(len(blocks)):
+                channel, channels = blocks[block, 2], blocks[block, 3]
+                to_channels_last(input, image, b, channel, channels, part, pixels)
+                if p.need_input:
+                    origin = (b * g.in_channels + channel) * (pixels + 1)
+                    last = pixels + 1 if part == parts - 1 else (part + 1) * PIXELS
+                    for i in range(origin + part * PIXELS * channels, origin + last * channels):
+                        grad_image[i] = 0
+        else:
+            _pack_backward(weight, packed, blocks[unit - converting], g)
+        finish(counters, 0)
+        unit = claim(counters, 0)
+    wait_for(counters, 0, preparing)
+
+
+@inline
+def _finish_backward(
+    counters: Any,
+    grad_output: Any,
+    grad_image: Any,
+    partial: Any,
+    grad_input: Any,
+    grad_weight: Any,
+    grad_bias: Any,
+    blocks: Any,
+    g: Any,
+    p: Any,
+) -> None:
+    """Phase 2: gradients into the caller's layout."""
+    pixels = g.in_h * g.in_w
+    parts = pixel_parts(pixels)
+    inputs = g.batch * parts * p.need_input
+    outputs = inputs + g.out_channels
+    unit = claim(counters, 2)
+    while unit < outputs:
+        if unit < inputs:
+            b = unit // parts
+            for block in range(len(blocks)):
+                channel, channels = blocks[block, 2], blocks[block, 3]
+                block_to_channels_first(grad_image, grad_input, b, channel, channels, unit - b * parts, pixels)
+        else:
+            o = unit - inputs
+            if p.need_weight:
+                _reduce_weight(partial, grad_weight, blocks, o, g, p)
+            if p.need_bias:  # eq. 7
+                total = sum_values(at(grad_output, (0, o, 0)), g.out_h * g.out_w)
+                for b in range(1, g.batch):
+                    total += sum_values(at(grad_output, (b, o, 0)), g.out_h * g.out_w)
+                grad_bias[o] = total
+        finish(counters, 2)
+        unit = claim(counters, 2)
+    wait_for(counters, 2, outputs)
+
+
+@inline
+def _sample_backward(
+    columns: Any,
+    grad_columns: Any,
+    image: Any,
+    grad_image: Any,
+    corner: Any,
+    weights: Any,
+    count: int,
+    channels: int,
+    p: Any,
+) -> None:
+    """One tap of a tile: its columns, eq. 5 into grad_image, and the dots for eq. 3 and 4 in rows 6-9 of weights."""
+    vectors = -(-channels * weights.itemsize // VECTOR_BYTES)
+    for i in range(count):
+        i0, i1 = corner[0, i] * channels, corner[1, i] * channels
+        i2, i3 = corner[2, i] * channels, corner[3, i] * channels
+        w0, w1, w2, w3 = weights[0, i], weights[1, i], weights[2, i], weights[3, i]
+        out = advance(columns, i * p.width)
+        grad = advance(grad_columns, i * p.width)
+        if p.need_input:
+            dots = blend_dots_scatter(out, grad, image, grad_image, i0, i1, i2, i3, w0, w1, w2, w3, channels)
+            weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
+        elif p.need_dots:
+            dots = blend_dots(out, grad, image, grad_image, i0, i1, i2, i3, w0, w1, w2, w3, channels)
+            weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
+        else:
+            blend(out, image, i0, i1, i2, i3, w0, w1, w2, w3, vectors)
+
+
+@inline
+def _add_offset_gradient(
+    weights: Any, mask: Any, grad_y: Any, grad_x: Any, grad_mask: Any, count: int, add: bool, has_mask: bool
+) -> None:
+    """Eq. 3 and 4 from the dots of the column gradient with the four corners."""
+    for i in range(count):
+        ly, lx = weights[4, i], weights[5, i]
+        d00, d01, d10, d11 = weights[6, i], weights[7, i], weights[8, i], weights[9, i]
+        hy, hx = 1 - ly, 1 - lx
+        y = hx * (d10 - d00) + lx * (d11 - d01)
+        x = hy * (d01 - d00) + ly * (d11 - d10)
+        value = hy * (hx * d00 + lx * d01) + ly * (hx * d10 + lx * d11)
+        if has_mask:
+            y *= mask[i]
+            x *= mask[i]
+        if add:
+            y += grad_y[i]
+            x += grad_x[i]
+            value += grad_mask[i]
+        grad_y[i] = y
+        grad_x[i] = x
+        grad_mask[i] = value
+
+
+@inline
+def _pack_backward(weight: Any, packed: Any, block: Any, g: Any) -> None:
+    """packed[tap][panel][o][c] of one block, zeros behind its last channel."""
+    group, _, channel, channels, width, _, packed_at, _ = block
+    out_channels = g.out_channels // g.groups
+    panel = 2 * VECTOR_BYTES // packed.itemsize
+    local = channel - group * (g.in_channels // g.groups)
+    for o in range(out_channels):
+        for c in range(width):
+            row = packed_at + (c // panel * out_channels + o) * panel + c % panel
+            for tap in range(g.kernel_h * g.kernel_w):
+                value = weight[group * out_channels + o, local + c, tap] if c < channels else packed[0] * 0
+                packed[row + tap * width * out_channels] = value
+
+
+@inline
+def _reduce_weight(partial: Any, grad_weight: Any, blocks: Any, o: int, g: Any, p: Any) -> None:
+    """Eq. 6 for one output channel: the partial gradients added in the order of their images."""
+    group = o // (g.out_channels // g.groups)
+    row = o % (g.out_channels // g.groups)
+    for block in range(len(blocks)):
+        if blocks[block, 0] != group:
+            continue
+        _, _, channel, channels, width, _, _, partial_at = blocks[block]
+        local = channel - group * (g.in_channels // g.groups)
+        for tap in range(g.kernel_h * g.kernel_w):
+            first = partial_at + (tap * p.rows + row) * width
+            for c in range(channels):
+                total = partial[0, first + c]
+                for split in range(1, p.splits):
+                    total += partial[split, first + c]
+                grad_weight[o, local + c, tap] = total
+
+
+@functools.lru_cache(maxsize=64)
+def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int]:
+    """Rows (group, offset group, channel, channels, width, previous block of the offset group, start in packed,
+
+    start in the partial weight gradient), then the sizes of those two and the largest width.
+    """
+    taps = g.kernel_h * g.kernel_w
+    out_channels = g.out_channels // g.groups
+    rows = round_up(out_channels, ROWS)
+    # Two blocks at least, where channels allow it: a block is a unit of work. Never by batch, which must not show.
+    largest = CHANNELS if g.in_channels >= 2 * CHANNELS else max(CHANNELS // 4, round_up(-(-g.in_channels // 2), panel))
+    table: list[tuple[int, ...]] = []
+    latest: dict[int, int] = {}
+    weight_size = packed_size = 0
+    for group, og, channel, channels in channel_blocks(g, largest):
+        width = round_up(channels, panel)
+        table.append((group, og, channel, channels, width, latest.get(og, -1), packed_size, weight_size))
+        latest[og] = len(table) - 1
+        packed_size += taps * width * out_channels
+        weight_size += taps * rows * width
+    return np.array(table, np.int64), weight_size, packed_size, max(row[4] for row in table)

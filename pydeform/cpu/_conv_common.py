@@ -1,0 +1,63 @@
+"""What the forward and the backward of a convolution share: how a problem is cut up, and its arrays."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from pydeform._runtime import get_num_threads
+from pydeform.cpu._arrays import contiguous
+
+CHANNELS = 64  # of a block, sampled together
+SERIAL_FLOPS = 2e7  # below this a second thread costs more than it saves
+INT32 = np.dtype(np.int32)
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def channels_last_size(g: Any) -> int:
+    return int(g.batch * (g.in_h * g.in_w + 1) * g.in_channels)
+
+
+def pixel_dtype(g: Any) -> Any:
+    """Type of a pixel's index; the wide one halves the speed of `locate`, so only where it must be."""
+    return np.dtype(np.int32 if g.in_h * g.in_w < 2**31 - 1 else np.int64)
+
+
+def threads_for(g: Any, products: int) -> int:
+    taps = g.kernel_h * g.kernel_w
+    per_output = 2 * products * (g.out_channels // g.groups) + 16
+    flops = per_output * g.batch * g.out_h * g.out_w * g.in_channels * taps
+    return 1 if flops < SERIAL_FLOPS else get_num_threads()
+
+
+def flat_arguments(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, dtype: Any) -> tuple[Any, ...]:
+    """input, offset, mask, weight, bias in the kernels' shapes; an absent one is empty, or zeros for bias."""
+    taps = g.kernel_h * g.kernel_w
+    positions = g.out_h * g.out_w
+    shape = (g.batch, g.offset_groups, taps)
+    return (
+        contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)),
+        np.empty((0, 1, 1, 2, 1), dtype) if offset is None else contiguous(offset, dtype, (*shape, 2, positions)),
+        np.empty((0, 1, 1, 1), dtype) if mask is None else contiguous(mask, dtype, (*shape, positions)),
+        contiguous(weight, dtype, (g.out_channels, g.in_channels // g.groups, taps)),
+        np.zeros(g.out_channels, dtype) if bias is None else contiguous(bias, dtype, (g.out_channels,)),
+    )
+
+
+def channel_blocks(g: Any, largest: int) -> list[tuple[int, int, int, int]]:
+    """(group, offset group, first channel, channels): no block crosses a border of either kind of group."""
+    per_group = g.in_channels // g.groups
+    per_offset = g.in_channels // g.offset_groups
+    borders = sorted({*range(0, g.in_channels + 1, per_group), *range(0, g.in_channels, per_offset)})
+    blocks = []
+    for first, last in itertools.pairwise(borders):
+        parts = -(-(last - first) // largest)
+        size = -(-(last - first) // parts)
+        for channel in range(first, last, size):
+            blocks.append((channel // per_group, channel // per_offset, channel, min(size, last - channel)))
+    return blocks

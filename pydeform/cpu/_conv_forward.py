@@ -1,0 +1,244 @@
+"""Forward of a convolution with or without offsets (eq. 1): a tile of columns is sampled into cache and multiplied."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pydeform.cpu import _conv_common, _threads
+from pydeform.cpu._arrays import compute_dtype, empty, to_result, workspace
+from pydeform.cpu._channels_last import pixel_parts, to_channels_first, to_channels_last
+from pydeform.cpu._conv_common import (
+    CHANNELS,
+    INT32,
+    channel_blocks,
+    channels_last_size,
+    flat_arguments,
+    round_up,
+    threads_for,
+)
+from pydeform.cpu._jit import Kernel, inline
+from pydeform.cpu._sampling import locate_tap, lowest_coordinate, tile_origins
+from pydeform.cpu._simd import ROWS, VECTOR_BYTES, at, blend, multiply_tile
+from pydeform.cpu._threads import claim, finish, wait_for
+
+# Sizes that keep a tile's columns in the second-level cache and a panel of weights in the first.
+POSITIONS = 192
+DEPTH = 320  # of one product
+
+
+class ForwardPlan(NamedTuple):
+    """How one forward problem is cut up."""
+
+    positions: int  # of a tile
+    tiles: int  # of an image
+    panels: int  # of 2 vectors of output channels
+    row: int  # elements of a row of columns
+    has_offset: int
+    has_mask: int
+
+
+def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) -> Any:
+    dtype = compute_dtype(input.dtype)
+    output = empty((g.batch, g.out_channels, g.out_h * g.out_w), dtype)
+    if output.size:
+        pixel_dtype = _conv_common.pixel_dtype(g)
+        lanes = VECTOR_BYTES // dtype.itemsize
+        blocks, entries, chunks, depth, packed_size = _forward_steps(g, 2 * lanes)
+        threads = threads_for(g, 1)
+        positions = out_positions = g.out_h * g.out_w
+        tiles = -(-positions // POSITIONS)
+        if threads > 1:  # enough tiles for all; no sum depends on where a tile ends
+            tiles = max(tiles, min(-(-4 * threads // g.batch), -(-positions // (4 * ROWS))))
+        positions = round_up(-(-out_positions // tiles), ROWS)
+        plan = ForwardPlan(
+            positions=positions,
+            tiles=-(-out_positions // positions),
+            panels=-(-(g.out_channels // g.groups) // (2 * lanes)),
+            row=depth + lanes,
+            has_offset=int(offset is not None),
+            has_mask=int(mask is not None),
+        )
+        threads = min(threads, max(g.batch * plan.tiles, 1))
+        _threads.run(
+            _forward,
+            dtype.char + pixel_dtype.char,
+            threads,
+            _threads.new_counters(2),
+            *flat_arguments(input, offset, weight, bias, mask, g, dtype),
+            output,
+            *workspace(
+                ((channels_last_size(g) + lanes,), dtype),
+                ((packed_size,), dtype),
+                ((threads, positions, plan.row), dtype),
+                ((threads, positions, plan.panels * 2 * lanes), dtype),
+                ((threads, 4, positions), pixel_dtype),
+                ((threads, 6, positions), dtype),
+                ((threads, 2, positions), INT32),
+            ),
+            blocks,
+            entries,
+            chunks,
+            g,
+            plan,
+        )
+    return to_result(output, input.dtype, (g.batch, g.out_channels, g.out_h, g.out_w))
+
+
+@Kernel
+def _forward(
+    thread: int,
+    counters: Any,
+    input: Any,
+    offset: Any,
+    mask: Any,
+    weight: Any,
+    bias: Any,
+    output: Any,
+    image: Any,
+    packed: Any,
+    columns: Any,
+    sums: Any,
+    corners: Any,
+    weights: Any,
+    bases: Any,
+    blocks: Any,
+    entries: Any,
+    chunks: Any,
+    g: Any,
+    p: Any,
+) -> None:
+    # Phase 0: the image to channels-last, the weight into panels.
+    parts = pixel_parts(g.in_h * g.in_w)
+    converting = g.batch * parts
+    preparing = converting + len(chunks) * p.panels
+    unit = claim(counters, 0)
+    while unit < preparing:
+        if unit < converting:
+            for block in range(len(blocks)):
+                channel, channels = blocks[block]
+                to_channels_last(input, image, unit // parts, channel, channels, unit % parts, g.in_h * g.in_w)
+        else:
+            _pack_forward(
+                weight, packed, entries, chunks, (unit - converting) // p.panels, (unit - converting) % p.panels, g, p
+            )
+        finish(counters, 0)
+        unit = claim(counters, 0)
+    wait_for(counters, 0, preparing)
+
+    # Phase 1: every unit is one tile of positions of one image, and owns its outputs.
+    low = lowest_coordinate(g.boundary, bias)
+    has_offset, has_mask = p.has_offset != 0, p.has_mask != 0
+    length = g.out_h * g.out_w
+    pixels = g.in_h * g.in_w + 1
+    group_channels = g.out_channels // g.groups
+    tile_columns = columns[thread]
+    tile_sums = sums[thread]
+    corner = corners[thread]
+    blending = weights[thread]
+    base = bases[thread]
+    panel = sums.shape[2] // p.panels
+    unit = claim(counters, 1)
+    while unit < g.batch * p.tiles:
+        b = unit // p.tiles
+        start = (unit - b * p.tiles) * p.positions
+        count = min(p.positions, length - start)
+        tile_origins(start, count, base, g)
+        at_tap, at_group = -1, -1
+        for chunk in range(len(chunks)):
+            group, first_entry, last_entry, depth, packed_at, is_first, is_last = chunks[chunk]
+            for e in range(first_entry, last_entry):
+                tap, og, channel, channels, column = entries[e]
+                if tap != at_tap or og != at_group:
+                    at_tap, at_group = tap, og
+                    locate_tap(
+                        offset, mask, b, og, tap, start, count, low, base, corner, blending, g, has_offset, has_mask
+                    )
+                source = at(image, ((b * g.in_channels + channel) * pixels,))
+                vectors = -(-channels * image.itemsize // VECTOR_BYTES)
+                for i in range(count):
+                    blend(
+                        at(tile_columns, (i, column)),
+                        source,
+                        corner[0, i] * channels,
+                        corner[1, i] * channels,
+                        corner[2, i] * channels,
+                        corner[3, i] * channels,
+                        blending[0, i],
+                        blending[1, i],
+                        blending[2, i],
+                        blending[3, i],
+                        vectors,
+                    )
+            for j in range(p.panels):
+                for i in range(0, count, ROWS):
+                    multiply_tile(
+                        at(tile_columns, (i, 0)),
+                        p.row,
+                        1,
+                        at(packed, (packed_at + j * depth * panel,)),
+                        panel,
+                        depth,
+                        at(tile_sums, (i, j * panel)),
+                        p.panels * panel,
+                        is_first == 0,
+                    )
+            if is_last:
+                first = group * group_channels
+                to_channels_first(tile_sums, output, b, first, group_channels, start, count, bias)
+        finish(counters, 1)
+        unit = claim(counters, 1)
+    wait_for(counters, 1, g.batch * p.tiles)
+
+
+@inline
+def _pack_forward(weight: Any, packed: Any, entries: Any, chunks: Any, chunk: int, j: int, g: Any, p: Any) -> None:
+    """Panel j of one chunk: packed[panel][column][o], zeros behind the last output channel of the group."""
+    group, first_entry, last_entry, depth, packed_at, _, _ = chunks[chunk]
+    out_channels = g.out_channels // g.groups
+    panel = 2 * VECTOR_BYTES // packed.itemsize
+    first = group * out_channels + j * panel
+    width = min(panel, out_channels - j * panel)
+    for e in range(first_entry, last_entry):
+        tap, _, channel, channels, column = entries[e]
+        local = channel - group * (g.in_channels // g.groups)
+        for c in range(channels):
+            row = packed_at + (j * depth + column + c) * panel
+            for o in range(width):
+                packed[row + o] = weight[first + o, local + c, tap]
+            for o in range(width, panel):
+                packed[row + o] = 0
+
+
+@functools.lru_cache(maxsize=64)
+def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int]:
+    """The order of a tile's work: entries (tap, offset group, channel, channels, column) and the chunks they make up.
+
+    A chunk (group, first entry, last entry, depth, start in packed, is first, is last of its group) is one product.
+    """
+    taps = g.kernel_h * g.kernel_w
+    panels = -(-(g.out_channels // g.groups) // panel)
+    blocks = channel_blocks(g, CHANNELS)
+    entries: list[tuple[int, ...]] = []
+    chunks: list[list[int]] = []
+    packed_size = 0
+    for group in range(g.groups):
+        steps = [(tap, *block[1:]) for block in blocks if block[0] == group for tap in range(taps)]
+        total = sum(step[3] for step in steps)
+        target = -(-total // -(-total // DEPTH))  # chunks of about equal depth
+        first_of_group = len(chunks)
+        depth, first = 0, len(entries)
+        for number, step in enumerate(steps):
+            entries.append((*step, depth))
+            depth += step[3]
+            if depth >= target or number == len(steps) - 1:
+                chunks.append([group, first, len(entries), depth, packed_size, 0, 0])
+                packed_size += depth * panels * panel
+                depth, first = 0, len(entries)
+        chunks[first_of_group][5] = 1
+        chunks[-1][6] = 1
+    deepest = max(chunk[3] for chunk in chunks)
+    table = np.array([block[2:] for block in blocks], np.int64)
+    return table, np.array(entries, np.int64), np.array(chunks, np.int64), deepest, packed_size

@@ -1,0 +1,140 @@
+"""Every subcommand, in this process; and the program itself, once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import pydeform
+from pydeform import _progress, _selfcheck, cli
+from pydeform.bench import deform_conv2d as bench
+from pydeform.bench import timing
+
+
+def test_module_runs():
+    done = subprocess.run([sys.executable, "-m", "pydeform", "info"], capture_output=True, text=True, check=True)
+    assert f"pydeform                {pydeform.__version__}" in done.stdout
+    assert not done.stderr
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line[:22].strip() for line in lines]
+    assert names[:3] == ["python", "pydeform", "numpy"]
+    assert {"processor", "threads", "devices", "cache", "extra torch", "extra demo"} <= set(names)
+
+
+def test_info_imports_no_framework():
+    code = "import sys; from pydeform import cli; cli.main(['info']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"torch", "jax", "onnx", "matplotlib", "sklearn"}.isdisjoint(done.stdout.splitlines()[-1].split())
+
+
+def test_info_without_a_cache(monkeypatch, capsys):
+    from pydeform.cpu import _jit
+
+    monkeypatch.setattr(_jit, "cache_directory", lambda: None)
+    assert cli.main(["info"]) == 0
+    assert "none: its folder is not writable" in capsys.readouterr().out
+
+
+def test_check(capsys):
+    assert cli.main(["check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[1:-1]]
+    assert {row[0] for row in rows} == set(_selfcheck.operators())
+    assert {row[2] for row in rows} == set(_selfcheck.DTYPES)
+    assert all(row[-1] == "ok" for row in rows)
+    assert "7 vectors" in "\n".join(lines)
+
+
+def spoil(monkeypatch, name, change):
+    """Let one public function return something slightly wrong."""
+    right = getattr(pydeform, name)
+    monkeypatch.setattr(pydeform, name, lambda *args, **kwargs: change(right(*args, **kwargs)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("deform_conv2d", lambda y: y * 1.001, "output differs by"),
+        ("deform_conv2d_backward", lambda grads: grads._replace(offset=grads.offset * 1.001), "gradient of offset"),
+        ("conv2d_backward", lambda grads: grads._replace(weight=grads.weight[::-1]), "gradient of weight"),
+        ("conv2d", lambda y: y.astype(np.float32), "output has dtype float32, expected float64"),
+    ],
+)
+def test_check_fails(monkeypatch, capsys, name, change, said):
+    spoil(monkeypatch, name, change)
+    assert cli.main(["check"]) == 1
+    output = capsys.readouterr().out
+    assert "FAILED" in output
+    assert said in output
+
+
+def test_check_of_gradients_alone(monkeypatch):
+    """Finite differences find what no vector covers."""
+    monkeypatch.setattr(_selfcheck, "vectors", lambda operator: iter(()))
+    spoil(monkeypatch, "deform_conv2d_backward", lambda grads: grads._replace(mask=grads.mask * 1.001))
+    result = _selfcheck.check("deform_conv2d", _selfcheck.backends()[0], "float64")
+    assert "gradcheck: mask" in result.failure
+
+
+def test_warmup(capsys):
+    assert cli.main(["warmup"]) == 0
+    captured = capsys.readouterr()
+    assert "kernels ready in" in captured.out
+    assert "warmup" in captured.err
+
+
+def test_progress_without_tqdm(monkeypatch, capsys):
+    monkeypatch.setattr(_progress, "find_spec", lambda name: None)
+    assert list(_progress.progress([3, 5], "step", lambda item: f"item {item}")) == [3, 5]
+    assert capsys.readouterr().err == "step 1/2: item 3\nstep 2/2: item 5\n"
+
+
+def test_bench(monkeypatch, capsys):
+    """The round robin itself, in this process, on a shape that takes no time."""
+    monkeypatch.setitem(bench.SHAPES, "W5", bench.Shape(2, 4, 6, 5, 2, 2, True))
+    monkeypatch.setattr(timing, "BLOCK", 0.0)
+    monkeypatch.setattr(bench, "run", lambda threads, shapes, rounds: {"W5": bench.measure("W5", threads, 1)})
+    assert cli.main(["bench", "--quick", "--threads", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "peer/ours" in output
+    assert {"forward", "training", "W5", "mean"} <= {line.split()[0] for line in output.splitlines() if line}
+
+
+def test_bench_compares_before_it_times(monkeypatch):
+    calls = {"pydeform": lambda: np.ones(3), "openvino": lambda: np.array([1, 1, 1.1])}
+    with pytest.raises(SystemExit, match=r"W1: openvino differs from pydeform by 0\.1"):
+        bench.differences(calls, "W1")
+
+
+def test_bench_products_are_the_products():
+    """Each BLAS must compute the same thing, or its time would mean nothing."""
+    pairs = [(np.ones((2, 3), np.float32), np.full((3, 4), 2, np.float32))]
+    pairs.append((pairs[0][0].T, np.ones((2, 5), np.float32)))
+    pairs.append((np.ones((2, 5), np.float32), np.ones((7, 5), np.float32).T))
+    for name, call in bench.blas_calls(pairs, images=1, threads=1).items():
+        for (a, b), out in zip(pairs, call(), strict=True):
+            np.testing.assert_array_equal(out, a @ b, err_msg=name)
+
+
+def test_demo_gets_its_own_options(monkeypatch):
+    from pydeform import demo
+
+    seen = []
+    monkeypatch.setattr(demo, "main", lambda argv: seen.append(argv) or 0)
+    assert cli.main(["demo", "--quick", "--seeds", "1"]) == 0
+    assert seen == [["--quick", "--seeds", "1"]]
+
+
+@pytest.mark.parametrize("argv", [[], ["nothing"], ["info", "--threads"]])
+def test_mistakes(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+    assert "usage: pydeform" in capsys.readouterr().err

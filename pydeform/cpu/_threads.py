@@ -18,89 +18,98 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pydeform.cpu._jit import Kernel, inline
+from pydeform.cpu._jit import Kernel
 
 _STRIDE = 8  # counters lie a cache line apart
 _CLAIMED, _FINISHED = 0, 1
-_SPINS = 1 << 10
+_INT = ir.IntType(64)
 _HAS_YIELD = hasattr(os, "sched_yield")
 
 
-def _pointer_to(context: Any, builder: Any, array_type: Any, arguments: Any) -> Any:
-    array = context.make_array(array_type)(context, builder, arguments[0])
-    return builder.gep(array.data, [arguments[1]])
+def _pointer_to(context: Any, builder: Any, counters_type: Any, counters: Any, index: Any) -> Any:
+    array = context.make_array(counters_type)(context, builder, counters)
+    return builder.gep(array.data, [index])
+
+
+def _emit_count_up(builder: Any, pointer: Any) -> Any:
+    """Add one in one atomic step, after everything written before has become visible; gives the value before."""
+    return builder.atomic_rmw("add", pointer, ir.Constant(_INT, 1), "acq_rel")
+
+
+def _emit_wait(builder: Any, pointer: Any, value: Any) -> None:
+    """Until *pointer >= value: let other threads run, and then see everything that was written before."""
+    wait, again, done = (builder.append_basic_block(name) for name in ("wait", "again", "done"))
+    builder.branch(wait)
+    builder.position_at_end(wait)
+    builder.cbranch(builder.icmp_signed(">=", builder.load_atomic(pointer, "acquire", 8), value), done, again)
+    builder.position_at_end(again)
+    if _HAS_YIELD:
+        name = "sched_yield"
+        function = builder.module.globals.get(name) or ir.Function(
+            builder.module, ir.FunctionType(ir.IntType(32), []), name=name
+        )
+        builder.call(function, [])
+    builder.branch(wait)
+    builder.position_at_end(done)
+
+
+def _phase_pointer(context: Any, builder: Any, signature: Any, arguments: Any, which: int) -> Any:
+    index = builder.add(builder.mul(arguments[1], ir.Constant(_INT, 2 * _STRIDE)), ir.Constant(_INT, which * _STRIDE))
+    return _pointer_to(context, builder, signature.args[0], arguments[0], index)
 
 
 @intrinsic  # type: ignore[misc]
-def _fetch_add(typing_context: Any, counters: Any, index: Any) -> Any:
-    """counters[index]++ as one atomic step; returns the value before."""
+def claim(typing_context: Any, counters: Any, phase: Any) -> Any:
+    """The next unit of `phase` that nobody has taken; past the last one it goes on counting."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _pointer_to(context, builder, counters, arguments)
-        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "acq_rel")
+        return _emit_count_up(builder, _phase_pointer(context, builder, signature, arguments, _CLAIMED))
 
     return types.int64(counters, types.int64), codegen
 
 
 @intrinsic  # type: ignore[misc]
-def _load(typing_context: Any, counters: Any, index: Any) -> Any:
-    """counters[index], and with it everything that was written before it was last changed."""
+def finish(typing_context: Any, counters: Any, phase: Any) -> Any:
+    """Tell the others that one more unit of `phase` is done."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _pointer_to(context, builder, counters, arguments)
-        return builder.load_atomic(pointer, "acquire", 8)
-
-    return types.int64(counters, types.int64), codegen
-
-
-@intrinsic  # type: ignore[misc]
-def _yield_processor(typing_context: Any) -> Any:
-    """Let another thread have this processor."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if _HAS_YIELD:
-            name = "sched_yield"
-            function = builder.module.globals.get(name) or ir.Function(
-                builder.module, ir.FunctionType(ir.IntType(32), []), name=name
-            )
-            builder.call(function, [])
+        _emit_count_up(builder, _phase_pointer(context, builder, signature, arguments, _FINISHED))
         return context.get_dummy_value()
 
-    return types.void(), codegen
+    return types.void(counters, types.int64), codegen
 
 
-@inline
-def advance_counter(counters: Any, index: int) -> None:
-    """Count one up, after everything written before has become visible."""
-    _fetch_add(counters, index)
-
-
-@inline
-def wait_until(counters: Any, index: int, value: int) -> None:
-    """Wait until a counter has reached `value`."""
-    spins = 0
-    while _load(counters, index) < value:
-        spins += 1
-        if spins > _SPINS:
-            _yield_processor()
-
-
-@inline
-def claim(counters: Any, phase: int) -> int:
-    """The next unit of `phase` that nobody has taken; past the last one it goes on counting."""
-    return _fetch_add(counters, (2 * phase + _CLAIMED) * _STRIDE)
-
-
-@inline
-def finish(counters: Any, phase: int) -> None:
-    """Tell the others that one more unit of `phase` is done."""
-    advance_counter(counters, (2 * phase + _FINISHED) * _STRIDE)
-
-
-@inline
-def wait_for(counters: Any, phase: int, units: int) -> None:
+@intrinsic  # type: ignore[misc]
+def wait_for(typing_context: Any, counters: Any, phase: Any, units: Any) -> Any:
     """Wait until `units` units of `phase` are done: whoever has claimed one is at work on it."""
-    wait_until(counters, (2 * phase + _FINISHED) * _STRIDE, units)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _emit_wait(builder, _phase_pointer(context, builder, signature, arguments, _FINISHED), arguments[2])
+        return context.get_dummy_value()
+
+    return types.void(counters, types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def advance_counter(typing_context: Any, counters: Any, index: Any) -> Any:
+    """counters[index] += 1, for the others to see after everything written before."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _emit_count_up(builder, _pointer_to(context, builder, signature.args[0], *arguments))
+        return context.get_dummy_value()
+
+    return types.void(counters, types.int64), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def wait_until(typing_context: Any, counters: Any, index: Any, value: Any) -> Any:
+    """Wait until counters[index] has reached `value`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _emit_wait(builder, _pointer_to(context, builder, signature.args[0], *arguments[:2]), arguments[2])
+        return context.get_dummy_value()
+
+    return types.void(counters, types.int64, types.int64), codegen
 
 
 def new_counters(phases: int) -> Any:

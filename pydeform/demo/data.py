@@ -12,6 +12,7 @@ TRAIN = 1200  # digits; the other 597 are the test set
 SCALES = (1.0, 3.0)
 ROTATION = 0.5  # radians, either way
 SHEAR = 0.3
+NOISE = 0.5  # the background: uniform noise up to half of white, so that where a filter looks matters
 SHIFT = 4.0  # pixels, either way, and not more than keeps the digit inside the image
 
 
@@ -47,7 +48,7 @@ def place(
     shear: float = SHEAR,
     shift: float = SHIFT,
 ) -> Placed:
-    """Warp each digit (N, 8, 8) by its own random scale (log-uniform), rotation, shear and shift."""
+    """Warp each digit (N, 8, 8) by its own random scale (log-uniform), rotation, shear and shift, onto noise."""
     n = len(digits)
     scale = np.exp(rng.uniform(np.log(scales[0]), np.log(scales[1]), n))
     angle = rng.uniform(-rotation, rotation, n)
@@ -61,7 +62,8 @@ def place(
     grid = np.stack(np.meshgrid(pixel, pixel, indexing="ij"), axis=-1).reshape(1, SIZE * SIZE, 2)
     source = (grid - centre[:, None]) @ matrix.transpose(0, 2, 1) + (SIDE - 1) / 2
     depth = 1 - abs(source - (SIDE - 1) / 2).max(axis=-1) / (SIDE / 2)
-    image = _bilinear(digits, source)
+    background = NOISE * rng.random((n, SIZE * SIZE), np.float32)
+    image = np.maximum(_bilinear(digits, source), background)
     return Placed(image.reshape(n, 1, SIZE, SIZE), scale, depth.reshape(n, SIZE, SIZE))
 
 

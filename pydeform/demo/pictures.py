@@ -14,8 +14,8 @@ from pydeform.layers import Sequential
 
 COLORS = {"plain": "#4c78a8", "deformable v1": "#e4572e", "modulated v2": "#f2a541"}
 LAYER_COLORS = ("#7a5195", "#2a9d8f")
-CENTRE = (data.SIZE // 4 // 2, data.SIZE // 4 // 2)  # of the last deformable layer's output
 DEFORMABLE = "deformable v1"
+SHOWN = 2  # the digit in the pictures
 Runs = Mapping[str, Sequence[training.Run]]
 
 
@@ -53,12 +53,14 @@ def regular(chain: Sequence[viz.Level]) -> list[viz.Level]:
 def _examples(digits: data.Digits, scales: Sequence[float], which: int = 0) -> Any:
     """One test digit upright in the middle, once for each scale: (scales, H, W)."""
     quiet = {"rotation": 0.0, "shear": 0.0, "shift": 0.0}
-    one = digits.test_x[which : which + 1]
+    one = digits.test_x[digits.test_y == SHOWN][which : which + 1]
     return np.stack([data.place(one, np.random.default_rng(0), (s, s), **quiet).image[0, 0] for s in scales])
 
 
-def _draw_points(ax: Any, image: Any, chain: Sequence[viz.Level], color: Any) -> None:
-    viz.sampling_points(ax, image, chain, CENTRE, pixel_stride=networks.SITES[0].input_stride, color=color)
+def _draw_points(ax: Any, image: Any, chain: Sequence[viz.Level], color: Any, size: float = 12) -> None:
+    """Points of the output position at the middle of the image."""
+    position = tuple(length // 2 for length in chain[-1].offset.shape[1:])
+    viz.sampling_points(ax, image, chain, position, pixel_stride=networks.SITES[0].input_stride, color=color, size=size)
     margin = 3.5
     ax.set(xlim=(-0.5 - margin, data.SIZE - 0.5 + margin), ylim=(data.SIZE - 0.5 + margin, -0.5 - margin))
     ax.set_facecolor("black")
@@ -119,18 +121,20 @@ def _learning_curves(runs: Runs) -> Any:
 
 
 def _summary(runs: Runs, dilation: Mapping[str, Any], digits: data.Digits) -> Any:
-    """For the README: where the network looks, how that grows with the digit, and what it is worth."""
+    """For the README: where a filter looks, how that grows with the digit, and what it is worth."""
     scales = (1.0, 2.0, 3.0)
-    axes = viz.panels(1, 5, (2.3, 2.7), width_ratios=(1, 1, 1, 1.35, 1.2))
-    figure = axes.flat[0].figure
+    axes = viz.panels(1, 5, (2.35, 2.75), width_ratios=(1, 1, 1, 1.35, 1.15))
+    network = runs[DEFORMABLE][0].network
     for ax, scale, image in zip(axes[0], scales, _examples(digits, scales), strict=False):
-        _draw_points(ax, image, levels(runs[DEFORMABLE][0].network, image), COLORS[DEFORMABLE])
+        chain = levels(network, image)[:1]
+        _draw_points(ax, image, regular(chain), COLORS["plain"], size=22)
+        _draw_points(ax, image, chain, COLORS[DEFORMABLE], size=36)
         ax.set_title(f"digit at scale {scale:g}", fontsize=10)
+    axes[0, 1].set_xlabel("one 3x3 filter: plain (blue), deformable (red)", fontsize=10)
     _dilation(axes[0, 3], dilation[DEFORMABLE])
-    axes[0, 3].set_title("filters grow with the digit", fontsize=10)
-    axes[0, 3].legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.3))
+    axes[0, 3].set_title("the filter grows with the digit", fontsize=10)
+    axes[0, 3].legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.25))
     _accuracy_bars(axes[0, 4], runs)
-    figure.suptitle("81 points that one output samples through two deformable layers", x=0.3, fontsize=10)
     return axes
 
 
@@ -144,8 +148,6 @@ def _accuracy_bars(ax: Any, runs: Runs) -> None:
     # the axis does not start at 0: say so with its ticks, and leave room below the lowest run
     ax.set(ylim=(max(np.floor(100 * lowest / 5) * 5 - 5, 0), 101), xticks=range(len(runs)))
     ax.set_xticklabels([kind.replace(" ", "\n") for kind in runs], fontsize=8)
-    ax.set_title(
-        f"test accuracy (%), {networks.parameters(next(iter(runs.values()))[0].network) // 1000}k parameters each",
-        fontsize=9,
-    )
+    thousands = round(networks.parameters(runs[networks.PLAIN][0].network) / 1000)
+    ax.set_title(f"test accuracy (%)\n{thousands}k parameters each", fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)

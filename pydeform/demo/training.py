@@ -16,7 +16,7 @@ from pydeform.optim import AdamW
 
 BATCH = 48
 LR = 0.016  # the best of 0.004 ... 0.03 for the plain network
-OFFSET_LR = 0.25  # of LR, for the offset branches (0.1 in the papers, from pretrained ones); at 1 the offsets run away
+OFFSET_LR = 0.1  # of LR, for the offset branches, as in the papers; at 1 the offsets run away
 WEIGHT_DECAY = 0.01
 SQUARE_DECAY = 0.99  # Adam's second beta: a run has only hundreds of steps
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.0)

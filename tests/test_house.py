@@ -1,0 +1,132 @@
+"""Rules of the house that a machine can check: what must be beside an operator, and what may stand in no file."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pydeform
+from pydeform import _selfcheck
+
+ROOT = Path(__file__).parents[1]
+OPERATORS = _selfcheck.operators()
+EXTRAS = {"cuda12", "cuda13", "torch", "jax", "dask", "onnx", "viz", "demo", "test", "dev"}
+# Put together here, so that this file does not contain what it looks for.
+HOSTS = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("download", "pytorch", "org"))]
+FOLDERS = ["/" + name + "/" for name in ("root", "work", "tmp", "farm")]
+SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DOCUMENTS = ("README.md", "docs/conventions.md")
+
+
+def read(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def tracked() -> list[Path]:
+    """Every text file that git knows or would take."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    names = [name for name in listed.stdout.decode().split("\0") if name]
+    paths = [ROOT / name for name in names if not name.endswith((".npz", ".png", ".jpg"))]
+    return [path for path in paths if path.is_file()]
+
+
+def test_operators_are_found():
+    assert {"conv2d", "deform_conv2d"} <= set(OPERATORS)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operator_is_complete(operator):
+    for path in (f"pydeform/ops/{operator}.py", f"pydeform/cpu/{operator}.py", f"tests/reference/{operator}.py"):
+        assert (ROOT / path).is_file(), path
+    assert (ROOT / f"tests/test_{operator}.py").is_file()
+    assert _selfcheck.problem(operator).arrays
+    table = [line for line in read("README.md").splitlines() if line.startswith(f"| `{operator}` |")]
+    assert table, "no row in README's table"
+    assert f"`{operator}`" in read("CHANGELOG.md")
+    assert f"`{operator}_backward`" in read("CHANGELOG.md")
+
+
+@pytest.mark.parametrize("name", [name for name in pydeform.__all__ if not name.startswith("_")])
+def test_public_name_is_in_the_changelog(name):
+    if not name.endswith("Grads"):  # they are what `_backward` returns
+        assert f"`{name}`" in read("CHANGELOG.md")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_table_of_dtypes_is_true(operator):
+    """README's row says "yes" for a dtype exactly where the operator runs in it."""
+    header = next(line for line in read("README.md").splitlines() if line.startswith("| operator |"))
+    row = next(line for line in read("README.md").splitlines() if line.startswith(f"| `{operator}` |"))
+    cells = dict(zip(*([cell.strip() for cell in line.strip("|").split("|")] for line in (header, row)), strict=True))
+    for dtype in _selfcheck.DTYPES:
+        result = _selfcheck.check(operator, _selfcheck.backends()[0], dtype)
+        assert (cells[dtype] == "yes") == (not result.failure), f"{dtype}: {result.failure}"
+    grads = _selfcheck.run(operator, _selfcheck.problem(operator), _selfcheck.backends()[0], np.float64)
+    assert cells["gradients"].split(", ") == [name.removeprefix("gradient of ") for name in grads if name != "output"]
+
+
+def test_extras():
+    config = configparser.RawConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert EXTRAS == set(config["options.extras_require"])
+    assert "pydeform[demo,test]" in config["options.extras_require"]["dev"]
+
+
+def test_package_data_is_there():
+    package = Path(pydeform.__file__).parent
+    assert (package / "py.typed").is_file()
+    assert (package / "data" / "vectors.npz").is_file()
+
+
+def test_no_host_or_path_of_one_machine():
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in tracked()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if any(text in line for text in HOSTS + FOLDERS)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_install_commands_have_a_path():
+    """Another project has our name on the package index."""
+    for path in tracked():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert not re.search(r"(pip|uv) (install|add) [^#`]*\bpydeform\b(?!/)", line), f"{path}: {line}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_snippets_run(document, tmp_path):
+    """Each document's blocks in one fresh process, one after the other, as a reader would paste them."""
+    blocks = SNIPPET.findall(read(document))
+    assert blocks
+    script = tmp_path / "snippets.py"
+    script.write_text("\n".join(blocks), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md"])
+def test_links_lead_somewhere(document):
+    folder = (ROOT / document).parent
+    for target in re.findall(r"\]\(([^)]+)\)", read(document)):
+        if not target.startswith("https://"):
+            assert (folder / target).exists(), target
+
+
+def test_each_decision_has_its_three_parts():
+    pages = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    assert [int(page.name[:4]) for page in pages] == list(range(1, len(pages) + 1))
+    for page in pages:
+        headings = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("## ")]
+        assert headings == ["## Context", "## Choice", "## Price"], page.name

@@ -128,7 +128,7 @@ def _import_jax(must_be: str, array: Any) -> tuple[Any, Back]:
         if result.dtype != np.float64:
             return jax.device_put(result, device, may_alias=True)
         # A float64 array can outlive the context that enabled x64; JAX would then make the result float32 in silence.
-        with (getattr(jax, "enable_x64", None) or jax.experimental.enable_x64)(True):
+        with (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64(True):
             return jax.device_put(result, device, may_alias=True)
 
     return np.asarray(array), Back(export)  # the same memory, read-only; bfloat16 too, unlike through DLPack

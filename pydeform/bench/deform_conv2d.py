@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ SHAPES = {
     "W6": Shape(1, 64, 512, 512, 1, 1, True),
 }
 TAPS = 9
+BUSY = 0.2  # processors' worth of other programs' work above which a time is worth little
 PEERS = ("openvino", "onnxruntime", "torchvision")
 
 
@@ -263,7 +265,8 @@ def differences(calls: dict[str, Callable[[], Any]], name: str) -> dict[str, flo
 
 def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
     p = problem(SHAPES[name])
-    result: dict[str, Any] = {}
+    time.sleep(timing.PAUSE)
+    result: dict[str, Any] = {"busy elsewhere": timing.busy_elsewhere()}
     for what, candidates in (("forward", forward_candidates), ("training", training_candidates)):
 
         def progress(text: str, what: str = what) -> None:
@@ -297,9 +300,11 @@ def report(results: dict[str, Any], what: str) -> str:
             if value:
                 ratios[key].append(value)
         rows.append(row)
+    busy = [shape for shape, result in results.items() if (result.get("busy elsewhere") or 0) > BUSY]
+    warning = f"\nother programs kept the processors busy during {', '.join(busy)}: measure again" if busy else ""
     means = [f"{timing.geometric_mean(v):.2f}" if v else "-" for v in ratios.values()]
     rows.append(["mean", *[""] * len(columns), *means])
-    return timing.table([what, *columns, *ratios], rows)
+    return timing.table([what, *columns, *ratios], rows) + warning
 
 
 def main(argv: list[str] | None = None) -> int:

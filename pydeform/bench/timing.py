@@ -67,6 +67,26 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def busy_elsewhere(seconds: float = 0.3) -> float | None:
+    """How many processors' worth of work others do while we sleep: times taken beside that mean little."""
+    before = _processor_ticks()
+    if before is None:
+        return None
+    time.sleep(seconds)
+    after = _processor_ticks() or before
+    total, idle = (now - then for now, then in zip(after, before, strict=True))
+    return (1 - idle / total) * (os.cpu_count() or 1) if total else 0.0
+
+
+def _processor_ticks() -> tuple[int, int] | None:
+    """(all, idle) of this machine since it started, where the system tells."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return None
+    ticks = [int(word) for word in path.read_text().splitlines()[0].split()[1:9]]
+    return sum(ticks), ticks[3] + ticks[4]  # idle, and waiting for a disk
+
+
 def thread_environment(threads: int) -> dict[str, str]:
     """The environment in which every library that we know uses this many threads. Read when a process starts."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")

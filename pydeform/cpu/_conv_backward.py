@@ -16,6 +16,7 @@ from pydeform.cpu._conv_common import (
     channel_blocks,
     channels_last_size,
     flat_arguments,
+    is_depthwise,
     round_up,
     threads_for,
 )
@@ -47,6 +48,7 @@ class BackwardPlan(NamedTuple):
     rows: int  # output channels of a group, rounded up to the register block
     width: int  # widest block of channels, rounded up to a panel
     weight_size: int  # elements of one partial weight gradient
+    depthwise: int
     has_offset: int
     has_mask: int
     need_input: int
@@ -74,7 +76,7 @@ def backward(
         pixel_dtype = _conv_common.pixel_dtype(g)
         lanes = VECTOR_BYTES // dtype.itemsize
         panel = 2 * lanes
-        blocks, weight_size, packed_size, width = _backward_blocks(g, panel)
+        blocks, weight_size, packed_size, width, rows = _backward_blocks(g, panel)
         splits = max(1, min(g.batch, WEIGHT_COPIES // (weight_size * dtype.itemsize)))
         tiles = -(-positions_out // POSITIONS)
         positions = round_up(-(-positions_out // tiles), ROWS)
@@ -82,9 +84,10 @@ def backward(
             positions=positions,
             tiles=-(-positions_out // positions),
             splits=splits,
-            rows=round_up(g.out_channels // g.groups, ROWS),
+            rows=rows,
             width=width,
             weight_size=weight_size,
+            depthwise=int(is_depthwise(g)),
             has_offset=int(offset is not None),
             has_mask=int(mask is not None),
             need_input=int("input" in needs),
@@ -179,7 +182,7 @@ def _backward(
     while unit < working:
         split = unit // len(blocks)
         block = unit - split * len(blocks)
-        group, og, channel, channels, width, previous, packed_at, partial_at = blocks[block]
+        first_out, _, og, channel, channels, width, previous, packed_at, partial_at = blocks[block]
         first_image = split * g.batch // p.splits
         for b in range(first_image, (split + 1) * g.batch // p.splits):
             origin = (b * g.in_channels + channel) * (g.in_h * g.in_w + 1)
@@ -187,9 +190,15 @@ def _backward(
                 start = tile * p.positions
                 count = min(p.positions, length - start)
                 tile_origins(start, count, base, g)
-                for o in range(out_channels):
-                    for i in range(count):
-                        tile_grad[thread, o, i] = grad_output[b, group * out_channels + o, start + i]
+                if p.depthwise:  # (position, channel)
+                    grads = at(tile_grad, (thread, 0, 0))
+                    for c in range(channels):
+                        for i in range(count):
+                            grads[i * p.width + c] = grad_output[b, channel + c, start + i]
+                else:  # (output channel, position)
+                    for o in range(out_channels):
+                        for i in range(count):
+                            tile_grad[thread, o, i] = grad_output[b, first_out + o, start + i]
                 if p.need_dots and previous >= 0:
                     # Sums over channels go from block to block: this one adds where the one before has been.
                     wait_until(progress, b * len(blocks) + previous, tile + 1)
@@ -197,7 +206,17 @@ def _backward(
                     locate_tap(
                         offset, mask, b, og, tap, start, count, low, base, corner, blending, g, has_offset, has_mask
                     )
-                    if p.need_input | p.need_dots:
+                    if (p.need_input | p.need_dots) and p.depthwise:
+                        # grad_columns[i, c] = grad_output[c, i] * weight[c, tap]
+                        _scale_channels(
+                            at(tile_grad, (thread, 0, 0)),
+                            at(packed, (packed_at + tap * width,)),
+                            at(tile_columns, (thread, 1, 0, 0)),
+                            p.width,
+                            count,
+                            channels,
+                        )
+                    elif p.need_input | p.need_dots:
                         # grad_columns[i, c] = sum_o grad_output[o, i] * weight[o, c, tap]
                         for j in range(0, width, panel):
                             for i in range(0, count, ROWS):
@@ -234,7 +253,18 @@ def _backward(
                             previous >= 0,
                             has_mask,
                         )
-                    if p.need_weight:
+                    if p.need_weight and p.depthwise:
+                        # partial[c] += sum_i grad_output[c, i] * columns[i, c]
+                        _sum_channels(
+                            at(tile_grad, (thread, 0, 0)),
+                            at(tile_columns, (thread, 0, 0, 0)),
+                            at(partial, (split, partial_at + tap * width)),
+                            p.width,
+                            count,
+                            channels,
+                            b > first_image or tile > 0,
+                        )
+                    elif p.need_weight:
                         # partial[o, c] += sum_i grad_output[o, i] * columns[i, c]: eq. 6 for one tap of one tile
                         for j in range(0, width, panel):
                             for o in range(0, out_channels, ROWS):
@@ -273,7 +303,7 @@ def _prepare_backward(
             b = unit // parts
             part = unit - b * parts
             for block in range(len(blocks)):
-                channel, channels = blocks[block, 2], blocks[block, 3]
+                channel, channels = blocks[block, 3], blocks[block, 4]
                 to_channels_last(input, image, b, channel, channels, part, pixels)
                 if p.need_input:
                     origin = (b * g.in_channels + channel) * (pixels + 1)
@@ -281,7 +311,7 @@ def _prepare_backward(
                     for i in range(origin + part * PIXELS * channels, origin + last * channels):
                         grad_image[i] = 0
         else:
-            _pack_backward(weight, packed, blocks[unit - converting], g)
+            _pack_backward(weight, packed, blocks[unit - converting], g, p)
         finish(counters, 0)
         unit = claim(counters, 0)
     wait_for(counters, 0, preparing)
@@ -310,7 +340,7 @@ def _finish_backward(
         if unit < inputs:
             b = unit // parts
             for block in range(len(blocks)):
-                channel, channels = blocks[block, 2], blocks[block, 3]
+                channel, channels = blocks[block, 3], blocks[block, 4]
                 block_to_channels_first(grad_image, grad_input, b, channel, channels, unit - b * parts, pixels)
         else:
             o = unit - inputs
@@ -381,33 +411,66 @@ def _add_offset_gradient(
 
 
 @inline
-def _pack_backward(weight: Any, packed: Any, block: Any, g: Any) -> None:
-    """packed[tap][panel][o][c] of one block, zeros behind its last channel."""
-    group, _, channel, channels, width, _, packed_at, _ = block
+def _scale_channels(grads: Any, scale: Any, target: Any, row: int, count: int, channels: int) -> None:
+    """target[i, c] = grads[i, c] * scale[c], and zeros behind: the vectors that read it end after the last channel."""
+    for i in range(count):
+        first = advance(grads, i * row)
+        second = advance(target, i * row)
+        for c in range(channels):
+            second[c] = first[c] * scale[c]
+        for c in range(channels, row):
+            second[c] = 0
+
+
+@inline
+def _sum_channels(grads: Any, columns: Any, target: Any, row: int, count: int, channels: int, add: bool) -> None:
+    """target[c] (+)= sum_i grads[i, c] * columns[i, c]."""
+    if not add:
+        for c in range(channels):
+            target[c] = 0
+    for i in range(count):
+        first = advance(grads, i * row)
+        second = advance(columns, i * row)
+        for c in range(channels):
+            target[c] += first[c] * second[c]
+
+
+@inline
+def _pack_backward(weight: Any, packed: Any, block: Any, g: Any, p: Any) -> None:
+    """packed[tap][panel][o][c] of one block, zeros behind its last channel. Depthwise: packed[tap][c]."""
+    first_out, first_in, _, channel, channels, width, _, packed_at, _ = block
+    taps = g.kernel_h * g.kernel_w
+    if p.depthwise:
+        for tap in range(taps):
+            for c in range(channels):
+                packed[packed_at + tap * width + c] = weight[channel + c, 0, tap]
+        return
     out_channels = g.out_channels // g.groups
     panel = 2 * VECTOR_BYTES // packed.itemsize
-    local = channel - group * (g.in_channels // g.groups)
     for o in range(out_channels):
         for c in range(width):
             row = packed_at + (c // panel * out_channels + o) * panel + c % panel
-            for tap in range(g.kernel_h * g.kernel_w):
-                value = weight[group * out_channels + o, local + c, tap] if c < channels else packed[0] * 0
+            for tap in range(taps):
+                value = weight[first_out + o, channel - first_in + c, tap] if c < channels else packed[0] * 0
                 packed[row + tap * width * out_channels] = value
 
 
 @inline
 def _reduce_weight(partial: Any, grad_weight: Any, blocks: Any, o: int, g: Any, p: Any) -> None:
     """Eq. 6 for one output channel: the partial gradients added in the order of their images."""
-    group = o // (g.out_channels // g.groups)
-    row = o % (g.out_channels // g.groups)
+    out_channels = g.out_channels // g.groups
     for block in range(len(blocks)):
-        if blocks[block, 0] != group:
+        first_out, first_in, _, channel, channels, width, _, _, partial_at = blocks[block]
+        first_c, count, local, row, rows = 0, channels, channel - first_in, o - first_out, p.rows
+        if p.depthwise:
+            first_c, count, local, row, rows = o - channel, 1, 0, 0, 1
+            if first_c < 0 or first_c >= channels:
+                continue
+        elif row < 0 or row >= out_channels:
             continue
-        _, _, channel, channels, width, _, _, partial_at = blocks[block]
-        local = channel - group * (g.in_channels // g.groups)
         for tap in range(g.kernel_h * g.kernel_w):
-            first = partial_at + (tap * p.rows + row) * width
-            for c in range(channels):
+            first = partial_at + (tap * rows + row) * width + first_c
+            for c in range(count):
                 total = partial[0, first + c]
                 for split in range(1, p.splits):
                     total += partial[split, first + c]
@@ -415,14 +478,15 @@ def _reduce_weight(partial: Any, grad_weight: Any, blocks: Any, o: int, g: Any, 
 
 
 @functools.lru_cache(maxsize=64)
-def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int]:
-    """Rows (group, offset group, channel, channels, width, previous block of the offset group, start in packed,
+def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int, int]:
+    """Rows (first output channel, first input channel of the group, offset group, channel, channels, width,
 
-    start in the partial weight gradient), then the sizes of those two and the largest width.
+    previous block of the offset group, start in packed, start in the partial weight gradient), then the sizes of those
+    two, the largest width, and the rows of a tile of the output's gradient.
     """
     taps = g.kernel_h * g.kernel_w
-    out_channels = g.out_channels // g.groups
-    rows = round_up(out_channels, ROWS)
+    outs, ins = g.out_channels // g.groups, g.in_channels // g.groups
+    rows = round_up(outs, ROWS)
     # Two blocks at least, where channels allow it: a block is a unit of work. Never by batch, which must not show.
     largest = CHANNELS if g.in_channels >= 2 * CHANNELS else max(CHANNELS // 4, round_up(-(-g.in_channels // 2), panel))
     table: list[tuple[int, ...]] = []
@@ -430,8 +494,10 @@ def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int]:
     weight_size = packed_size = 0
     for group, og, channel, channels in channel_blocks(g, largest):
         width = round_up(channels, panel)
-        table.append((group, og, channel, channels, width, latest.get(og, -1), packed_size, weight_size))
+        previous = latest.get(og, -1)
+        table.append((group * outs, group * ins, og, channel, channels, width, previous, packed_size, weight_size))
         latest[og] = len(table) - 1
-        packed_size += taps * width * out_channels
-        weight_size += taps * rows * width
-    return np.array(table, np.int64), weight_size, packed_size, max(row[4] for row in table)
+        packed_size += taps * width * (1 if is_depthwise(g) else outs)
+        weight_size += taps * width * (1 if is_depthwise(g) else rows)
+    width = max(row[5] for row in table)
+    return np.array(table, np.int64), weight_size, packed_size, width, width if is_depthwise(g) else rows

@@ -49,13 +49,23 @@ def flat_arguments(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g
     )
 
 
+def is_depthwise(g: Any) -> bool:
+    """One input and one output channel in each group: nothing to sum over channels, so groups need not be apart."""
+    return bool(g.groups == g.in_channels == g.out_channels and g.groups > 1)
+
+
 def channel_blocks(g: Any, largest: int) -> list[tuple[int, int, int, int]]:
-    """(group, offset group, first channel, channels): no block crosses a border of either kind of group."""
-    per_group = g.in_channels // g.groups
+    """(group, offset group, first channel, channels): no block crosses a border of either kind of group.
+
+    A depthwise convolution has blocks of many groups; `group` is then the first of them.
+    """
+    per_group = 1 if is_depthwise(g) else g.in_channels // g.groups
     per_offset = g.in_channels // g.offset_groups
-    borders = sorted({*range(0, g.in_channels + 1, per_group), *range(0, g.in_channels, per_offset)})
+    borders = {0, g.in_channels, *range(0, g.in_channels, per_offset)}
+    if not is_depthwise(g):
+        borders.update(range(0, g.in_channels, per_group))
     blocks = []
-    for first, last in itertools.pairwise(borders):
+    for first, last in itertools.pairwise(sorted(borders)):
         parts = -(-(last - first) // largest)
         size = -(-(last - first) // parts)
         for channel in range(first, last, size):

@@ -16,17 +16,18 @@ from pydeform.cpu._conv_common import (
     channel_blocks,
     channels_last_size,
     flat_arguments,
+    is_depthwise,
     round_up,
     threads_for,
 )
 from pydeform.cpu._jit import Kernel, inline
 from pydeform.cpu._sampling import locate_tap, lowest_coordinate, tile_origins
-from pydeform.cpu._simd import ROWS, VECTOR_BYTES, at, blend, multiply_tile
+from pydeform.cpu._simd import ROWS, VECTOR_BYTES, advance, at, blend, multiply_tile
 from pydeform.cpu._threads import claim, finish, wait_for
 
 # Sizes that keep a tile's columns in the second-level cache and a panel of weights in the first.
-POSITIONS = 192
-DEPTH = 320  # of one product
+POSITIONS = 96
+DEPTH = 256  # of one product
 
 
 class ForwardPlan(NamedTuple):
@@ -36,6 +37,7 @@ class ForwardPlan(NamedTuple):
     tiles: int  # of an image
     panels: int  # of 2 vectors of output channels
     row: int  # elements of a row of columns
+    depthwise: int
     has_offset: int
     has_mask: int
 
@@ -46,7 +48,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
     if output.size:
         pixel_dtype = _conv_common.pixel_dtype(g)
         lanes = VECTOR_BYTES // dtype.itemsize
-        blocks, entries, chunks, depth, packed_size = _forward_steps(g, 2 * lanes)
+        blocks, entries, chunks, depth, panels, packed_size = _forward_steps(g, 2 * lanes)
         threads = threads_for(g, 1)
         positions = out_positions = g.out_h * g.out_w
         tiles = -(-positions // POSITIONS)
@@ -56,7 +58,8 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
         plan = ForwardPlan(
             positions=positions,
             tiles=-(-out_positions // positions),
-            panels=-(-(g.out_channels // g.groups) // (2 * lanes)),
+            panels=panels,
+            depthwise=int(is_depthwise(g)),
             row=depth + lanes,
             has_offset=int(offset is not None),
             has_mask=int(mask is not None),
@@ -73,7 +76,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
                 ((channels_last_size(g) + lanes,), dtype),
                 ((packed_size,), dtype),
                 ((threads, positions, plan.row), dtype),
-                ((threads, positions, plan.panels * 2 * lanes), dtype),
+                ((threads, positions, panels * 2 * lanes), dtype),
                 ((threads, 4, positions), pixel_dtype),
                 ((threads, 6, positions), dtype),
                 ((threads, 2, positions), INT32),
@@ -122,7 +125,7 @@ def _forward(
                 to_channels_last(input, image, unit // parts, channel, channels, unit % parts, g.in_h * g.in_w)
         else:
             _pack_forward(
-                weight, packed, entries, chunks, (unit - converting) // p.panels, (unit - converting) % p.panels, g, p
+                weight, packed, entries, chunks, (unit - converting) // p.panels, (unit - converting) % p.panels, p
             )
         finish(counters, 0)
         unit = claim(counters, 0)
@@ -133,7 +136,6 @@ def _forward(
     has_offset, has_mask = p.has_offset != 0, p.has_mask != 0
     length = g.out_h * g.out_w
     pixels = g.in_h * g.in_w + 1
-    group_channels = g.out_channels // g.groups
     tile_columns = columns[thread]
     tile_sums = sums[thread]
     corner = corners[thread]
@@ -148,7 +150,7 @@ def _forward(
         tile_origins(start, count, base, g)
         at_tap, at_group = -1, -1
         for chunk in range(len(chunks)):
-            group, first_entry, last_entry, depth, packed_at, is_first, is_last = chunks[chunk]
+            first_out, out_channels, _, first_entry, last_entry, depth, packed_at, is_first, is_last = chunks[chunk]
             for e in range(first_entry, last_entry):
                 tap, og, channel, channels, column = entries[e]
                 if tap != at_tap or og != at_group:
@@ -172,73 +174,118 @@ def _forward(
                         blending[3, i],
                         vectors,
                     )
-            for j in range(p.panels):
-                for i in range(0, count, ROWS):
-                    multiply_tile(
-                        at(tile_columns, (i, 0)),
+            if p.depthwise:
+                for e in range(first_entry, last_entry):
+                    _, _, _, channels, column = entries[e]
+                    _multiply_channels(
+                        at(tile_columns, (0, column)),
                         p.row,
-                        1,
-                        at(packed, (packed_at + j * depth * panel,)),
-                        panel,
-                        depth,
-                        at(tile_sums, (i, j * panel)),
+                        at(packed, (packed_at + column,)),
+                        at(tile_sums, (0, 0)),
                         p.panels * panel,
-                        is_first == 0,
+                        count,
+                        channels,
+                        is_first == 0 or e > first_entry,
                     )
+            else:
+                for j in range(p.panels):
+                    for i in range(0, count, ROWS):
+                        multiply_tile(
+                            at(tile_columns, (i, 0)),
+                            p.row,
+                            1,
+                            at(packed, (packed_at + j * depth * panel,)),
+                            panel,
+                            depth,
+                            at(tile_sums, (i, j * panel)),
+                            p.panels * panel,
+                            is_first == 0,
+                        )
             if is_last:
-                first = group * group_channels
-                to_channels_first(tile_sums, output, b, first, group_channels, start, count, bias)
+                to_channels_first(tile_sums, output, b, first_out, out_channels, start, count, bias)
         finish(counters, 1)
         unit = claim(counters, 1)
     wait_for(counters, 1, g.batch * p.tiles)
 
 
 @inline
-def _pack_forward(weight: Any, packed: Any, entries: Any, chunks: Any, chunk: int, j: int, g: Any, p: Any) -> None:
-    """Panel j of one chunk: packed[panel][column][o], zeros behind the last output channel of the group."""
-    group, first_entry, last_entry, depth, packed_at, _, _ = chunks[chunk]
-    out_channels = g.out_channels // g.groups
+def _multiply_channels(
+    columns: Any, column_row: int, scale: Any, sums: Any, sum_row: int, count: int, channels: int, add: bool
+) -> None:
+    """sums[i, c] (+)= columns[i, c] * scale[c]: one tap of a depthwise convolution."""
+    for i in range(count):
+        source = advance(columns, i * column_row)
+        target = advance(sums, i * sum_row)
+        if add:
+            for c in range(channels):
+                target[c] += source[c] * scale[c]
+        else:
+            for c in range(channels):
+                target[c] = source[c] * scale[c]
+
+
+@inline
+def _pack_forward(weight: Any, packed: Any, entries: Any, chunks: Any, chunk: int, j: int, p: Any) -> None:
+    """Panel j of one chunk: packed[panel][column][o], zeros behind the last output channel of the group.
+
+    Depthwise: packed[column], one weight for each.
+    """
+    first_out, out_channels, first_in, first_entry, last_entry, depth, packed_at, _, _ = chunks[chunk]
     panel = 2 * VECTOR_BYTES // packed.itemsize
-    first = group * out_channels + j * panel
+    first = first_out + j * panel
     width = min(panel, out_channels - j * panel)
     for e in range(first_entry, last_entry):
         tap, _, channel, channels, column = entries[e]
-        local = channel - group * (g.in_channels // g.groups)
+        if p.depthwise:
+            if j == 0:
+                for c in range(channels):
+                    packed[packed_at + column + c] = weight[channel + c, 0, tap]
+            continue
         for c in range(channels):
             row = packed_at + (j * depth + column + c) * panel
             for o in range(width):
-                packed[row + o] = weight[first + o, local + c, tap]
+                packed[row + o] = weight[first + o, channel - first_in + c, tap]
             for o in range(width, panel):
                 packed[row + o] = 0
 
 
 @functools.lru_cache(maxsize=64)
-def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int]:
+def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int, int]:
     """The order of a tile's work: entries (tap, offset group, channel, channels, column) and the chunks they make up.
 
-    A chunk (group, first entry, last entry, depth, start in packed, is first, is last of its group) is one product.
+    A chunk (first output channel, output channels, first input channel of the group, first entry, last entry, depth,
+    start in packed, is first, is last of its outputs) is one product. After the tables: the greatest depth, the panels
+    of a chunk, the elements of packed.
     """
     taps = g.kernel_h * g.kernel_w
-    panels = -(-(g.out_channels // g.groups) // panel)
     blocks = channel_blocks(g, CHANNELS)
+    if is_depthwise(g):
+        products = [(channel, channels, channel, [(og, channel, channels)]) for _, og, channel, channels in blocks]
+    else:
+        outs, ins = g.out_channels // g.groups, g.in_channels // g.groups
+        products = [
+            (group * outs, outs, group * ins, [block[1:] for block in blocks if block[0] == group])
+            for group in range(g.groups)
+        ]
+    panels = max(-(-product[1] // panel) for product in products)
     entries: list[tuple[int, ...]] = []
     chunks: list[list[int]] = []
     packed_size = 0
-    for group in range(g.groups):
-        steps = [(tap, *block[1:]) for block in blocks if block[0] == group for tap in range(taps)]
+    for first_out, out_channels, first_in, members in products:
+        steps = [(tap, *block) for block in members for tap in range(taps)]
         total = sum(step[3] for step in steps)
         target = -(-total // -(-total // DEPTH))  # chunks of about equal depth
-        first_of_group = len(chunks)
+        first_chunk = len(chunks)
         depth, first = 0, len(entries)
         for number, step in enumerate(steps):
             entries.append((*step, depth))
             depth += step[3]
             if depth >= target or number == len(steps) - 1:
-                chunks.append([group, first, len(entries), depth, packed_size, 0, 0])
-                packed_size += depth * panels * panel
+                chunks.append([first_out, out_channels, first_in, first, len(entries), depth, packed_size, 0, 0])
+                packed_size += depth * (1 if is_depthwise(g) else panels * panel)
                 depth, first = 0, len(entries)
-        chunks[first_of_group][5] = 1
-        chunks[-1][6] = 1
-    deepest = max(chunk[3] for chunk in chunks)
+        chunks[first_chunk][7] = 1
+        chunks[-1][8] = 1
+    deepest = max(chunk[5] for chunk in chunks)
     table = np.array([block[2:] for block in blocks], np.int64)
-    return table, np.array(entries, np.int64), np.array(chunks, np.int64), deepest, packed_size
+    return table, np.array(entries, np.int64), np.array(chunks, np.int64), deepest, panels, packed_size

@@ -8,10 +8,13 @@ work, or none. See docs/decisions/0005-threads.md.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import queue
+import sys
 import threading
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from llvmlite import ir
@@ -117,8 +120,13 @@ def new_counters(phases: int) -> Any:
 
 
 _queue: queue.SimpleQueue[tuple[Kernel, int, tuple[Any, ...]]] = queue.SimpleQueue()
-_helpers = 0
+_helpers: list[int] = []  # thread ids, as the system numbers them
+_avoided = -1  # the processor that helpers keep off
 _lock = threading.Lock()
+
+# On few processors a scheduler often wakes a helper on that of the caller, where it waits for the call to end.
+_FEW_PROCESSORS = 8
+_current_processor = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
 
 
 def _help() -> None:
@@ -130,8 +138,8 @@ def _help() -> None:
 
 def _reset_in_child() -> None:
     """After fork() only the forking thread is left: start anew."""
-    global _queue, _helpers, _lock
-    _queue, _helpers, _lock = queue.SimpleQueue(), 0, threading.Lock()
+    global _queue, _helpers, _avoided, _lock
+    _queue, _helpers, _avoided, _lock = queue.SimpleQueue(), [], -1, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -143,16 +151,32 @@ def run(kernel: Kernel, key: Any, threads: int, *arguments: Any) -> None:
     kernel.prepare(key, (0, *arguments))
     if threads > 1:
         _start_helpers(threads - 1)
+        _keep_helpers_off_this_processor()
         for thread in range(1, threads):
             _queue.put((kernel, thread, arguments))
     kernel.call(0, *arguments)
 
 
 def _start_helpers(count: int) -> None:
-    global _helpers
-    if _helpers >= count:
+    global _avoided
+    if len(_helpers) >= count:
         return
     with _lock:
-        while _helpers < count:
-            threading.Thread(target=_help, name="pydeform", daemon=True).start()
-            _helpers += 1
+        while len(_helpers) < count:
+            helper = threading.Thread(target=_help, name="pydeform", daemon=True)
+            helper.start()
+            _helpers.append(cast(int, helper.native_id))
+        _avoided = -1
+
+
+def _keep_helpers_off_this_processor() -> None:
+    """A hint only: it fails in silence, and nothing depends on it but speed."""
+    global _avoided
+    if _current_processor is None or (here := _current_processor()) == _avoided:
+        return
+    with contextlib.suppress(OSError):
+        allowed = os.sched_getaffinity(0)
+        if 1 < len(allowed) <= _FEW_PROCESSORS:
+            for helper in _helpers:
+                os.sched_setaffinity(helper, allowed - {here})
+    _avoided = here

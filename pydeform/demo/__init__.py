@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train three networks of equal size (plain, deformable v1, modulated v2) on handwritten digits of "
         "many sizes; print accuracy, time and effective dilation; draw where they sample.",
     )
-    parser.add_argument("--epochs", type=_count, default=None, help="passes over the digits (default: 15)")
+    parser.add_argument("--epochs", type=_count, default=None, help="passes over the digits (default: 12)")
     parser.add_argument("--seeds", type=_count, default=None, help="how often to train each network (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few digits, one epoch, one seed: does it run?")

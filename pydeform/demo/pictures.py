@@ -105,7 +105,8 @@ def _dilation(ax: Any, values: Any) -> None:
     viz.dilation_curve(ax, training.SCALES, {name: np.asarray(values)[:, at] for at, name in enumerate(names)})
     ax.axhline(1, color="#888888", linestyle=":")
     ax.text(training.SCALES[-1], 1.05, "plain convolution", ha="right", va="bottom", fontsize=8, color="#666666")
-    ax.set(ylim=(0, None), ylabel="effective dilation (pixels)")
+    ax.set(ylim=(0, 1.45 * np.max(values)), ylabel="effective dilation (pixels)")
+    ax.legend(fontsize=8, frameon=False, loc="upper left")
 
 
 def _learning_curves(runs: Runs) -> Any:
@@ -126,27 +127,25 @@ def _summary(runs: Runs, dilation: Mapping[str, Any], digits: data.Digits) -> An
     axes = viz.panels(1, 5, (2.35, 2.75), width_ratios=(1, 1, 1, 1.35, 1.15))
     network = runs[DEFORMABLE][0].network
     for ax, scale, image in zip(axes[0], scales, _examples(digits, scales), strict=False):
-        chain = levels(network, image)[:1]
-        _draw_points(ax, image, regular(chain), COLORS["plain"], size=22)
-        _draw_points(ax, image, chain, COLORS[DEFORMABLE], size=36)
+        _draw_points(ax, image, levels(network, image), COLORS[DEFORMABLE])
         ax.set_title(f"digit at scale {scale:g}", fontsize=10)
-    axes[0, 1].set_xlabel("one 3x3 filter: plain (blue), deformable (red)", fontsize=10)
+    axes[0, 1].set_xlabel("where one output (+) looks, through two deformable layers", fontsize=10)
     _dilation(axes[0, 3], dilation[DEFORMABLE])
-    axes[0, 3].set_title("the filter grows with the digit", fontsize=10)
-    axes[0, 3].legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.25))
+    axes[0, 3].set_title("filters grow with the digit", fontsize=10)
     _accuracy_bars(axes[0, 4], runs)
     return axes
 
 
 def _accuracy_bars(ax: Any, runs: Runs) -> None:
+    lowest = min(run.accuracy for found in runs.values() for run in found)
+    # the axis does not start at 0: say so with its ticks, and leave room below the lowest run
+    floor = max(np.floor(100 * lowest / 5) * 5 - 5, 0)
     for at, (kind, found) in enumerate(runs.items()):
-        each = [100 * run.accuracies[-1] for run in found]
+        each = [100 * run.accuracy for run in found]
         ax.bar(at, np.mean(each), color=COLORS[kind], width=0.7)
         ax.plot([at] * len(each), each, "o", color="black", markersize=3)
-        ax.text(at, max(each) + 0.6, f"{np.mean(each):.1f}", ha="center", fontsize=9)
-    lowest = min(run.accuracies[-1] for found in runs.values() for run in found)
-    # the axis does not start at 0: say so with its ticks, and leave room below the lowest run
-    ax.set(ylim=(max(np.floor(100 * lowest / 5) * 5 - 5, 0), 101), xticks=range(len(runs)))
+        ax.text(at, max(each) + 0.04 * (101 - floor), f"{np.mean(each):.1f}", ha="center", fontsize=9)
+    ax.set(ylim=(floor, 101), xticks=range(len(runs)))
     ax.set_xticklabels([kind.replace(" ", "\n") for kind in runs], fontsize=8)
     thousands = round(networks.parameters(runs[networks.PLAIN][0].network) / 1000)
     ax.set_title(f"test accuracy (%)\n{thousands}k parameters each", fontsize=9)

@@ -15,7 +15,7 @@ import pydeform
 from pydeform.demo import data, networks, photo, pictures, training
 from pydeform.layers import save
 
-EPOCHS, SEEDS = 15, 3
+EPOCHS, SEEDS = 12, 3
 QUICK_TRAIN, QUICK_TEST = 96, 48  # digits
 
 
@@ -64,7 +64,7 @@ def _result(
     kinds = {
         kind: {
             "parameters": networks.parameters(found[0].network),
-            "accuracy": [run.accuracies[-1] for run in found],
+            "accuracy": [run.accuracy for run in found],
             "seconds": [round(run.seconds, 2) for run in found],
             "training_loss_by_epoch": [run.losses for run in found],
             "test_accuracy_by_epoch": [run.accuracies for run in found],

@@ -31,7 +31,7 @@ def sampling_locations(offset: Any, kernel_size: Any, stride: Any = 1, padding: 
     Returns   array (N, offset_groups, K, out_h, out_w, 2), (y, x) with pixel centres at integers, of the kind and dtype
               of `offset`. Locations may lie outside the image.
     Raises    ValueError (a shape or option does not fit, "same" with a stride), TypeError (kind or dtype)
-    Notes     float16 and bfloat16 are computed in float32 and rounded at the end. NaN and infinities stay what they are.
+    Notes     float16 and bfloat16 are computed in float32 and rounded at the end. NaN and infinities stay as they are.
     Source    arXiv:1703.06211 eq. 2. Same result each run.
     Example
     >>> import numpy as np
@@ -93,19 +93,17 @@ def effective_dilation(offset: Any, kernel_size: Any, dilation: Any = 1) -> Any:
     op = "effective_dilation"
     arrays, back = _interop.to_native(op, {"offset": offset})
     kernel = kernel_h, kernel_w = _checks.per_axis(op, "kernel_size", kernel_size, 2, 1)
-    dilations = _checks.per_axis(op, "dilation", dilation, 2, 1)
+    dilation_h, dilation_w = _checks.per_axis(op, "dilation", dilation, 2, 1)
     pairs = kernel_h * (kernel_w - 1) + (kernel_h - 1) * kernel_w
     if pairs == 0:
         raise ValueError(f"{op}: kernel_size must have at least two taps, got {kernel_size!r}")
     taps = _taps(op, arrays["offset"], kernel)
     with back, np.errstate(invalid="ignore", over="ignore"):  # inf - inf is NaN, as the docstring says
         points = taps.astype(_compute_dtype(taps), copy=False)
-        total = 0
-        for axis in (0, 1):
-            here, there = (slice(None),) * (2 + axis), slice(1, None)
-            step = points[(*here, there)] - points[(*here, slice(None, -1))]
-            along, across = step[:, :, :, :, axis] + dilations[axis], step[:, :, :, :, 1 - axis]
-            total = total + np.hypot(along, across).sum(axis=(2, 3))
+        rows = points[:, :, 1:] - points[:, :, :-1]
+        columns = points[:, :, :, 1:] - points[:, :, :, :-1]
+        total = np.hypot(rows[:, :, :, :, 0] + dilation_h, rows[:, :, :, :, 1]).sum(axis=(2, 3))
+        total += np.hypot(columns[:, :, :, :, 0], columns[:, :, :, :, 1] + dilation_w).sum(axis=(2, 3))
         return back((total / pairs).astype(taps.dtype, copy=False))
 
 

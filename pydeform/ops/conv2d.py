@@ -9,6 +9,15 @@ from pydeform import _backend, _checks, _geometry, _interop
 
 
 class Conv2dGrads(NamedTuple):
+    """What `conv2d_backward` returns: each gradient under its argument's name and in its shape.
+
+    None stands where the argument was absent, and where `needs` did not ask for the gradient.
+
+    >>> from pydeform import Conv2dGrads
+    >>> Conv2dGrads._fields
+    ('input', 'weight', 'bias')
+    """
+
     input: Any
     weight: Any
     bias: Any
@@ -23,10 +32,40 @@ def conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
+    """Plain convolution, as networks mean it (a correlation): what `deform_conv2d` computes at zero offset.
+
+        output[b, o, oy, ox] = bias[o] + sum over c, ky, kx of weight[o, c, ky, kx] * input[b, c, y, x]
+        y = oy*stride_h - pad_h + ky*dilation_h        x = ox*stride_w - pad_w + kx*dilation_w
+
+    Pixels outside the image are 0.
+
+    Parameters
+    ----------
+    input : array (N, C, H, W), float64, float32, float16 or bfloat16, as every other array
+    weight : array (O, C/groups, kernel_h, kernel_w)
+    bias : array (O,), optional
+    stride, dilation : int or one per axis
+    padding : int, one per axis, a (before, after) pair per axis, or "same": out = ceil(in / stride)
+    groups : int; output channel o sees only the C/groups input channels of its own group
+
+    Returns   array (N, O, out_h, out_w) of the kind, device and dtype of `input`;
+              out = (in + before + after - dilation*(kernel - 1) - 1)//stride + 1
+    Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
+    Notes     float16 and bfloat16 compute in float32. NaN and infinite pixels give what the sum gives. The same bits on
+              every run and, on the CPU, for any number of threads.
+    Source    The regular grid R of arXiv:1703.06211 eq. 1. Layout as torch.nn.functional.conv2d.
+    Example
+    >>> import numpy as np
+    >>> from pydeform import conv2d
+    >>> conv2d(np.ones((1, 4, 8, 8)), np.ones((6, 2, 3, 3)), padding="same", groups=2)[0, 0, 0].tolist()
+    [8.0, 12.0, 12.0, 12.0, 12.0, 12.0, 12.0, 8.0]
+    """
     op = "conv2d"
     arrays, back = _interop.to_native(op, {"input": input, "weight": weight, "bias": bias})
     g = _geometry_of(op, arrays, stride, padding, dilation, groups)
-    return back(_backend.backend_for(op, "conv2d", arrays).forward(*arrays.values(), g))
+    twin = _backend.backend_for(op, "conv2d", arrays)
+    with back:
+        return back(twin.forward(*arrays.values(), g))
 
 
 def conv2d_backward(
@@ -42,17 +81,37 @@ def conv2d_backward(
     needs: Iterable[str] | None = None,
     deterministic: bool = False,
 ) -> Conv2dGrads:
+    """Gradients of `conv2d`, computed from its arguments alone.
+
+    Every field is d sum(grad_output * output) / d argument. The forward is linear in each, so they are exact.
+
+    Parameters
+    ----------
+    grad_output : array (N, O, out_h, out_w), the gradient of the forward's result
+    input, weight, bias, stride, padding, dilation, groups : exactly the forward's
+    needs : names of the gradients to compute, say ("input", "weight"); None computes all
+    deterministic : on CUDA, the same bits on every run, without float atomics; on the CPU that always holds
+
+    Returns   Conv2dGrads, of the kind, device and dtype of `grad_output`
+    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
+    Notes     Same bits for any number of threads on the CPU.
+    Example
+    >>> import numpy as np
+    >>> from pydeform import conv2d_backward
+    >>> grads = conv2d_backward(np.ones((1, 6, 6, 6)), np.ones((1, 4, 8, 8)), np.ones((6, 4, 3, 3)), needs=("weight",))
+    >>> grads.weight.shape, grads.input
+    ((6, 4, 3, 3), None)
+    """
     op = "conv2d_backward"
-    arrays, back = _interop.to_native(
-        op, {"grad_output": grad_output, "input": input, "weight": weight, "bias": bias}
-    )
+    arrays, back = _interop.to_native(op, {"grad_output": grad_output, "input": input, "weight": weight, "bias": bias})
     _checks.check_present(op, arrays, "grad_output")
     grad_output = arrays.pop("grad_output")
     g = _geometry_of(op, arrays, stride, padding, dilation, groups, grad_output)
     wanted = _checks.needed(op, needs, arrays)
     twin = _backend.backend_for(op, "conv2d", {"grad_output": grad_output, **arrays})
-    grads = twin.backward(grad_output, *arrays.values(), g, wanted)
-    return Conv2dGrads(*(None if grad is None else back(grad) for grad in grads))
+    with back:
+        grads = twin.backward(grad_output, *arrays.values(), g, wanted)
+        return Conv2dGrads(*[None if grad is None else back(grad) for grad in grads])
 
 
 def _geometry_of(

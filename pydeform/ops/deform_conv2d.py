@@ -9,6 +9,15 @@ from pydeform import _backend, _checks, _geometry, _interop
 
 
 class DeformConv2dGrads(NamedTuple):
+    """What `deform_conv2d_backward` returns: each gradient under its argument's name and in its shape.
+
+    None stands where the argument was absent, and where `needs` did not ask for the gradient.
+
+    >>> from pydeform import DeformConv2dGrads
+    >>> DeformConv2dGrads._fields
+    ('input', 'offset', 'weight', 'bias', 'mask')
+    """
+
     input: Any
     offset: Any
     weight: Any
@@ -28,13 +37,50 @@ def deform_conv2d(
     *,
     boundary: str = "torchvision",
 ) -> Any:
+    """Convolve with taps moved by offsets (deformable convolution v1; v2 when `mask` is given).
+
+        output[b, o, oy, ox] = bias[o] + sum over c, k of weight[o, c, k] * mask[b, og, k, oy, ox] * input[b, c](y, x)
+        y = oy*stride_h - pad_h + ky*dilation_h + offset[b, 2*(og*K + k), oy, ox]
+        x = ox*stride_w - pad_w + kx*dilation_w + offset[b, 2*(og*K + k) + 1, oy, ox]
+
+    where tap k = ky*kernel_w + kx of K = kernel_h*kernel_w, og is the offset group of channel c, and input(y, x) is
+    bilinear between pixel centres, which lie at integers.
+
+    Parameters
+    ----------
+    input : array (N, C, H, W), float64, float32, float16 or bfloat16, as every other array
+    offset : array (N, 2*offset_groups*K, out_h, out_w), in input pixels; C is a multiple of offset_groups
+    weight : array (O, C/groups, kernel_h, kernel_w); both groups and offset_groups follow from the shapes
+    bias : array (O,), optional
+    stride, dilation : int or one per axis
+    padding : int, one per axis, a (before, after) pair per axis, or "same": out = ceil(in / stride)
+    mask : array (N, offset_groups*K, out_h, out_w), optional; used as given, without a sigmoid
+    boundary : where a sample counts, and what it reads beyond the pixels
+        "torchvision": strictly inside (-1, H) x (-1, W), zeros; right-hand derivative at exactly -1
+        "dcnv2": the same values, derivative 0 at exactly -1 (mmcv, Paddle)
+        "dcnv1": on [0, H) x [0, W), last row and column repeated (the first paper's code, MXNet)
+
+    Returns   array (N, O, out_h, out_w) of the kind, device and dtype of `input`;
+              out = (in + before + after - dilation*(kernel - 1) - 1)//stride + 1
+    Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
+    Notes     A NaN coordinate gives NaN wherever its sample is used, an infinite one is outside. float16 and bfloat16
+              compute in float32. The same bits on every run and, on the CPU, for any number of threads.
+    Source    arXiv:1703.06211 eq. 2; arXiv:1811.11168 eq. 1. Layout as torchvision.ops.deform_conv2d.
+    Example
+    >>> import numpy as np
+    >>> from pydeform import deform_conv2d
+    >>> image, offset = np.ones((1, 4, 8, 8)), np.full((1, 18, 8, 8), 0.25)
+    >>> deform_conv2d(image, offset, np.ones((6, 4, 3, 3)), padding=1).shape
+    (1, 6, 8, 8)
+    """
     op = "deform_conv2d"
     arrays, back = _interop.to_native(
         op, {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     )
     g = _geometry_of(op, arrays, stride, padding, dilation, boundary)
     twin = _backend.backend_for(op, "deform_conv2d", arrays)
-    return back(twin.forward(*arrays.values(), g))
+    with back:
+        return back(twin.forward(*arrays.values(), g))
 
 
 def deform_conv2d_backward(
@@ -52,6 +98,31 @@ def deform_conv2d_backward(
     needs: Iterable[str] | None = None,
     deterministic: bool = False,
 ) -> DeformConv2dGrads:
+    """Gradients of `deform_conv2d`, computed from its arguments alone.
+
+    Every field is d sum(grad_output * output) / d argument.
+
+    Parameters
+    ----------
+    grad_output : array (N, O, out_h, out_w), the gradient of the forward's result
+    input, offset, weight, bias, stride, padding, dilation, mask, boundary : exactly the forward's
+    needs : names of the gradients to compute, say ("input", "weight"); None computes all
+    deterministic : on CUDA, the same bits on every run, without float atomics; on the CPU that always holds
+
+    Returns   DeformConv2dGrads, of the kind, device and dtype of `grad_output`
+    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
+    Notes     Where an offset puts a sample on a row or column of pixels the image has a kink: the offset's gradient is
+              the derivative from the right (towards larger coordinates), at exactly -1 what `boundary` says. A NaN
+              coordinate gives NaN in its own gradients; a sample outside gives zeros. The input's gradient is exact.
+    Source    arXiv:1703.06211 appendix A; arXiv:1811.11168. Same bits for any number of threads on the CPU.
+    Example
+    >>> import numpy as np
+    >>> from pydeform import deform_conv2d_backward
+    >>> image, offset, weight = np.ones((1, 4, 8, 8)), np.full((1, 18, 8, 8), 0.25), np.ones((6, 4, 3, 3))
+    >>> grads = deform_conv2d_backward(np.ones((1, 6, 8, 8)), image, offset, weight, padding=1, needs=("offset",))
+    >>> grads.offset.shape, grads.weight
+    ((1, 18, 8, 8), None)
+    """
     op = "deform_conv2d_backward"
     arrays, back = _interop.to_native(
         op,
@@ -69,8 +140,9 @@ def deform_conv2d_backward(
     g = _geometry_of(op, arrays, stride, padding, dilation, boundary, grad_output)
     wanted = _checks.needed(op, needs, arrays)
     twin = _backend.backend_for(op, "deform_conv2d", {"grad_output": grad_output, **arrays})
-    grads = twin.backward(grad_output, *arrays.values(), g, wanted)
-    return DeformConv2dGrads(*(None if grad is None else back(grad) for grad in grads))
+    with back:
+        grads = twin.backward(grad_output, *arrays.values(), g, wanted)
+        return DeformConv2dGrads(*[None if grad is None else back(grad) for grad in grads])
 
 
 def _geometry_of(

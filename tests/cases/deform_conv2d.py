@@ -54,6 +54,10 @@ CASES = {
     "mostly_outside": Case(2, 3, 4, 6, 5, (3, 2), padding=((2, 2), (1, 1)), reach=9),
     # Past any tile, vector width or unrolling: 19 * 23 pixels, 35 outputs, 17 channels.
     "past_tiles": Case(1, 17, 19, 23, 35, (1, 2), padding=((0, 0), (1, 0))),
+    # Several blocks of channels, whole vectors and a rest: two blocks in one offset group, sums from block to block.
+    "channel_blocks": Case(2, 150, 3, 4, 5, (1, 2), padding=((0, 0), (1, 0)), groups=1, offset_groups=1),
+    "depthwise_blocks": Case(2, 146, 3, 5, 146, (2, 1), padding=((1, 0), (0, 0)), groups=146, offset_groups=2),
+    "channel_multiplier": Case(1, 5, 4, 6, 15, (2, 2), groups=5, mask=False),
     "batch_0": Case(0, 3, 5, 6, 4, (2, 3)),
 }
 

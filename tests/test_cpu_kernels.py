@@ -1,5 +1,6 @@
 """What is special about the CPU backend: vector widths, index types, the cache of compiled kernels, threads."""
 
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import pytest
 
 import pydeform
 from pydeform import _geometry
-from pydeform.cpu import _conv_common, _jit, _threads
+from pydeform.cpu import _conv_backward, _conv_common, _conv_forward, _jit, _threads
+from tests.cases.deform_conv2d import CASES, make
+from tests.conftest import assert_same_bits
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,3 +161,40 @@ def test_set_num_threads_refuses(count):
 def test_set_num_threads_refuses_what_is_no_int():
     with pytest.raises(TypeError, match=r"^set_num_threads: count must be an int >= 1, got 1\.5$"):
         pydeform.set_num_threads(1.5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_neither_read_what_they_did_not_write_nor_write_past_the_end(monkeypatch, name):
+    """The same bits from a workspace full of NaN, and the gaps between its arrays untouched."""
+    blocks = []
+
+    def poisoned(*parts):
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
+        block = np.full(sum(sizes) + 192 * (len(parts) + 1), 0xFF, np.uint8)  # 0xFF...: NaN in every float type
+        start = -block.ctypes.data % 64 + 64
+        arrays, gaps = [], []
+        for (shape, dtype), size in zip(parts, sizes, strict=True):
+            arrays.append(np.ndarray(shape, dtype, block, start))
+            end = start + size
+            start = end + -end % 64 + 64
+            gaps.append(block[end:start])
+        blocks.append(gaps)
+        return arrays
+
+    case = CASES[name]
+    arrays = make(case)
+    options = {**case.options, **{key: arrays[key] for key in ("bias", "mask")}}
+    call = (arrays["input"], arrays["offset"], arrays["weight"])
+    output = pydeform.deform_conv2d(*call, **options)
+    grad = np.random.default_rng(1).standard_normal(output.shape)
+    grads = pydeform.deform_conv2d_backward(grad, *call, **options)
+    for module in (_conv_forward, _conv_backward):
+        monkeypatch.setattr(module, "workspace", poisoned)
+    assert_same_bits(pydeform.deform_conv2d(*call, **options), output)
+    again = pydeform.deform_conv2d_backward(grad, *call, **options)
+    for one, other in zip(again, grads, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_same_bits(one, other)
+    assert blocks or case.batch == 0
+    assert all((gap == 0xFF).all() for gaps in blocks for gap in gaps)

@@ -30,11 +30,14 @@ class Placed(NamedTuple):
 
 
 def load_digits() -> Digits:
-    """The digits in a fixed random order, split once: the same split for every seed and network."""
+    """The digits in a fixed random order, split once: the same split for every seed and network.
+
+    The recipe was chosen on another split, so that the test digits here had no say in it.
+    """
     from sklearn import datasets
 
     bunch = datasets.load_digits()
-    order = np.random.default_rng(1703_06211).permutation(len(bunch.target))
+    order = np.random.default_rng(1811_11168).permutation(len(bunch.target))
     x = (bunch.images[order] / 16).astype(np.float32)
     y = bunch.target[order].astype(np.int64)
     return Digits(x[:TRAIN], y[:TRAIN], x[TRAIN:], y[TRAIN:])

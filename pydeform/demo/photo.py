@@ -52,7 +52,7 @@ def draw(photo: Any, network: Sequential, path: Path) -> Path:
     grey = photo.mean(axis=2, dtype=np.float32) / 255
     chain = pictures.levels(network, grey)
     height, width = photo.shape[:2]
-    axes = viz.panels(1, 2, (5.6, 5.6 * height / width + 0.15))
+    axes = viz.panels(1, 2, (5.6, 5.6 * height / width + 0.4))
     for ax, title, drawn in (
         (axes[0, 0], "regular grid (plain)", pictures.regular(chain)),
         (axes[0, 1], "deformable", chain),

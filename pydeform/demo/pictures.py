@@ -137,15 +137,12 @@ def _summary(runs: Runs, dilation: Mapping[str, Any], digits: data.Digits) -> An
 
 
 def _accuracy_bars(ax: Any, runs: Runs) -> None:
-    lowest = min(run.accuracy for found in runs.values() for run in found)
-    # the axis does not start at 0: say so with its ticks, and leave room below the lowest run
-    floor = max(np.floor(100 * lowest / 5) * 5 - 5, 0)
     for at, (kind, found) in enumerate(runs.items()):
         each = [100 * run.accuracy for run in found]
         ax.bar(at, np.mean(each), color=COLORS[kind], width=0.7)
         ax.plot([at] * len(each), each, "o", color="black", markersize=3)
-        ax.text(at, max(each) + 0.04 * (101 - floor), f"{np.mean(each):.1f}", ha="center", fontsize=9)
-    ax.set(ylim=(floor, 101), xticks=range(len(runs)))
+        ax.text(at, max(each) + 2, f"{np.mean(each):.1f}", ha="center", fontsize=9)
+    ax.set(ylim=(0, 105), xticks=range(len(runs)))
     ax.set_xticklabels([kind.replace(" ", "\n") for kind in runs], fontsize=8)
     thousands = round(networks.parameters(runs[networks.PLAIN][0].network) / 1000)
     ax.set_title(f"test accuracy (%)\n{thousands}k parameters each", fontsize=9)

@@ -18,6 +18,7 @@ from pydeform.cpu._conv_common import (
     flat_arguments,
     is_depthwise,
     round_up,
+    table,
     threads_for,
 )
 from pydeform.cpu._jit import Kernel, inline
@@ -182,7 +183,8 @@ def _backward(
     while unit < working:
         split = unit // len(blocks)
         block = unit - split * len(blocks)
-        first_out, _, og, channel, channels, width, previous, packed_at, partial_at = blocks[block]
+        row = blocks[block]
+        og, channel, channels, width, previous = row.og, row.channel, row.channels, row.width, row.previous
         first_image = split * g.batch // p.splits
         for b in range(first_image, (split + 1) * g.batch // p.splits):
             origin = (b * g.in_channels + channel) * (g.in_h * g.in_w + 1)
@@ -198,7 +200,7 @@ def _backward(
                 else:  # (output channel, position)
                     for o in range(out_channels):
                         for i in range(count):
-                            tile_grad[thread, o, i] = grad_output[b, first_out + o, start + i]
+                            tile_grad[thread, o, i] = grad_output[b, row.first_out + o, start + i]
                 if p.need_dots and previous >= 0:
                     # Sums over channels go from block to block: this one adds where the one before has been.
                     wait_until(progress, b * len(blocks) + previous, tile + 1)
@@ -210,7 +212,7 @@ def _backward(
                         # grad_columns[i, c] = grad_output[c, i] * weight[c, tap]
                         _scale_channels(
                             at(tile_grad, (thread, 0, 0)),
-                            at(packed, (packed_at + tap * width,)),
+                            at(packed, (row.packed_at + tap * width,)),
                             at(tile_columns, (thread, 1, 0, 0)),
                             p.width,
                             count,
@@ -224,7 +226,7 @@ def _backward(
                                     at(tile_grad, (thread, 0, i)),
                                     1,
                                     p.positions,
-                                    at(packed, (packed_at + (tap * width + j) * out_channels,)),
+                                    at(packed, (row.packed_at + (tap * width + j) * out_channels,)),
                                     panel,
                                     out_channels,
                                     at(tile_columns, (thread, 1, i, j)),
@@ -258,7 +260,7 @@ def _backward(
                         _sum_channels(
                             at(tile_grad, (thread, 0, 0)),
                             at(tile_columns, (thread, 0, 0, 0)),
-                            at(partial, (split, partial_at + tap * width)),
+                            at(partial, (split, row.partial_at + tap * width)),
                             p.width,
                             count,
                             channels,
@@ -275,7 +277,7 @@ def _backward(
                                     at(tile_columns, (thread, 0, 0, j)),
                                     p.width,
                                     count,
-                                    at(partial, (split, partial_at + (tap * p.rows + o) * width + j)),
+                                    at(partial, (split, row.partial_at + (tap * p.rows + o) * width + j)),
                                     width,
                                     b > first_image or tile > 0,
                                 )
@@ -303,7 +305,7 @@ def _prepare_backward(
             b = unit // parts
             part = unit - b * parts
             for block in range(len(blocks)):
-                channel, channels = blocks[block, 3], blocks[block, 4]
+                channel, channels = blocks[block].channel, blocks[block].channels
                 to_channels_last(input, image, b, channel, channels, part, pixels)
                 if p.need_input:
                     origin = (b * g.in_channels + channel) * (pixels + 1)
@@ -340,7 +342,7 @@ def _finish_backward(
         if unit < inputs:
             b = unit // parts
             for block in range(len(blocks)):
-                channel, channels = blocks[block, 3], blocks[block, 4]
+                channel, channels = blocks[block].channel, blocks[block].channels
                 block_to_channels_first(grad_image, grad_input, b, channel, channels, unit - b * parts, pixels)
         else:
             o = unit - inputs
@@ -438,7 +440,7 @@ def _sum_channels(grads: Any, columns: Any, target: Any, row: int, count: int, c
 @inline
 def _pack_backward(weight: Any, packed: Any, block: Any, g: Any, p: Any) -> None:
     """packed[tap][panel][o][c] of one block, zeros behind its last channel. Depthwise: packed[tap][c]."""
-    first_out, first_in, _, channel, channels, width, _, packed_at, _ = block
+    channel, channels, width, packed_at = block.channel, block.channels, block.width, block.packed_at
     taps = g.kernel_h * g.kernel_w
     if p.depthwise:
         for tap in range(taps):
@@ -451,7 +453,9 @@ def _pack_backward(weight: Any, packed: Any, block: Any, g: Any, p: Any) -> None
         for c in range(width):
             row = packed_at + (c // panel * out_channels + o) * panel + c % panel
             for tap in range(taps):
-                value = weight[first_out + o, channel - first_in + c, tap] if c < channels else packed[0] * 0
+                value = (
+                    weight[block.first_out + o, channel - block.first_in + c, tap] if c < channels else packed[0] * 0
+                )
                 packed[row + tap * width * out_channels] = value
 
 
@@ -460,16 +464,17 @@ def _reduce_weight(partial: Any, grad_weight: Any, blocks: Any, o: int, g: Any, 
     """Eq. 6 for one output channel: the partial gradients added in the order of their images."""
     out_channels = g.out_channels // g.groups
     for block in range(len(blocks)):
-        first_out, first_in, _, channel, channels, width, _, _, partial_at = blocks[block]
-        first_c, count, local, row, rows = 0, channels, channel - first_in, o - first_out, p.rows
+        channel, width = blocks[block].channel, blocks[block].width
+        first_c, count, local = 0, blocks[block].channels, channel - blocks[block].first_in
+        row, rows = o - blocks[block].first_out, p.rows
         if p.depthwise:
-            first_c, count, local, row, rows = o - channel, 1, 0, 0, 1
-            if first_c < 0 or first_c >= channels:
+            if o < channel or o >= channel + count:
                 continue
+            first_c, count, local, row, rows = o - channel, 1, 0, 0, 1
         elif row < 0 or row >= out_channels:
             continue
         for tap in range(g.kernel_h * g.kernel_w):
-            first = partial_at + (tap * rows + row) * width + first_c
+            first = blocks[block].partial_at + (tap * rows + row) * width + first_c
             for c in range(count):
                 total = partial[0, first + c]
                 for split in range(1, p.splits):
@@ -479,25 +484,24 @@ def _reduce_weight(partial: Any, grad_weight: Any, blocks: Any, o: int, g: Any, 
 
 @functools.lru_cache(maxsize=64)
 def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int, int]:
-    """Rows (first output channel, first input channel of the group, offset group, channel, channels, width,
-
-    previous block of the offset group, start in packed, start in the partial weight gradient), then the sizes of those
-    two, the largest width, and the rows of a tile of the output's gradient.
+    """The blocks of channels, the elements of a partial weight gradient and of packed, the largest width of a block,
+    and the rows of a tile of the output's gradient. `previous` is the block before in the same offset group, or -1.
     """
     taps = g.kernel_h * g.kernel_w
     outs, ins = g.out_channels // g.groups, g.in_channels // g.groups
     rows = round_up(outs, ROWS)
     # Two blocks at least, where channels allow it: a block is a unit of work. Never by batch, which must not show.
     largest = CHANNELS if g.in_channels >= 2 * CHANNELS else max(CHANNELS // 4, round_up(-(-g.in_channels // 2), panel))
-    table: list[tuple[int, ...]] = []
+    rows_of: list[tuple[int, ...]] = []
     latest: dict[int, int] = {}
     weight_size = packed_size = 0
     for group, og, channel, channels in channel_blocks(g, largest):
         width = round_up(channels, panel)
         previous = latest.get(og, -1)
-        table.append((group * outs, group * ins, og, channel, channels, width, previous, packed_size, weight_size))
-        latest[og] = len(table) - 1
+        rows_of.append((group * outs, group * ins, og, channel, channels, width, previous, packed_size, weight_size))
+        latest[og] = len(rows_of) - 1
         packed_size += taps * width * (1 if is_depthwise(g) else outs)
         weight_size += taps * width * (1 if is_depthwise(g) else rows)
-    width = max(row[5] for row in table)
-    return np.array(table, np.int64), weight_size, packed_size, width, width if is_depthwise(g) else rows
+    width = max(row[5] for row in rows_of)
+    names = "first_out first_in og channel channels width previous packed_at partial_at"
+    return table(names, rows_of), weight_size, packed_size, width, width if is_depthwise(g) else rows

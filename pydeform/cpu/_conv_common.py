@@ -49,6 +49,11 @@ def flat_arguments(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g
     )
 
 
+def table(names: str, rows: list[Any]) -> Any:
+    """Rows of integers as an array of records, so that a kernel reads `row.channel`, not row[3]."""
+    return np.array([tuple(row) for row in rows], [(name, np.int64) for name in names.split()])
+
+
 def is_depthwise(g: Any) -> bool:
     """One input and one output channel in each group: nothing to sum over channels, so groups need not be apart."""
     return bool(g.groups == g.in_channels == g.out_channels and g.groups > 1)

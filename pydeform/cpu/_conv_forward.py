@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pydeform.cpu import _conv_common, _threads
 from pydeform.cpu._arrays import compute_dtype, empty, to_result, workspace
 from pydeform.cpu._channels_last import pixel_parts, to_channels_first, to_channels_last
@@ -18,6 +16,7 @@ from pydeform.cpu._conv_common import (
     flat_arguments,
     is_depthwise,
     round_up,
+    table,
     threads_for,
 )
 from pydeform.cpu._jit import Kernel, inline
@@ -121,11 +120,11 @@ def _forward(
     while unit < preparing:
         if unit < converting:
             for block in range(len(blocks)):
-                channel, channels = blocks[block]
-                to_channels_last(input, image, unit // parts, channel, channels, unit % parts, g.in_h * g.in_w)
+                row = blocks[block]
+                to_channels_last(input, image, unit // parts, row.channel, row.channels, unit % parts, g.in_h * g.in_w)
         else:
             _pack_forward(
-                weight, packed, entries, chunks, (unit - converting) // p.panels, (unit - converting) % p.panels, p
+                weight, packed, entries, chunks[(unit - converting) // p.panels], (unit - converting) % p.panels, p
             )
         finish(counters, 0)
         unit = claim(counters, 0)
@@ -150,15 +149,30 @@ def _forward(
         tile_origins(start, count, base, g)
         at_tap, at_group = -1, -1
         for chunk in range(len(chunks)):
-            first_out, out_channels, _, first_entry, last_entry, depth, packed_at, is_first, is_last = chunks[chunk]
-            for e in range(first_entry, last_entry):
-                tap, og, channel, channels, column = entries[e]
-                if tap != at_tap or og != at_group:
-                    at_tap, at_group = tap, og
+            product = chunks[chunk]
+            depth = product.depth
+            for e in range(product.first_entry, product.last_entry):
+                entry = entries[e]
+                if entry.tap != at_tap or entry.og != at_group:
+                    at_tap, at_group = entry.tap, entry.og
                     locate_tap(
-                        offset, mask, b, og, tap, start, count, low, base, corner, blending, g, has_offset, has_mask
+                        offset,
+                        mask,
+                        b,
+                        at_group,
+                        at_tap,
+                        start,
+                        count,
+                        low,
+                        base,
+                        corner,
+                        blending,
+                        g,
+                        has_offset,
+                        has_mask,
                     )
-                source = at(image, ((b * g.in_channels + channel) * pixels,))
+                channels, column = entry.channels, entry.column
+                source = at(image, ((b * g.in_channels + entry.channel) * pixels,))
                 vectors = -(-channels * image.itemsize // VECTOR_BYTES)
                 for i in range(count):
                     blend(
@@ -175,17 +189,17 @@ def _forward(
                         vectors,
                     )
             if p.depthwise:
-                for e in range(first_entry, last_entry):
-                    _, _, _, channels, column = entries[e]
+                for e in range(product.first_entry, product.last_entry):
+                    column = entries[e].column
                     _multiply_channels(
                         at(tile_columns, (0, column)),
                         p.row,
-                        at(packed, (packed_at + column,)),
+                        at(packed, (product.packed_at + column,)),
                         at(tile_sums, (0, 0)),
                         p.panels * panel,
                         count,
-                        channels,
-                        is_first == 0 or e > first_entry,
+                        entries[e].channels,
+                        product.is_first == 0 or e > product.first_entry,
                     )
             else:
                 for j in range(p.panels):
@@ -194,15 +208,15 @@ def _forward(
                             at(tile_columns, (i, 0)),
                             p.row,
                             1,
-                            at(packed, (packed_at + j * depth * panel,)),
+                            at(packed, (product.packed_at + j * depth * panel,)),
                             panel,
                             depth,
                             at(tile_sums, (i, j * panel)),
                             p.panels * panel,
-                            is_first == 0,
+                            product.is_first == 0,
                         )
-            if is_last:
-                to_channels_first(tile_sums, output, b, first_out, out_channels, start, count, bias)
+            if product.is_last:
+                to_channels_first(tile_sums, output, b, product.first_out, product.outs, start, count, bias)
         finish(counters, 1)
         unit = claim(counters, 1)
     wait_for(counters, 1, g.batch * p.tiles)
@@ -225,37 +239,35 @@ def _multiply_channels(
 
 
 @inline
-def _pack_forward(weight: Any, packed: Any, entries: Any, chunks: Any, chunk: int, j: int, p: Any) -> None:
+def _pack_forward(weight: Any, packed: Any, entries: Any, product: Any, j: int, p: Any) -> None:
     """Panel j of one chunk: packed[panel][column][o], zeros behind the last output channel of the group.
 
     Depthwise: packed[column], one weight for each.
     """
-    first_out, out_channels, first_in, first_entry, last_entry, depth, packed_at, _, _ = chunks[chunk]
     panel = 2 * VECTOR_BYTES // packed.itemsize
-    first = first_out + j * panel
-    width = min(panel, out_channels - j * panel)
-    for e in range(first_entry, last_entry):
-        tap, _, channel, channels, column = entries[e]
+    first = product.first_out + j * panel
+    width = min(panel, product.outs - j * panel)
+    for e in range(product.first_entry, product.last_entry):
+        tap, channel, channels, column = entries[e].tap, entries[e].channel, entries[e].channels, entries[e].column
         if p.depthwise:
             if j == 0:
                 for c in range(channels):
-                    packed[packed_at + column + c] = weight[channel + c, 0, tap]
+                    packed[product.packed_at + column + c] = weight[channel + c, 0, tap]
             continue
         for c in range(channels):
-            row = packed_at + (j * depth + column + c) * panel
+            row = product.packed_at + (j * product.depth + column + c) * panel
             for o in range(width):
-                packed[row + o] = weight[first + o, channel - first_in + c, tap]
+                packed[row + o] = weight[first + o, channel - product.first_in + c, tap]
             for o in range(width, panel):
                 packed[row + o] = 0
 
 
 @functools.lru_cache(maxsize=64)
 def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int, int]:
-    """The order of a tile's work: entries (tap, offset group, channel, channels, column) and the chunks they make up.
+    """The blocks of channels, the entries in the order of a tile's work, and the chunks of entries multiplied at once.
 
-    A chunk (first output channel, output channels, first input channel of the group, first entry, last entry, depth,
-    start in packed, is first, is last of its outputs) is one product. After the tables: the greatest depth, the panels
-    of a chunk, the elements of packed.
+    `is_first` and `is_last` say whether a chunk begins or ends the sums of its outputs. After the tables: the greatest
+    depth, the panels of a chunk, the elements of packed.
     """
     taps = g.kernel_h * g.kernel_w
     blocks = channel_blocks(g, CHANNELS)
@@ -287,5 +299,11 @@ def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int, int]:
         chunks[first_chunk][7] = 1
         chunks[-1][8] = 1
     deepest = max(chunk[5] for chunk in chunks)
-    table = np.array([block[2:] for block in blocks], np.int64)
-    return table, np.array(entries, np.int64), np.array(chunks, np.int64), deepest, panels, packed_size
+    return (
+        table("channel channels", [block[2:] for block in blocks]),
+        table("tap og channel channels column", entries),
+        table("first_out outs first_in first_entry last_entry depth packed_at is_first is_last", chunks),
+        deepest,
+        panels,
+        packed_size,
+    )

@@ -201,9 +201,6 @@ def _backward(
                     for o in range(out_channels):
                         for i in range(count):
                             tile_grad[thread, o, i] = grad_output[b, row.first_out + o, start + i]
-                if p.need_dots and previous >= 0:
-                    # Sums over channels go from block to block: this one adds where the one before has been.
-                    wait_until(progress, b * len(blocks) + previous, tile + 1)
                 for tap in range(taps):
                     locate_tap(
                         offset, mask, b, og, tap, start, count, low, base, corner, blending, g, has_offset, has_mask
@@ -244,6 +241,9 @@ def _backward(
                         channels,
                         p,
                     )
+                    if p.need_dots and previous >= 0:
+                        # Sums over channels go from block to block: this one adds where the one before has been.
+                        wait_until(progress, b * len(blocks) + previous, tile * taps + tap + 1)
                     if p.need_dots:
                         _add_offset_gradient(
                             blending,
@@ -255,6 +255,7 @@ def _backward(
                             previous >= 0,
                             has_mask,
                         )
+                        advance_counter(progress, b * len(blocks) + block)
                     if p.need_weight and p.depthwise:
                         # partial[c] += sum_i grad_output[c, i] * columns[i, c]
                         _sum_channels(
@@ -281,8 +282,6 @@ def _backward(
                                     width,
                                     b > first_image or tile > 0,
                                 )
-                if p.need_dots:
-                    advance_counter(progress, b * len(blocks) + block)
         finish(counters, 1)
         unit = claim(counters, 1)
     wait_for(counters, 1, working)

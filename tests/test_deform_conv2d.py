@@ -532,6 +532,9 @@ def test_onnxruntime(backend, name):
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented:
+        pytest.skip(f"onnxruntime {onnxruntime.__version__} has no DeformConv")
     (want,) = session.run(["Y"], given)
     assert_close(run(backend, arrays, case.options), want.astype(np.float64), "float32")

@@ -92,7 +92,7 @@ def ours_backward(p: Problem) -> Any:
     return pydeform.deform_conv2d_backward(p.grad_output, p.input, p.offset, p.weight, p.bias, **p.options)
 
 
-def onnxruntime_forward(p: Problem, threads: int) -> Callable[[], Any]:
+def onnxruntime_forward(p: Problem, threads: int) -> Callable[[], Any] | None:
     onnx, ort = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
     feeds = {"input": p.input, "offset": p.offset} | ({} if p.mask is None else {"mask": p.mask})
     d = p.shape.dilation
@@ -116,7 +116,10 @@ def onnxruntime_forward(p: Problem, threads: int) -> Callable[[], Any]:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except ort.capi.onnxruntime_pybind11_state.NotImplemented:
+        return None  # 1.23 knows the operator and cannot run it
     return lambda: session.run(None, feeds)[0]
 
 
@@ -230,8 +233,8 @@ def forward_candidates(p: Problem, threads: int) -> dict[str, Callable[[], Any]]
     calls: dict[str, Callable[[], Any]] = {"pydeform": lambda: ours_forward(p)}
     if _installed("openvino"):
         calls["openvino"] = openvino_forward(p, threads)
-    if _installed("onnxruntime") and _installed("onnx"):
-        calls["onnxruntime"] = onnxruntime_forward(p, threads)
+    if _installed("onnxruntime") and _installed("onnx") and (call := onnxruntime_forward(p, threads)):
+        calls["onnxruntime"] = call
     if _installed("torchvision"):
         calls["torchvision"] = torchvision_call(p, threads, gradients=False)
     if _installed("torch"):

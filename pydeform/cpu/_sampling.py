@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from pydeform._geometry import BOUNDARIES
 from pydeform.cpu._jit import inline
 from pydeform.cpu._simd import at
 
-TORCHVISION, DCNV2, DCNV1 = 0, 1, 2
+DCNV2, DCNV1 = BOUNDARIES.index("dcnv2"), BOUNDARIES.index("dcnv1")
 
 
 @inline

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,26 +18,37 @@ UNREADABLE = (BufferError, RuntimeError, TypeError, ValueError)  # what librarie
 
 
 class Back:
-    """Takes a result of ours to the caller's kind. As a context, once: computes on the caller's CUDA stream."""
+    """Takes a result of ours to the caller's kind. As a context, once: computes where the caller's memory is safe."""
 
-    __slots__ = ("_convert", "_stream")
+    __slots__ = ("_context", "_convert")
 
-    def __init__(self, convert: Callable[[Any], Any] | None, stream: AbstractContextManager[None] | None = None):
-        self._convert, self._stream = convert, stream
+    def __init__(self, convert: Callable[[Any], Any] | None, context: AbstractContextManager[None] | None = None):
+        self._convert, self._context = convert, context
 
     def __call__(self, array: Any) -> Any:
         return array if self._convert is None else self._convert(array)
 
     def __enter__(self) -> None:
-        if self._stream is not None:
-            self._stream.__enter__()
+        if self._context is not None:
+            self._context.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        if self._stream is not None:
-            self._stream.__exit__(*error)
+        if self._context is not None:
+            self._context.__exit__(*error)
 
 
 UNCHANGED = Back(None)
+
+
+class Taken(NamedTuple):
+    """A caller's array as NumPy or CuPy sees it."""
+
+    array: Any
+    convert: Callable[[Any], Any] | None = None  # takes a result to the kind of the caller's array
+    stream: tuple[int, int] | None = (
+        None  # (device, pointer) of its library's CUDA stream, after which memory is reused
+    )
+    lent: bool = False  # CUDA memory that its library may reuse as soon as we let go of it
 
 
 def to_native(op: str, arrays: dict[str, Any]) -> tuple[dict[str, Any], Back]:
@@ -47,36 +58,40 @@ def to_native(op: str, arrays: dict[str, Any]) -> tuple[dict[str, Any], Back]:
             break
     else:
         return arrays, UNCHANGED  # the usual case pays for this loop and nothing else
-    first: Back | None = None
-    native: dict[str, Any] = {}
-    for name, array in arrays.items():
-        if array is None:
-            native[name] = None
-            continue
-        native[name], back = _import(f"{op}: {name} must be", array)
-        first = first or back
-    return native, first or UNCHANGED
+    taken = {name: None if a is None else _take(f"{op}: {name} must be", a) for name, a in arrays.items()}
+    present = [t for t in taken.values() if t is not None]
+    native = {name: None if t is None else t.array for name, t in taken.items()}
+    return native, Back(present[0].convert, _context(present))
 
 
-def _import(must_be: str, array: Any) -> tuple[Any, Back]:
+def _context(present: list[Taken]) -> AbstractContextManager[None] | None:
+    """Where CUDA memory of other libraries can be computed with."""
+    stream = next((t.stream for t in present if t.stream), None)
+    lent = [t.array for t in present if t.lent]
+    if stream is None and not lent:
+        return None
+    return _cuda("").borrowing(stream, alone=all(t.stream for t in present), lent=lent)
+
+
+def _take(must_be: str, array: Any) -> Taken:
     if isinstance(array, np.ndarray):
         if isinstance(array, np.ma.MaskedArray | np.matrix):  # their operators mean something else than an array's
             raise TypeError(f"{must_be} a plain array, got {_type_name(array)}")
-        return array.view(np.ndarray), UNCHANGED
+        return Taken(array.view(np.ndarray))
     if isinstance(array, _loaded("cupy", "ndarray")):
-        return array, UNCHANGED
+        return Taken(array)
     if isinstance(array, _loaded("torch", "Tensor")):
-        return _import_torch(must_be, array)
+        return _take_torch(must_be, array)
     if isinstance(array, _loaded("jax", "Array")):
-        return _import_jax(must_be, array)
-    return _import_dlpack(must_be, array)
+        return _take_jax(must_be, array)
+    return _take_dlpack(must_be, array)
 
 
 def _loaded(module: str, name: str) -> type | tuple[()]:
     return getattr(sys.modules.get(module), name, ())
 
 
-def _import_torch(must_be: str, tensor: Any) -> tuple[Any, Back]:
+def _take_torch(must_be: str, tensor: Any) -> Taken:
     torch = sys.modules["torch"]
     if tensor.requires_grad and torch.is_grad_enabled():
         raise TypeError(
@@ -88,11 +103,12 @@ def _import_torch(must_be: str, tensor: Any) -> tuple[Any, Back]:
     if tensor.device.type not in ("cpu", "cuda"):
         raise TypeError(f"{must_be} on the CPU or a CUDA device, got device {tensor.device}")
     cuda = _cuda(must_be) if tensor.device.type == "cuda" else None
+    stream = _torch_stream(tensor.device) if cuda else None
     try:
         plain = tensor.detach().resolve_conj().resolve_neg()  # NumPy would ignore the bits that stand for conj and neg
         if tensor.dtype is torch.bfloat16:
             plain = plain.view(torch.int16)
-        native = cuda.from_dlpack(plain) if cuda else plain.numpy()
+        native = cuda.from_dlpack(plain, stream) if cuda else plain.numpy()
     except UNREADABLE as error:  # fake tensors, tensors under vmap; float8 and other foreign dtypes
         raise TypeError(
             f"{must_be} a tensor whose memory NumPy can read, got {_type_name(tensor)} of dtype {tensor.dtype} "
@@ -105,13 +121,15 @@ def _import_torch(must_be: str, tensor: Any) -> tuple[Any, Back]:
     def export(result: Any) -> Any:
         return to_tensor(result) if result.dtype.kind == "f" else to_tensor(result.view(np.int16)).view(torch.bfloat16)
 
-    if cuda is None:
-        return native, Back(export)
-    stream = torch.cuda.current_stream(tensor.device)
-    return native, Back(export, cuda.on_stream(stream.device_index, stream.cuda_stream))
+    return Taken(native, export, stream)
 
 
-def _import_jax(must_be: str, array: Any) -> tuple[Any, Back]:
+def _torch_stream(device: Any) -> tuple[int, int]:
+    stream = sys.modules["torch"].cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
+def _take_jax(must_be: str, array: Any) -> Taken:
     jax = sys.modules["jax"]
     if isinstance(array, jax.core.Tracer):
         raise TypeError(
@@ -122,19 +140,26 @@ def _import_jax(must_be: str, array: Any) -> tuple[Any, Back]:
         raise TypeError(f"{must_be} on one device, got a JAX array sharded over {len(devices)} devices")
     (device,) = devices
     if device.platform != "cpu":
-        return _import_dlpack(must_be, array)[0], Back(jax.dlpack.from_dlpack)
+        return _take_dlpack(must_be, array)._replace(convert=_keeping_float64(jax.dlpack.from_dlpack))
+    # No copy where the result is 64-byte aligned.
+    export = _keeping_float64(lambda result: jax.device_put(result, device, may_alias=True))
+    return Taken(np.asarray(array), export)  # the same memory, read-only; bfloat16 too, unlike through DLPack
 
-    def export(result: Any) -> Any:  # no copy where the result is 64-byte aligned
+
+def _keeping_float64(to_jax: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A float64 array can outlive the context that enabled x64; JAX would then make the result float32 in silence."""
+    jax = sys.modules["jax"]
+
+    def export(result: Any) -> Any:
         if result.dtype != np.float64:
-            return jax.device_put(result, device, may_alias=True)
-        # A float64 array can outlive the context that enabled x64; JAX would then make the result float32 in silence.
+            return to_jax(result)
         with (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64(True):
-            return jax.device_put(result, device, may_alias=True)
+            return to_jax(result)
 
-    return np.asarray(array), Back(export)  # the same memory, read-only; bfloat16 too, unlike through DLPack
+    return export
 
 
-def _import_dlpack(must_be: str, array: Any) -> tuple[Any, Back]:
+def _take_dlpack(must_be: str, array: Any) -> Taken:
     library = sys.modules.get(type(array).__module__.partition(".")[0])
     if not (hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")):
         to_dlpack = _capsule_function(library, "to_dlpack")
@@ -151,7 +176,7 @@ def _import_dlpack(must_be: str, array: Any) -> tuple[Any, Back]:
         native = _from_dlpack_cpu(must_be, array)
     else:
         raise TypeError(f"{must_be} on the CPU or a CUDA device, got DLPack device type {device}")
-    return native, Back(_exporter(must_be, array, library))
+    return Taken(native, _exporter(must_be, array, library), lent=device in (CUDA, CUDA_MANAGED))
 
 
 def _from_dlpack_cpu(must_be: str, array: Any) -> Any:
@@ -178,10 +203,10 @@ def _exporter(must_be: str, array: Any, library: ModuleType | None) -> Callable[
         raise TypeError(f"{must_be} of a library with a function from_dlpack, got {_type_name(array)}")
 
     def export(result: Any) -> Any:
-        if not takes_capsule and result.dtype.kind == "f":
-            return from_dlpack(result)
-        if result.dtype.kind == "f":
-            return from_dlpack(result.__dlpack__())
+        # CuPy exports bfloat16 itself, NumPy does not. Only an array, not a capsule, is asked for the consumer's stream.
+        plain = result.dtype.kind == "f" or not isinstance(result, np.ndarray)
+        if plain:
+            return from_dlpack(result.__dlpack__() if takes_capsule else result)
         capsule = Capsule(result.view(np.uint16).__dlpack__())
         capsule.type_code = BFLOAT
         return from_dlpack(capsule.capsule if takes_capsule else capsule)

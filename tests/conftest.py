@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import shutil
+import sys
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -31,10 +34,20 @@ TOLERANCE = {
 }
 
 
+# Tiles on CUDA round each sample to the half type before the tensor cores multiply it: half a unit in its last place
+# for each term of a sum, which is within that of the largest sum.
+TOLERANCE_OF_TILES = {
+    **TOLERANCE,
+    "float16": Tolerance(2**-11 * 1.01, 2**-11),
+    "bfloat16": Tolerance(2**-8 * 1.01, 2**-8),
+}
+_tolerance = TOLERANCE  # of the backend that the running test is on
+
+
 def assert_close(got: Any, want: np.ndarray, dtype: str, what: str = "") -> None:
     """`got` has this dtype and equals the float64 `want` as nearly as the dtype allows, NaN where it has NaN."""
     assert got.dtype.name == dtype, f"{what}: dtype {got.dtype.name}, want {dtype}"
-    tolerance = TOLERANCE[dtype]
+    tolerance = _tolerance[dtype]
     finite = np.abs(want[np.isfinite(want)])
     largest = float(finite.max()) if finite.size else 0.0
     np.testing.assert_allclose(
@@ -54,46 +67,86 @@ def assert_same_bits(got: Any, want: Any, what: str = "") -> None:
 
 
 class Backend(NamedTuple):
-    """Where arrays live during a test. Tests make NumPy arrays, send them there and take results back."""
+    """Where arrays live during a test. Tests make NumPy arrays, send them there and take results back.
+
+    "cuda" is a device, "emulated" the same kernels and launches on tests/cuda_emulation. Each comes twice: with
+    "_tiles" every convolution goes through the kernels for many channels, with "_direct" through those for few.
+    """
 
     name: str
 
+    @property
+    def on_cpu(self) -> bool:
+        return self.name == "cpu"
+
     def array(self, a: Any) -> Any:
-        if a is None or self.name == "cpu":
+        if a is None or self.on_cpu:
             return a
         import cupy
 
         return cupy.asarray(a)
 
     def numpy(self, a: Any) -> Any:
-        return a if a is None or self.name == "cpu" else a.get()
+        return a if a is None or self.on_cpu else a.get()
 
 
-def _available(name: str) -> bool:
-    if name == "cpu":
-        return True
-    if importlib.util.find_spec("cupy") is None or importlib.util.find_spec("pydeform.cuda.deform_conv2d") is None:
-        return False
-    import cupy
-
-    return cupy.is_available()
+KINDS = ("cpu", "cuda", "emulated")
+WAYS = {"_direct": 1 << 30, "_tiles": 1}  # fewest channels of a group that go through tiles
 
 
-def _backends() -> list[str]:
+def _missing(kind: str) -> str:
+    """Why this machine has no such backend; empty: it has."""
+    if kind == "emulated":
+        return "" if shutil.which("g++") else "no g++ that compiles the kernels"
+    if kind == "cuda":
+        if importlib.util.find_spec("cupy") is None:
+            return "CuPy is not installed"
+        import cupy
+
+        return "" if cupy.is_available() else "CuPy finds no device"
+    return ""
+
+
+@functools.cache
+def _kinds() -> tuple[str, ...]:
     """Those that PYDEFORM_TEST_BACKENDS names, all of which must be there, or else whatever this machine has."""
     asked = os.environ.get("PYDEFORM_TEST_BACKENDS")
     if asked is None:
-        return [name for name in ("cpu", "cuda") if _available(name)]
-    names = [name.strip() for name in asked.split(",") if name.strip()]
-    for name in names:
-        if name not in ("cpu", "cuda"):
-            raise pytest.UsageError(f"PYDEFORM_TEST_BACKENDS: must be cpu, cuda or cpu,cuda, got {asked!r}")
-        if not _available(name):
-            raise pytest.UsageError(f"PYDEFORM_TEST_BACKENDS={asked}: {name} is not available here")
-    return names
+        return "cpu", *[kind for kind in ("cuda", "emulated") if not _missing(kind)][:1]
+    kinds = tuple(name.strip() for name in asked.split(",") if name.strip())
+    for kind in kinds:
+        if kind not in KINDS:
+            raise pytest.UsageError(f"PYDEFORM_TEST_BACKENDS: must be some of {', '.join(KINDS)}, got {asked!r}")
+        if _missing(kind):
+            raise pytest.UsageError(f"PYDEFORM_TEST_BACKENDS={asked}: no {kind} here: {_missing(kind)}")
+    return kinds
+
+
+def pytest_report_header() -> str:
+    missing = [f"{kind} ({_missing(kind)})" for kind in KINDS if kind not in _kinds() and _missing(kind)]
+    return f"backends: {', '.join(_kinds())}" + (f"; not here: {', '.join(missing)}" if missing else "")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        names = _backends()
+        names = [kind + way for kind in _kinds() for way in ([""] if kind == "cpu" else WAYS)]
         metafunc.parametrize("backend", [Backend(name) for name in names], ids=names, scope="session")
+
+
+@pytest.fixture(autouse=True)
+def _on_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test's backend needs around it."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    name = params["backend"].name if "backend" in params else "cpu"
+    if name.startswith("emulated"):
+        from tests.cuda_emulation import device
+
+        for module in device.stand_ins.values():
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+    for way, most_channels in WAYS.items():
+        if name.endswith(way):
+            from pydeform.cuda import _conv_common
+
+            monkeypatch.setattr(_conv_common, "DIRECT_CHANNELS", most_channels)
+    if name.endswith("_tiles"):
+        monkeypatch.setattr("tests.conftest._tolerance", TOLERANCE_OF_TILES)

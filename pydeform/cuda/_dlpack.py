@@ -1,26 +1,96 @@
-"""Foreign CUDA arrays as CuPy arrays, and work on the stream of the framework they came from."""
+"""Foreign CUDA arrays as CuPy arrays, and work that is safe with their memory.
+
+Launches are asynchronous. Memory that is given back while a kernel still reads it is safe only where whoever gets it
+next comes later on the same stream. So arrays of PyTorch, whose allocator thinks in streams, are computed with on its
+current stream; arrays of libraries that do not tell their streams are held until the device is done with them.
+"""
 
 from __future__ import annotations
 
+import atexit
+import threading
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import cupy
 
 
-def from_dlpack(array: Any) -> cupy.ndarray:
-    """The same memory. The exchange itself makes CuPy's current stream wait for the work that writes the array."""
+class ForeignStream:
+    """A stream of another library in CUDA's stream protocol, which not every library has."""
+
+    def __init__(self, pointer: int):
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+def from_dlpack(array: Any, stream: tuple[int, int] | None = None) -> cupy.ndarray:
+    """The same memory. The exchange makes `stream`, or else CuPy's current one, wait for the work that writes it.
+
+    On the stream that this work is on nothing is waited for, so that it can be captured in a graph.
+    """
     with cupy.cuda.Device(array.__dlpack_device__()[1]):
-        return cupy.from_dlpack(array)
+        if stream is None:
+            return cupy.from_dlpack(array)
+        with cupy.cuda.Stream.from_external(ForeignStream(stream[1])):
+            return cupy.from_dlpack(array)
 
 
 @contextmanager
-def on_stream(device: int, pointer: int) -> Iterator[None]:
-    """CuPy allocates and launches on the framework's stream, so no allocator hands out memory still in use there."""
+def borrowing(stream: tuple[int, int] | None, alone: bool, lent: list[Any]) -> Iterator[None]:
+    """Computing on that stream of another library, or on CuPy's current one, with arrays lent by others.
+
+    `alone`: no array is ordered by CuPy's current stream.
+    """
+    with on_stream(*stream, alone) if stream else nullcontext():
+        yield
+        if lent:
+            _held.hold(lent)
+
+
+@contextmanager
+def on_stream(device: int, pointer: int, alone: bool = False) -> Iterator[None]:
+    """CuPy allocates and launches on this stream.
+
+    Unless `alone`, arrays on CuPy's former current stream are in use: they may be in the making, and when they are
+    freed that stream hands out their memory. So each stream waits for the other.
+    """
     with cupy.cuda.Device(device):
         before = cupy.cuda.get_current_stream()
-        with cupy.cuda.ExternalStream(pointer, device) as stream:
-            if before.ptr != pointer:
-                stream.wait_event(before.record())  # arrays of CuPy's own may still be in the making
+        with cupy.cuda.Stream.from_external(ForeignStream(pointer)) as stream:
+            both = not alone and before.ptr != pointer
+            if both:
+                stream.wait_event(before.record())
             yield
+            if both:
+                before.wait_event(stream.record())
+
+
+class Held:
+    """Arrays that others lent us, until the device has passed the event behind them. Looked through at each call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._arrays: deque[tuple[Any, list[Any]]] = deque()
+
+    def hold(self, arrays: list[Any]) -> None:
+        with arrays[0].device:
+            event = cupy.cuda.get_current_stream().record(cupy.cuda.Event(disable_timing=True))
+        with self._lock:
+            self._arrays.append((event, arrays))
+            while self._arrays and self._arrays[0][0].done:
+                self._arrays.popleft()
+
+    def release(self) -> None:
+        """While their libraries still run."""
+        with self._lock:
+            for event, _ in self._arrays:
+                event.synchronize()
+            self._arrays.clear()
+
+
+_held = Held()
+atexit.register(_held.release)

@@ -31,6 +31,8 @@ def conv2d(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    *,
+    allow_tf32: bool = False,
 ) -> Any:
     """Plain convolution, as networks mean it (a correlation): what `deform_conv2d` computes at zero offset.
 
@@ -47,12 +49,14 @@ def conv2d(
     stride, dilation : int or one per axis
     padding : int, one per axis, a (before, after) pair per axis, or "same": out = ceil(in / stride)
     groups : int; output channel o sees only the C/groups input channels of its own group
+    allow_tf32 : on CUDA, float32 products may keep 10 bits of a factor's mantissa; elsewhere nothing changes
 
     Returns   array (N, O, out_h, out_w) of the kind, device and dtype of `input`;
               out = (in + before + after - dilation*(kernel - 1) - 1)//stride + 1
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     float16 and bfloat16 compute in float32. NaN and infinite pixels give what the sum gives. The same bits on
-              every run and, on the CPU, for any number of threads.
+    Notes     float16 and bfloat16 sum in float32. NaN and infinite pixels give what the sum gives; on CUDA, in float32,
+              infinite ones may give NaN. The same bits on every run and, on the CPU, for any number of threads. An
+              array that is not contiguous costs one copy of it.
     Source    The regular grid R of arXiv:1703.06211 eq. 1. Layout as torch.nn.functional.conv2d.
     Example
     >>> import numpy as np
@@ -65,7 +69,7 @@ def conv2d(
     g = _geometry_of(op, arrays, stride, padding, dilation, groups)
     twin = _backend.backend_for(op, "conv2d", arrays)
     with back:
-        return back(twin.forward(*arrays.values(), g))
+        return back(twin.forward(*arrays.values(), g, allow_tf32=allow_tf32))
 
 
 def conv2d_backward(
@@ -80,6 +84,7 @@ def conv2d_backward(
     *,
     needs: Iterable[str] | None = None,
     deterministic: bool = False,
+    allow_tf32: bool = False,
 ) -> Conv2dGrads:
     """Gradients of `conv2d`, computed from its arguments alone.
 
@@ -88,9 +93,9 @@ def conv2d_backward(
     Parameters
     ----------
     grad_output : array (N, O, out_h, out_w), the gradient of the forward's result
-    input, weight, bias, stride, padding, dilation, groups : exactly the forward's
+    input, weight, bias, stride, padding, dilation, groups, allow_tf32 : exactly the forward's
     needs : names of the gradients to compute, say ("input", "weight"); None computes all
-    deterministic : on CUDA, the same bits on every run, without float atomics; on the CPU that always holds
+    deterministic : accepted as by the other backwards; this one has the same bits on every run, always
 
     Returns   Conv2dGrads, of the kind, device and dtype of `grad_output`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
@@ -110,7 +115,9 @@ def conv2d_backward(
     wanted = _checks.needed(op, needs, arrays)
     twin = _backend.backend_for(op, "conv2d", {"grad_output": grad_output, **arrays})
     with back:
-        grads = twin.backward(grad_output, *arrays.values(), g, wanted)
+        grads = twin.backward(
+            grad_output, *arrays.values(), g, wanted, deterministic=deterministic, allow_tf32=allow_tf32
+        )
         return Conv2dGrads(*[None if grad is None else back(grad) for grad in grads])
 
 

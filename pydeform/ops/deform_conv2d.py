@@ -36,6 +36,7 @@ def deform_conv2d(
     mask: Any = None,
     *,
     boundary: str = "torchvision",
+    allow_tf32: bool = False,
 ) -> Any:
     """Convolve with taps moved by offsets (deformable convolution v1; v2 when `mask` is given).
 
@@ -59,12 +60,15 @@ def deform_conv2d(
         "torchvision": strictly inside (-1, H) x (-1, W), zeros; right-hand derivative at exactly -1
         "dcnv2": the same values, derivative 0 at exactly -1 (mmcv, Paddle)
         "dcnv1": on [0, H) x [0, W), last row and column repeated (the first paper's code, MXNet)
+    allow_tf32 : on CUDA, float32 products may keep 10 bits of a factor's mantissa; elsewhere nothing changes
 
     Returns   array (N, O, out_h, out_w) of the kind, device and dtype of `input`;
               out = (in + before + after - dilation*(kernel - 1) - 1)//stride + 1
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
     Notes     A NaN coordinate gives NaN wherever its sample is used, an infinite one is outside. float16 and bfloat16
-              compute in float32. The same bits on every run and, on the CPU, for any number of threads.
+              sum in float32; on CUDA a sample is rounded to them before it is multiplied, and an infinite pixel or
+              weight in float32 may give NaN. The same bits on every run and, on the CPU, for any number of threads.
+              An array that is not contiguous costs one copy of it.
     Source    arXiv:1703.06211 eq. 2; arXiv:1811.11168 eq. 1. Layout as torchvision.ops.deform_conv2d.
     Example
     >>> import numpy as np
@@ -80,7 +84,7 @@ def deform_conv2d(
     g = _geometry_of(op, arrays, stride, padding, dilation, boundary)
     twin = _backend.backend_for(op, "deform_conv2d", arrays)
     with back:
-        return back(twin.forward(*arrays.values(), g))
+        return back(twin.forward(*arrays.values(), g, allow_tf32=allow_tf32))
 
 
 def deform_conv2d_backward(
@@ -97,6 +101,7 @@ def deform_conv2d_backward(
     boundary: str = "torchvision",
     needs: Iterable[str] | None = None,
     deterministic: bool = False,
+    allow_tf32: bool = False,
 ) -> DeformConv2dGrads:
     """Gradients of `deform_conv2d`, computed from its arguments alone.
 
@@ -105,9 +110,10 @@ def deform_conv2d_backward(
     Parameters
     ----------
     grad_output : array (N, O, out_h, out_w), the gradient of the forward's result
-    input, offset, weight, bias, stride, padding, dilation, mask, boundary : exactly the forward's
+    input, offset, weight, bias, stride, padding, dilation, mask, boundary, allow_tf32 : exactly the forward's
     needs : names of the gradients to compute, say ("input", "weight"); None computes all
-    deterministic : on CUDA, the same bits on every run, without float atomics; on the CPU that always holds
+    deterministic : on CUDA, the same bits of grad.input on every run, without float atomics; all else has them always,
+        and on the CPU everything
 
     Returns   DeformConv2dGrads, of the kind, device and dtype of `grad_output`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
@@ -141,7 +147,9 @@ def deform_conv2d_backward(
     wanted = _checks.needed(op, needs, arrays)
     twin = _backend.backend_for(op, "deform_conv2d", {"grad_output": grad_output, **arrays})
     with back:
-        grads = twin.backward(grad_output, *arrays.values(), g, wanted)
+        grads = twin.backward(
+            grad_output, *arrays.values(), g, wanted, deterministic=deterministic, allow_tf32=allow_tf32
+        )
         return DeformConv2dGrads(*[None if grad is None else back(grad) for grad in grads])
 
 

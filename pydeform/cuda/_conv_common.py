@@ -1,0 +1,189 @@
+"""How a convolution is laid out and cut into tiles on a device. Nothing here needs one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pydeform._geometry import Conv2dGeometry
+
+C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
+ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+PLAIN, DEFORMED, ADJOINT = 0, 1, 2  # where a tap reads, as in conv_forward.cuh
+DIRECT_CHANNELS = 8  # with fewer channels in a group a tile would be mostly zeros: conv_direct.cuh
+TURNED_DEPTH = 32  # pixels in a tile of the weight's gradient
+COPIES = 256 << 20  # bytes of channels-last copies at a time, of one image at least
+WORKSPACE = 64 << 20  # bytes for partial weight gradients, and for the columns of a deterministic input gradient
+SLOTS = (8, 4, 2, 1)  # most offset groups along the depth of a tile, as shared memory allows
+INT32_ELEMENTS = 2**31 - 2**16  # what threads past the end of an array add stays within an int
+
+
+class Channels(NamedTuple):
+    """`struct Channels` of channels.cuh."""
+
+    unit: int
+    units: int
+    pitch: int
+    padded: int
+    blocks: int
+
+    def slots(self, depth: int) -> int:
+        """Units, each with an offset group of its own, along the depth of a tile."""
+        return max(1, depth // self.padded)
+
+    def memory(self, groups: int) -> int:
+        """Channels of a pixel of the copy."""
+        return groups * self.units * self.pitch
+
+
+class Product(NamedTuple):
+    """One policy of product.cuh, and the sizes that follow from its parameters."""
+
+    kind: str
+    dtype: str
+    rows: int  # BM, pixels
+    columns: int  # BN
+    warp_rows: int
+    warp_columns: int
+    parts: int = 1  # tiles of a value split in two
+    tf32: bool = False
+
+    @property
+    def expression(self) -> str:
+        c = C_TYPES[self.dtype]
+        if self.kind == "Wgmma":
+            return f"Wgmma<{c}, {self.rows}, {self.columns}, {'true' if self.parts == 2 else 'false'}>"
+        sizes = f"{c}, {self.rows}, {self.columns}, {self.warp_rows}, {self.warp_columns}"
+        if "Mma" in self.kind and self.dtype == "float32" and not self.tf32:
+            sizes += ", 3"
+        return f"{self.kind}<{sizes}>"
+
+    @property
+    def threads(self) -> int:
+        return self.rows // self.warp_rows * (self.columns // self.warp_columns) * 32
+
+    @property
+    def row_bytes(self) -> int:
+        return 128 if self.kind == "Wgmma" else 64
+
+    @property
+    def depth(self) -> int:
+        return self.row_bytes // ITEMSIZE[self.dtype]
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.parts * (self.rows + self.columns) * self.row_bytes
+
+    @property
+    def turned_stage_bytes(self) -> int:
+        return TURNED_DEPTH * (self.rows + self.columns) * ITEMSIZE[self.dtype]
+
+
+def forward_product(dtype: str, capability: int, group_outputs: int, allow_tf32: bool) -> Product:
+    """The widest tile that the outputs of a group fill: each sample is gathered once for all of a tile's outputs."""
+    if dtype == "float64" or (capability < 80 and dtype != "float16"):
+        return Product("Fma", dtype, 64, 64, 32, 32)
+    if capability < 80:
+        return Product("Mma", dtype, 64, 64, 32, 32)
+    exact = dtype == "float32" and not allow_tf32
+    if capability == 90:
+        columns = 64 if group_outputs <= 64 else 128 if group_outputs <= 128 or exact else 256
+        return Product("Wgmma", dtype, 128, columns, 16, columns, parts=2 if exact else 1, tf32=allow_tf32)
+    if group_outputs <= 64:
+        return Product("Mma", dtype, 128, 64, 32, 32, tf32=allow_tf32)
+    return Product("Mma", dtype, 128, 128, 64, 32, tf32=allow_tf32)
+
+
+def data_product(dtype: str, capability: int, allow_tf32: bool) -> Product:
+    """For the column gradient: pixels by input channels."""
+    if dtype == "float64":
+        return Product("Fma", dtype, 64, 32, 32, 16)
+    if capability < 80 and dtype != "float16":
+        return Product("Fma", dtype, 64, 64, 32, 32)
+    if capability < 80:
+        return Product("Mma", dtype, 64, 64, 32, 32)
+    if capability == 90 and (dtype != "float32" or allow_tf32):
+        return Product("Wgmma", dtype, 128, 64, 16, 64, tf32=allow_tf32)
+    return Product("Mma", dtype, 128, 64, 32, 32, tf32=allow_tf32)
+
+
+def weight_product(dtype: str, capability: int, group_outputs: int, allow_tf32: bool) -> Product:
+    """For the weight's gradient: output channels by input channels."""
+    if dtype == "float64":
+        return Product("TurnedFma", dtype, 64, 32, 32, 16)
+    if capability < 80 and dtype != "float16":
+        return Product("TurnedFma", dtype, 64, 64, 32, 32)
+    if capability < 80 or group_outputs <= 64:
+        return Product("TurnedMma", dtype, 64, 64, 32, 32, tf32=allow_tf32)
+    if group_outputs <= 128 or dtype == "float32":
+        return Product("TurnedMma", dtype, 128, 64, 32, 32, tf32=allow_tf32)
+    return Product("TurnedMma", dtype, 256, 64, 64, 32)
+
+
+def is_direct(g: Conv2dGeometry) -> bool:
+    return g.in_channels // g.groups < DIRECT_CHANNELS
+
+
+def channels(
+    g: Conv2dGeometry, dtype: str, depth: int, shared: Callable[[int], int], limit: int, *, whole: bool = False
+) -> Channels:
+    """Layout of the input's channels for tiles of this depth. `shared(slots)`: bytes that a kernel then takes.
+
+    `whole`: an offset group that has several units needs tiles of one unit.
+    """
+    unit = math.gcd(g.in_channels // g.groups, g.in_channels // g.offset_groups)
+    units = g.in_channels // g.groups // unit
+    chunk = 16 // ITEMSIZE[dtype]
+    for most in SLOTS:
+        shortest = max(chunk, depth if whole and unit != g.in_channels // g.offset_groups else depth // most)
+        padded = round_up(unit, depth) if unit >= depth else max(1 << (unit - 1).bit_length(), shortest)
+        found = Channels(unit, units, round_up(unit, chunk), padded, -(-units * padded // depth))
+        if shared(found.slots(depth)) <= limit:
+            break
+    return found
+
+
+def index_type(*sizes: int) -> str:
+    """C++ type for places in arrays of so many elements."""
+    return "int" if max(sizes) <= INT32_ELEMENTS else "long long"
+
+
+def slices(tiles: int, steps: int, processors: int, shortest: int) -> int:
+    """Into how many parts the sum of a tile is cut, so that a problem of few tiles still fills the device."""
+    return max(1, min(processors // max(tiles, 1), steps // shortest))
+
+
+def swapped(g: Conv2dGeometry) -> Conv2dGeometry:
+    """The transposed convolution: outputs in the places of inputs."""
+    return g._replace(
+        in_channels=g.out_channels,
+        in_h=g.out_h,
+        in_w=g.out_w,
+        out_channels=g.in_channels,
+        out_h=g.in_h,
+        out_w=g.in_w,
+        offset_groups=1,
+    )
+
+
+def corner_bytes(dtype: str, index: str, corners: int, values: int) -> int:
+    """sizeof a C struct of `corners` indices and `values` numbers."""
+    number, value = (4 if index == "int" else 8), max(4, ITEMSIZE[dtype])
+    return round_up(round_up(corners * number, value) + values * value, max(number, value))
+
+
+def pixels(g: Any) -> int:
+    return int(g.out_h * g.out_w)
+
+
+def taps(g: Any) -> int:
+    return int(g.kernel_h * g.kernel_w)
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

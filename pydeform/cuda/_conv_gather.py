@@ -1,0 +1,64 @@
+"""The input's gradient without float atomics: launches of conv_gather.cuh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cupy
+import numpy as np
+
+from pydeform.cuda._conv_common import C_TYPES, ceil_div, index_type, pixels
+from pydeform.cuda._launch import geometry, kernel, launch
+
+THREADS = 256
+OPERATOR = "deform_conv2d"  # the only one whose samples move
+
+
+def accumulate(
+    columns: Any,
+    offset: Any,
+    mask: Any,
+    accumulator: Any,
+    g: Any,
+    channels: int,
+    first: int,
+    count: int,
+    tap0: int,
+    taps: int,
+) -> None:
+    """Add to accumulator (N, H, W, channels) what the samples of one chunk give back to their pixels (eq. 5).
+
+    The chunk is output pixels [first, first + count) of the flattened (b, p) and taps [tap0, tap0 + taps); columns
+    (taps, count, channels) are its column gradients, without mask. Both arrays have the type of sums. `channels` are
+    those in memory, an equal number for each offset group. The host waits for nothing, so a graph can be captured.
+    """
+    images = (first + count - 1) // pixels(g) - first // pixels(g) + 1
+    bins = images * g.offset_groups * (g.in_h + 1) * (g.in_w + 1)
+    samples = g.offset_groups * taps * count
+    index = index_type(bins, samples, offset.size, accumulator.size, columns.size)
+    integer = np.int32 if index == "int" else np.int64
+    types = f"{C_TYPES[offset.dtype.name]}, {index}"
+    chunk = (geometry(g), integer(first), integer(count), np.int32(tap0), np.int32(taps))
+    counts = cupy.zeros((bins + 1,), np.int32)
+    _launch(f"count_samples<{types}>", samples, (offset, counts, *chunk))
+    starts = cupy.cumsum(counts, dtype=integer)
+    ids = cupy.empty((samples,), np.int32)
+    _launch(f"fill_bins<{types}>", samples, (offset, counts, starts, ids, *chunk))
+    _launch(f"sort_bins<{index}>", bins, (starts, ids, integer(bins)))
+    _launch(
+        f"gather_bins<{types}>",
+        32 * images * g.offset_groups * g.in_h * g.in_w,
+        (
+            *(columns, offset, mask, starts, ids, accumulator, geometry(g)),
+            *(np.int32(channels), np.int32(images), integer(first), integer(count), np.int32(tap0)),
+        ),
+    )
+
+
+def bin_bytes(g: Any) -> int:
+    """Of the counts and starts of an image's bins."""
+    return int(g.offset_groups * (g.in_h + 1) * (g.in_w + 1) * 8)
+
+
+def _launch(expression: str, threads: int, arguments: tuple[Any, ...]) -> None:
+    launch(kernel(OPERATOR, expression), (ceil_div(threads, THREADS),), THREADS, arguments)

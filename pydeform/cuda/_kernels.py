@@ -1,0 +1,110 @@
+"""Instances of the kernels to compile ahead of any device, for whom, and the registers that each may take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pydeform.cuda._conv_common import (
+    ADJOINT,
+    C_TYPES,
+    DEFORMED,
+    PLAIN,
+    Product,
+    data_product,
+    forward_product,
+    weight_product,
+)
+
+# A kernel of 256 threads may take 255 registers of a multiprocessor's 65,536; 128 let two blocks run side by side.
+CAPABILITIES = {75: ("75",), 80: ("80", "90"), 90: ("90a",)}
+EVERY = ("75", "80", "90", "90a")
+OUTPUTS = (256, 64, 128)  # of a group: for each there is a width of tile
+
+
+class Instance(NamedTuple):
+    operator: str
+    expression: str
+    architectures: tuple[str, ...]  # of NVRTC; what is compiled for "90" also serves whatever comes after it
+    registers: int  # budget
+
+
+def instances(operator: str) -> list[Instance]:
+    """Every kernel that `operator` launches: the widest tiles for every architecture, the narrower ones for one.
+
+    conv2d has deform_conv2d's narrow tiles, which are not listed again.
+    """
+    deformed = operator == "deform_conv2d"
+    found: dict[str, tuple[set[str], int]] = {}
+    for expression, architectures, registers in _expressions(deformed):
+        listed, budget = found.setdefault(expression, (set(), registers))
+        found[expression] = listed | set(architectures), max(budget, registers)
+    return [
+        Instance(operator, expression, tuple(sorted(listed, key=_age)), registers)
+        for expression, (listed, registers) in found.items()
+    ]
+
+
+def _age(architecture: str) -> tuple[bool, int]:
+    return architecture.isdigit(), int(architecture.rstrip("a"))
+
+
+def _expressions(deformed: bool) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    for dtype, c in C_TYPES.items():
+        yield from _helpers(dtype, c, deformed)
+        for capability, architectures in CAPABILITIES.items():
+            for allow_tf32 in (False, True) if dtype == "float32" else (False,):
+                for outputs in OUTPUTS if deformed else OUTPUTS[:1]:
+                    if outputs != OUTPUTS[0]:
+                        architectures = architectures[:1]
+                    forward = forward_product(dtype, capability, outputs, allow_tf32)
+                    for reads in (DEFORMED,) if deformed else (PLAIN, ADJOINT):
+                        yield f"forward<{forward.expression}, int, {reads}>", architectures, _budget(forward)
+                    weight = weight_product(dtype, capability, outputs, allow_tf32)
+                    reads = DEFORMED if deformed else PLAIN
+                    yield f"backward_weight<{weight.expression}, int, {reads}>", architectures, _budget(weight)
+                if deformed:
+                    data = data_product(dtype, capability, allow_tf32)
+                    for store, some in (("false", CAPABILITIES[capability]), ("true", architectures)):
+                        yield f"backward_data<{data.expression}, int, {store}>", some, _budget(data)
+    if deformed:
+        yield from _long()
+
+
+def _long() -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """One of each kernel for arrays of more than 2^31 elements."""
+    for dtype, capability in (("float32", 80), ("float16", 90), ("float64", 75)):
+        architectures = CAPABILITIES[capability][-1:]
+        forward = forward_product(dtype, capability, 128, False)
+        yield f"forward<{forward.expression}, long long, {DEFORMED}>", architectures, 255
+        weight = weight_product(dtype, capability, 128, False)
+        yield f"backward_weight<{weight.expression}, long long, {DEFORMED}>", architectures, 255
+        data = data_product(dtype, capability, False)
+        yield f"backward_data<{data.expression}, long long, true>", architectures, 255
+
+
+def _helpers(dtype: str, c: str, deformed: bool) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Kernels without tiles, the same on every architecture."""
+    names = [f"to_channels_last<{c}, int>", f"to_channels_first<{c}, int>", f"sum_slices<{c}, int>"]
+    names += [f"sum_weight<{c}, int>", f"bias_gradient<{c}, int>", f"convert<{c}, int>"]
+    names += [f"pack_weight<{c}, int, {reads}, 1>" for reads in ((DEFORMED,) if deformed else (PLAIN, ADJOINT))]
+    if dtype == "float32":
+        names += [f"pack_weight<{c}, int, {reads}, 2>" for reads in ((DEFORMED,) if deformed else (PLAIN, ADJOINT))]
+    flag = "true" if deformed else "false"
+    names += [f"forward_direct<{c}, int, {flag}>", f"weight_direct<{c}, int, {flag}>"]
+    if deformed:
+        names += [f"pack_weight_columns<{c}, int>"]
+        names += [f"backward_data_direct<{c}, int, true, {store}>" for store in ("false", "true")]
+        names += [f"{name}<{c}, int>" for name in ("count_samples", "fill_bins", "gather_bins")]
+        names += ["sort_bins<int>"]
+    else:
+        names += [f"input_gradient_direct<{c}, int>"]
+    for name in names:
+        yield name, EVERY if dtype == "float16" else EVERY[-1:], 96
+
+
+def _budget(product: Product) -> int:
+    """Two blocks of 256 threads side by side for narrow tiles of 16-bit types, all registers for wide ones."""
+    if product.dtype in ("float16", "bfloat16") and product.columns <= 64 and product.kind in ("Mma", "TurnedMma"):
+        return 168
+    return 255

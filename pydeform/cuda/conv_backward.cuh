@@ -1,0 +1,325 @@
+// Backward of a convolution with or without offsets. Nothing is kept from the forward: samples are taken again.
+// Eq. numbers are those of docs/math/deform_conv2d.md. Gradients come as channels-last copies, groups padded to `depth`.
+#pragma once
+#include "conv_forward.cuh"
+
+template <class A, class I> struct Point {
+  I corner[4];  // first chunk of the pixel, -1 outside
+  A y, x, m;    // place within the cell, mask
+};
+
+// p[0 .. E-1] += v, in no order that anybody knows.
+template <int E> PYDEFORM_DEVICE void add_anywhere(float* p, const float (&v)[E], float w) {
+#pragma unroll
+  for (int e = 0; e < E; e += 4) red_add4(p + e, w * v[e], w * v[e + 1], w * v[e + 2], w * v[e + 3]);
+}
+template <int E> PYDEFORM_DEVICE void add_anywhere(double* p, const double (&v)[E], double w) {
+#pragma unroll
+  for (int e = 0; e < E; e++) atomicAdd(p + e, w * v[e]);
+}
+
+// Gradients of offset and mask (eq. 3, 4) and of the input (eq. 5) from one tap's column gradient, which is a product
+// of grad_output and weight and stays in shared memory.
+// Owner: a block has BM output pixels of [first, first + count) and one tap, all channels: it alone writes their
+// grad_offset and grad_mask. The input's gradient is added to by atomics; or, STORE, the column gradient is written to
+// `sums` as columns[tap - tap0][pixel - first][channel] for conv_gather.cuh, without any.
+template <class P, class I, bool STORE>
+__global__ void __launch_bounds__(P::THREADS)
+    backward_data(const typename P::T* __restrict__ gradient, const typename P::T* __restrict__ image,
+                  const typename P::T* __restrict__ offset, const typename P::T* __restrict__ mask,
+                  const typename P::T* __restrict__ weight, typename P::T* __restrict__ grad_offset,
+                  typename P::T* __restrict__ grad_mask, typename P::Acc* __restrict__ sums, Geometry g, Channels c, int padded_outputs,
+                  int slots, I first, I count, int tap0, int taps) {
+  using T = typename P::T;
+  using A = typename P::Acc;
+  constexpr int A_BYTES = P::BM * P::ROW, B_BYTES = P::BN * P::ROW, E = P::E;
+  constexpr int LANES = P::BN / E, ROWS = P::THREADS / LANES, TURNS = P::BM / ROWS;  // threads of a row, rows at a time
+  constexpr int PITCH = P::BN + 8;
+  constexpr int PIPELINE = 2 * (A_BYTES + B_BYTES), STAGED = P::BM * PITCH * (int)sizeof(A);
+  static_assert(P::PARTS == 1 && 32 % LANES == 0 && P::BM % ROWS == 0, "a row's threads are of one warp");
+  PYDEFORM_DYNAMIC_SHARED(unsigned char, shared);
+  A* const staged = reinterpret_cast<A*>(shared);  // [BM][PITCH], after the product is done with its tiles
+  Point<A, I>* const points = reinterpret_cast<Point<A, I>*>(shared + (PIPELINE > STAGED ? PIPELINE : STAGED));  // [slots][BM]
+
+  const int tid = threadIdx.x, kernel = g.kernel_h * g.kernel_w, tap = tap0 + (int)(blockIdx.x % taps);
+  const I m0 = first + (I)(blockIdx.x / taps) * P::BM, end = first + count, pixels = (I)g.out_h * g.out_w;
+  const int steps = padded_outputs / P::DEPTH, memory = g.groups * c.units * c.pitch;
+  const I chunks = memory / E;
+  const bool dots = grad_offset || grad_mask;
+  const Offsets<T, I> offsets{offset, mask};
+
+  const I m = m0 + tid % P::BM;  // the pixel whose sampling points this thread locates
+  const OutputPixel pixel(m < end ? m : first, g);
+  auto locate_points = [&](int group, int block) {
+    for (int slot = tid / P::BM; slot < slots; slot += P::THREADS / P::BM) {
+      const Place place(group, block * P::BN + slot * (P::BN / slots), c);
+      Point<A, I> t{{-1, -1, -1, -1}, 0, 0, 0};
+      if (m < end && place.valid) {
+        const Sample<A> s =
+            offsets.sample(pixel.b, place.offset_group(g, c), tap, pixel.p, pixel.row, pixel.column, t.m, g);
+#pragma unroll
+        for (int k = 0; k < 4; k++) t.corner[k] = s.corner[k] < 0 ? -1 : ((I)pixel.b * g.in_h * g.in_w + s.corner[k]) * chunks;
+        t.y = s.y;
+        t.x = s.x;
+      }
+      points[slot * P::BM + tid % P::BM] = t;
+    }
+  };
+  auto load = [&](int group, int block, int s) {
+    unsigned char *a_tile = shared + (s & 1) * A_BYTES, *b_tile = shared + 2 * A_BYTES + (s & 1) * B_BYTES;
+    for (int i = tid; i < P::BM * P::CHUNKS; i += P::THREADS) {
+      const int r = i / P::CHUNKS, chunk = i % P::CHUNKS;
+      const bool valid = m0 + r < end;
+      const size_t at = ((size_t)(m0 + r) * g.groups + group) * padded_outputs + s * P::DEPTH + chunk * E;
+      cp_async16(a_tile + P::at(r, chunk), valid ? gradient + at : gradient, valid);
+    }
+    const T* rows = weight + ((size_t)(tap * g.groups + group) * c.blocks + block) * P::BN * padded_outputs + s * P::DEPTH;
+    for (int i = tid; i < P::BN * P::CHUNKS; i += P::THREADS) {
+      const int r = i / P::CHUNKS, chunk = i % P::CHUNKS;
+      cp_async16(b_tile + P::at(r, chunk), rows + (size_t)r * padded_outputs + chunk * E, true);
+    }
+    cp_async_commit();
+  };
+  const int lane = tid % LANES, row = tid / LANES, slot = lane * slots / LANES;
+  A dot[TURNS][4] = {};
+  auto write_dots = [&](int og, bool valid) {
+    const int width = LANES / slots;
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+#pragma unroll
+      for (int k = 0; k < 4; k++)
+        for (int step = width / 2; step; step /= 2) dot[turn][k] += __shfl_xor_sync(0xffffffffu, dot[turn][k], step);
+      const int r = row + turn * ROWS;
+      const I at = m0 + r;
+      if (lane % width == 0 && valid && at < end) {
+        const Point<A, I>& t = points[slot * P::BM + r];
+        A value, along_y, along_x;
+        dots_of_corners(dot[turn], t.y, t.x, value, along_y, along_x);
+        const I b = at / pixels, p = at - b * pixels, k = ((I)b * g.offset_groups + og) * kernel + tap;
+        if (grad_mask) grad_mask[k * pixels + p] = from_float<T>(value);
+        if (grad_offset) {
+          grad_offset[2 * k * pixels + p] = from_float<T>(t.m * along_y);
+          grad_offset[(2 * k + 1) * pixels + p] = from_float<T>(t.m * along_x);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 4; k++) dot[turn][k] = 0;
+    }
+  };
+  auto use = [&](int group, int block) {
+    const Place place(group, block * P::BN + lane * E, c);
+    if (!place.valid) return;
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+      const int r = row + turn * ROWS;
+      const I at = m0 + r;
+      if (at >= end) continue;
+      A v[E];
+#pragma unroll
+      for (int e = 0; e < E; e++) v[e] = staged[r * PITCH + lane * E + e];
+      const Point<A, I>& t = points[slot * P::BM + r];
+      if (dots) {
+        uint4 corner[4];
+        load_corners<T, I>(corner, image, t.corner, true, place.memory(c) / E);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          if (t.corner[k] < 0) continue;
+          A pixel_value[E];
+          unpack<T>(pixel_value, corner[k]);
+#pragma unroll
+          for (int e = 0; e < E; e++) dot[turn][k] += v[e] * pixel_value[e];
+        }
+      }
+      if constexpr (STORE) {
+        if (!sums) continue;
+        A* column = sums + ((I)(tap - tap0) * count + (at - first)) * memory + place.memory(c);
+#pragma unroll
+        for (int e = 0; e < E; e++) column[e] = v[e];
+      } else if (sums) {
+        A w[4];
+        corner_weights(w, t.y, t.x, t.m);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+          if (t.corner[k] >= 0) add_anywhere<E>(sums + (size_t)t.corner[k] * E + place.memory(c), v, w[k]);
+      }
+    }
+  };
+
+  int located = -1;  // offset group of `points`, where a block of channels has one
+#pragma unroll 1
+  for (int tile = 0; tile < g.groups * c.blocks; tile++) {
+    const int group = tile / c.blocks, block = tile - group * c.blocks, og = Place(group, block * P::BN, c).offset_group(g, c);
+    load(group, block, 0);
+    if (slots > 1 || og != located) {
+      if (slots == 1 && dots && located >= 0) write_dots(located, true);
+      __syncthreads();
+      locate_points(group, block);
+      located = og;
+    }
+    A acc[P::MI][P::NJ][4] = {};
+#pragma unroll 1
+    for (int s = 0; s < steps; s++) {
+      cp_async_wait<0>();
+      P::ready();
+      __syncthreads();
+      if (s + 1 < steps) load(group, block, s + 1);
+      P::issue(acc, shared + (s & 1) * A_BYTES, shared + 2 * A_BYTES + (s & 1) * B_BYTES);
+      P::wait(acc);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < P::MI; i++)
+#pragma unroll
+      for (int j = 0; j < P::NJ; j++)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+          staged[(P::row() + 16 * i + tid % 32 / 4 + k / 2 * 8) * PITCH + P::column() + 8 * j + tid % 4 * 2 + k % 2] = acc[i][j][k];
+    __syncthreads();
+    use(group, block);
+    if (slots > 1 && dots) {
+      const Place place(group, block * P::BN + slot * (P::BN / slots), c);
+      write_dots(place.offset_group(g, c), place.valid);
+    }
+    __syncthreads();
+  }
+  if (slots == 1 && dots) write_dots(located, true);
+}
+
+// Gradient of the weight (eq. 6): grad_output times samples, summed over pixels.
+// Owner: a block has BM outputs of a group x BN input channels of it at one tap, over slice blockIdx.y of the pixels.
+// Writes partial[slice][tap][output][channel]; `add`: adds to what is there. No atomics.
+template <class P, class I, int READS>
+__global__ void __launch_bounds__(P::THREADS)
+    backward_weight(const typename P::T* __restrict__ gradient, const typename P::T* __restrict__ image,
+                    const typename P::T* __restrict__ offset, const typename P::T* __restrict__ mask,
+                    typename P::Acc* __restrict__ partial, Geometry g, Channels c, int padded_outputs, int tiles_o, int slots, int add) {
+  using T = typename P::T;
+  using A = typename P::Acc;
+  using Spot = Tap<A, I, READS>;
+  constexpr int CORNERS = READS == DEFORMED ? 4 : 1, E = P::E, DEPTH = P::DEPTH;
+  constexpr int A_CHUNKS = P::BM / E, B_CHUNKS = P::BN / E, A_BYTES = DEPTH * A_CHUNKS * 16, B_BYTES = DEPTH * B_CHUNKS * 16;
+  constexpr int TASKS = DEPTH * B_CHUNKS / P::THREADS, ROWS = P::THREADS / B_CHUNKS;
+  static_assert(TASKS > 0 && DEPTH * B_CHUNKS % P::THREADS == 0 && P::THREADS % B_CHUNKS == 0, "threads divide evenly");
+  PYDEFORM_DYNAMIC_SHARED(unsigned char, shared);
+  unsigned char *const a_tiles = shared, *const b_tiles = shared + 2 * A_BYTES;
+  Spot* const spots = reinterpret_cast<Spot*>(shared + 2 * (A_BYTES + B_BYTES));  // [3][slots][DEPTH]
+
+  const int tid = threadIdx.x, kernel = g.kernel_h * g.kernel_w, group_outputs = g.out_channels / g.groups;
+  int place_of_block = blockIdx.x;
+  const int o0 = place_of_block % tiles_o * P::BM;
+  place_of_block /= tiles_o;
+  const int tap = place_of_block % kernel;
+  place_of_block /= kernel;
+  const int block = place_of_block % c.blocks, group = place_of_block / c.blocks;
+  const I all = (I)g.batch * g.out_h * g.out_w, steps = (all + DEPTH - 1) / DEPTH;
+  const I first = (I)((long long)steps * blockIdx.y / gridDim.y), end = (I)((long long)steps * (blockIdx.y + 1) / gridDim.y);
+  const I chunks = (I)g.groups * c.units * c.pitch / E;
+  const Offsets<T, I> offsets{offset, mask};
+
+  auto locate_step = [&](I s) {
+    for (int i = tid; i < DEPTH * slots; i += P::THREADS) {
+      const int r = i % DEPTH, slot = i / DEPTH;
+      const Place place(group, block * P::BN + slot * (P::BN / slots), c);
+      const I m = s * DEPTH + r;
+      Spot t;
+#pragma unroll
+      for (int k = 0; k < CORNERS; k++) {
+        t.corner[k] = -1;
+        t.weight[k] = 0;
+      }
+      if (m < all && place.valid)
+        t = locate_tap<T, I, READS>(offsets, OutputPixel(m, g), READS == DEFORMED ? place.offset_group(g, c) : 0, tap, g, chunks);
+      spots[((int)(s % 3) * slots + slot) * DEPTH + r] = t;
+    }
+  };
+  auto load_gradient = [&](I s) {
+    unsigned char* tile = a_tiles + (int)(s & 1) * A_BYTES;
+    for (int i = tid; i < DEPTH * A_CHUNKS; i += P::THREADS) {
+      const int r = i / A_CHUNKS, chunk = i % A_CHUNKS, o = o0 + chunk * E;
+      const I m = s * DEPTH + r;
+      const bool valid = m < all && o < padded_outputs;
+      cp_async16(tile + P::template at<P::BM>(r, chunk), valid ? gradient + ((size_t)m * g.groups + group) * padded_outputs + o : gradient, valid);
+    }
+    cp_async_commit();
+  };
+  const int column = tid % B_CHUNKS, row = tid / B_CHUNKS, slot = column * slots / B_CHUNKS;
+  const Place place(group, block * P::BN + column * E, c);
+  auto gather = [&](I s, uint4(&corner)[TASKS][CORNERS]) {
+#pragma unroll
+    for (int i = 0; i < TASKS; i++)
+      load_corners<T, I>(corner[i], image, spots[((int)(s % 3) * slots + slot) * DEPTH + row + i * ROWS].corner, place.valid, place.memory(c) / E);
+  };
+  auto store_samples = [&](I s, const uint4(&corner)[TASKS][CORNERS]) {
+#pragma unroll
+    for (int i = 0; i < TASKS; i++)
+      *reinterpret_cast<uint4*>(b_tiles + (int)(s & 1) * B_BYTES + P::template at<P::BN>(row + i * ROWS, column)) =
+          blend<T, I, READS>(spots[((int)(s % 3) * slots + slot) * DEPTH + row + i * ROWS], corner[i]);
+  };
+
+  A acc[P::MI][P::NJ][4] = {};
+  uint4 corner[TASKS][CORNERS];
+  if (first < end) {
+    for (I s = first; s < min(first + 3, end); s++) locate_step(s);
+    load_gradient(first);
+    __syncthreads();
+    gather(first, corner);
+    store_samples(first, corner);
+    if (first + 1 < end) gather(first + 1, corner);
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+#pragma unroll 1
+  for (I s = first; s < end; s++) {
+    if (s + 1 < end) load_gradient(s + 1);
+    P::issue(acc, a_tiles + (int)(s & 1) * A_BYTES, b_tiles + (int)(s & 1) * B_BYTES);
+    if (s + 1 < end) store_samples(s + 1, corner);
+    if (s + 2 < end) gather(s + 2, corner);
+    if (s + 3 < end) locate_step(s + 3);
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+
+  const int lane = tid & 31, width = c.blocks * P::BN;
+#pragma unroll
+  for (int i = 0; i < P::MI; i++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int o = o0 + P::row() + i * 16 + lane / 4 + 8 * h;
+      if (o >= group_outputs) continue;
+      A* out = partial + (((I)blockIdx.y * kernel + tap) * g.out_channels + group * group_outputs + o) * width + block * P::BN;
+#pragma unroll
+      for (int j = 0; j < P::NJ; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          A& sum = out[P::column() + 8 * j + lane % 4 * 2 + e];
+          sum = add ? sum + acc[i][j][2 * h + e] : acc[i][j][2 * h + e];
+        }
+    }
+}
+
+// Owner: one thread per element of the weight. Adds the slices in their order.
+template <class T, class I>
+__global__ void __launch_bounds__(256) sum_weight(const Compute<T>* __restrict__ partial, T* __restrict__ grad_weight, Geometry g, Channels c, int width, int slices) {
+  const int kernel = g.kernel_h * g.kernel_w, summed = g.in_channels / g.groups;
+  const I i = (I)blockIdx.x * 256 + threadIdx.x;
+  if (i >= (I)g.out_channels * summed * kernel) return;
+  const int tap = (int)(i % kernel), q = (int)(i / kernel % summed), o = (int)(i / kernel / summed);
+  const int place = q / c.unit * c.padded + q % c.unit;
+  Compute<T> sum = 0;
+  for (int s = 0; s < slices; s++) sum += partial[(((I)s * kernel + tap) * g.out_channels + o) * width + place];
+  grad_weight[i] = from_float<T>(sum);
+}
+
+// The weight for backward_data: [tap][group][place of the channel][padded output], zeros where padded.
+// Owner: one thread per element.
+template <class T, class I>
+__global__ void __launch_bounds__(256) pack_weight_columns(const T* __restrict__ weight, T* __restrict__ packed, Geometry g, Channels c, int width, int padded_outputs) {
+  const int kernel = g.kernel_h * g.kernel_w, summed = g.in_channels / g.groups, group_outputs = g.out_channels / g.groups;
+  const I i = (I)blockIdx.x * 256 + threadIdx.x;
+  if (i >= (I)kernel * g.groups * width * padded_outputs) return;
+  const int o = (int)(i % padded_outputs), q = (int)(i / padded_outputs % width);
+  const int group = (int)(i / padded_outputs / width % g.groups), tap = (int)(i / padded_outputs / width / g.groups);
+  const Place place(0, q, c);
+  const bool valid = place.unit < c.units && place.within < c.unit && o < group_outputs;
+  packed[i] = valid ? weight[((I)(group * group_outputs + o) * summed + place.unit * c.unit + place.within) * kernel + tap] : T{};
+}

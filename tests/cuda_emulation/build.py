@@ -1,0 +1,131 @@
+"""Compiles the runtime of the emulation, and kernels against it, with g++; results are kept between runs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RUNTIME_SOURCES = ("runtime.cpp", "checker.cpp", "tensor_cores.cpp")
+HEADERS = ("emulation.h", "primitives_emulated.h", "runtime.h")
+COMMON = ("-fPIC", "-g1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique", "-fno-exceptions")
+CHECKED = ("-fsanitize=thread,float-cast-overflow", "--param=tsan-instrument-func-entry-exit=0", "-fno-tree-sra")
+FEATURES = ("avx2", "f16c", "fma")
+# Ends every translation unit: the kernels that Python may launch, and where the library lies in memory.
+ENTRIES = """
+#line 1 "entries"
+extern "C" {{ extern __attribute__((visibility("hidden"))) char __ehdr_start, _end; }}
+namespace emulation {{
+Entry entries[] = {{{entries}}};
+struct {{ Entry* entries; int count; char *begin, *end; }} module_description = {{entries, {count}, &__ehdr_start, &_end}};
+}}
+extern "C" void* emulation_module() {{ return &emulation::module_description; }}
+"""
+
+
+class CompileException(Exception):
+    """What g++ says about a kernel's source; named like CuPy's."""
+
+
+def cache_folder() -> Path:
+    default = Path(tempfile.gettempdir()) / f"pydeform_emulation_{os.getuid()}"
+    folder = Path(os.environ.get("PYDEFORM_EMULATION_CACHE", default))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _machine_flags() -> tuple[str, ...]:
+    """Halves convert and products add up much faster where the processor has instructions for it."""
+    known = set(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split())
+    return tuple(f"-m{feature}" for feature in FEATURES if feature in known)
+
+
+@functools.cache
+def _compiler() -> str:
+    """Its version, as part of the keys of the cache."""
+    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+@functools.cache
+def _runtime_key() -> str:
+    texts = [(HERE / name).read_text(encoding="utf-8") for name in (*RUNTIME_SOURCES, *HEADERS)]
+    return _key(texts, COMMON, CHECKED, ENTRIES, _machine_flags(), _compiler())
+
+
+def _compile(arguments: Sequence[str], target: Path) -> None:
+    """Under another name first: a process that looks meanwhile finds all of it or nothing."""
+    unfinished = target.with_suffix(f".{os.getpid()}.{hashlib.sha256(os.urandom(8)).hexdigest()[:8]}")
+    done = subprocess.run(["g++", *arguments, "-o", str(unfinished)], capture_output=True, text=True)
+    if done.returncode:
+        raise CompileException(done.stderr or done.stdout)
+    os.replace(unfinished, target)
+
+
+@functools.cache
+def runtime() -> Path:
+    """The library that runs kernels."""
+    library = cache_folder() / f"runtime_{_runtime_key()}.so"
+    if not library.exists():
+        flags = ["-std=c++20", "-O2", *COMMON, *_machine_flags(), "-D__CUDA_ARCH__=900", "-I", str(HERE)]
+        _compile([*flags, "-shared", *(str(HERE / name) for name in RUNTIME_SOURCES)], library)
+    return library
+
+
+def kernels(source: str, expressions: Sequence[str], options: Sequence[str], architecture: str, checked: bool) -> Path:
+    """A library with the kernels of `source` that the C++ expressions name, for an architecture such as "90a"."""
+    folder = cache_folder()
+    library = folder / f"{_key(_runtime_key(), source, expressions, options, architecture, checked)}.so"
+    if library.exists():
+        return library
+    entries = ", ".join(f'entry("{expression}", &::{expression})' for expression in expressions)
+    unit = folder / f"{library.stem}.{os.getpid()}.cpp"
+    text = f'#include "primitives_emulated.h"\n#line 1 "source.cu"\n{source}\n'
+    unit.write_text(text + ENTRIES.format(entries=entries, count=len(expressions)), encoding="utf-8")
+    flags = ["-O1", *COMMON, "-fno-semantic-interposition", *_machine_flags(), *(CHECKED if checked else ())]
+    flags += [f"-D__CUDA_ARCH__={architecture.rstrip('af')}0", "-I", str(HERE)]
+    if architecture == "90a":
+        flags.append("-D__CUDA_ARCH_FEAT_SM90_ALL")
+    try:
+        # The sanitizer's option is for the compiler alone: the runtime has the functions that the code calls.
+        compiled = unit.with_suffix(".o")
+        _compile([*flags, *options, "-c", str(unit)], compiled)
+        _compile(["-shared", str(compiled), str(runtime())], library)
+        compiled.unlink()
+    finally:
+        unit.unlink(missing_ok=True)
+    return library
+
+
+@functools.cache
+def load(library: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(library))
+
+
+def source_lines(library: Path, offsets: Sequence[int]) -> list[str]:
+    """file:line of each code address, given relative to the start of the library."""
+    asked = [hex(offset - 1) for offset in offsets]  # the address after a call may belong to the next line
+    answer = subprocess.run(["addr2line", "-a", "-i", "-e", str(library), *asked], capture_output=True, text=True)
+    blocks: list[list[str]] = []
+    for line in answer.stdout.splitlines():
+        if line.startswith("0x"):
+            blocks.append([])
+        else:
+            blocks[-1].append(os.path.basename(line.split(" ")[0]))
+    hidden = ("emulation.h", "primitives_emulated.h", "primitives.cuh", "entries")
+    lines = []
+    for block in blocks:  # innermost function first
+        kernel = [line for line in block if not line.startswith((*hidden, "?"))]
+        lines.append((kernel or block)[0])
+    return lines

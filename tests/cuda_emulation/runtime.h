@@ -1,0 +1,111 @@
+// What the parts of the runtime share: fibers, warps, the state of the launch.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#define EMULATION_RUNTIME
+#include "emulation.h"
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+
+namespace emulation {
+constexpr int MAX_THREADS = 1024, MAX_WARPS = 32, MAX_COPIES = 256, MAX_PRODUCTS = 64, MAX_FLIGHTS = 8;
+constexpr size_t GUARD = 2048;  // bytes of no man's land on each side of a buffer; arrays.py has the same number
+constexpr unsigned char GUARD_BYTE = 0xA5;
+
+struct Warp;
+using Collective = void (*)(Warp&, unsigned lanes);
+
+struct Copy {  // a cp.async that has not been waited for
+  void* to;
+  const void* from;
+  int group;
+};
+struct Product {  // a wgmma that has not been waited for
+  const void *a, *b;
+  int flight, columns, type, group;
+  unsigned epoch;
+};
+struct Flight {  // accumulators that belong to the tensor cores: what they hold meanwhile is kept here, the kernel sees NaN
+  float* registers;
+  int count, pending;
+  float saved[128];
+};
+
+struct Fiber : Thread {
+  void* stack_pointer;
+  Warp* warp;
+  const void* site;  // where it waits
+  unsigned mask;     // of the collective it waits in
+  Collective collective;
+  union {
+    struct { uint64_t value; int source; };                                                // shuffle, ballot
+    struct { const void* row; uint32_t* fragments; };                                      // ldmatrix
+    struct { float* d; const uint32_t* a; uint32_t b0, b1; };                              // mma
+    struct { int wait_for; };                                                              // wgmma_wait
+  };
+  int copies, copy_group, products, product_group;
+  bool product_fence;        // wgmma_fence since the last wait
+  unsigned proxy_epoch;      // of its last fence_proxy_async
+  Copy copy[MAX_COPIES];
+  Product product[MAX_PRODUCTS];
+  Flight flight[MAX_FLIGHTS];
+};
+
+struct Warp {
+  Fiber* lanes;
+  unsigned alive, ready, waiting, at_barrier;
+  const uint8_t* order;  // in which lanes run
+  int position;
+  // For the checker: __syncwarps since the last barrier, at which of them all lanes, or two of them, last met.
+  uint16_t clock, all_met;
+  uint16_t met[32][32];
+  bool some_met;
+};
+
+extern Fiber fibers[MAX_THREADS];
+extern Warp warps[MAX_WARPS];
+extern unsigned epoch, launch_epoch, block_epoch;  // counts barriers, blocks and launches: never the same number twice
+extern unsigned block_linear;
+extern bool checking, profiling;
+
+inline Fiber* self() { return static_cast<Fiber*>(current); }
+void meet(unsigned mask, Collective collective, const void* site);
+
+struct Shared {  // one shared array of the running block
+  char* begin;
+  size_t bytes;
+  const char* name;
+};
+extern Shared shared_arrays[64];
+extern int shared_count;
+extern char* arena;
+constexpr size_t ARENA = 512 << 10;
+
+// ---- checker
+struct Cell;
+struct Buffer {  // an array argument, as Python passes it
+  char* begin;
+  size_t bytes;
+  char* memory;
+  size_t memory_bytes;
+  Cell* cells;
+  int argument, guarded;
+};
+extern const Buffer* buffers;
+extern int buffer_count;
+struct Module {
+  Entry* entries;
+  int count;
+  char *begin, *end;
+};
+extern const Module* module;
+bool on_stack(const char* p);
+void copy_started(const void* to, const void* site);
+void copy_landed(const void* to, const void* site);
+void product_reads(const void* p, size_t bytes, unsigned issued, const void* site);
+void count_requests();
+}  // namespace emulation

@@ -1,0 +1,290 @@
+// Matrix loads, asynchronous copies, mma and wgmma: the last lane to arrive computes for its whole warp.
+#include "runtime.h"
+
+#include "primitives_emulated.h"
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
+namespace emulation {
+namespace {
+typedef float Floats __attribute__((vector_size(32)));
+
+// 32 bytes of one row of a matrix, 16 half or 8 tf32 elements, as floats.
+void widen(const void* from, Type type, float* to) {
+  uint32_t words[8];
+  memcpy(words, from, 32);
+  if (type == TF32) {
+    for (int i = 0; i < 8; i++) words[i] &= 0xffffe000u;  // 19 bits count
+    memcpy(to, words, 32);
+    return;
+  }
+#ifdef __F16C__
+  if (type == F16) {
+    for (int i = 0; i < 2; i++)
+      _mm256_storeu_ps(to + 8 * i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words) + i)));
+    return;
+  }
+#endif
+  for (int i = 0; i < 16; i++) {
+    uint16_t half = static_cast<uint16_t>(words[i / 2] >> (i & 1) * 16);
+    to[i] = type == F16 ? to_float(f16{half}) : to_float(bf16{half});
+  }
+}
+
+// s + v * a: a product of two halves is exact in float32, so that one rounding or two make no difference.
+inline Floats multiply_add(Floats v, float a, Floats s) {
+#ifdef __FMA__
+  return _mm256_fmadd_ps(v, _mm256_set1_ps(a), s);
+#else
+  return s + v * a;
+#endif
+}
+
+// sum[16][columns] += a[16][depth] b[depth][columns], two rows and BLOCK * 8 columns at a time
+template <int BLOCK> void accumulate(float* sum, int columns, const float (*a)[16], const float* b, int depth) {
+  for (int first = 0; first < columns; first += 8 * BLOCK)
+    for (int i = 0; i < 16; i += 2) {
+      Floats s[2][BLOCK];
+      for (int h = 0; h < 2; h++) memcpy(s[h], sum + (i + h) * columns + first, sizeof s[h]);
+      for (int k = 0; k < depth; k++) {
+        Floats v[BLOCK];
+        memcpy(v, b + k * columns + first, sizeof v);
+        for (int q = 0; q < BLOCK; q++)
+          for (int h = 0; h < 2; h++) s[h][q] = multiply_add(v[q], a[i + h][k], s[h][q]);
+      }
+      for (int h = 0; h < 2; h++) memcpy(sum + (i + h) * columns + first, s[h], sizeof s[h]);
+    }
+}
+
+// to[k * stride + i] = from[i][k] for i < 8, k < 8
+void transpose8(const float (*from)[16], float* to, int stride) {
+#ifdef __AVX__
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(from[i]);
+  for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  for (int i = 0; i < 8; i += 4)
+    for (int h = 0; h < 2; h++) {
+      r[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
+      r[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0xee);
+    }
+  for (int k = 0; k < 4; k++) {
+    _mm256_storeu_ps(to + k * stride, _mm256_permute2f128_ps(r[k], r[k + 4], 0x20));
+    _mm256_storeu_ps(to + (k + 4) * stride, _mm256_permute2f128_ps(r[k], r[k + 4], 0x31));
+  }
+#else
+  for (int k = 0; k < 8; k++)
+    for (int i = 0; i < 8; i++) to[k * stride + i] = from[i][k];
+#endif
+}
+
+template <bool TRANSPOSED> void ldmatrix_collective(Warp& warp, unsigned lanes) {
+  if (lanes != ~0u) fail("ldmatrix without all 32 lanes");
+  uint16_t rows[32][8];
+  for (int l = 0; l < 32; l++) memcpy(rows[l], warp.lanes[l].row, 16);
+  for (int l = 0; l < 32; l++)
+    for (int m = 0; m < 4; m++) {  // lane l gets elements 2 (l % 4) and the next of row l / 4, or of column l / 4
+      int i = l / 4, j = l % 4 * 2;
+      uint32_t low = TRANSPOSED ? rows[m * 8 + j][i] : rows[m * 8 + i][j];
+      uint32_t high = TRANSPOSED ? rows[m * 8 + j + 1][i] : rows[m * 8 + i][j + 1];
+      warp.lanes[l].fragments[m] = low | high << 16;
+    }
+}
+
+template <Type TYPE> void mma_collective(Warp& warp, unsigned lanes) {
+  if (lanes != ~0u) fail("mma without all 32 lanes");
+  constexpr int depth = TYPE == TF32 ? 8 : 16;
+  uint32_t packed_a[16][8], packed_b[8][8];  // 32 bytes of k for each row
+  float a[16][16], rows[8][16], b[depth][8], sum[16][8];
+  for (int l = 0; l < 32; l++) {
+    const Fiber& fiber = warp.lanes[l];
+    int g = l / 4, t = l % 4;
+    packed_a[g][t] = fiber.a[0], packed_a[g + 8][t] = fiber.a[1];
+    packed_a[g][t + 4] = fiber.a[2], packed_a[g + 8][t + 4] = fiber.a[3];
+    packed_b[g][t] = fiber.b0, packed_b[g][t + 4] = fiber.b1;
+    for (int h = 0; h < 2; h++)
+      for (int e = 0; e < 2; e++) sum[g + 8 * h][2 * t + e] = fiber.d[2 * h + e];
+  }
+  for (int i = 0; i < 16; i++) widen(packed_a[i], TYPE, a[i]);
+  for (int j = 0; j < 8; j++) widen(packed_b[j], TYPE, rows[j]);
+  for (int k = 0; k < depth; k += 8) transpose8(reinterpret_cast<const float(*)[16]>(&rows[0][k]), b[k], 8);
+  accumulate<1>(&sum[0][0], 8, a, &b[0][0], depth);
+  for (int l = 0; l < 32; l++)
+    for (int h = 0; h < 2; h++)
+      for (int e = 0; e < 2; e++) warp.lanes[l].d[2 * h + e] = sum[l / 4 + 8 * h][l % 4 * 2 + e];
+}
+
+// Bytes k .. k + 15 of a row of a wgmma tile: the hardware flips bits 4-6 of the address by bits 7-9.
+const char* tile_chunk(const void* base, int row, int k) {
+  uintptr_t p = reinterpret_cast<uintptr_t>(base) + row * 128 + k;
+  return reinterpret_cast<const char*>(p ^ (p >> 7 & 7) << 4);
+}
+
+void read_tile(const void* base, int first, int rows, const Product& product, const void* site, float (*to)[16]) {
+  for (int r = 0; r < rows; r++) {
+    char bytes[32];
+    for (int half = 0; half < 2; half++) {
+      const char* chunk = tile_chunk(base, first + r, 16 * half);
+      if (checking) product_reads(chunk, 16, product.epoch, site);
+      memcpy(bytes + 16 * half, chunk, 16);
+    }
+    widen(bytes, static_cast<Type>(product.type), to[r]);
+  }
+}
+
+// Loads or stores what all lanes keep of a 16 x columns tile.
+template <bool STORE> void fragments(Warp& warp, int flight, int columns, float* sum) {
+  for (int l = 0; l < 32; l++) {
+    float* saved = warp.lanes[l].flight[flight].saved;
+    for (int j = 0; j < columns / 8; j++)
+      for (int h = 0; h < 2; h++) {
+        float* at = sum + (l / 4 + 8 * h) * columns + 8 * j + l % 4 * 2;
+        if (STORE) memcpy(saved + 4 * j + 2 * h, at, 8);
+        else memcpy(at, saved + 4 * j + 2 * h, 8);
+      }
+  }
+}
+
+void multiply(Warp& warp, const Product& product, float* sum, const void* site) {
+  static float a[16][16], rows[256][16], b[16 * 256];
+  int depth = product.type == TF32 ? 8 : 16, columns = product.columns;
+  int warp_in_group = warp.lanes[0].linear / 32 % 4;
+  read_tile(product.a, 16 * warp_in_group, 16, product, site, a);
+  read_tile(product.b, 0, columns, product, site, rows);
+  for (int j = 0; j < columns; j += 8)
+    for (int k = 0; k < depth; k += 8)
+      transpose8(reinterpret_cast<const float(*)[16]>(&rows[j][k]), b + k * columns + j, columns);
+  accumulate<4>(sum, columns, a, b, depth);
+}
+
+void land(Fiber& fiber, Flight& flight) {  // the accumulators return to the kernel
+  for (int i = 0; i < flight.count; i++) {
+    if (bits<uint32_t>(flight.registers[i]) != ~0u)
+      fail("accumulators of a wgmma change before its wait at {%p}", fiber.site);
+    flight.registers[i] = flight.saved[i];
+  }
+  flight.registers = nullptr;
+}
+
+void product_collective(Warp& warp, unsigned lanes) {
+  if (lanes != ~0u) fail("wgmma_wait without all 32 lanes");
+  static float sum[16 * 256];
+  Fiber& first = warp.lanes[0];
+  int done = 0;
+  while (done < first.products && first.product[done].group < first.product_group - first.wait_for) done++;
+  for (int l = 0; l < 32; l++) {
+    const Fiber& fiber = warp.lanes[l];
+    bool same = fiber.products == first.products && fiber.product_group == first.product_group;
+    for (int i = 0; same && i < done; i++)
+      same = fiber.product[i].a == first.product[i].a && fiber.product[i].b == first.product[i].b;
+    if (!same) fail("lanes 0 and %d disagree on the operands of wgmma, awaited at {%p}", l, first.site);
+  }
+  for (int i = 0; i < done;) {
+    const Product& product = first.product[i];
+    int flight = product.flight, columns = product.columns;
+    fragments<false>(warp, flight, columns, sum);
+    for (; i < done && first.product[i].flight == flight; i++) {
+      multiply(warp, first.product[i], sum, first.site);
+      for (int l = 0; l < 32; l++) warp.lanes[l].flight[flight].pending--;
+    }
+    fragments<true>(warp, flight, columns, sum);
+  }
+  for (int l = 0; l < 32 && done; l++) {
+    Fiber& fiber = warp.lanes[l];
+    for (Flight& flight : fiber.flight)
+      if (flight.registers && !flight.pending) land(fiber, flight);
+    fiber.products -= done;
+    memmove(fiber.product, fiber.product + done, fiber.products * sizeof(Product));
+    fiber.product_fence = false;
+  }
+}
+
+int flight_of(Fiber* fiber, float* d, int count) {
+  int free = -1;
+  for (int i = 0; i < MAX_FLIGHTS; i++) {
+    if (fiber->products && fiber->flight[i].registers == d) return i;
+    if (free < 0 && !fiber->flight[i].registers) free = i;
+  }
+  if (free < 0) fail("more than %d arrays of accumulators in use by wgmma", MAX_FLIGHTS);
+  Flight& flight = fiber->flight[free];
+  flight.registers = d, flight.count = count, flight.pending = 0;
+  memcpy(flight.saved, d, count * sizeof(float));
+  memset(d, 0xff, count * sizeof(float));
+  return free;
+}
+}  // namespace
+
+void load_matrices(uint32_t* to, const void* row, bool transposed) {
+  const void* site = __builtin_return_address(0);
+  if (reinterpret_cast<uintptr_t>(row) & 15) fail("ldmatrix: a row is not on a multiple of 16 bytes, at {%p}", site);
+  if (static_cast<size_t>(static_cast<const char*>(row) - arena) >= ARENA) fail("ldmatrix of memory that is not shared, at {%p}", site);
+  if (checking) touch(row, 16, READ, site);
+  Fiber* fiber = self();
+  fiber->row = row, fiber->fragments = to;
+  meet(~0u, transposed ? ldmatrix_collective<true> : ldmatrix_collective<false>, site);
+}
+
+void start_copy(void* to, const void* from, bool valid, bool at_once) {
+  const void* site = __builtin_return_address(0);
+  Fiber* fiber = self();
+  if ((reinterpret_cast<uintptr_t>(to) | (valid ? reinterpret_cast<uintptr_t>(from) : 0)) & 15)
+    fail("cp.async: an address is not a multiple of 16 bytes, at {%p}", site);
+  if (static_cast<size_t>(static_cast<char*>(to) - arena) >= ARENA) fail("cp.async to memory that is not shared, at {%p}", site);
+  if (valid && checking) touch(from, 16, READ, site);
+  if (at_once) {
+    if (checking) touch(to, 16, WRITE, site);
+    if (valid) memcpy(to, from, 16);
+    else memset(to, 0, 16);
+    return;
+  }
+  if (fiber->copies == MAX_COPIES) fail("more than %d cp.async of one thread are under way, at {%p}", MAX_COPIES, site);
+  copy_started(to, site);
+  memset(to, 0xff, 16);
+  fiber->copy[fiber->copies++] = {to, valid ? from : nullptr, fiber->copy_group};
+}
+void commit_copies() { self()->copy_group++; }
+void wait_for_copies(int groups_left) {
+  Fiber* fiber = self();
+  int done = 0;
+  for (; done < fiber->copies && fiber->copy[done].group < fiber->copy_group - groups_left; done++) {
+    const Copy& copy = fiber->copy[done];
+    copy_landed(copy.to, __builtin_return_address(0));
+    if (copy.from) memcpy(copy.to, copy.from, 16);
+    else memset(copy.to, 0, 16);
+  }
+  fiber->copies -= done;
+  memmove(fiber->copy, fiber->copy + done, fiber->copies * sizeof(Copy));
+}
+
+void multiply_tile(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Type type) {
+  static constexpr Collective collectives[3] = {mma_collective<F16>, mma_collective<BF16>, mma_collective<TF32>};
+  Fiber* fiber = self();
+  fiber->d = d, fiber->a = a, fiber->b0 = b0, fiber->b1 = b1;
+  meet(~0u, collectives[type], __builtin_return_address(0));
+}
+
+void fence_products() { self()->product_fence = true; }
+void fence_async_proxy() { self()->proxy_epoch = epoch; }
+void start_product(float* d, int columns, const void* a, const void* b, Type type) {
+  const void* site = __builtin_return_address(0);
+  Fiber* fiber = self();
+  const void* const tiles[2] = {a, b};
+  for (const void* tile : tiles) {
+    uintptr_t offset = reinterpret_cast<uintptr_t>(tile) & 1023;
+    if (offset >= 128 || offset & 31)
+      fail("wgmma: a tile must start on a multiple of 1024 bytes, plus 32 for each step of k, at {%p}", site);
+    if (static_cast<size_t>(static_cast<const char*>(tile) - arena) >= ARENA)
+      fail("wgmma of memory that is not shared, at {%p}", site);
+  }
+  if (fiber->products == MAX_PRODUCTS) fail("more than %d wgmma are under way, at {%p}", MAX_PRODUCTS, site);
+  if (!fiber->product_fence) fail("no wgmma_fence since the last wgmma_wait, at {%p}", site);
+  int flight = flight_of(fiber, d, columns / 2);
+  fiber->flight[flight].pending++;
+  fiber->product[fiber->products++] = {a, b, flight, columns, type, fiber->product_group, epoch};
+}
+void commit_products() { self()->product_group++; }
+void wait_for_products(int groups_left) {
+  self()->wait_for = groups_left;
+  meet(~0u, product_collective, __builtin_return_address(0));
+}
+}  // namespace emulation

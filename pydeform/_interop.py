@@ -45,9 +45,7 @@ class Taken(NamedTuple):
 
     array: Any
     convert: Callable[[Any], Any] | None = None  # takes a result to the kind of the caller's array
-    stream: tuple[int, int] | None = (
-        None  # (device, pointer) of its library's CUDA stream, after which memory is reused
-    )
+    stream: tuple[int, int] | None = None  # device and pointer: its library reuses CUDA memory in that stream's order
     lent: bool = False  # CUDA memory that its library may reuse as soon as we let go of it
 
 
@@ -103,11 +101,11 @@ def _take_torch(must_be: str, tensor: Any) -> Taken:
     if tensor.device.type not in ("cpu", "cuda"):
         raise TypeError(f"{must_be} on the CPU or a CUDA device, got device {tensor.device}")
     cuda = _cuda(must_be) if tensor.device.type == "cuda" else None
-    stream = _torch_stream(tensor.device) if cuda else None
     try:
         plain = tensor.detach().resolve_conj().resolve_neg()  # NumPy would ignore the bits that stand for conj and neg
         if tensor.dtype is torch.bfloat16:
             plain = plain.view(torch.int16)
+        stream = _torch_stream(tensor.device) if cuda else None
         native = cuda.from_dlpack(plain, stream) if cuda else plain.numpy()
     except UNREADABLE as error:  # fake tensors, tensors under vmap; float8 and other foreign dtypes
         raise TypeError(
@@ -203,7 +201,7 @@ def _exporter(must_be: str, array: Any, library: ModuleType | None) -> Callable[
         raise TypeError(f"{must_be} of a library with a function from_dlpack, got {_type_name(array)}")
 
     def export(result: Any) -> Any:
-        # CuPy exports bfloat16 itself, NumPy does not. Only an array, not a capsule, is asked for the consumer's stream.
+        # CuPy exports bfloat16 itself, NumPy does not. An array hears the consumer's stream, a capsule does not.
         plain = result.dtype.kind == "f" or not isinstance(result, np.ndarray)
         if plain:
             return from_dlpack(result.__dlpack__() if takes_capsule else result)

@@ -57,6 +57,16 @@ class Kernels(NamedTuple):
         points = slots * p.rows * _conv_common.corner_bytes(p.dtype, index, 4, 3)
         return max(2 * p.stage_bytes, staged) + points
 
+    def shared_weight(self, slots: int, index: str) -> int:
+        """Bytes: two stages of tiles, and the taps of three steps."""
+        corners = 4 if self.operator == "deform_conv2d" else 1
+        tap = _conv_common.corner_bytes(self.weight.dtype, index, corners, corners)
+        return 2 * self.weight.turned_stage_bytes + 3 * slots * _conv_common.TURNED_DEPTH * tap
+
+    def shared(self, slots: int) -> int:
+        """The most that either takes."""
+        return max(self.shared_data(slots, "long long"), self.shared_weight(slots, "long long"))
+
 
 def backward(
     operator: str,
@@ -122,7 +132,7 @@ def _by_tiles(
             wanted = [part_of(grad, part) for grad in (grad_input, grad_offset, grad_mask)]
             _data(k, arrays, packed, *wanted, deterministic)
         if sums is not None:
-            sums.add(*arrays)
+            sums.add(*arrays, input[part].shape[0])
     return grad_input, grad_offset, sums.result(weight) if sums else None, grad_bias, grad_mask
 
 
@@ -131,9 +141,7 @@ def _kernels(operator: str, dtype: str, g: Any, allow_tf32: bool) -> Kernels:
     weight = _conv_common.weight_product(dtype, capability(), g.out_channels // g.groups, allow_tf32)
     padded_outputs = round_up(g.out_channels // g.groups, data.depth)
     draft = Kernels(operator, data, weight, Channels(1, 1, 1, 1, 1), padded_outputs, g)
-    channels = _conv_common.channels(
-        g, dtype, data.columns, lambda slots: draft.shared_data(slots, "long long"), shared_limit(), whole=True
-    )
+    channels = _conv_common.channels(g, dtype, data.columns, draft.shared, shared_limit(), whole=True)
     return draft._replace(channels=channels)
 
 
@@ -186,10 +194,12 @@ def _data(
 ) -> None:
     """Gradients of input, offset and mask for the images of `arrays`: copies of grad_output and input, offset, mask."""
     _, copy, offset, mask = arrays
-    g = k.g._replace(batch=copy.shape[0])
+    g = k.g._replace(batch=offset.shape[0])
     everything = g.batch * pixels(g)
-    memory = copy.shape[2]
-    sums = None if grad_input is None else cupy.zeros(copy.shape, compute_dtype(copy.dtype))
+    memory = copy.shape[1]
+    sums = None
+    if grad_input is not None:
+        sums = cupy.zeros((g.batch * g.in_h * g.in_w, memory), compute_dtype(copy.dtype))
     if sums is None or not deterministic:
         # `store` where deterministic, so that `needs` changes no bit of what it asks for.
         _launch_data(k, g, arrays, packed, grad_offset, grad_mask, sums, 0, everything, 0, taps(g), store=deterministic)
@@ -249,15 +259,13 @@ class WeightSums:
         self.slices = max(1, min(slices, WORKSPACE // (size * compute_dtype(dtype).itemsize)))
         self.partial = cupy.empty((self.slices, size), compute_dtype(dtype))
 
-    def add(self, gradient: Any, copy: Any, offset: Any, mask: Any) -> None:
+    def add(self, gradient: Any, copy: Any, offset: Any, mask: Any, images: int) -> None:
         k, p = self.k, self.k.weight
-        g = k.g._replace(batch=copy.shape[0])
+        g = k.g._replace(batch=images)
         reads = PLAIN if offset is None else DEFORMED
         index = index_type(*(a.size for a in (gradient, copy, offset, self.partial) if a is not None))
         slots = k.channels.slots(p.columns)
-        corners = 4 if reads == DEFORMED else 1
-        tap = _conv_common.corner_bytes(p.dtype, index, corners, corners)
-        shared = 2 * p.turned_stage_bytes + 3 * slots * _conv_common.TURNED_DEPTH * tap
+        shared = k.shared_weight(slots, index)
         launch(
             kernel(k.operator, f"backward_weight<{p.expression}, {index}, {reads}>", shared),
             (self.tiles, self.slices),

@@ -83,6 +83,11 @@ class Tiles(NamedTuple):
 
         return _conv_common.channels(self.g, self.product.dtype, self.product.depth, largest, shared_limit())
 
+    @property
+    def tiles_n(self) -> int:
+        """Tiles that the outputs of a group fill."""
+        return ceil_div(self.g.out_channels // self.g.groups, self.product.columns)
+
     def shared(self, slots: int, index: str) -> int:
         """Bytes: two stages of tiles, and the taps of three steps."""
         corners = 4 if self.reads == DEFORMED else 1
@@ -91,14 +96,13 @@ class Tiles(NamedTuple):
 
     def pack_weight(self, weight: Any) -> Any:
         p, c, g = self.product, self.channels, self.g
-        size = g.out_channels * c.blocks * taps(g) * p.depth
+        size = g.groups * self.tiles_n * c.blocks * taps(g) * p.columns * p.depth
         packed = cupy.empty((p.parts * size,), weight.dtype)
-        expression = f"pack_weight<{C_TYPES[p.dtype]}, {index_type(packed.size)}, {self.reads}, {p.parts}>"
         launch(
-            kernel(self.operator, expression),
+            kernel(self.operator, f"pack_weight<{p.expression}, {index_type(packed.size)}, {self.reads}>"),
             (ceil_div(size, THREADS),),
             THREADS,
-            (weight, packed, geometry(g), geometry(c), np.int32(p.depth)),
+            (weight, packed, geometry(g), geometry(c), np.int32(self.tiles_n)),
         )
         return packed
 
@@ -107,8 +111,7 @@ class Tiles(NamedTuple):
         p, c = self.product, self.channels
         g = self.g._replace(batch=output.shape[0])
         everything = g.batch * pixels(g)
-        tiles_n = ceil_div(g.out_channels // g.groups, p.columns)
-        tiles = ceil_div(everything, p.rows) * g.groups * tiles_n
+        tiles = ceil_div(everything, p.rows) * g.groups * self.tiles_n
         slices = _conv_common.slices(tiles, c.blocks * taps(g), multiprocessors(), SHORTEST_SLICE)
         partial = None
         if slices > 1:
@@ -123,7 +126,7 @@ class Tiles(NamedTuple):
             p.threads,
             (
                 *(copy, offset, mask, packed, bias, output, partial),
-                *(geometry(g), geometry(c), np.int32(tiles_n), np.int32(slots)),
+                *(geometry(g), geometry(c), np.int32(self.tiles_n), np.int32(slots)),
             ),
             shared,
         )
@@ -137,13 +140,13 @@ class Tiles(NamedTuple):
 
 
 def to_channels_last(operator: str, array: Any, unit: int, pitch: int) -> Any:
-    """(N, C, H, W) with the channels of a pixel side by side, each `unit` of them in a space of `pitch`."""
+    """(N*H*W + 1, channels): each `unit` of channels in a space of `pitch`, and behind the last pixel one of zeros."""
     batch, count, height, width = array.shape
-    copy = cupy.empty((batch, height * width, count // unit * pitch), array.dtype)
+    copy = cupy.empty((batch * height * width + 1, count // unit * pitch), array.dtype)
     index = index_type(array.size, copy.size)
     launch(
         kernel(operator, f"to_channels_last<{C_TYPES[array.dtype.name]}, {index}>"),
-        (batch * ceil_div(height * width, 32) * ceil_div(copy.shape[2], 32),),
+        (batch * ceil_div(height * width, 32) * ceil_div(copy.shape[1], 32),),
         THREADS,
         (
             array,

@@ -60,6 +60,7 @@ def _expressions(deformed: bool) -> Iterator[tuple[str, tuple[str, ...], int]]:
                     forward = forward_product(dtype, capability, outputs, allow_tf32)
                     for reads in (DEFORMED,) if deformed else (PLAIN, ADJOINT):
                         yield f"forward<{forward.expression}, int, {reads}>", architectures, _budget(forward)
+                        yield f"pack_weight<{forward.expression}, int, {reads}>", architectures[:1], 96
                     weight = weight_product(dtype, capability, outputs, allow_tf32)
                     reads = DEFORMED if deformed else PLAIN
                     yield f"backward_weight<{weight.expression}, int, {reads}>", architectures, _budget(weight)
@@ -87,9 +88,6 @@ def _helpers(dtype: str, c: str, deformed: bool) -> Iterator[tuple[str, tuple[st
     """Kernels without tiles, the same on every architecture."""
     names = [f"to_channels_last<{c}, int>", f"to_channels_first<{c}, int>", f"sum_slices<{c}, int>"]
     names += [f"sum_weight<{c}, int>", f"bias_gradient<{c}, int>", f"convert<{c}, int>"]
-    names += [f"pack_weight<{c}, int, {reads}, 1>" for reads in ((DEFORMED,) if deformed else (PLAIN, ADJOINT))]
-    if dtype == "float32":
-        names += [f"pack_weight<{c}, int, {reads}, 2>" for reads in ((DEFORMED,) if deformed else (PLAIN, ADJOINT))]
     flag = "true" if deformed else "false"
     names += [f"forward_direct<{c}, int, {flag}>", f"weight_direct<{c}, int, {flag}>"]
     if deformed:

@@ -45,7 +45,8 @@ struct OutputPixel {
   }
 };
 
-// (N, C, P) -> (N, P, units * pitch). Owner: a block has 32 pixels x 32 memory channels, turned in shared memory.
+// (N, C, P) -> (N, P, units * pitch), and behind the last pixel one more, of zeros, which stands for all that is outside.
+// Owner: a block has 32 pixels x 32 memory channels, turned in shared memory; the first has the zeros too.
 template <class T, class I>
 __global__ void __launch_bounds__(256)
     to_channels_last(const T* __restrict__ input, T* __restrict__ output, int images, int channels, I pixels, int unit, int pitch) {
@@ -57,16 +58,18 @@ __global__ void __launch_bounds__(256)
   const int b = (int)((I)(blockIdx.x / columns) / rows);
   const int low = threadIdx.x % 32, high = threadIdx.x / 32;
   for (int i = high; i < 32; i += 8) {
-    const int q = q0 + i, within = q % pitch;
-    const bool valid = q < all && within < unit && p0 + low < pixels;
-    tile[i * 33 + low] = valid ? input[((I)b * channels + q / pitch * unit + within) * pixels + p0 + low] : T{};
+    const int q = q0 + i, u = pitch == unit ? 0 : q / pitch, within = q - u * pitch;
+    const bool valid = q < all && (pitch == unit || within < unit) && p0 + low < pixels;
+    tile[i * 33 + low] = valid ? input[((I)b * channels + u * unit + within) * pixels + p0 + low] : T{};
   }
   __syncthreads();
   for (int i = high; i < 32; i += 8)
     if (q0 + low < all && p0 + i < pixels) output[((I)b * pixels + p0 + i) * all + q0 + low] = tile[low * 33 + i];
+  if (blockIdx.x == 0)
+    for (int i = threadIdx.x; i < all; i += 256) output[(I)images * pixels * all + i] = T{};
 }
 
-// (N, P, units * pitch) of sums -> (N, C, P). Owner as above.
+// (N, P, units * pitch) of sums -> (N, C, P). Owner: as above.
 template <class T, class I>
 __global__ void __launch_bounds__(256) to_channels_first(const Compute<T>* __restrict__ input, T* __restrict__ output, int images,
                                                          int channels, I pixels, int unit, int pitch) {
@@ -81,8 +84,8 @@ __global__ void __launch_bounds__(256) to_channels_first(const Compute<T>* __res
     if (q0 + low < all && p0 + i < pixels) tile[i * 33 + low] = input[((I)b * pixels + p0 + i) * all + q0 + low];
   __syncthreads();
   for (int i = high; i < 32; i += 8) {
-    const int q = q0 + i, within = q % pitch;
-    if (q < all && within < unit && p0 + low < pixels)
-      output[((I)b * channels + q / pitch * unit + within) * pixels + p0 + low] = from_float<T>(tile[low * 33 + i]);
+    const int q = q0 + i, u = pitch == unit ? 0 : q / pitch, within = q - u * pitch;
+    if (q < all && (pitch == unit || within < unit) && p0 + low < pixels)
+      output[((I)b * channels + u * unit + within) * pixels + p0 + low] = from_float<T>(tile[low * 33 + i]);
   }
 }

@@ -4,7 +4,7 @@
 #include "conv_forward.cuh"
 
 template <class A, class I> struct Point {
-  I corner[4];  // first chunk of the pixel, -1 outside
+  I corner[4];  // first chunk of the pixel, or of the zeros behind the last
   A y, x, m;    // place within the cell, mask
 };
 
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(P::THREADS)
   const int tid = threadIdx.x, kernel = g.kernel_h * g.kernel_w, tap = tap0 + (int)(blockIdx.x % taps);
   const I m0 = first + (I)(blockIdx.x / taps) * P::BM, end = first + count, pixels = (I)g.out_h * g.out_w;
   const int steps = padded_outputs / P::DEPTH, memory = g.groups * c.units * c.pitch;
-  const I chunks = memory / E;
+  const I chunks = memory / E, zeros = (I)g.batch * g.in_h * g.in_w * chunks;
   const bool dots = grad_offset || grad_mask;
   const Offsets<T, I> offsets{offset, mask};
 
@@ -53,12 +53,12 @@ __global__ void __launch_bounds__(P::THREADS)
   auto locate_points = [&](int group, int block) {
     for (int slot = tid / P::BM; slot < slots; slot += P::THREADS / P::BM) {
       const Place place(group, block * P::BN + slot * (P::BN / slots), c);
-      Point<A, I> t{{-1, -1, -1, -1}, 0, 0, 0};
+      Point<A, I> t{{zeros, zeros, zeros, zeros}, 0, 0, 0};
       if (m < end && place.valid) {
         const Sample<A> s =
             offsets.sample(pixel.b, place.offset_group(g, c), tap, pixel.p, pixel.row, pixel.column, t.m, g);
 #pragma unroll
-        for (int k = 0; k < 4; k++) t.corner[k] = s.corner[k] < 0 ? -1 : ((I)pixel.b * g.in_h * g.in_w + s.corner[k]) * chunks;
+        for (int k = 0; k < 4; k++) t.corner[k] = s.corner[k] < 0 ? zeros : ((I)pixel.b * g.in_h * g.in_w + s.corner[k]) * chunks;
         t.y = s.y;
         t.x = s.x;
       }
@@ -120,10 +120,9 @@ __global__ void __launch_bounds__(P::THREADS)
       const Point<A, I>& t = points[slot * P::BM + r];
       if (dots) {
         uint4 corner[4];
-        load_corners<T, I>(corner, image, t.corner, true, place.memory(c) / E);
+        load_corners<T, I>(corner, image + place.memory(c), t.corner);
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-          if (t.corner[k] < 0) continue;
           A pixel_value[E];
           unpack<T>(pixel_value, corner[k]);
 #pragma unroll
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(P::THREADS)
         corner_weights(w, t.y, t.x, t.m);
 #pragma unroll
         for (int k = 0; k < 4; k++)
-          if (t.corner[k] >= 0) add_anywhere<E>(sums + (size_t)t.corner[k] * E + place.memory(c), v, w[k]);
+          if (t.corner[k] != zeros) add_anywhere<E>(sums + (size_t)t.corner[k] * E + place.memory(c), v, w[k]);
       }
     }
   };
@@ -221,14 +220,10 @@ __global__ void __launch_bounds__(P::THREADS)
       const int r = i % DEPTH, slot = i / DEPTH;
       const Place place(group, block * P::BN + slot * (P::BN / slots), c);
       const I m = s * DEPTH + r;
-      Spot t;
-#pragma unroll
-      for (int k = 0; k < CORNERS; k++) {
-        t.corner[k] = -1;
-        t.weight[k] = 0;
-      }
+      Spot t = no_tap<T, I, READS>(g, chunks);
       if (m < all && place.valid)
-        t = locate_tap<T, I, READS>(offsets, OutputPixel(m, g), READS == DEFORMED ? place.offset_group(g, c) : 0, tap, g, chunks);
+        t = locate_tap<T, I, READS>(offsets, OutputPixel(m, g), READS == DEFORMED ? place.offset_group(g, c) : 0, tap, tap / g.kernel_w,
+                                    tap % g.kernel_w, g, chunks);
       spots[((int)(s % 3) * slots + slot) * DEPTH + r] = t;
     }
   };
@@ -244,10 +239,12 @@ __global__ void __launch_bounds__(P::THREADS)
   };
   const int column = tid % B_CHUNKS, row = tid / B_CHUNKS, slot = column * slots / B_CHUNKS;
   const Place place(group, block * P::BN + column * E, c);
+  const T* const channel = place.valid ? image + place.memory(c) : nullptr;
   auto gather = [&](I s, uint4(&corner)[TASKS][CORNERS]) {
+    if (!channel) return;
 #pragma unroll
     for (int i = 0; i < TASKS; i++)
-      load_corners<T, I>(corner[i], image, spots[((int)(s % 3) * slots + slot) * DEPTH + row + i * ROWS].corner, place.valid, place.memory(c) / E);
+      load_corners<T, I>(corner[i], channel, spots[((int)(s % 3) * slots + slot) * DEPTH + row + i * ROWS].corner);
   };
   auto store_samples = [&](I s, const uint4(&corner)[TASKS][CORNERS]) {
 #pragma unroll
@@ -257,7 +254,7 @@ __global__ void __launch_bounds__(P::THREADS)
   };
 
   A acc[P::MI][P::NJ][4] = {};
-  uint4 corner[TASKS][CORNERS];
+  uint4 corner[TASKS][CORNERS] = {};
   if (first < end) {
     for (I s = first; s < min(first + 3, end); s++) locate_step(s);
     load_gradient(first);

@@ -8,25 +8,48 @@
 // Where a tap reads. ADJOINT is the transpose of PLAIN: a gradient's pixels in the places of an image's.
 constexpr int PLAIN = 0, DEFORMED = 1, ADJOINT = 2;
 
-template <class A, class I, int READS> struct Tap {  // corner: first chunk of the pixel, -1 outside
+template <class A, class I, int READS> struct Tap {  // corner: first chunk of the pixel, or of the zeros behind the last
   I corner[READS == DEFORMED ? 4 : 1];
   A weight[READS == DEFORMED ? 4 : 1];
 };
 
+// A step of a tile: which block of channels, which tap. The last three steps' taps are kept, in places 0 to 2.
+struct Cursor {
+  int block, tap, row, column, place;
+  PYDEFORM_DEVICE Cursor(int s, const Geometry& g) : place(0) {
+    block = s / (g.kernel_h * g.kernel_w);
+    tap = s - block * g.kernel_h * g.kernel_w;
+    row = tap / g.kernel_w;
+    column = tap - row * g.kernel_w;
+  }
+  PYDEFORM_DEVICE void next_place() { place = place == 2 ? 0 : place + 1; }
+  PYDEFORM_DEVICE bool next(const Geometry& g) {  // true: a new block
+    next_place();
+    tap++;
+    if (++column < g.kernel_w) return false;
+    column = 0;
+    if (++row < g.kernel_h) return false;
+    row = tap = 0;
+    block++;
+    return true;
+  }
+};
+
+// `row` and `column` are those of the tap in the kernel.
 template <class T, class I, int READS>
-PYDEFORM_DEVICE Tap<Compute<T>, I, READS> locate_tap(const Offsets<T, I>& offsets, const OutputPixel& pixel, int og, int tap,
-                                                     const Geometry& g, I chunks) {
+PYDEFORM_DEVICE Tap<Compute<T>, I, READS> locate_tap(const Offsets<T, I>& offsets, const OutputPixel& pixel, int og, int tap, int row,
+                                                     int column, const Geometry& g, I chunks) {
   using A = Compute<T>;
   Tap<A, I, READS> t;
-  const I image = (I)pixel.b * g.in_h * g.in_w;
+  const I image = (I)g.in_h * g.in_w, zeros = g.batch * image * chunks, start = pixel.b * image;
+  const int shift_y = row * g.dilation_h, shift_x = column * g.dilation_w;
   if constexpr (READS == DEFORMED) {
     A m;
-    const Sample<A> s = offsets.sample(pixel.b, og, tap, pixel.p, pixel.row, pixel.column, m, g);
+    const Sample<A> s = offsets.at(pixel.b, og, tap, pixel.p, pixel.row + shift_y, pixel.column + shift_x, m, g);
 #pragma unroll
-    for (int k = 0; k < 4; k++) t.corner[k] = s.corner[k] < 0 ? -1 : (image + s.corner[k]) * chunks;
+    for (int k = 0; k < 4; k++) t.corner[k] = s.corner[k] < 0 ? zeros : (start + s.corner[k]) * chunks;
     corner_weights(t.weight, s.y, s.x, m);
   } else {
-    const int shift_y = tap / g.kernel_w * g.dilation_h, shift_x = tap % g.kernel_w * g.dilation_w;
     int y = pixel.row + shift_y, x = pixel.column + shift_x;
     bool inside = true;
     if constexpr (READS == ADJOINT) {  // the pixel whose tap read this one
@@ -38,8 +61,19 @@ PYDEFORM_DEVICE Tap<Compute<T>, I, READS> locate_tap(const Offsets<T, I>& offset
       x /= g.stride_w;
     }
     inside = inside && y >= 0 && y < g.in_h && x >= 0 && x < g.in_w;
-    t.corner[0] = inside ? (image + (I)y * g.in_w + x) * chunks : -1;
+    t.corner[0] = inside ? (start + (I)y * g.in_w + x) * chunks : zeros;
     t.weight[0] = 1;
+  }
+  return t;
+}
+
+// What stands for a pixel that does not exist.
+template <class T, class I, int READS> PYDEFORM_DEVICE Tap<Compute<T>, I, READS> no_tap(const Geometry& g, I chunks) {
+  Tap<Compute<T>, I, READS> t;
+#pragma unroll
+  for (int k = 0; k < (READS == DEFORMED ? 4 : 1); k++) {
+    t.corner[k] = (I)g.batch * g.in_h * g.in_w * chunks;
+    t.weight[k] = 0;
   }
   return t;
 }
@@ -64,10 +98,9 @@ PYDEFORM_DEVICE uint4 blend(const Tap<Compute<T>, I, READS>& t, const uint4 (&co
 }
 
 template <class T, class I, int CORNERS>
-PYDEFORM_DEVICE void load_corners(uint4 (&corner)[CORNERS], const T* __restrict__ image, const I (&place)[CORNERS], bool valid, int chunk) {
+PYDEFORM_DEVICE void load_corners(uint4 (&corner)[CORNERS], const T* __restrict__ channel, const I (&place)[CORNERS]) {
 #pragma unroll
-  for (int k = 0; k < CORNERS; k++)
-    corner[k] = valid && place[k] >= 0 ? load16(image + (size_t)(place[k] + chunk) * (16 / sizeof(T))) : make_uint4(0, 0, 0, 0);
+  for (int k = 0; k < CORNERS; k++) corner[k] = load16(channel + (long long)place[k] * (16 / sizeof(T)));
 }
 
 // Owner: a block has BM output pixels x BN output channels of a group, of slice blockIdx.y of the steps.
@@ -83,93 +116,112 @@ __global__ void __launch_bounds__(P::THREADS)
   constexpr int CORNERS = READS == DEFORMED ? 4 : 1;
   constexpr int A_BYTES = P::PARTS * P::BM * P::ROW, B_BYTES = P::PARTS * P::BN * P::ROW;
   constexpr int TASKS = P::BM * P::CHUNKS / P::THREADS, ROWS = P::THREADS / P::CHUNKS;
-  static_assert(P::THREADS % P::BM == 0 && P::BM * P::CHUNKS % P::THREADS == 0, "threads divide evenly");
+  static_assert(P::THREADS % P::BM == 0 && P::BM % ROWS == 0 && ROWS % 8 == 0, "a thread's rows are swizzled alike");
   PYDEFORM_DYNAMIC_SHARED(unsigned char, shared);
   unsigned char *const a_tiles = shared, *const b_tiles = shared + 2 * A_BYTES;
   Point* const taps = reinterpret_cast<Point*>(shared + 2 * (A_BYTES + B_BYTES));  // [3][slots][BM]
 
   const int tid = threadIdx.x;
-  const int group_outputs = g.out_channels / g.groups, kernel = g.kernel_h * g.kernel_w, steps = c.blocks * kernel;
+  const int group_outputs = g.out_channels / g.groups, steps = c.blocks * g.kernel_h * g.kernel_w;
   const int tile_n = blockIdx.x % tiles_n, group = blockIdx.x / tiles_n % g.groups, n0 = tile_n * P::BN;
   const I m0 = (I)(blockIdx.x / (tiles_n * g.groups)) * P::BM, pixels = (I)g.out_h * g.out_w, all = g.batch * pixels;
   const int first = (int)((long long)steps * blockIdx.y / gridDim.y), end = (int)((long long)steps * (blockIdx.y + 1) / gridDim.y);
   const I chunks = (I)g.groups * c.units * c.pitch / P::E;
   const Offsets<T, I> offsets{offset, mask};
 
-  const I m = m0 + tid % P::BM;  // the pixel whose taps this thread locates
+  // Each thread locates the taps of one pixel of the tile, for one slot or more: a slot is a unit along the depth.
+  const I m = m0 + tid % P::BM;
   const OutputPixel pixel(m < all ? m : (I)0, g);
-  auto locate_step = [&](int s) {
-    const int block = s / kernel, tap = s - block * kernel;
+  Cursor located(first, g);
+  auto locate_step = [&]() {
     for (int slot = tid / P::BM; slot < slots; slot += P::THREADS / P::BM) {
-      const Place place(group, block * P::DEPTH + slot * (P::DEPTH / slots), c);
-      Point t;
-#pragma unroll
-      for (int k = 0; k < CORNERS; k++) {
-        t.corner[k] = -1;
-        t.weight[k] = 0;
-      }
+      const Place place(group, located.block * P::DEPTH + slot * (P::DEPTH / slots), c);
+      Point t = no_tap<T, I, READS>(g, chunks);
       if (m < all && place.valid)
-        t = locate_tap<T, I, READS>(offsets, pixel, READS == DEFORMED ? place.offset_group(g, c) : 0, tap, g, chunks);
-      taps[(s % 3 * slots + slot) * P::BM + tid % P::BM] = t;
+        t = locate_tap<T, I, READS>(offsets, pixel, READS == DEFORMED ? place.offset_group(g, c) : 0, located.tap, located.row,
+                                    located.column, g, chunks);
+      taps[(located.place * slots + slot) * P::BM + tid % P::BM] = t;
     }
+    located.next(g);
   };
-  const T* const weight_rows = weight + (size_t)(group * group_outputs + n0) * steps * P::DEPTH;
-  auto load_weight = [&](int s) {
+  // The weight is packed as the tiles of the steps, one after another.
+  const unsigned char* rows = reinterpret_cast<const unsigned char*>(weight) +
+                              ((size_t)(group * tiles_n + tile_n) * steps + first) * B_BYTES + tid * 16;
+  const int row = tid / P::CHUNKS, column = tid % P::CHUNKS, slot = column * slots / P::CHUNKS, own = P::at(row, column);
+  auto load_weight = [&](int stage) {
+    unsigned char* const tile = b_tiles + stage * B_BYTES + own;
 #pragma unroll
-    for (int part = 0; part < P::PARTS; part++) {
-      const T* rows = weight_rows + (size_t)part * g.out_channels * steps * P::DEPTH + (size_t)s * P::DEPTH;
-      unsigned char* tile = b_tiles + (s & 1) * B_BYTES + part * P::BN * P::ROW;
-      for (int i = tid; i < P::BN * P::CHUNKS; i += P::THREADS) {
-        const int r = i / P::CHUNKS, chunk = i % P::CHUNKS;
-        const bool valid = n0 + r < group_outputs;
-        cp_async16(tile + P::at(r, chunk), valid ? rows + (size_t)r * steps * P::DEPTH + chunk * P::E : weight, valid);
-      }
-    }
+    for (int i = 0; i < B_BYTES; i += P::THREADS * 16) cp_async16(tile + i, rows + i, true);
     cp_async_commit();
+    rows += B_BYTES;
   };
-  const int column = tid % P::CHUNKS, row = tid / P::CHUNKS, slot = column * slots / P::CHUNKS;
-  auto gather = [&](int s, uint4(&corner)[TASKS][CORNERS]) {
-    const Place place(group, s / kernel * P::DEPTH + column * P::E, c);
-    const int chunk = place.memory(c) / P::E;
+  // A thread blends one chunk of 16 bytes of each ROWS-th row.
+  const Point* const points = taps + slot * P::BM + row;
+  Cursor gathered(first, g);
+  const T* channel = nullptr;
+  auto enter_block = [&]() {
+    const Place place(group, gathered.block * P::DEPTH + column * P::E, c);
+    channel = place.valid ? image + place.memory(c) : nullptr;
+  };
+  auto gather = [&](uint4(&corner)[TASKS][CORNERS]) {
+    if (channel) {
+#pragma unroll
+      for (int i = 0; i < TASKS; i++) load_corners<T, I>(corner[i], channel, points[gathered.place * slots * P::BM + i * ROWS].corner);
+    } else {
+#pragma unroll
+      for (int i = 0; i < TASKS; i++)
+#pragma unroll
+        for (int k = 0; k < CORNERS; k++) corner[i][k] = make_uint4(0, 0, 0, 0);
+    }
+    if (gathered.next(g)) enter_block();
+  };
+  int stored = 0;  // place of the taps
+  auto store_samples = [&](int stage, const uint4(&corner)[TASKS][CORNERS]) {
 #pragma unroll
     for (int i = 0; i < TASKS; i++)
-      load_corners<T, I>(corner[i], image, taps[(s % 3 * slots + slot) * P::BM + row + i * ROWS].corner, place.valid, chunk);
-  };
-  auto store_samples = [&](int s, const uint4(&corner)[TASKS][CORNERS]) {
-#pragma unroll
-    for (int i = 0; i < TASKS; i++)
-      P::put(a_tiles + (s & 1) * A_BYTES, row + i * ROWS, column,
-             blend<T, I, READS>(taps[(s % 3 * slots + slot) * P::BM + row + i * ROWS], corner[i]));
+      P::put(a_tiles + stage * A_BYTES + own + i * ROWS * P::ROW, blend<T, I, READS>(points[stored * slots * P::BM + i * ROWS], corner[i]));
+    stored = stored == 2 ? 0 : stored + 1;
   };
 
   typename P::Acc acc[P::MI][P::NJ][4] = {};
   uint4 corner[TASKS][CORNERS];
-  for (int s = first; s < min(first + 3, end); s++) locate_step(s);
-  load_weight(first);
+  for (int s = first; s < min(first + 3, end); s++) locate_step();
+  enter_block();
+  load_weight(0);
   __syncthreads();
-  gather(first, corner);
-  store_samples(first, corner);
-  if (first + 1 < end) gather(first + 1, corner);
+  gather(corner);
+  store_samples(0, corner);
+  if (first + 1 < end) gather(corner);
   cp_async_wait<0>();
   P::ready();
   __syncthreads();
+  int stage = 0;
 #pragma unroll 1
-  for (int s = first; s < end; s++) {
-    if (s + 1 < end) load_weight(s + 1);
-    P::issue(acc, a_tiles + (s & 1) * A_BYTES, b_tiles + (s & 1) * B_BYTES);
-    if (s + 1 < end) store_samples(s + 1, corner);
-    if (s + 2 < end) gather(s + 2, corner);  // on its way during the rest of this step and the next product
-    if (s + 3 < end) locate_step(s + 3);
+  for (int left = end - first; left > 0; left--) {
+    if (left > 1) load_weight(stage ^ 1);
+    P::issue(acc, a_tiles + stage * A_BYTES, b_tiles + stage * B_BYTES);
+    if (left > 1) store_samples(stage ^ 1, corner);
+    if (left > 2) gather(corner);  // on its way during the rest of this step and the next product
+    if (left > 3) locate_step();
     cp_async_wait<0>();
     P::ready();
     P::wait(acc);
     __syncthreads();
+    stage ^= 1;
   }
 
   // Each warp turns eight of its columns at a time, so that threads next to each other write pixels next to each other.
-  constexpr int PITCH = P::WM + 4;
+  constexpr int PITCH = P::WM + 4, SPAN = P::WM < 32 ? P::WM : 32, PIXELS = P::WM / SPAN;
   const int lane = tid & 31;
   typename P::Acc* const turned = reinterpret_cast<typename P::Acc*>(shared) + tid / 32 * 8 * PITCH;
+  size_t target[PIXELS];  // of channel 0
+  const I at = m0 + P::row() + lane % SPAN;
+#pragma unroll
+  for (int i = 0; i < PIXELS; i++) {
+    const I mine = at + i * SPAN, b = mine / pixels;
+    target[i] = partial ? (size_t)blockIdx.y * g.out_channels * all + mine : (size_t)(b * g.out_channels) * pixels + (mine - b * pixels);
+  }
+  const size_t stride = partial ? all : pixels;
 #pragma unroll
   for (int j = 0; j < P::NJ; j++) {
 #pragma unroll
@@ -177,17 +229,19 @@ __global__ void __launch_bounds__(P::THREADS)
 #pragma unroll
       for (int k = 0; k < 4; k++) turned[(lane % 4 * 2 + k % 2) * PITCH + i * 16 + lane / 4 + k / 2 * 8] = acc[i][j][k];
     __syncwarp();
-    for (int i = lane; i < 8 * P::WM; i += 32) {
-      const int n = n0 + P::column() + j * 8 + i / P::WM;
-      const I at = m0 + P::row() + i % P::WM;
-      if (at >= all || n >= group_outputs) continue;
-      const int o = group * group_outputs + n;
-      const typename P::Acc sum = turned[i / P::WM * PITCH + i % P::WM];
-      if (partial) {
-        partial[((I)blockIdx.y * g.out_channels + o) * all + at] = sum;
-      } else {
-        const I b = at / pixels;
-        output[(b * g.out_channels + o) * pixels + (at - b * pixels)] = from_float<T>(bias ? sum + to_float(bias[o]) : sum);
+#pragma unroll
+    for (int i = 0; i < 8; i += 32 / SPAN) {
+      const int r = i + lane / SPAN, n = n0 + P::column() + j * 8 + r, o = group * group_outputs + n;
+      if (n >= group_outputs) continue;
+      const typename P::Acc shift = bias && !partial ? to_float(bias[o]) : (typename P::Acc)0;
+#pragma unroll
+      for (int k = 0; k < PIXELS; k++) {
+        if (at + k * SPAN >= all) continue;
+        const typename P::Acc sum = turned[r * PITCH + lane % SPAN + k * SPAN];
+        if (partial)
+          partial[target[k] + o * stride] = sum;
+        else
+          output[target[k] + o * stride] = from_float<T>(sum + shift);
       }
     }
     __syncwarp();
@@ -205,27 +259,33 @@ __global__ void __launch_bounds__(256) sum_slices(const Compute<T>* __restrict__
   output[(b * g.out_channels + o) * pixels + (m - b * pixels)] = from_float<T>(bias ? sum + to_float(bias[o]) : sum);
 }
 
-// The weight as rows of the product's second tile: [part][row][block][tap][DEPTH], zeros where a unit is padded.
-// Rows are output channels and the summed axis input channels; the other way round for ADJOINT, where `c` counts outputs.
-// Owner: one thread per element of a part.
-template <class T, class I, int READS, int PARTS>
-__global__ void __launch_bounds__(256) pack_weight(const T* __restrict__ weight, T* __restrict__ packed, Geometry g, Channels c, int depth) {
-  const int kernel = g.kernel_h * g.kernel_w, rows = g.out_channels, group_rows = rows / g.groups, summed = g.in_channels / g.groups;
-  const I i = (I)blockIdx.x * 256 + threadIdx.x, size = (I)rows * c.blocks * kernel * depth;
-  if (i >= size) return;
-  const int k = (int)(i % depth), tap = (int)(i / depth % kernel), block = (int)(i / depth / kernel % c.blocks);
-  const int r = (int)(i / depth / kernel / c.blocks), group = r / group_rows;
-  const Place place(0, block * depth + k, c);
-  const int q = place.unit * c.unit + place.within;  // of the group
+// The weight as the tiles that `forward` loads: [group][tile of outputs][block][tap][part][row][depth], zeros where an
+// output or a channel does not exist. Rows are output channels and the summed axis input channels; for ADJOINT the
+// geometry is that of the transposed convolution, while the weight stays as it is.
+// Owner: one thread per element of the first part.
+template <class P, class I, int READS>
+__global__ void __launch_bounds__(256)
+    pack_weight(const typename P::T* __restrict__ weight, typename P::T* __restrict__ packed, Geometry g, Channels c, int tiles_n) {
+  using T = typename P::T;
+  const int kernel = g.kernel_h * g.kernel_w, group_outputs = g.out_channels / g.groups, summed = g.in_channels / g.groups;
+  const I i = (I)blockIdx.x * 256 + threadIdx.x;
+  I rest = i / P::DEPTH / P::BN;
+  const int k = (int)(i % P::DEPTH), r = (int)(i / P::DEPTH % P::BN), tap = (int)(rest % kernel);
+  rest /= kernel;
+  const int block = (int)(rest % c.blocks), n = (int)(rest / c.blocks % tiles_n) * P::BN + r, group = (int)(rest / c.blocks / tiles_n);
+  if (group >= g.groups) return;
+  const Place place(0, block * P::DEPTH + k, c);
+  const int q = place.unit * c.unit + place.within;  // channel of the group
   T v{};
-  if (place.unit < c.units && place.within < c.unit)
-    v = READS == ADJOINT ? weight[((I)(group * summed + q) * group_rows + (r - group * group_rows)) * kernel + tap]
-                         : weight[((I)r * summed + q) * kernel + tap];
-  if constexpr (PARTS == 2) {
+  if (place.unit < c.units && place.within < c.unit && n < group_outputs)
+    v = READS == ADJOINT ? weight[((I)(group * summed + q) * group_outputs + n) * kernel + tap]
+                         : weight[((I)(group * group_outputs + n) * summed + q) * kernel + tap];
+  const I at = i / (P::BN * P::DEPTH) * (P::PARTS * P::BN * P::DEPTH) + r * P::DEPTH + k;
+  if constexpr (P::PARTS == 2) {
     const float high = tf32_high(v);
-    packed[i] = high;
-    packed[i + size] = v - high;
+    packed[at] = high;
+    packed[at + P::BN * P::DEPTH] = v - high;
   } else {
-    packed[i] = v;
+    packed[at] = v;
   }
 }

@@ -2,7 +2,7 @@
 //
 // A policy P multiplies A (BM rows) by B (BN rows), both of P::ROW bytes of the summed axis, into accumulators that the
 // threads hold: acc[i][j][2*h + e] is row P::row() + 16*i + lane/4 + 8*h, column P::column() + 8*j + 2*(lane%4) + e.
-// issue() may return before the product is done; wait() does not. put() stores 16 bytes of a row of A.
+// issue() may return before the product is done; wait() does not. put() stores 16 bytes of A, at(row, chunk) in its tile.
 #pragma once
 #include "sampling.cuh"
 
@@ -54,7 +54,7 @@ template <class T_, int BM_, int BN_, int WM_, int WN_, int ROW_> struct Tiling 
   static PYDEFORM_DEVICE int row() { return (int)threadIdx.x / 32 % (BM / WM) * WM; }
   static PYDEFORM_DEVICE int column() { return (int)threadIdx.x / 32 / (BM / WM) * WN; }
   static PYDEFORM_DEVICE int at(int r, int c) { return ROW == 64 ? swizzle64(r, c) : swizzle128(r, c); }
-  static PYDEFORM_DEVICE void put(unsigned char* a, int r, int c, const uint4& v) { *reinterpret_cast<uint4*>(a + at(r, c)) = v; }
+  static PYDEFORM_DEVICE void put(unsigned char* a, const uint4& v) { *reinterpret_cast<uint4*>(a) = v; }
   static PYDEFORM_DEVICE void ready() {}
   static PYDEFORM_DEVICE void wait(Acc (&)[MI][NJ][4]) {}
 };
@@ -240,7 +240,7 @@ template <class T, int BM, int BN, bool SPLIT = false> struct Wgmma : Tiling<T, 
   static constexpr int PARTS = SPLIT ? 2 : 1;
   static constexpr int K_BYTES = 32;  // of a row that one wgmma takes
 
-  static PYDEFORM_DEVICE void put(unsigned char* a, int r, int c, const uint4& v) {
+  static PYDEFORM_DEVICE void put(unsigned char* a, const uint4& v) {
     if constexpr (SPLIT) {
       float value[4], high[4], rest[4];
       unpack<float>(value, v);
@@ -249,10 +249,10 @@ template <class T, int BM, int BN, bool SPLIT = false> struct Wgmma : Tiling<T, 
         high[i] = tf32_high(value[i]);
         rest[i] = value[i] - high[i];
       }
-      *reinterpret_cast<uint4*>(a + at(r, c)) = pack<float>(high);
-      *reinterpret_cast<uint4*>(a + BM * ROW + at(r, c)) = pack<float>(rest);
+      *reinterpret_cast<uint4*>(a) = pack<float>(high);
+      *reinterpret_cast<uint4*>(a + BM * ROW) = pack<float>(rest);
     } else {
-      *reinterpret_cast<uint4*>(a + at(r, c)) = v;
+      *reinterpret_cast<uint4*>(a) = v;
     }
   }
   static PYDEFORM_DEVICE void ready() { fence_proxy_async(); }

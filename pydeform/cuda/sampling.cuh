@@ -76,14 +76,17 @@ template <class T, class I> struct Offsets {
   const T* __restrict__ offset;  // (N, offset_groups, K, 2, P)
   const T* __restrict__ mask;    // (N, offset_groups, K, P), or null: 1 everywhere
 
-  // p is the output pixel within its image, (row, column) the place of tap (0, 0) of the kernel for it.
-  PYDEFORM_DEVICE Sample<Compute<T>> sample(int b, int og, int tap, int p, int row, int column, Compute<T>& m,
-                                            const Geometry& g) const {
+  // p is the output pixel within its image, (y, x) where the tap would read it without an offset.
+  PYDEFORM_DEVICE Sample<Compute<T>> at(int b, int og, int tap, int p, int y, int x, Compute<T>& m, const Geometry& g) const {
     using A = Compute<T>;
     const I pixels = (I)g.out_h * g.out_w;
     const I k = ((I)b * g.offset_groups + og) * (g.kernel_h * g.kernel_w) + tap;
-    const int y = row + tap / g.kernel_w * g.dilation_h, x = column + tap % g.kernel_w * g.dilation_w;
     m = mask ? to_float(mask[k * pixels + p]) : (A)1;
     return locate((A)y + to_float(offset[2 * k * pixels + p]), (A)x + to_float(offset[(2 * k + 1) * pixels + p]), g);
+  }
+  // (row, column) is the place of tap (0, 0) of the kernel for the pixel.
+  PYDEFORM_DEVICE Sample<Compute<T>> sample(int b, int og, int tap, int p, int row, int column, Compute<T>& m,
+                                            const Geometry& g) const {
+    return at(b, og, tap, p, row + tap / g.kernel_w * g.dilation_h, column + tap % g.kernel_w * g.dilation_w, m, g);
   }
 };

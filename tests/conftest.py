@@ -133,16 +133,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", [Backend(name) for name in names], ids=names, scope="session")
 
 
+# Tests that choose what device they run on.
+needs_emulation = pytest.mark.skipif(bool(_missing("emulated")), reason=_missing("emulated"))
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`import cupy` gives the emulated device."""
+    _emulate(monkeypatch)
+
+
+def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.cuda_emulation import device
+
+    for module in device.stand_ins.values():
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
 @pytest.fixture(autouse=True)
 def _on_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test's backend needs around it."""
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     name = params["backend"].name if "backend" in params else "cpu"
     if name.startswith("emulated"):
-        from tests.cuda_emulation import device
-
-        for module in device.stand_ins.values():
-            monkeypatch.setitem(sys.modules, module.__name__, module)
+        _emulate(monkeypatch)
     for way, most_channels in WAYS.items():
         if name.endswith(way):
             from pydeform.cuda import _conv_common

@@ -6,10 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import ml_dtypes
+import numpy as np
+
 from pydeform._geometry import Conv2dGeometry
 
 C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 PLAIN, DEFORMED, ADJOINT = 0, 1, 2  # where a tap reads, as in conv_forward.cuh
 DIRECT_CHANNELS = 8  # with fewer channels in a group a tile would be mostly zeros: conv_direct.cuh
 TURNED_DEPTH = 32  # pixels in a tile of the weight's gradient
@@ -165,6 +169,16 @@ def swapped(g: Conv2dGeometry) -> Conv2dGeometry:
         out_w=g.in_w,
         offset_groups=1,
     )
+
+
+def integer(index: str, value: int) -> Any:
+    """A kernel's parameter of index type."""
+    return np.int32(value) if index == "int" else np.int64(value)
+
+
+def compute_dtype(dtype: Any) -> np.dtype:
+    """Of coordinates and sums."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def corner_bytes(dtype: str, index: str, corners: int, values: int) -> int:

@@ -12,11 +12,10 @@ import cupy
 import numpy as np
 
 from pydeform.cuda import _conv_gather
-from pydeform.cuda._conv_common import C_TYPES, ceil_div, index_type, pixels, taps
+from pydeform.cuda._conv_common import C_TYPES, WORKSPACE, ceil_div, index_type, pixels, taps
 from pydeform.cuda._launch import geometry, kernel, launch
 
 THREADS = 256
-WORKSPACE = 64 << 20  # bytes of column gradients and their bins at a time
 TILE = 128  # output pixels at least, where an image is taken in parts
 
 Gradients = tuple[Any, Any, Any, Any, Any]

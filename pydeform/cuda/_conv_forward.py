@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import cupy
 import numpy as np
@@ -13,21 +14,19 @@ from pydeform.cuda._conv_common import (
     COPIES,
     DEFORMED,
     PLAIN,
-    Channels,
-    Product,
     ceil_div,
+    compute_dtype,
+    corner_bytes,
     index_type,
+    integer,
     pixels,
     taps,
 )
-from pydeform.cuda._launch import capability, geometry, kernel, launch, multiprocessors, shared_limit
+from pydeform.cuda._launch import Device, Launch, device
 
 THREADS = 256
+PLANS = 512  # kept, the most recent ones: a network has some for each of its layers
 SHORTEST_SLICE = 8  # steps: below, filling and emptying the pipeline costs more than a slice saves
-
-
-def compute_dtype(dtype: Any) -> np.dtype:
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def forward(
@@ -42,17 +41,30 @@ def forward(
             _conv_direct.forward(operator, input, offset, weight, bias, mask, g, output)
             return output
         reads = PLAIN if offset is None else DEFORMED
-        product = _conv_common.forward_product(
-            input.dtype.name, capability(), g.out_channels // g.groups, allow_tf32 and input.dtype == np.float32
-        )
-        tiles = Tiles(operator, reads, product, g)
-        packed = tiles.pack_weight(weight)
-        images = images_at_a_time(g, tiles.channels.memory(g.groups) * g.in_h * g.in_w * input.dtype.itemsize)
-        for start in range(0, g.batch, images):
-            part = slice(start, start + images)
-            copy = to_channels_last(operator, input[part], tiles.channels.unit, tiles.channels.pitch)
-            tiles.run(copy, part_of(offset, part), part_of(mask, part), packed, bias, output[part])
+        by_tiles(operator, reads, input, offset, weight, bias, mask, g, output, allow_tf32=allow_tf32)
         return output
+
+
+def by_tiles(
+    operator: str,
+    reads: int,
+    input: Any,
+    offset: Any,
+    weight: Any,
+    bias: Any,
+    mask: Any,
+    g: Any,
+    output: Any,
+    *,
+    allow_tf32: bool,
+) -> None:
+    """Into `output`. `reads` is PLAIN, DEFORMED, or ADJOINT with a geometry from `swapped`."""
+    key = (input.dtype.name, device(), allow_tf32 and input.dtype == np.float32)
+    packed = None
+    for part in images_at_a_time(g, tiles_of(operator, reads, g._replace(batch=1), *key).image_bytes):
+        tiles = tiles_of(operator, reads, g._replace(batch=part.stop - part.start), *key)
+        packed = tiles.pack_weight(weight) if packed is None else packed
+        tiles.run(input[part], part_of(offset, part), part_of(mask, part), packed, bias, output[part])
 
 
 def contiguous(*arrays: Any) -> list[Any]:
@@ -60,103 +72,91 @@ def contiguous(*arrays: Any) -> list[Any]:
     return [None if array is None else cupy.ascontiguousarray(array) for array in arrays]
 
 
-def images_at_a_time(g: Any, image_bytes: int) -> int:
-    return int(max(1, min(g.batch, COPIES // image_bytes)))
+def images_at_a_time(g: Any, image_bytes: int) -> list[slice]:
+    """Ranges of images whose copies are within bounds."""
+    images = max(1, min(g.batch, COPIES // image_bytes))
+    return [slice(start, min(start + images, g.batch)) for start in range(0, g.batch, images)]
 
 
 def part_of(array: Any, part: slice) -> Any:
     return None if array is None else array[part]
 
 
-class Tiles(NamedTuple):
-    """One convolution by tiles: `reads` PLAIN or DEFORMED, or ADJOINT with a geometry from `swapped`."""
+@functools.lru_cache(maxsize=PLANS)
+def tiles_of(operator: str, reads: int, g: Any, dtype: str, on: Device, allow_tf32: bool) -> Tiles:
+    return Tiles(operator, reads, g, dtype, on, allow_tf32)
 
-    operator: str
-    reads: int
-    product: Product
-    g: Any
 
-    @property
-    def channels(self) -> Channels:
-        def largest(slots: int) -> int:
-            return self.shared(slots, "long long")
+class Tiles:
+    """One convolution by tiles, with everything decided but the arrays."""
 
-        return _conv_common.channels(self.g, self.product.dtype, self.product.depth, largest, shared_limit())
+    def __init__(self, operator: str, reads: int, g: Any, dtype: str, on: Device, allow_tf32: bool) -> None:
+        group_outputs = g.out_channels // g.groups
+        self.operator, self.reads, self.g, self.dtype = operator, reads, g, np.dtype(_conv_common.DTYPES[dtype])
+        self.product = p = _conv_common.forward_product(dtype, on.capability, group_outputs, allow_tf32)
+        self.channels = c = _conv_common.channels(
+            g, dtype, p.depth, lambda slots: self._shared(slots, "long long"), on.shared
+        )
+        self.memory = c.memory(g.groups)
+        self.image_bytes = self.memory * g.in_h * g.in_w * self.dtype.itemsize
+        self._tiles_n = ceil_div(group_outputs, p.columns)
+        self._packed = g.groups * self._tiles_n * c.blocks * taps(g) * p.parts * p.columns * p.depth
+        self._everything = g.batch * pixels(g)
+        tiles = ceil_div(self._everything, p.rows) * g.groups * self._tiles_n
+        self._slices = _conv_common.slices(tiles, c.blocks * taps(g), on.processors, SHORTEST_SLICE)
+        outputs = self._everything * g.out_channels
+        index = index_type(
+            *((g.batch * g.in_h * g.in_w + 1) * self.memory, self._packed, outputs * self._slices),
+            2 * g.offset_groups * taps(g) * self._everything,
+        )
+        slots = c.slots(p.depth)
+        shared = self._shared(slots, index)
+        self._forward = Launch(
+            operator,
+            f"forward<{p.expression}, {index}, {reads}>",
+            (tiles, self._slices),
+            p.threads,
+            *(g, c, np.int32(self._tiles_n), np.int32(slots)),
+            shared=shared,
+        )
+        if self._slices > 1:
+            expression = f"sum_slices<{C_TYPES[dtype]}, {index}>"
+            grid = (ceil_div(outputs, THREADS),)
+            self._sum = Launch(operator, expression, grid, THREADS, g, np.int32(self._slices))
 
-    @property
-    def tiles_n(self) -> int:
-        """Tiles that the outputs of a group fill."""
-        return ceil_div(self.g.out_channels // self.g.groups, self.product.columns)
-
-    def shared(self, slots: int, index: str) -> int:
+    def _shared(self, slots: int, index: str) -> int:
         """Bytes: two stages of tiles, and the taps of three steps."""
         corners = 4 if self.reads == DEFORMED else 1
-        tap = _conv_common.corner_bytes(self.product.dtype, index, corners, corners)
+        tap = corner_bytes(self.product.dtype, index, corners, corners)
         return 2 * self.product.stage_bytes + 3 * self.product.rows * slots * tap
 
+    @functools.cached_property
+    def _pack(self) -> Launch:
+        expression = f"pack_weight<{self.product.expression}, {index_type(self._packed)}, {self.reads}>"
+        grid = (ceil_div(self._packed // self.product.parts, THREADS),)
+        return Launch(self.operator, expression, grid, THREADS, self.g, self.channels, np.int32(self._tiles_n))
+
     def pack_weight(self, weight: Any) -> Any:
-        p, c, g = self.product, self.channels, self.g
-        size = g.groups * self.tiles_n * c.blocks * taps(g) * p.columns * p.depth
-        packed = cupy.empty((p.parts * size,), weight.dtype)
-        launch(
-            kernel(self.operator, f"pack_weight<{p.expression}, {index_type(packed.size)}, {self.reads}>"),
-            (ceil_div(size, THREADS),),
-            THREADS,
-            (weight, packed, geometry(g), geometry(c), np.int32(self.tiles_n)),
-        )
+        packed = cupy.empty((self._packed,), weight.dtype)
+        self._pack(weight, packed)
         return packed
 
-    def run(self, copy: Any, offset: Any, mask: Any, packed: Any, bias: Any, output: Any) -> None:
-        """`copy`: the channels-last image; the number of images is that of `output`."""
-        p, c = self.product, self.channels
-        g = self.g._replace(batch=output.shape[0])
-        everything = g.batch * pixels(g)
-        tiles = ceil_div(everything, p.rows) * g.groups * self.tiles_n
-        slices = _conv_common.slices(tiles, c.blocks * taps(g), multiprocessors(), SHORTEST_SLICE)
-        partial = None
-        if slices > 1:
-            partial = cupy.empty((slices, g.out_channels, everything), compute_dtype(output.dtype))
-        sizes = [a.size for a in (copy, offset, mask, packed, output, partial) if a is not None]
-        index = index_type(*sizes)
-        slots = c.slots(p.depth)
-        shared = self.shared(slots, index)
-        launch(
-            kernel(self.operator, f"forward<{p.expression}, {index}, {self.reads}>", shared),
-            (tiles, slices),
-            p.threads,
-            (
-                *(copy, offset, mask, packed, bias, output, partial),
-                *(geometry(g), geometry(c), np.int32(self.tiles_n), np.int32(slots)),
-            ),
-            shared,
-        )
-        if partial is not None:
-            launch(
-                kernel(self.operator, f"sum_slices<{C_TYPES[p.dtype]}, {index}>"),
-                (ceil_div(output.size, THREADS),),
-                THREADS,
-                (partial, bias, output, geometry(g), np.int32(slices)),
-            )
+    def run(self, input: Any, offset: Any, mask: Any, packed: Any, bias: Any, output: Any) -> None:
+        copy = to_channels_last(self.operator, input, self.channels.unit, self.channels.pitch)
+        if self._slices == 1:
+            self._forward(copy, offset, mask, packed, bias, output, None)
+            return
+        partial = cupy.empty((self._slices, output.size), compute_dtype(self.dtype))
+        self._forward(copy, offset, mask, packed, None, output, partial)
+        self._sum(partial, bias, output)
 
 
 def to_channels_last(operator: str, array: Any, unit: int, pitch: int) -> Any:
     """(N*H*W + 1, channels): each `unit` of channels in a space of `pitch`, and behind the last pixel one of zeros."""
     batch, count, height, width = array.shape
     copy = cupy.empty((batch * height * width + 1, count // unit * pitch), array.dtype)
-    index = index_type(array.size, copy.size)
-    launch(
-        kernel(operator, f"to_channels_last<{C_TYPES[array.dtype.name]}, {index}>"),
-        (batch * ceil_div(height * width, 32) * ceil_div(copy.shape[1], 32),),
-        THREADS,
-        (
-            array,
-            copy,
-            np.int32(batch),
-            np.int32(count),
-            integer(index, height * width),
-            np.int32(unit),
-            np.int32(pitch),
-        ),
+    _turn("to_channels_last", operator, array.dtype.name, batch, count, height * width, unit, pitch, device())(
+        array, copy
     )
     return copy
 
@@ -164,22 +164,21 @@ def to_channels_last(operator: str, array: Any, unit: int, pitch: int) -> Any:
 def to_channels_first(operator: str, sums: Any, output: Any, unit: int, pitch: int) -> None:
     """The sums of `to_channels_last`'s layout, rounded into `output` (N, C, H, W)."""
     batch, count, height, width = output.shape
-    index = index_type(output.size, sums.size)
-    launch(
-        kernel(operator, f"to_channels_first<{C_TYPES[output.dtype.name]}, {index}>"),
-        (batch * ceil_div(height * width, 32) * ceil_div(count // unit * pitch, 32),),
-        THREADS,
-        (
-            sums,
-            output,
-            np.int32(batch),
-            np.int32(count),
-            integer(index, height * width),
-            np.int32(unit),
-            np.int32(pitch),
-        ),
+    _turn("to_channels_first", operator, output.dtype.name, batch, count, height * width, unit, pitch, device())(
+        sums, output
     )
 
 
-def integer(index: str, value: int) -> Any:
-    return np.int32(value) if index == "int" else np.int64(value)
+@functools.lru_cache(maxsize=PLANS)
+def _turn(
+    name: str, operator: str, dtype: str, batch: int, count: int, image: int, unit: int, pitch: int, on: Device
+) -> Launch:
+    memory = count // unit * pitch
+    index = index_type((batch * image + 1) * memory)
+    return Launch(
+        operator,
+        f"{name}<{C_TYPES[dtype]}, {index}>",
+        (batch * ceil_div(image, 32) * ceil_div(memory, 32),),
+        THREADS,
+        *(np.int32(batch), np.int32(count), integer(index, image), np.int32(unit), np.int32(pitch)),
+    )

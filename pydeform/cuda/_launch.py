@@ -4,59 +4,71 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 
 from pydeform.cuda._source import source
 
+OLDEST = 75  # compute capability
 DEFAULT_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel has without asking
-OLDEST = 75
 _lock = threading.Lock()
 
 
-def capability() -> int:
-    """Of the current device, as 10 * major + minor: 90 for sm_90."""
-    found = int(cupy.cuda.Device().compute_capability)
-    if found < OLDEST:
+class Device(NamedTuple):
+    """What launches depend on."""
+
+    id: int
+    capability: int  # 10 * major + minor: 90 for sm_90
+    processors: int
+    shared: int  # bytes of shared memory that a block can ask for
+
+
+def device() -> Device:
+    """The current one."""
+    return _device(int(cupy.cuda.Device().id))
+
+
+@functools.cache
+def _device(number: int) -> Device:
+    found = cupy.cuda.Device(number)
+    capability = int(found.compute_capability)
+    if capability < OLDEST:
         raise RuntimeError(
-            f"pydeform needs a CUDA device of compute capability {OLDEST / 10} or newer, got {found / 10}"
+            f"pydeform needs a CUDA device of compute capability {OLDEST / 10} or newer, got {capability / 10}"
         )
-    return found
-
-
-def multiprocessors() -> int:
-    return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
-
-
-def shared_limit() -> int:
-    """Bytes of shared memory that a block can ask for."""
-    return int(cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"])
+    attributes = found.attributes
+    return Device(
+        number, capability, int(attributes["MultiProcessorCount"]), int(attributes["MaxSharedMemoryPerBlockOptin"])
+    )
 
 
 def geometry(g: Any) -> Any:
     """A NamedTuple of integers as a struct that goes to a kernel by value."""
-    return np.array([tuple(g)], dtype=_struct(type(g)))
+    return _geometry(type(g).__name__, g)
 
 
-@functools.cache
-def _struct(kind: Any) -> np.dtype:
-    return np.dtype([(field, np.int32) for field in kind._fields], align=True)
+@functools.lru_cache(maxsize=1024)
+def _geometry(kind: str, g: Any) -> Any:
+    fields: Any = [(field, np.int32) for field in g._fields]
+    struct = np.array([tuple(g)], dtype=np.dtype(fields, align=True))
+    struct.flags.writeable = False
+    return struct
 
 
 def kernel(operator: str, expression: str, shared: int = 0) -> Any:
     """The compiled instance on the current device, allowed `shared` bytes of dynamic shared memory."""
     with _lock:  # two threads would compile it twice
-        return _kernel(operator, expression, capability(), int(cupy.cuda.Device().id), shared)
+        return _kernel(operator, expression, device(), shared)
 
 
 @functools.cache
-def _kernel(operator: str, expression: str, arch: int, device: int, shared: int) -> Any:
+def _kernel(operator: str, expression: str, on: Device, shared: int) -> Any:
     # wgmma exists only for sm_90a, the features of sm_90 that no later device has.
     module = cupy.RawModule(
         code=source(operator),
-        options=("-std=c++17", f"-arch=sm_{arch}{'a' if arch == 90 else ''}"),
+        options=("-std=c++17", f"-arch=sm_{on.capability}{'a' if on.capability == 90 else ''}"),
         name_expressions=(expression,),
     )
     function = module.get_function(expression)
@@ -69,3 +81,17 @@ def launch(function: Any, grid: tuple[int, ...], block: int, arguments: tuple[An
     """On the current stream. A grid without blocks is not launched: CuPy would make it one block."""
     if min(grid) > 0:
         function(grid, (block,), arguments, shared_mem=shared)
+
+
+class Launch:
+    """A launch of which all is decided but the arrays: these come first among the kernel's parameters."""
+
+    def __init__(
+        self, operator: str, expression: str, grid: tuple[int, ...], block: int, *numbers: Any, shared: int = 0
+    ) -> None:
+        self._function = kernel(operator, expression, shared)
+        self._grid, self._block, self._shared = grid, block, shared
+        self._numbers = tuple(geometry(n) if isinstance(n, tuple) else n for n in numbers)
+
+    def __call__(self, *arrays: Any) -> None:
+        launch(self._function, self._grid, self._block, (*arrays, *self._numbers), self._shared)

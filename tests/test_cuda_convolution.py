@@ -1,0 +1,374 @@
+"""What is CUDA's own in a convolution: every kind of product, how problems are cut up, index types, memory, order.
+
+Runs on the emulated device, whose capability and number of processors a test can choose. The rest of what a
+convolution must do is in test_deform_conv2d.py and test_conv2d.py, which run there too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydeform
+from tests.cases.deform_conv2d import Case, make, make_grad_output
+from tests.conftest import TOLERANCE_OF_TILES, Backend, assert_same_bits, needs_emulation
+
+pytestmark = needs_emulation
+EMULATED = Backend("emulated")
+CAPABILITIES = ("75", "80", "90")
+SCHEDULES = (0, 1, 5)  # ascending, descending, random
+
+# Between them: one tile and several along each axis, rows and channels that fill no tile, units longer than the depth
+# of a tile, shorter (several offset groups in a tile), and spread over convolution groups.
+CASES = {
+    "narrow": Case(2, 20, 5, 7, 9, (2, 3), padding=((1, 0), (0, 1)), offset_groups=5),
+    "one_unit": Case(1, 40, 9, 8, 100, (2, 1), dilation=(2, 1)),
+    "wide": Case(2, 72, 6, 7, 150, (1, 2), stride=(1, 2), offset_groups=3, bias=False),
+    "groups": Case(1, 48, 7, 6, 34, (2, 2), groups=2, offset_groups=1, mask=False),
+    "long_units": Case(1, 140, 5, 6, 70, (1, 1), offset_groups=2),
+    "units_across_groups": Case(1, 48, 5, 4, 8, (2, 1), groups=4, offset_groups=3),
+}
+
+
+@contextmanager
+def on(**settings: Any) -> Iterator[Any]:
+    """The emulated device with these settings."""
+    from pydeform.cuda import _launch
+    from tests.cuda_emulation import device
+
+    _launch._device.cache_clear()
+    with device.settings(**settings) as run:
+        yield run
+    _launch._device.cache_clear()
+
+
+def send(arrays: dict[str, Any]) -> dict[str, Any]:
+    return {name: EMULATED.array(array) for name, array in arrays.items()}
+
+
+def forward(arrays: dict[str, Any], options: dict[str, Any]) -> Any:
+    return EMULATED.numpy(pydeform.deform_conv2d(**send(arrays), **options))
+
+
+def backward(grad_output: Any, arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    grads = pydeform.deform_conv2d_backward(EMULATED.array(grad_output), **send(arrays), **options)
+    return {name: EMULATED.numpy(grad) for name, grad in grads._asdict().items() if grad is not None}
+
+
+def both(arrays: dict[str, Any], grad_output: Any, options: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Output and gradients."""
+    how = {name: more[name] for name in ("allow_tf32",) if name in more}
+    return {
+        "output": forward(arrays, {**options, **how}),
+        **backward(grad_output, arrays, {**options, **more}),
+    }
+
+
+@functools.cache
+def expected(name: str) -> dict[str, np.ndarray]:
+    """In float64 on the CPU, which test_deform_conv2d.py compares with the oracle."""
+    case = CASES[name]
+    arrays, grad_output = make(case), make_grad_output(case)
+    grads = pydeform.deform_conv2d_backward(grad_output, **arrays, **case.options)._asdict()
+    return {
+        "output": pydeform.deform_conv2d(**arrays, **case.options),
+        **{key: grad for key, grad in grads.items() if grad is not None},
+    }
+
+
+def assert_near(got: dict[str, Any], want: dict[str, np.ndarray], dtype: str, loss: float = 0) -> None:
+    """Within the dtype's tolerance, or `loss` of the largest value where that is more."""
+    assert set(got) == set(want)
+    for key, array in want.items():
+        tolerance = TOLERANCE_OF_TILES[dtype]
+        atol = max(tolerance.of_largest, loss) * np.abs(array).max()
+        np.testing.assert_allclose(got[key].astype(float), array, rtol=tolerance.relative, atol=atol, err_msg=key)
+
+
+# Every product ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kind_of_product(emulated, capability, dtype, name):
+    """In the build that checks each access, on a schedule of its own."""
+    case = CASES[name]
+    arrays, grad_output = make(case, dtype), make_grad_output(case, dtype)
+    with on(capability=capability, check=True, schedule=2 + list(CASES).index(name)):
+        got = both(arrays, grad_output, case.options)
+    assert_near(got, expected(name), dtype)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_tf32_only_when_allowed(emulated, capability):
+    case = CASES["wide"]
+    arrays, grad_output = make(case, "float32"), make_grad_output(case, "float32")
+    with on(capability=capability, check=True):
+        fine = both(arrays, grad_output, case.options)
+        coarse = both(arrays, grad_output, case.options, allow_tf32=True)
+    assert_near(fine, expected("wide"), "float32")
+    assert_near(coarse, expected("wide"), "float32", loss=2**-10)
+    for key in ("output", "weight"):  # products of samples, which have more digits than tf32 keeps
+        error = np.abs(coarse[key] - expected("wide")[key]).max() / np.abs(expected("wide")[key]).max()
+        assert error > 2**-15 if capability != "75" else error < 1e-6, f"{key}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_tf32_changes_nothing_for_other_dtypes(emulated, dtype):
+    if dtype == "float32":
+        return
+    case = CASES["narrow"]
+    arrays, grad_output = make(case, dtype), make_grad_output(case, dtype)
+    with on(capability="90"):
+        plain = both(arrays, grad_output, case.options, deterministic=True)
+        allowed = both(arrays, grad_output, case.options, deterministic=True, allow_tf32=True)
+    for key in plain:
+        assert_same_bits(allowed[key], plain[key], key)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_conv2d(emulated, capability, dtype):
+    """Without offsets; its gradient of the input needs no atomics: the same bits on every schedule."""
+    case = Case(2, 48, 6, 7, 70, (3, 2), (2, 1), ((1, 1), (0, 1)), (1, 2), groups=2)
+    arrays, grad_output = make(case, dtype), make_grad_output(case, dtype)
+    arrays = {name: arrays[name] for name in ("input", "weight", "bias")}
+    options = {**case.options, "groups": 2}
+    wide = {name: array.astype(float) for name, array in arrays.items()}
+    want = {
+        "output": pydeform.conv2d(**wide, **options),
+        **pydeform.conv2d_backward(grad_output.astype(float), **wide, **options)._asdict(),
+    }
+    results = []
+    for schedule in SCHEDULES:
+        with on(capability=capability, check=schedule == 5, schedule=schedule):
+            output = EMULATED.numpy(pydeform.conv2d(**send(arrays), **options))
+            grads = pydeform.conv2d_backward(EMULATED.array(grad_output), **send(arrays), **options)
+        results.append({"output": output} | {n: EMULATED.numpy(grad) for n, grad in grads._asdict().items()})
+    assert_near(results[0], want, dtype)
+    for other in results[1:]:
+        for key in want:
+            assert_same_bits(other[key], results[0][key], key)
+
+
+# Order ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processors", [1, 40])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_same_bits_on_every_schedule(emulated, dtype, processors):
+    """Forward always, backward where asked; 40 processors cut the sums of these few tiles into slices."""
+    case = CASES["wide"]
+    arrays, grad_output = make(case, dtype), make_grad_output(case, dtype)
+    results = []
+    for schedule in SCHEDULES:
+        with on(schedule=schedule, processors=processors):
+            results.append(both(arrays, grad_output, case.options, deterministic=True))
+    assert_near(results[0], expected("wide"), dtype)
+    for other in results[1:]:
+        for key in other:
+            assert_same_bits(other[key], results[0][key], key)
+
+
+def test_only_the_gradient_of_the_input_depends_on_the_schedule(emulated):
+    case = CASES["narrow"]
+    rng = np.random.default_rng(0)
+    arrays = {n: None if a is None else rng.normal(0, 1, a.shape).astype("float32") for n, a in make(case).items()}
+    grad_output = rng.normal(0, 1, make_grad_output(case).shape).astype("float32")
+    results = []
+    for schedule in SCHEDULES:
+        with on(schedule=schedule):
+            results.append(both(arrays, grad_output, case.options))
+    different = {key for other in results[1:] for key in other if other[key].tobytes() != results[0][key].tobytes()}
+    assert different == {"input"}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_slices_in_the_checked_build(emulated, capability):
+    case = CASES["wide"]
+    arrays, grad_output = make(case, "float16"), make_grad_output(case, "float16")
+    with on(capability=capability, processors=64, check=True):
+        got = both(arrays, grad_output, case.options)
+    assert_near(got, expected("wide"), "float16")
+
+
+# How a problem is cut up ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_images_at_a_time(emulated, monkeypatch, dtype, deterministic):
+    """With room for the copies of one image only."""
+    from pydeform.cuda import _conv_forward
+
+    case = CASES["wide"]._replace(batch=3)
+    arrays, grad_output = make(case, dtype), make_grad_output(case, dtype)
+    with on():
+        whole = both(arrays, grad_output, case.options, deterministic=True)
+        monkeypatch.setattr(_conv_forward, "COPIES", 1)
+        got = both(arrays, grad_output, case.options, deterministic=deterministic)
+    assert_same_bits(got["output"], whole["output"])
+    assert_near(got, {key: array.astype(float) for key, array in whole.items()}, dtype)
+
+
+@pytest.mark.parametrize("workspace", [1, 40_000])
+def test_the_workspace_of_a_deterministic_backward_is_bounded(emulated, monkeypatch, workspace):
+    """Columns of a pixel and a tap at a time at least; the numbers stay."""
+    from pydeform.cuda import _conv_backward
+
+    case = CASES["narrow"]
+    arrays, grad_output = make(case), make_grad_output(case)
+    with on(check=True):
+        monkeypatch.setattr(_conv_backward, "WORKSPACE", workspace)
+        got = both(arrays, grad_output, case.options, deterministic=True)
+    assert_near(got, expected("narrow"), "float64")
+
+
+def test_memory(emulated, monkeypatch):
+    """Beyond copies and results: sums of the input's gradient, the packed weight, and bounded workspaces."""
+    import cupy
+
+    from pydeform.cuda import _conv_backward
+
+    taken: list[int] = []
+    for name in ("empty", "zeros", "empty_like"):
+        make_array = getattr(cupy, name)
+
+        def record(*args: Any, make_array: Any = make_array, **kwargs: Any) -> Any:
+            array = make_array(*args, **kwargs)
+            taken.append(array.nbytes)
+            return array
+
+        monkeypatch.setattr(cupy, name, record)
+    case = Case(2, 32, 24, 23, 16, (3, 3), padding=((1, 1), (1, 1)))
+    columns = 2 * 32 * 9 * 24 * 23 * 4
+    packed = 64 * 32 * 9 * 4 * 2  # the 16 outputs fill a quarter of a tile; values are split in two
+    monkeypatch.setattr(_conv_backward, "WORKSPACE", 1 << 16)
+    arrays, grad_output = make(case, "float32"), make_grad_output(case, "float32")
+    with on(processors=64):
+        both(arrays, grad_output, case.options, deterministic=True)
+    assert max(taken) <= max(1 << 16, packed, arrays["input"].nbytes + 128) < columns / 8, max(taken)
+
+
+@pytest.mark.parametrize(("dtype", "capability"), [("float64", "75"), ("float32", "80"), ("float16", "90")])
+def test_long_indices(emulated, monkeypatch, dtype, capability):
+    """What arrays of more than 2^31 elements would use gives the same bits."""
+    from pydeform.cuda import _conv_backward, _conv_common, _conv_forward
+
+    arrays = {name: make(CASES[name], dtype) for name in CASES}
+    with on(capability=capability, check=True):
+        short, long = [], []
+        for results, limit in ((short, _conv_common.INT32_ELEMENTS), (long, 0)):
+            monkeypatch.setattr(_conv_common, "INT32_ELEMENTS", limit)
+            for cache in (_conv_forward.tiles_of, _conv_forward._turn, _conv_backward.plan_of):
+                cache.cache_clear()
+            for name in ("narrow", "wide"):
+                case = CASES[name]
+                grad_output = make_grad_output(case, dtype)
+                results.append(both(arrays[name], grad_output, case.options, deterministic=True))
+    for cache in (_conv_forward.tiles_of, _conv_forward._turn, _conv_backward.plan_of):
+        cache.cache_clear()
+    for a, b in zip(short, long, strict=True):
+        for key in a:
+            assert_same_bits(b[key], a[key], key)
+
+
+def test_index_type_follows_the_largest_array():
+    """On paper: 46,341 x 46,341 pixels are the first square image with more than an int can count."""
+    from pydeform.cuda._conv_common import index_type
+
+    assert index_type(10, 2**30) == "int"
+    assert index_type(10, 46_341**2) == "long long"
+
+
+@pytest.mark.parametrize("channels", [7, 8])
+def test_both_sides_of_few_channels(emulated, channels):
+    """With fewer than 8 channels in a group no tile is launched, with 8 tiles only."""
+    from tests.cuda_emulation.launch import Function
+
+    launched: set[str] = set()
+    call = Function.__call__
+
+    def record(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launched.add(self.name.partition("<")[0])
+        return call(self, *args, **kwargs)
+
+    case = Case(1, 2 * channels, 5, 4, 6, (2, 2), groups=2)
+    arrays, grad_output = make(case), make_grad_output(case)
+    with on(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Function, "__call__", record)
+        got = both(arrays, grad_output, case.options)
+    want = {
+        "output": pydeform.deform_conv2d(**arrays, **case.options),
+        **pydeform.deform_conv2d_backward(grad_output, **arrays, **case.options)._asdict(),
+    }
+    assert_near(got, want, "float64")
+    direct = {"forward_direct", "backward_data_direct", "weight_direct"}
+    tiles = {"forward", "backward_data", "backward_weight"}
+    assert launched & (direct | tiles) == (direct if channels < 8 else tiles)
+
+
+# Memory traffic ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_shared_memory_without_bank_conflicts(emulated, capability):
+    """ldmatrix and the stores of samples reach all banks; corners are read whole lines at a time."""
+    case = Case(1, 64, 8, 16, 64, (1, 1))
+    arrays = make(case, "float16")
+    with on(capability=capability, profile=True, check=True) as run:
+        forward(arrays, case.options)
+    counters = run.counters()
+    product = [
+        (key, count) for key, count in counters.items() if key[2] == "shared" and key[0].startswith("product.cuh")
+    ]
+    assert product
+    for key, count in product:
+        assert count.wavefronts <= 1.05 * count.least_wavefronts, f"{key}: {count}"
+
+
+# Devices, threads ----------------------------------------------------------------------------------------
+
+
+def test_old_devices_are_refused(emulated):
+    arrays = make(CASES["narrow"])
+    from tests.cuda_emulation import streams
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(streams.SHARED_KIB, "70", 96)
+        with on(capability="70"), pytest.raises(RuntimeError, match=r"compute capability 7\.5 or newer, got 7\.0"):
+            forward(arrays, CASES["narrow"].options)
+
+
+def test_threads(emulated):
+    """Several Python threads at once, on problems of their own."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def solve(name: str) -> dict[str, Any]:
+        case = CASES[name]
+        return both(make(case, "float32"), make_grad_output(case, "float32"), case.options)
+
+    with on(), ThreadPoolExecutor(8) as pool:
+        names = list(CASES) * 2
+        for name, got in zip(names, pool.map(solve, names), strict=True):
+            assert_near(got, expected(name), "float32")
+
+
+def test_devices(emulated):
+    """Work is done on the device that holds the arrays, whichever is current."""
+    import cupy
+
+    case = CASES["narrow"]
+    with on(devices=2):
+        with cupy.cuda.Device(1):
+            arrays, grad_output = send(make(case)), cupy.asarray(make_grad_output(case))
+        output = pydeform.deform_conv2d(**arrays, **case.options)
+        grads = pydeform.deform_conv2d_backward(grad_output, **arrays, **case.options)
+        assert cupy.cuda.Device().id == 0
+        assert {array.device.id for array in (output, *grads)} == {1}

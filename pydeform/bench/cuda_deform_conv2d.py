@@ -68,8 +68,8 @@ def copied(p: Problem) -> Problem:
 
 
 def copies(p: Problem, cache: int) -> list[Problem]:
-    """So many that their inputs exceed the cache twice."""
-    size = sum(array.nbytes for array in p[1:] if array is not None)
+    """So many that the forward's inputs exceed the cache twice."""
+    size = sum(array.nbytes for array in (getattr(p, name) for name in NAMES) if array is not None)
     return [p, *(copied(p) for _ in range(min(MOST_COPIES, math.ceil(2 * cache / size)) - 1))]
 
 

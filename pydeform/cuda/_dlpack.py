@@ -63,10 +63,15 @@ def on_stream(device: int, pointer: int, alone: bool = False) -> Iterator[None]:
         with cupy.cuda.Stream.from_external(ForeignStream(pointer)) as stream:
             both = not alone and before.ptr != pointer
             if both:
-                stream.wait_event(before.record())
+                stream.wait_event(_mark(before))
             yield
             if both:
-                before.wait_event(stream.record())
+                before.wait_event(_mark(stream))
+
+
+def _mark(stream: Any) -> Any:
+    """An event behind all that is queued on the stream."""
+    return stream.record(cupy.cuda.Event(disable_timing=True))
 
 
 class Held:
@@ -78,7 +83,7 @@ class Held:
 
     def hold(self, arrays: list[Any]) -> None:
         with arrays[0].device:
-            event = cupy.cuda.get_current_stream().record(cupy.cuda.Event(disable_timing=True))
+            event = _mark(cupy.cuda.get_current_stream())
         with self._lock:
             self._arrays.append((event, arrays))
             while self._arrays and self._arrays[0][0].done:

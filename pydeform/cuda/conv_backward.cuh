@@ -24,7 +24,7 @@ template <int E> PYDEFORM_DEVICE void add_anywhere(double* p, const double (&v)[
 // grad_offset and grad_mask. The input's gradient is added to by atomics; or, STORE, the column gradient is written to
 // `sums` as columns[tap - tap0][pixel - first][channel] for conv_gather.cuh, without any.
 template <class P, class I, bool STORE>
-__global__ void __launch_bounds__(P::THREADS)
+__global__ void __launch_bounds__(P::THREADS, 1)
     backward_data(const typename P::T* __restrict__ gradient, const typename P::T* __restrict__ image,
                   const typename P::T* __restrict__ offset, const typename P::T* __restrict__ mask,
                   const typename P::T* __restrict__ weight, typename P::T* __restrict__ grad_offset,
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(P::THREADS)
 // Owner: a block has BM outputs of a group x BN input channels of it at one tap, over slice blockIdx.y of the pixels.
 // Writes partial[slice][tap][output][channel]; `add`: adds to what is there. No atomics.
 template <class P, class I, int READS>
-__global__ void __launch_bounds__(P::THREADS)
+__global__ void __launch_bounds__(P::THREADS, 1)
     backward_weight(const typename P::T* __restrict__ gradient, const typename P::T* __restrict__ image,
                     const typename P::T* __restrict__ offset, const typename P::T* __restrict__ mask,
                     typename P::Acc* __restrict__ partial, Geometry g, Channels c, int padded_outputs, int tiles_o, int slots, int add) {

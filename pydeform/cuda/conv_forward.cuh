@@ -107,7 +107,7 @@ PYDEFORM_DEVICE void load_corners(uint4 (&corner)[CORNERS], const T* __restrict_
 // Reads the channels-last image and the packed weight; writes its part of output, or of the partial sums.
 // No atomics: the same bits on each run.
 template <class P, class I, int READS>
-__global__ void __launch_bounds__(P::THREADS)
+__global__ void __launch_bounds__(P::THREADS, 1)
     forward(const typename P::T* __restrict__ image, const typename P::T* __restrict__ offset, const typename P::T* __restrict__ mask,
             const typename P::T* __restrict__ weight, const typename P::T* __restrict__ bias, typename P::T* __restrict__ output,
             typename P::Acc* __restrict__ partial, Geometry g, Channels c, int tiles_n, int slots) {

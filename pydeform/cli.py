@@ -141,11 +141,15 @@ def warmup(options: argparse.Namespace) -> int:
     from pydeform._progress import progress
 
     start = time.perf_counter()
-    backends = _selfcheck.backends()
-    jobs = [(operator, dtype) for operator in _selfcheck.operators() for dtype in WARMUP_DTYPES]
-    for operator, dtype in progress(jobs, "warmup", " ".join):
-        for backend in backends:
-            _selfcheck.run(operator, _selfcheck.problem(operator), backend, _selfcheck.DTYPES[dtype])
+    jobs = [
+        (operator, backend, dtype)
+        for backend in _selfcheck.backends()
+        for operator in _selfcheck.operators()
+        for dtype in (WARMUP_DTYPES if backend.name == "cpu" else _selfcheck.DTYPES)
+    ]
+    for operator, backend, dtype in progress(jobs, "warmup", lambda job: f"{job[0]} {job[1].name} {job[2]}"):
+        for channels in _selfcheck.CHANNELS:
+            _selfcheck.run(operator, _selfcheck.problem(operator, channels), backend, _selfcheck.DTYPES[dtype])
     print(f"{len(jobs)} kernels ready in {time.perf_counter() - start:.1f} s; cache: {cache()}")
     return 0
 

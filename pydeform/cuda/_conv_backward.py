@@ -58,6 +58,7 @@ def backward(
     allow_tf32: bool,
 ) -> Grads:
     grad_output, input, offset, weight, bias, mask = contiguous(grad_output, input, offset, weight, bias, mask)
+    _conv_common.check_size(f"{operator}_backward", g)
     with input.device:
         if g.batch and _conv_common.is_direct(g):
             return _conv_direct.backward(

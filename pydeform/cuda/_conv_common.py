@@ -125,6 +125,16 @@ def weight_product(dtype: str, capability: int, group_outputs: int, allow_tf32: 
     return Product("TurnedMma", dtype, 256, 64, 64, 32)
 
 
+def check_size(op: str, g: Conv2dGeometry) -> None:
+    """Pixels of one image are counted in an int, those of all images in whatever they need."""
+    for what, height, width in (("input", g.in_h, g.in_w), ("output", g.out_h, g.out_w)):
+        if height * width > INT32_ELEMENTS:
+            raise ValueError(
+                f"{op}: an image of the {what} must have at most {INT32_ELEMENTS} pixels on CUDA, "
+                f"got {height} x {width} = {height * width}"
+            )
+
+
 def is_direct(g: Conv2dGeometry) -> bool:
     return g.in_channels // g.groups < DIRECT_CHANNELS
 

@@ -157,7 +157,7 @@ class _Data(NamedTuple):
         types = f"{C_TYPES[self.input.dtype.name]}, {index}"
         _launch(
             self.operator,
-            f"backward_data_direct<{types}, true, {'true' if store else 'false'}>",
+            f"backward_data_direct<{types}, {'true' if store else 'false'}>",
             g.offset_groups * some * count,
             (
                 *(self.grad_output, self.input, self.offset, self.weight, self.mask),

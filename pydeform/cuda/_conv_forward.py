@@ -33,6 +33,7 @@ def forward(
     operator: str, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, *, allow_tf32: bool
 ) -> Any:
     input, offset, weight, bias, mask = contiguous(input, offset, weight, bias, mask)
+    _conv_common.check_size(operator, g)
     with input.device:
         output = cupy.empty((g.batch, g.out_channels, g.out_h, g.out_w), input.dtype)
         if g.batch == 0:

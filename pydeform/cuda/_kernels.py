@@ -92,7 +92,7 @@ def _helpers(dtype: str, c: str, deformed: bool) -> Iterator[tuple[str, tuple[st
     names += [f"forward_direct<{c}, int, {flag}>", f"weight_direct<{c}, int, {flag}>"]
     if deformed:
         names += [f"pack_weight_columns<{c}, int>"]
-        names += [f"backward_data_direct<{c}, int, true, {store}>" for store in ("false", "true")]
+        names += [f"backward_data_direct<{c}, int, {store}>" for store in ("false", "true")]
         names += [f"{name}<{c}, int>" for name in ("count_samples", "fill_bins", "gather_bins")]
         names += ["sort_bins<int>"]
     else:

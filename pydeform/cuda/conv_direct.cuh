@@ -79,27 +79,26 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
 // neighbouring p side by side. Reads grad_output and weight of the groups of og's channels. Writes its grad_offset
 // pair and grad_mask. STORE: writes its column gradients, without mask, into columns (taps, count, C) for
 // conv_gather.cuh; else adds its parts to accumulator (N, C, H, W), in no order. A result that is null is not wanted.
-template <class T, class I, bool DEFORMED, bool STORE>
+template <class T, class I, bool STORE>
 __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
     backward_data_direct(const T* __restrict__ grad_output, const T* __restrict__ input, const T* __restrict__ offset,
                          const T* __restrict__ weight, const T* __restrict__ mask, T* __restrict__ grad_offset,
                          T* __restrict__ grad_mask, Compute<T>* __restrict__ accumulator,
                          Compute<T>* __restrict__ columns, Geometry g, I first, I count, int tap0, int taps) {
   using A = Compute<T>;
-  constexpr int CORNERS = DEFORMED ? 4 : 1;
   const I i = (I)blockIdx.x * DIRECT_THREADS + threadIdx.x;
   if (i >= count * taps * g.offset_groups) return;
   const int part = (int)(i / count), og = part / taps, tap = tap0 + part % taps;
   const I n = i - part * count;
   const OutputPixel pixel(first + n, g);
   A m, w[4], dots[4] = {};
-  const Sample<A> s = direct_sample<T, I, DEFORMED>(Offsets<T, I>{offset, mask}, pixel, og, tap, m, g);
+  const Sample<A> s = direct_sample<T, I, true>(Offsets<T, I>{offset, mask}, pixel, og, tap, m, g);
   corner_weights(w, s.y, s.x, m);
   const I out_pixels = (I)g.out_h * g.out_w, in_pixels = (I)g.in_h * g.in_w;
   const int all_taps = g.kernel_h * g.kernel_w;
   const int per_group = g.in_channels / g.groups, outputs = g.out_channels / g.groups;
   const int per_offset = g.in_channels / g.offset_groups;
-  const bool need_dots = DEFORMED && (grad_offset || grad_mask);
+  const bool need_dots = grad_offset || grad_mask;
   for (int c = og * per_offset; c < (og + 1) * per_offset; c++) {
     const int group = c / per_group;
     const T* factor = weight + ((I)group * outputs * per_group + (c - group * per_group)) * all_taps + tap;
@@ -111,13 +110,13 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
     const I image = ((I)pixel.b * g.in_channels + c) * in_pixels;
     if (need_dots) {
 #pragma unroll
-      for (int j = 0; j < CORNERS; j++) dots[j] += column * direct_pixel(input + image, s.corner[j]);
+      for (int j = 0; j < 4; j++) dots[j] += column * direct_pixel(input + image, s.corner[j]);
     }
     if constexpr (STORE) {
       if (columns) columns[((tap - tap0) * count + n) * g.in_channels + c] = column;
     } else if (accumulator) {
 #pragma unroll
-      for (int j = 0; j < CORNERS; j++)
+      for (int j = 0; j < 4; j++)
         if (s.corner[j] >= 0) atomicAdd(accumulator + image + s.corner[j], w[j] * column);
     }
   }

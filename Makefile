@@ -1,16 +1,17 @@
 # make demo    watch a deformable network learn on real data
 # make test    lint, types, tests
 # make bench   time every operator against the peers that are installed
+# make gpu     on a machine with a GPU: tests, sanitizers, benchmarks; installs nothing, takes PYTHON as it is
 # make clean   remove the environment and whatever was built
 #
-# Each makes .venv when it is missing and installs into it only when setup.cfg or pyproject.toml changed.
+# Each but gpu makes .venv when it is missing and installs into it only when setup.cfg or pyproject.toml changed.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -24,6 +25,10 @@ test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_deform_conv2d.py
+
+# The CuPy that fits the driver, and the PyTorch to compare with, are the machine's.
+gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -287,6 +287,19 @@ def test_index_type_follows_the_largest_array():
     assert index_type(10, 46_341**2) == "long long"
 
 
+def test_images_that_an_int_cannot_count_are_refused(emulated, monkeypatch):
+    from pydeform.cuda import _conv_common
+
+    monkeypatch.setattr(_conv_common, "MOST_PIXELS", 34)
+    case = CASES["narrow"]
+    assert case.in_h * case.in_w == 35
+    arrays, grad_output = make(case), make_grad_output(case)
+    with on(), pytest.raises(ValueError, match=r"^deform_conv2d: an image of the input must have at most 34 pixels"):
+        forward(arrays, case.options)
+    with on(), pytest.raises(ValueError, match=r"^deform_conv2d_backward: an image of the input .* got 5 x 7 = 35$"):
+        backward(grad_output, arrays, case.options)
+
+
 @pytest.mark.parametrize("channels", [7, 8])
 def test_both_sides_of_few_channels(emulated, channels):
     """With fewer than 8 channels in a group no tile is launched, with 8 tiles only."""

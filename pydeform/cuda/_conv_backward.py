@@ -14,7 +14,6 @@ from pydeform.cuda._conv_common import (
     C_TYPES,
     DEFORMED,
     PLAIN,
-    TURNED_DEPTH,
     WORKSPACE,
     ceil_div,
     compute_dtype,
@@ -39,7 +38,7 @@ from pydeform.cuda._launch import Device, Launch, device
 
 Grads = tuple[Any, Any, Any, Any, Any]
 NAMES = ("input", "offset", "weight", "bias", "mask")
-SHORTEST_SLICE = 16  # steps of the weight's gradient
+SHORTEST_SLICE = 8  # steps of the weight's gradient
 BLOCKS = 2  # of the weight's gradient for each multiprocessor
 
 
@@ -169,7 +168,7 @@ class Plan:
         """Bytes: two stages of tiles, and the taps of three steps."""
         corners = 4 if self.operator == "deform_conv2d" else 1
         tap = corner_bytes(self.dtype, index, corners, corners)
-        return 2 * self.weight_product.turned_stage_bytes + 3 * slots * TURNED_DEPTH * tap
+        return 2 * self.weight_product.turned_stage_bytes + 3 * slots * self.weight_product.turned_depth * tap
 
     def _shared(self, slots: int) -> int:
         return max(self._shared_data(slots, "long long"), self._shared_weight(slots, "long long"))
@@ -238,7 +237,7 @@ class Plan:
     @functools.cached_property
     def slices(self) -> int:
         """Ranges of pixels with a sum each."""
-        steps = ceil_div(self.everything, TURNED_DEPTH)
+        steps = ceil_div(self.everything, self.weight_product.turned_depth)
         most = WORKSPACE // (taps(self.g) * self.g.out_channels * self.width * self.sums.itemsize)
         wanted = _conv_common.slices(self._weight_tiles, steps, BLOCKS * self.on.processors, SHORTEST_SLICE)
         return max(1, min(wanted, most))

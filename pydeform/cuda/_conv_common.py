@@ -16,11 +16,13 @@ ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 PLAIN, DEFORMED, ADJOINT = 0, 1, 2  # where a tap reads, as in conv_forward.cuh
 DIRECT_CHANNELS = 8  # with fewer channels in a group a tile would be mostly zeros: conv_direct.cuh
-TURNED_DEPTH = 32  # pixels in a tile of the weight's gradient
 COPIES = 256 << 20  # bytes of channels-last copies at a time, of one image at least
 WORKSPACE = 64 << 20  # bytes for partial weight gradients, and for the columns of a deterministic input gradient
 SLOTS = (8, 4, 2, 1)  # most offset groups along the depth of a tile, as shared memory allows
 INT32_ELEMENTS = 2**31 - 2**16  # what threads past the end of an array add stays within an int
+
+
+MOST_PIXELS = 2**31 - 1  # of one image: corners are counted in an int
 
 
 class Channels(NamedTuple):
@@ -80,8 +82,13 @@ class Product(NamedTuple):
         return self.parts * (self.rows + self.columns) * self.row_bytes
 
     @property
+    def turned_depth(self) -> int:
+        """Pixels in a tile of the weight's gradient."""
+        return 64 if ITEMSIZE[self.dtype] == 2 else 32
+
+    @property
     def turned_stage_bytes(self) -> int:
-        return TURNED_DEPTH * (self.rows + self.columns) * ITEMSIZE[self.dtype]
+        return self.turned_depth * (self.rows + self.columns) * ITEMSIZE[self.dtype]
 
 
 def forward_product(dtype: str, capability: int, group_outputs: int, allow_tf32: bool) -> Product:
@@ -128,9 +135,9 @@ def weight_product(dtype: str, capability: int, group_outputs: int, allow_tf32: 
 def check_size(op: str, g: Conv2dGeometry) -> None:
     """Pixels of one image are counted in an int, those of all images in whatever they need."""
     for what, height, width in (("input", g.in_h, g.in_w), ("output", g.out_h, g.out_w)):
-        if height * width > INT32_ELEMENTS:
+        if height * width > MOST_PIXELS:
             raise ValueError(
-                f"{op}: an image of the {what} must have at most {INT32_ELEMENTS} pixels on CUDA, "
+                f"{op}: an image of the {what} must have at most {MOST_PIXELS} pixels on CUDA, "
                 f"got {height} x {width} = {height * width}"
             )
 

@@ -102,7 +102,5 @@ def _helpers(dtype: str, c: str, deformed: bool) -> Iterator[tuple[str, tuple[st
 
 
 def _budget(product: Product) -> int:
-    """Two blocks of 256 threads side by side for narrow tiles of 16-bit types, all registers for wide ones."""
-    if product.dtype in ("float16", "bfloat16") and product.columns <= 64 and product.kind in ("Mma", "TurnedMma"):
-        return 168
-    return 255
+    """Narrow tiles of 16-bit types leave room for a third block of 128 threads, or for half of a second of 256."""
+    return 168 if product.dtype in ("float16", "bfloat16") and (product.kind, product.columns) == ("Mma", 64) else 255

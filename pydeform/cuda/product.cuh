@@ -150,7 +150,7 @@ template <class T, int BM, int BN, int WM, int WN> struct Fma : Tiling<T, BM, BN
 template <class T_, int BM_, int BN_, int WM_, int WN_> struct TurnedTiling {
   using T = T_;
   using Acc = Compute<T>;
-  static constexpr int BM = BM_, BN = BN_, WM = WM_, WN = WN_, DEPTH = 32;
+  static constexpr int BM = BM_, BN = BN_, WM = WM_, WN = WN_, DEPTH = sizeof(T) == 2 ? 64 : 32;
   static constexpr int THREADS = BM / WM * (BN / WN) * 32, MI = WM / 16, NJ = WN / 8, E = 16 / sizeof(T);
   static PYDEFORM_DEVICE int row() { return (int)threadIdx.x / 32 % (BM / WM) * WM; }
   static PYDEFORM_DEVICE int column() { return (int)threadIdx.x / 32 / (BM / WM) * WN; }

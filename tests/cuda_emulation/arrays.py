@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import operator
 import sys
 from collections.abc import Callable
@@ -30,6 +31,24 @@ def refuse_synchronisation(what: str) -> None:
         raise RuntimeError(f"{what} waits for the device, inside an operator: {place}")
 
 
+@functools.cache
+def _runtime() -> Any:
+    library = build.load(build.runtime())
+    library.emulation_new_cells.restype, library.emulation_new_cells.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    library.emulation_free_cells.argtypes = (ctypes.c_void_p,)
+    library.emulation_mark_initialised.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
+    return library
+
+
+def _bounds(host: np.ndarray) -> tuple[int, int]:
+    """From which address to which the array's elements lie."""
+    low = high = host.ctypes.data
+    for size, stride in zip(host.shape, host.strides, strict=True):
+        low += min(0, (size - 1) * stride)
+        high += max(0, (size - 1) * stride)
+    return (low, high + host.itemsize) if host.size else (low, low)
+
+
 class Memory:
     """One allocation: guards on both sides, and for the check build which bytes were written."""
 
@@ -49,7 +68,7 @@ class Memory:
     def foreign(cls, host: np.ndarray) -> Memory:
         """Memory of another library, that has no guards and counts as written."""
         self = cls.__new__(cls)
-        low, high = np.lib.array_utils.byte_bounds(host)
+        low, high = _bounds(host)
         self._raw = self.bytes = host
         self.pointer, self.nbytes = low, high - low
         self.guarded, self.freed = False, False
@@ -63,16 +82,13 @@ class Memory:
             else:
                 self._written.append((pointer - self.pointer, nbytes))
         else:
-            build.load(build.runtime()).emulation_mark_initialised(
-                ctypes.c_void_p(self._cells), ctypes.c_size_t(pointer - self.pointer), ctypes.c_size_t(nbytes)
-            )
+            _runtime().emulation_mark_initialised(self._cells, pointer - self.pointer, nbytes)
 
     def cells(self) -> int:
         """What the checker keeps for each two bytes, from the first checked launch on."""
         if self._cells is None:
-            new = build.load(build.runtime()).emulation_new_cells
-            new.restype, new.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
-            self._cells = new(self.nbytes)
+            self._cells = _runtime().emulation_new_cells(self.nbytes)
+            self._release = _runtime().emulation_free_cells
             for offset, nbytes in self._written:
                 self.mark_written(self.pointer + offset, nbytes)
             self._written = []
@@ -84,7 +100,7 @@ class Memory:
 
     def __del__(self) -> None:
         if getattr(self, "_cells", None) is not None:
-            build.load(build.runtime()).emulation_free_cells(ctypes.c_void_p(self._cells))
+            self._release(self._cells)
 
 
 class MemoryPointer(NamedTuple):
@@ -117,7 +133,7 @@ class ndarray:
         return self._host
 
     def _written(self) -> None:
-        low, high = np.lib.array_utils.byte_bounds(self._host)
+        low, high = _bounds(self._host)
         if self._host.size:
             self._memory.mark_written(low, high - low)
 
@@ -176,20 +192,25 @@ class ndarray:
         return operator.index(self._alive())
 
     # ---- what the device does
+    def _place(self, index: Any) -> np.ndarray | None:
+        """The host's view of the elements that a basic index names, or None for arrays of indices."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(part, ndarray | np.ndarray | list) for part in parts):
+            return None
+        # With an ellipsis NumPy returns a view of a single element too, not its value.
+        found: np.ndarray = self._alive()[parts if Ellipsis in parts else (*parts, ...)]
+        return found
+
     def __getitem__(self, index: Any) -> ndarray:
-        taken = self._alive()[_host_index(index)]
-        if isinstance(taken, np.ndarray) and taken.base is not None:
-            return self._view(taken)
-        if isinstance(taken, np.ndarray) and taken.ndim:
-            return _new(taken)  # an index array copies
-        return self._view(self._host[(*(index if isinstance(index, tuple) else (index,)), ...)])
+        place = self._place(index)
+        return _new(self._host[_host_index(index)]) if place is None else self._view(place)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(value, np.ndarray) and value.ndim:
             raise TypeError(f"Unsupported type {type(value)}")
         self._alive()[_host_index(index)] = value._alive() if isinstance(value, ndarray) else value
-        place = self._host[_host_index(index)]
-        self._view(place if isinstance(place, np.ndarray) and np.may_share_memory(place, self._host) else self._host)._written()
+        place = self._place(index)
+        (self if place is None else self._view(place))._written()
 
     def fill(self, value: Any) -> None:
         self[...] = value
@@ -197,14 +218,14 @@ class ndarray:
     def copy(self, order: str = "C") -> ndarray:
         return _new(self._alive(), order)
 
-    def astype(self, dtype: Any, order: str = "K", copy: bool = True) -> ndarray:
+    def astype(self, dtype: Any, order: Any = "K", copy: bool = True) -> ndarray:
         if not copy and self.dtype == dtype:
             return self
         return _new(self._alive().astype(dtype, order=order))
 
-    def reshape(self, *shape: Any, order: str = "C") -> ndarray:
+    def reshape(self, *shape: Any, order: Any = "C") -> ndarray:
         reshaped = self._alive().reshape(*shape, order=order)
-        return self._view(reshaped) if np.may_share_memory(reshaped, self._host) or not self.size else _new(reshaped)
+        return self._view(reshaped) if np.may_share_memory(reshaped, self._host) else _new(reshaped)
 
     def ravel(self) -> ndarray:
         return self.reshape(-1)
@@ -231,7 +252,9 @@ class ndarray:
         self._alive()[...] = host
         self._written()
 
-    def __dlpack__(self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: Any = None) -> Any:
+    def __dlpack__(
+        self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: Any = None
+    ) -> Any:
         return dlpack.to_capsule(self._alive(), self.device.id, max_version)
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -367,10 +390,15 @@ def shares_memory(a: ndarray, b: ndarray) -> bool:
 
 def from_dlpack(producer: Any) -> ndarray:
     """As CuPy's: on the producer's device, ordered after its work by the current stream, without a copy."""
-    if isinstance(producer, ndarray):
-        return producer._view(producer._alive())
     kind, number = producer.__dlpack_device__()
+    if kind == dlpack.CPU:
+        raise TypeError(
+            "CPU arrays cannot be directly imported to CuPy. Use `cupy.array(numpy.from_dlpack(input))` instead."
+        )
+    if kind not in (dlpack.CUDA, dlpack.CUDA_MANAGED):
+        raise TypeError(f"Unsupported array type: {kind}")
     with streams.Device(number):
         stream = streams.get_current_stream().ptr
-        host = dlpack.to_host(producer, kind, stream or 1)  # 1 is the protocol's name for the default stream
-        return ndarray((), memory=Memory.foreign(host), host=host)
+        host = dlpack.to_host(producer, stream or 1)  # 1 is the protocol's name for the default stream
+        memory = producer._memory if isinstance(producer, ndarray) else Memory.foreign(host)
+        return ndarray((), memory=memory, host=host)

@@ -13,9 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-RUNTIME_SOURCES = ("runtime.cpp", "checker.cpp", "tensor_cores.cpp")
+RUNTIME_SOURCES = ("runtime.cpp", "fibers.cpp", "checker.cpp", "counters.cpp", "tensor_cores.cpp")
 HEADERS = ("emulation.h", "primitives_emulated.h", "runtime.h")
-COMMON = ("-fPIC", "-g1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique", "-fno-exceptions")
+# DWARF 4: in version 5, g++ 12 mixes up the file of #line with the file that it reads.
+COMMON = (
+    "-fPIC",
+    "-g1",
+    "-gdwarf-4",
+    "-w",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-fno-gnu-unique",
+    "-fno-exceptions",
+)
 CHECKED = ("-fsanitize=thread,float-cast-overflow", "--param=tsan-instrument-func-entry-exit=0", "-fno-tree-sra")
 FEATURES = ("avx2", "f16c", "fma")
 # Ends every translation unit: the kernels that Python may launch, and where the library lies in memory.
@@ -24,14 +34,25 @@ ENTRIES = """
 extern "C" {{ extern __attribute__((visibility("hidden"))) char __ehdr_start, _end; }}
 namespace emulation {{
 Entry entries[] = {{{entries}}};
-struct {{ Entry* entries; int count; char *begin, *end; }} module_description = {{entries, {count}, &__ehdr_start, &_end}};
+struct {{ Entry* entries; int count; char *begin, *end; }} description = {{entries, {count}, &__ehdr_start, &_end}};
 }}
-extern "C" void* emulation_module() {{ return &emulation::module_description; }}
+extern "C" void* emulation_module() {{ return &emulation::description; }}
 """
 
 
 class CompileException(Exception):
     """What g++ says about a kernel's source; named like CuPy's."""
+
+
+def inlined(name: str) -> str:
+    """A .cu of this folder with primitives.cuh in the place of its #include, so that it needs no include path."""
+    primitives = (HERE.parents[1] / "pydeform" / "cuda" / "primitives.cuh").read_text(encoding="utf-8")
+    before, found, after = (HERE / name).read_text(encoding="utf-8").partition('#include "primitives.cuh"\n')
+    if not found:
+        raise ValueError(f"{name} does not include primitives.cuh")
+    primitives = primitives.replace("#pragma once\n", "\n")
+    line = before.count("\n") + 2
+    return f'#line 1 "{name}"\n{before}#line 1 "primitives.cuh"\n{primitives}#line {line} "{name}"\n{after}'
 
 
 def cache_folder() -> Path:
@@ -75,10 +96,10 @@ def _compile(arguments: Sequence[str], target: Path) -> None:
 
 @functools.cache
 def runtime() -> Path:
-    """The library that runs kernels."""
+    """The library that runs kernels; -O3, as its matrix products need their loops unrolled."""
     library = cache_folder() / f"runtime_{_runtime_key()}.so"
     if not library.exists():
-        flags = ["-std=c++20", "-O2", *COMMON, *_machine_flags(), "-D__CUDA_ARCH__=900", "-I", str(HERE)]
+        flags = ["-std=c++20", "-O3", *COMMON, *_machine_flags(), "-D__CUDA_ARCH__=900", "-I", str(HERE)]
         _compile([*flags, "-shared", *(str(HERE / name) for name in RUNTIME_SOURCES)], library)
     return library
 

@@ -1,9 +1,7 @@
 // The check build: every access that g++ -fsanitize=thread reports is held against bounds, alignment, initialised bytes
-// and the accesses of other threads. Counts sectors and wavefronts too.
+// and the accesses of other threads.
 #include <cstdio>
 #include <cstdlib>
-#include <map>
-#include <vector>
 
 #include "runtime.h"
 
@@ -24,31 +22,48 @@ constexpr size_t CELL_BYTES = 2;
 namespace {
 Cell arena_cells[ARENA / CELL_BYTES];
 const char* const ACCESS[] = {"read", "write", "atomic", "read-only load"};
+const char UNINITIALISED_SHARED[] = "uninitialised shared memory";
+const char UNINITIALISED_GLOBAL[] = "uninitialised global memory";
+const char RACE[] = "race, no barrier between";
 
 struct Place {  // of an access: for messages
   const char* p;
   size_t bytes;
   int access;
   const void* site;
-  const char *begin, *kind;
-  const char* name;
+  const char *begin, *name;  // of the array
   int argument;
   bool shared;
 };
 
-[[noreturn]] void report(const Place& at, const char* what, const Cell* cell = nullptr, bool reader = false) {
-  char where[128], other[200] = "";
+unsigned relative(const void* site) { return static_cast<unsigned>(static_cast<const char*>(site) - module->begin); }
+const void* place(unsigned site) { return module->begin + site; }
+
+[[noreturn]] void report(const Place& at, const char* what, const char* other = "") {
+  char where[128];
   if (at.shared) snprintf(where, sizeof where, "shared array %s", at.name);
   else snprintf(where, sizeof where, "argument %d", at.argument);
-  if (cell) {
-    unsigned when = reader ? cell->read_epoch : cell->write_epoch;
-    const char* others = when < block_epoch ? "another block" : "this block";
-    unsigned site = reader ? cell->read_site : cell->write_site;
-    snprintf(other, sizeof other, "; the other access: %s by thread %d of %s at {%p}", reader ? "read" : "write",
-             (reader ? cell->read_thread : cell->write_thread) & THREAD, others, static_cast<void*>(module->begin + site));
-  }
-  fail("%s: %s of %zu bytes at byte %td of %s, at {%p}%s", what, ACCESS[at.access], at.bytes, at.p - at.begin, where, at.site,
-       other);
+  fail("%s: %s of %zu bytes at byte %td of %s, at {%p}%s", what, ACCESS[at.access], at.bytes, at.p - at.begin, where,
+       at.site, other);
+}
+
+[[noreturn]] void report_after_write(const Place& at, const char* what, const Cell& c) {
+  char other[160];
+  snprintf(other, sizeof other, "; the other access: write by thread %d of %s at {%p}", c.write_thread & THREAD,
+           c.write_epoch < block_epoch ? "another block" : "this block", place(c.write_site));
+  report(at, what, other);
+}
+
+// Only the last reader is known by its number; `others` says who else must have read.
+[[noreturn]] void report_after_read(const Place& at, const Cell& c, const char* others) {
+  char other[160];
+  if (others)
+    snprintf(other, sizeof other, "; the other access: read by a thread of %s, like that at {%p}", others,
+             place(c.read_site));
+  else
+    snprintf(other, sizeof other, "; the other access: read by thread %d of %s at {%p}", c.read_thread & THREAD,
+             c.read_epoch < block_epoch ? "another block" : "this block", place(c.read_site));
+  report(at, RACE, other);
 }
 
 // Whether an access of this launch, stamped so, is unordered with one that the current thread makes now.
@@ -68,12 +83,14 @@ inline void check_read(Cell& c, const Place& at) {
   Fiber* fiber = self();
   const uint16_t by_byte = at.bytes == 1 ? BY_BYTE : 0;
   bool fresh = !at.shared || c.write_epoch >= block_epoch;  // shared memory holds nothing at the start of a block
-  if (fresh && c.write_thread & COPY_PENDING) report(at, "reads what a cp.async still has to write (no cp_async_wait)", &c);
-  if (!fresh || !(c.write_thread & INITIALISED)) report(at, at.shared ? "uninitialised shared memory" : "uninitialised global memory");
+  if (fresh && c.write_thread & COPY_PENDING)
+    report_after_write(at, "reads what a cp.async still has to write (no cp_async_wait)", c);
+  if (!fresh || !(c.write_thread & INITIALISED)) report(at, at.shared ? UNINITIALISED_SHARED : UNINITIALISED_GLOBAL);
   if (c.write_epoch >= launch_epoch) {
     if (!(c.write_thread & by_byte) && concurrent(c.write_epoch, c.write_thread, c.write_clock, at.shared))
-      report(at, "race, no barrier between", &c);
-    if (at.access == READ_ONLY_PATH) report(at, "read-only load of memory that this launch writes", &c);
+      report_after_write(at, RACE, c);
+    if (at.access == READ_ONLY_PATH)
+      report_after_write(at, "read-only load of memory that this launch writes", c);
   }
   uint16_t flags = 0;
   uint16_t linear = static_cast<uint16_t>(fiber->linear);
@@ -81,91 +98,34 @@ inline void check_read(Cell& c, const Place& at) {
     flags = c.read_thread & (OTHER_WARPS | OTHER_BLOCKS);
     int before = c.read_thread & THREAD;
     if (before >> 5 != linear >> 5) flags |= OTHER_WARPS;
-    else if (c.read_clock >= fiber->warp->all_met) flags |= (c.read_thread & OTHER_LANES) | (before != linear ? OTHER_LANES : 0);
-  } else if (c.read_epoch >= launch_epoch && !at.shared && (c.read_epoch < block_epoch || c.read_thread & OTHER_BLOCKS)) {
-    flags = OTHER_BLOCKS;
+    else if (c.read_clock >= fiber->warp->all_met)
+      flags |= (c.read_thread & OTHER_LANES) | (before != linear ? OTHER_LANES : 0);
+  } else if (c.read_epoch >= launch_epoch && !at.shared) {
+    if (c.read_epoch < block_epoch || c.read_thread & OTHER_BLOCKS) flags = OTHER_BLOCKS;
   }
   c.read_epoch = epoch, c.read_thread = linear | flags | by_byte, c.read_clock = fiber->warp->clock;
-  c.read_site = static_cast<unsigned>(static_cast<const char*>(at.site) - module->begin);
+  c.read_site = relative(at.site);
 }
 
 inline void check_write(Cell& c, const Place& at) {
   bool atomic = at.access == ATOMIC;
   const uint16_t by_byte = at.bytes == 1 ? BY_BYTE : 0;
   if (atomic && (!(c.write_thread & INITIALISED) || (at.shared && c.write_epoch < block_epoch)))
-    report(at, at.shared ? "uninitialised shared memory" : "uninitialised global memory");
+    report(at, at.shared ? UNINITIALISED_SHARED : UNINITIALISED_GLOBAL);
   if (c.write_epoch >= launch_epoch && !(c.write_thread & by_byte) && !(atomic && c.write_thread & BY_ATOMIC) &&
       concurrent(c.write_epoch, c.write_thread, c.write_clock, at.shared))
-    report(at, "race, no barrier between", &c);
+    report_after_write(at, RACE, c);
   if (c.read_epoch >= launch_epoch && !(c.read_thread & by_byte)) {
-    bool race = concurrent(c.read_epoch, c.read_thread, c.read_clock, at.shared);
-    if (!at.shared && c.read_thread & OTHER_BLOCKS) race = true;
-    if (c.read_epoch == epoch && c.read_thread & OTHER_WARPS) race = true;
-    if (c.read_epoch == epoch && c.read_thread & OTHER_LANES && c.read_clock >= self()->warp->all_met) race = true;
-    if (race) report(at, "race, no barrier between", &c, true);
+    if (concurrent(c.read_epoch, c.read_thread, c.read_clock, at.shared)) report_after_read(at, c, nullptr);
+    if (!at.shared && c.read_thread & OTHER_BLOCKS) report_after_read(at, c, "another block");
+    if (c.read_epoch == epoch && c.read_thread & OTHER_WARPS) report_after_read(at, c, "another warp");
+    if (c.read_epoch == epoch && c.read_thread & OTHER_LANES && c.read_clock >= self()->warp->all_met)
+      report_after_read(at, c, "its warp");
   }
   c.write_epoch = epoch, c.write_clock = self()->warp->clock;
   c.write_thread = static_cast<uint16_t>(current->linear | INITIALISED | by_byte | (atomic ? BY_ATOMIC : 0));
-  c.write_site = static_cast<unsigned>(static_cast<const char*>(at.site) - module->begin);
+  c.write_site = relative(at.site);
   c.read_epoch = 0, c.read_thread = 0;
-}
-
-// ---- requests of a warp: the nth access of each lane at one place of the code belong together
-struct Request {
-  uintptr_t address[32];
-  uint32_t lanes;
-  uint16_t bytes;
-};
-struct Site {
-  bool shared;
-  int access;
-  uint64_t requests = 0, sectors = 0, least_sectors = 0, wavefronts = 0, least_wavefronts = 0, bytes = 0;
-  uint32_t seen[MAX_THREADS] = {};
-  std::vector<Request> open[MAX_WARPS];
-};
-std::map<const void*, Site> sites;
-
-void record(const Place& at) {
-  Site& site = sites[at.site];
-  site.shared = at.shared, site.access = at.access == READ_ONLY_PATH ? READ : at.access;
-  std::vector<Request>& open = site.open[current->linear >> 5];
-  uint32_t nth = site.seen[current->linear]++;
-  if (nth >= open.size()) open.resize(nth + 1, Request{});
-  Request& request = open[nth];
-  request.address[current->lane] = reinterpret_cast<uintptr_t>(at.p);
-  request.lanes |= 1u << current->lane;
-  request.bytes = static_cast<uint16_t>(at.bytes);
-}
-
-// How many different units of `unit` bytes the lanes touch; the units land in `found`.
-int units(const Request& r, unsigned lanes, unsigned unit, uintptr_t* found) {
-  int count = 0;
-  for (; lanes; lanes &= lanes - 1) {
-    uintptr_t first = r.address[__builtin_ctz(lanes)], last = first + r.bytes - 1;
-    for (uintptr_t u = first / unit; u <= last / unit; u++) {
-      int k = 0;
-      while (k < count && found[k] != u) k++;
-      if (k == count && count < 1024) found[count++] = u;
-    }
-  }
-  return count;
-}
-
-void count_shared(Site& site, const Request& r) {
-  // Accesses of 16 bytes go a quarter of the warp at a time, of 8 bytes half a warp.
-  int together = r.bytes >= 16 ? 8 : r.bytes == 8 ? 16 : 32;
-  for (int first = 0; first < 32; first += together) {
-    unsigned lanes = r.lanes & static_cast<unsigned>(((1ull << together) - 1) << first);
-    if (!lanes) continue;
-    uintptr_t found[1024];
-    int banks[32] = {}, most = 0, count = units(r, lanes, 4, found);
-    for (int k = 0; k < count; k++) {
-      int use = ++banks[found[k] % 32];
-      most = use > most ? use : most;
-    }
-    site.wavefronts += most;
-    site.least_wavefronts += (count + 31) / 32;
-  }
 }
 
 const Buffer* buffer_at(const char* p) {
@@ -198,41 +158,57 @@ const Shared* shared_at(const char* p) {
   fail("out of bounds: %s of %zu bytes; %s, at {%p}", ACCESS[access], bytes, near, site);
 }
 
+// Cells that were the same before are the same after: mostly one thread wrote all that another one reads at once.
+template <void (*CHECK)(Cell&, const Place&)> void check_cells(Cell* cell, const Cell* last, const Place& at) {
+  Cell before = *cell;
+  CHECK(*cell, at);
+  for (Cell* next = cell + 1; next <= last; next++) {
+    if (!memcmp(next, &before, sizeof before)) {
+      *next = *cell;
+      continue;
+    }
+    before = *next;
+    CHECK(*next, at);
+    cell = next;
+  }
+}
+
 void visit(const Place& at, Cell* cells, size_t whole) {
   if (static_cast<size_t>(at.p - at.begin) + at.bytes > whole) report_outside(at.p, at.bytes, at.access, at.site);
-  if (profiling) record(at);
-  size_t first = static_cast<size_t>(at.p - at.begin) / CELL_BYTES, last = (at.p - at.begin + at.bytes - 1) / CELL_BYTES;
-  if (at.access == READ || at.access == READ_ONLY_PATH)
-    for (size_t i = first; i <= last; i++) check_read(cells[i], at);
-  else
-    for (size_t i = first; i <= last; i++) check_write(cells[i], at);
+  if (profiling) record(at.p, at.bytes, at.access, at.site, at.shared);
+  size_t first = static_cast<size_t>(at.p - at.begin) / CELL_BYTES;
+  size_t last = static_cast<size_t>(at.p - at.begin + at.bytes - 1) / CELL_BYTES;
+  if (at.access == READ || at.access == READ_ONLY_PATH) check_cells<check_read>(cells + first, cells + last, at);
+  else check_cells<check_write>(cells + first, cells + last, at);
 }
 
 void access_memory(const void* pointer, size_t bytes, int access, const void* site) {
   const char* p = static_cast<const char*>(pointer);
-  if (on_stack(p)) return;
+  int owner = stack_owner(p);
+  if (owner == current->linear) return;
+  if (owner >= 0) fail("uses a local variable of thread %d, at {%p}", owner, site);
   if (static_cast<size_t>(p - arena) < ARENA) {
     if (const Shared* shared = shared_at(p))
-      return visit({p, bytes, access, site, shared->begin, "", shared->name, 0, true},
+      return visit({p, bytes, access, site, shared->begin, shared->name, 0, true},
                    arena_cells + (shared->begin - arena) / CELL_BYTES, shared->bytes);
   } else if (const Buffer* buffer = buffer_at(p)) {
-    return visit({p, bytes, access, site, buffer->begin, "", nullptr, buffer->argument, false},
+    return visit({p, bytes, access, site, buffer->begin, nullptr, buffer->argument, false},
                  buffer->cells + (buffer->begin - buffer->memory) / CELL_BYTES, buffer->bytes);
   }
+  auto in = [p](const auto& object) {
+    return static_cast<size_t>(p - reinterpret_cast<const char*>(&object)) < sizeof object;
+  };
   if (p >= module->begin && p < module->end) return;  // constants
-  if (p >= reinterpret_cast<char*>(fibers) && p < reinterpret_cast<char*>(fibers + MAX_THREADS)) return;  // threadIdx
-  if (p == reinterpret_cast<char*>(&current)) return;
-  if (static_cast<size_t>(p - reinterpret_cast<char*>(&block_index)) < sizeof block_index) return;
-  if (static_cast<size_t>(p - reinterpret_cast<char*>(&grid_size)) < sizeof grid_size) return;
-  if (static_cast<size_t>(p - reinterpret_cast<char*>(&block_size)) < sizeof block_size) return;
+  if (in(fibers) || in(current) || in(block_index) || in(block_size) || in(grid_size)) return;  // threadIdx and so on
   report_outside(p, bytes, access, site);
 }
 
 void access_aligned(const void* p, size_t bytes, int access, const void* site) {
   if (!checking || !current) return;
-  if (reinterpret_cast<uintptr_t>(p) & (bytes - 1))
-    fail("misaligned %s of %zu bytes at {%p}: the address is %zu bytes past a multiple of %zu", ACCESS[access], bytes, site,
-         static_cast<size_t>(reinterpret_cast<uintptr_t>(p) & (bytes - 1)), bytes);
+  size_t past = reinterpret_cast<uintptr_t>(p) & (bytes - 1);
+  if (past)
+    fail("misaligned %s of %zu bytes at {%p}: the address is %zu bytes past a multiple of %zu", ACCESS[access], bytes,
+         site, past, bytes);
   access_memory(p, bytes, access, site);
 }
 
@@ -272,34 +248,11 @@ void product_reads(const void* p, size_t bytes, unsigned issued, const void* sit
   if (!cell) fail("wgmma reads memory that is not shared, at {%p}", site);
   for (size_t i = 0; i < bytes / CELL_BYTES; i++) {
     if (cell[i].write_epoch > issued)
-      fail("a tile is written between a wgmma and its wait, at {%p} and {%p}", static_cast<void*>(module->begin + cell[i].write_site), site);
+      fail("a tile is written between a wgmma and its wait, at {%p} and {%p}", place(cell[i].write_site), site);
     int writer = cell[i].write_thread & THREAD;
     if (fibers[writer].proxy_epoch < cell[i].write_epoch)
       fail("wgmma, awaited at {%p}, reads what thread %d wrote at {%p} with no fence_proxy_async after", site, writer,
-           static_cast<void*>(module->begin + cell[i].write_site));
-  }
-}
-
-void count_requests() {
-  static uintptr_t found[1024];
-  for (auto& [address, site] : sites) {
-    for (auto& open : site.open) {
-      for (const Request& r : open) {
-        if (!r.lanes) continue;
-        int lanes = __builtin_popcount(r.lanes);
-        site.requests++;
-        site.bytes += static_cast<uint64_t>(lanes) * r.bytes;
-        if (site.shared) {
-          count_shared(site, r);
-          continue;
-        }
-        site.sectors += units(r, r.lanes, 32, found);
-        // The fewest sectors that could hold these bytes, lanes that read the same ones counted once.
-        site.least_sectors += (units(r, r.lanes, r.bytes, found) * r.bytes + 31) / 32;
-      }
-      open.clear();
-    }
-    memset(site.seen, 0, sizeof site.seen);
+           place(cell[i].write_site));
   }
 }
 }  // namespace emulation
@@ -312,20 +265,6 @@ void emulation_mark_initialised(Cell* cells, size_t offset, size_t bytes) {
   for (size_t i = offset / CELL_BYTES; i < (offset + bytes + CELL_BYTES - 1) / CELL_BYTES; i++) {
     cells[i].write_thread |= INITIALISED;
   }
-}
-
-struct SiteCounts {
-  const void* site;
-  int64_t shared, access, requests, sectors, least_sectors, wavefronts, least_wavefronts, bytes;
-};
-int emulation_take_counts(SiteCounts* out, int capacity) {  // and start again from 0
-  int count = 0;
-  for (auto& [address, s] : sites)
-    if (count < capacity && s.requests)
-      out[count++] = {address, s.shared, s.access, (int64_t)s.requests, (int64_t)s.sectors, (int64_t)s.least_sectors,
-                      (int64_t)s.wavefronts, (int64_t)s.least_wavefronts, (int64_t)s.bytes};
-  sites.clear();
-  return count;
 }
 
 // What g++ -fsanitize=thread calls before each access.
@@ -354,6 +293,8 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 // g++ -fsanitize=float-cast-overflow: the CPU's cast differs from the GPU's, which saturates.
 void __ubsan_handle_float_cast_overflow(void*, void*) {
-  if (current) fail("conversion of a float that no int holds, at {%p}: use __float2int_rd or clamp it first", __builtin_return_address(0));
+  if (!current) return;
+  fail("conversion of a float that no int holds, at {%p}: use __float2int_rd or clamp it first",
+       __builtin_return_address(0));
 }
 }

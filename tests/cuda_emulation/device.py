@@ -92,12 +92,13 @@ def _modules() -> dict[str, ModuleType]:
     names = ("Device", "Event", "ExternalStream", "Stream", "get_current_stream", "get_elapsed_time")
     vars(cuda).update({name: getattr(streams, name) for name in names})
     vars(cuda).update(runtime=_runtime_module(), compiler=compiler, is_available=_is_available)
-    names = (
+    functions = (
         *("array", "asarray", "ascontiguousarray", "asnumpy", "cumsum", "empty", "empty_like", "from_dlpack", "full"),
         *("may_share_memory", "ndarray", "ones", "shares_memory", "zeros", "zeros_like"),
     )
-    vars(top).update({name: getattr(arrays, name) for name in names})
-    dtypes = ("bool_", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64")
+    vars(top).update({name: getattr(arrays, name) for name in functions})
+    dtypes = ["bool_", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))]
+    dtypes += ["float16", "float32", "float64"]
     vars(top).update({name: getattr(np, name) for name in (*dtypes, "dtype", "newaxis", "inf", "nan", "pi")})
     vars(top).update(cuda=cuda, RawModule=RawModule, is_available=_is_available, __version__="14.2.0", __path__=[])
     vars(cuda).update(__path__=[])

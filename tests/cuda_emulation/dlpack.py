@@ -52,12 +52,10 @@ class _OnHost:
         return CPU, 0
 
 
-def to_host(producer: Any, kind: int, stream: int) -> np.ndarray:
+def to_host(producer: Any, stream: int) -> np.ndarray:
     """The producer's memory, which is a host's in truth, as a NumPy array."""
-    if kind not in (CUDA, CUDA_MANAGED):
-        raise BufferError(f"CuPy takes CUDA memory, got DLPack device type {kind}")
     try:
-        capsule = producer.__dlpack__(stream=stream, max_version=(1, 0))
+        capsule = producer.__dlpack__(stream=stream, max_version=(1, 0), copy=None)
     except TypeError:  # an older producer
         capsule = producer.__dlpack__(stream=stream)
     header = _Header(capsule)
@@ -70,4 +68,22 @@ def to_host(producer: Any, kind: int, stream: int) -> np.ndarray:
         import ml_dtypes
 
         host = host.view(ml_dtypes.bfloat16)
-    return host
+    return _writable(host)
+
+
+class _Bytes:
+    """Memory that belongs to another array, writable although NumPy takes it from a capsule as read-only."""
+
+    def __init__(self, owner: np.ndarray):
+        self._owner = owner
+        self.__array_interface__ = {
+            "data": (owner.ctypes.data, False),
+            "shape": owner.shape,
+            "strides": owner.strides,
+            "typestr": f"|V{owner.itemsize}",
+            "version": 3,
+        }
+
+
+def _writable(host: np.ndarray) -> np.ndarray:
+    return np.asarray(_Bytes(host)).view(host.dtype)

@@ -29,12 +29,12 @@
 #define EMULATION_TOUCH(pointer, bytes, kind)
 #endif
 
-#define EMULATION_VECTOR(type, name, alignment2, alignment4)                                                       \
-  struct alignas(alignment2) name##2 { type x, y; };                                                               \
-  struct name##3 { type x, y, z; };                                                                                \
-  struct alignas(alignment4) name##4 { type x, y, z, w; };                                                         \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                                 \
-  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }                                      \
+#define EMULATION_VECTOR(type, name, alignment2, alignment4)                  \
+  struct alignas(alignment2) name##2 { type x, y; };                          \
+  struct name##3 { type x, y, z; };                                           \
+  struct alignas(alignment4) name##4 { type x, y, z, w; };                    \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }            \
+  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; } \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 EMULATION_VECTOR(unsigned char, uchar, 2, 4)
 EMULATION_VECTOR(short, short, 4, 8)
@@ -47,7 +47,7 @@ EMULATION_VECTOR(double, double, 16, 16)
 struct dim3 { unsigned x, y, z; };
 
 namespace emulation {
-enum Access { READ, WRITE, ATOMIC, READ_ONLY_PATH };  // the last: ld.global.nc, for memory that no thread of the launch writes
+enum Access { READ, WRITE, ATOMIC, READ_ONLY_PATH };  // the last: ld.global.nc, of memory that no one writes
 struct Thread { uint3 index; int linear, lane; };
 extern Thread* current;
 extern uint3 block_index;
@@ -58,14 +58,15 @@ int block_barrier_count(int predicate);
 void warp_barrier(unsigned mask);
 uint64_t shuffle(unsigned mask, uint64_t value, int source_lane);
 unsigned ballot(unsigned mask, bool predicate);
-struct SharedSite { unsigned block; void* memory; };  // where one PYDEFORM_SHARED of one kernel lies in the present block
+struct SharedSite { unsigned block; void* memory; };  // where one PYDEFORM_SHARED lies in the running block
 void* shared_array(SharedSite& site, size_t bytes, const char* name);
 void* dynamic_shared();
 void touch(const void* pointer, size_t bytes, int access, const void* site);
 [[noreturn]] void fail(const char* format, ...);
 
 // ---- kernels as Python sees them
-struct Parameter { int offset, size, kind, pointee_size, pointee_kind; };  // kinds: 'p'ointer, 'i'nt, 'u'nsigned, 'f'loat, 's'truct
+// Kinds: 'p'ointer, 'i'nt, 'u'nsigned, 'f'loat, 's'truct.
+struct Parameter { int offset, size, kind, pointee_size, pointee_kind; };
 struct Entry {
   const char* name;
   void (*run)(void (*kernel)(), char* arguments);
@@ -83,7 +84,9 @@ template <> struct Kind<double> { static constexpr int kind = 'f', size = 8; };
 template <> struct Kind<void> { static constexpr int kind = 'v', size = 0; };
 template <class T> struct Kind<const T> : Kind<T> {};
 template <class T> struct Described { static constexpr Parameter parameter = {0, sizeof(T), Kind<T>::kind, 0, 0}; };
-template <class T> struct Described<T*> { static constexpr Parameter parameter = {0, 8, 'p', Kind<T>::size, Kind<T>::kind}; };
+template <class T> struct Described<T*> {
+  static constexpr Parameter parameter = {0, sizeof(T*), 'p', Kind<T>::size, Kind<T>::kind};
+};
 template <> struct Kind<bool> { static constexpr int kind = 'u', size = 1; };
 
 template <int... I> struct Indices {};
@@ -133,33 +136,37 @@ template <class T> inline T unword(uint64_t value) {
 #define gridDim (emulation::grid_size)
 constexpr int warpSize = 32;
 
-#define PYDEFORM_SHARED(T, name, count)                                                         \
-  T* const name = static_cast<T*>(emulation::shared_array(                                      \
-      []() -> emulation::SharedSite& { static emulation::SharedSite site; return site; }(), sizeof(T) * (count), #name))
+#define EMULATION_SITE ([]() -> emulation::SharedSite& { static emulation::SharedSite site; return site; }())
+#define PYDEFORM_SHARED(T, name, count) \
+  T* const name = static_cast<T*>(emulation::shared_array(EMULATION_SITE, sizeof(T) * (count), #name))
 #define PYDEFORM_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(emulation::dynamic_shared())
 
+// Inlined everywhere, so that the runtime sees the kernel's line as its return address.
+#define EMULATION_INLINE inline __attribute__((always_inline))
+
 // ---- barriers, shuffles, votes
-inline __attribute__((always_inline)) void __syncthreads() { emulation::block_barrier(); }
-inline __attribute__((always_inline)) int __syncthreads_count(int p) { return emulation::block_barrier_count(p != 0); }
-inline __attribute__((always_inline)) int __syncthreads_or(int p) { return emulation::block_barrier_count(p != 0) != 0; }
-inline __attribute__((always_inline)) int __syncthreads_and(int p) { return emulation::block_barrier_count(p == 0) == 0; }
-inline __attribute__((always_inline)) void __syncwarp(unsigned mask = ~0u) { emulation::warp_barrier(mask); }
+EMULATION_INLINE void __syncthreads() { emulation::block_barrier(); }
+EMULATION_INLINE int __syncthreads_count(int p) { return emulation::block_barrier_count(p != 0); }
+EMULATION_INLINE int __syncthreads_or(int p) { return emulation::block_barrier_count(p != 0) != 0; }
+EMULATION_INLINE int __syncthreads_and(int p) { return emulation::block_barrier_count(p == 0) == 0; }
+EMULATION_INLINE void __syncwarp(unsigned mask = ~0u) { emulation::warp_barrier(mask); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-#define EMULATION_SHUFFLE(name, offset_type, source)                                                              \
-  template <class T> inline __attribute__((always_inline)) T name(unsigned mask, T value, offset_type by, int width = 32) { \
-    int lane = emulation::current->lane, first = lane & ~(width - 1), last = first + width - 1, from = source;    \
-    (void)first, (void)last;                                                                                      \
-    return emulation::unword<T>(emulation::shuffle(mask, emulation::word(value), from));                          \
+#define EMULATION_SHUFFLE(name, offset_type, source)                                              \
+  template <class T> EMULATION_INLINE T name(unsigned mask, T value, offset_type by, int width = 32) { \
+    int lane = emulation::current->lane, first = lane & ~(width - 1), last = first + width - 1;   \
+    int down = lane - static_cast<int>(by), up = lane + static_cast<int>(by);                     \
+    (void)first, (void)last, (void)down, (void)up;                                                \
+    return emulation::unword<T>(emulation::shuffle(mask, emulation::word(value), source));        \
   }
 EMULATION_SHUFFLE(__shfl_sync, int, first | (by & (width - 1)))
-EMULATION_SHUFFLE(__shfl_up_sync, unsigned, lane - static_cast<int>(by) >= first ? lane - static_cast<int>(by) : lane)
-EMULATION_SHUFFLE(__shfl_down_sync, unsigned, lane + static_cast<int>(by) <= last ? lane + static_cast<int>(by) : lane)
+EMULATION_SHUFFLE(__shfl_up_sync, unsigned, down >= first ? down : lane)
+EMULATION_SHUFFLE(__shfl_down_sync, unsigned, up <= last ? up : lane)
 EMULATION_SHUFFLE(__shfl_xor_sync, int, (lane ^ by) <= last ? lane ^ by : lane)
-inline __attribute__((always_inline)) unsigned __ballot_sync(unsigned mask, int p) { return emulation::ballot(mask, p); }
-inline __attribute__((always_inline)) int __any_sync(unsigned mask, int p) { return emulation::ballot(mask, p) != 0; }
-inline __attribute__((always_inline)) int __all_sync(unsigned mask, int p) { return emulation::ballot(mask, !p) == 0; }
+EMULATION_INLINE unsigned __ballot_sync(unsigned mask, int p) { return emulation::ballot(mask, p); }
+EMULATION_INLINE int __any_sync(unsigned mask, int p) { return emulation::ballot(mask, p) != 0; }
+EMULATION_INLINE int __all_sync(unsigned mask, int p) { return emulation::ballot(mask, !p) == 0; }
 inline unsigned __activemask() { emulation::fail("__activemask is not emulated: say which lanes take part"); }
 
 // ---- atomics: fibers switch only where threads meet, so a plain update is atomic
@@ -200,14 +207,14 @@ template <class T> EMULATION_REPORTS T __ldg(const T* address) {
 #ifndef EMULATION_RUNTIME  // which includes the standard headers instead
 // ---- arithmetic
 extern "C" {
-float floorf(float); float ceilf(float); float truncf(float); float rintf(float); float roundf(float); float fabsf(float);
-float fmaf(float, float, float); float fminf(float, float); float fmaxf(float, float); float copysignf(float, float);
-float sqrtf(float); float expf(float); float exp2f(float); float logf(float); float log2f(float); float powf(float, float);
-float sinf(float); float cosf(float); float tanhf(float); float erff(float); float fmodf(float, float);
-double floor(double); double ceil(double); double trunc(double); double rint(double); double round(double); double fabs(double);
-double fma(double, double, double); double fmin(double, double); double fmax(double, double); double copysign(double, double);
-double sqrt(double); double exp(double); double log(double); double pow(double, double); double sin(double); double cos(double);
-double tanh(double); double fmod(double, double);
+float floorf(float), ceilf(float), truncf(float), rintf(float), roundf(float), fabsf(float), sqrtf(float);
+float expf(float), exp2f(float), logf(float), log2f(float), sinf(float), cosf(float), tanhf(float), erff(float);
+float fmaf(float, float, float), fminf(float, float), fmaxf(float, float), copysignf(float, float);
+float powf(float, float), fmodf(float, float);
+double floor(double), ceil(double), trunc(double), rint(double), round(double), fabs(double), sqrt(double);
+double exp(double), log(double), sin(double), cos(double), tanh(double);
+double fma(double, double, double), fmin(double, double), fmax(double, double), copysign(double, double);
+double pow(double, double), fmod(double, double);
 }
 inline int abs(int x) { return x < 0 ? -x : x; }
 inline float abs(float x) { return fabsf(x); }

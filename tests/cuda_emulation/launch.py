@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import struct
 import threading
@@ -13,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.cuda_emulation import build, streams
-from tests.cuda_emulation.arrays import ndarray
+from tests.cuda_emulation.arrays import Memory, ndarray
 from tests.cuda_emulation.streams import configuration
 
 # Options of NVRTC that change nothing here.
-IGNORED = re.compile(r"-{1,2}(lineinfo|generate-line-info|default-device|ftz=|fmad=|ptxas-options|maxrregcount|extra-device)")
+IGNORED = re.compile(r"-{1,2}(lineinfo|generate-line-info|default-device|ftz=|fmad=|ptxas-options|maxrregcount)")
 ACCESS = ("read", "write", "atomic")
 _lock = threading.Lock()  # the runtime runs one launch at a time
 
@@ -80,10 +81,8 @@ class _Launch(ctypes.Structure):
 class _Counts(ctypes.Structure):
     _fields_ = (
         ("site", ctypes.c_void_p),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("shared", "access", "requests", "sectors", "least_sectors", "wavefronts", "least_wavefronts", "bytes")
-        ),
+        *((name, ctypes.c_int64) for name in ("shared", "access", "requests", "sectors", "least_sectors")),
+        *((name, ctypes.c_int64) for name in ("wavefronts", "least_wavefronts", "bytes")),
     )
 
 
@@ -201,12 +200,12 @@ class Function:
             self._prepared[checked] = _Prepared(self._module.compiled(self._architecture, checked), self.name)
         return self._prepared[checked]
 
-    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0) -> None:
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0
+    ) -> None:
         capability = streams.Device().compute_capability
-        if int(self._architecture.rstrip("af")) > int(capability) or (
-            self._architecture.endswith("a") and self._architecture[:-1] != capability
-        ):
-            raise RuntimeError(f"no kernel image: the code is for sm_{self._architecture}, the device is sm_{capability}")
+        if not _loads(self._architecture, capability):
+            raise RuntimeError(f"no kernel image: code for sm_{self._architecture}, on a device of sm_{capability}")
         sizes = [_dimensions("grid", grid, (2**31 - 1, 65535, 65535)), _dimensions("block", block, (1024, 1024, 64))]
         if sizes[1][0] * sizes[1][1] * sizes[1][2] > 1024:
             raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: {block} is more than 1024 threads")
@@ -219,12 +218,20 @@ class Function:
             self._prepare().launch(sizes[0], sizes[1], args, shared_mem, streams.SHARED_KIB[capability] * 1024)
 
 
+def _loads(architecture: str, capability: str) -> bool:
+    """Machine code runs within its major version, on its minor version or a later one; "90a" is for 90 alone."""
+    if architecture.endswith("a"):
+        return architecture[:-1] == capability
+    return architecture[:-1] == capability[:-1] and int(architecture[-1]) <= int(capability[-1])
+
+
+@functools.lru_cache(1024)
 def _dimensions(what: str, sizes: tuple[int, ...], most: tuple[int, ...]) -> tuple[int, ...]:
     if not isinstance(sizes, tuple) or not 1 <= len(sizes) <= 3:
         raise TypeError(f"{what} must be a tuple of up to 3 integers, got {sizes!r}")
     full = (*sizes, 1, 1)[:3]
     if any(not 1 <= size <= limit for size, limit in zip(full, most, strict=True)):
-        raise ValueError(f"{what} {sizes} is out of range: an empty launch must be skipped, CuPy would make it one block")
+        raise ValueError(f"{what} {sizes} is out of range; of an empty launch CuPy would make one block: skip it")
     return tuple(int(size) for size in full)
 
 
@@ -235,7 +242,9 @@ class _Prepared:
         self.library, self.name = library, name
         number, entry = library.entries[name]
         self._parameters = [entry.parameters[i] for i in range(entry.count)]
-        self._described = [(p.offset, p.size, chr(p.kind), p.pointee_size, chr(p.pointee_kind)) for p in self._parameters]
+        self._described = [
+            (p.offset, p.size, chr(p.kind), p.pointee_size, chr(p.pointee_kind)) for p in self._parameters
+        ]
         size = self._parameters[-1].offset + self._parameters[-1].size if self._parameters else 0
         self._held = (ctypes.c_char * max(64, size))()  # large enough that ctypes aligns it as malloc does
         self._values = memoryview(self._held).cast("B")
@@ -251,7 +260,7 @@ class _Prepared:
             raise TypeError(f"{self.name}: args must be a tuple")
         if len(args) != len(self._described):
             raise TypeError(f"{self.name} takes {len(self._described)} arguments, got {len(args)}")
-        launch, memories = self._launch, []
+        launch, memories = self._launch, list[Memory]()
         for number, value in enumerate(args):
             offset, size, kind, pointee_size, pointee_kind = self._described[number]
             if kind == "p":

@@ -46,8 +46,6 @@ void start_product(float* d, int columns, const void* a, const void* b, Type typ
 void commit_products();
 void wait_for_products(int groups_left);
 }  // namespace emulation
-// Inlined everywhere, so that the runtime sees the kernel's line as its return address.
-#define EMULATION_INLINE inline __attribute__((always_inline))
 
 EMULATION_REPORTS uint4 load16(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) & 15) emulation::fail("load16: the address is not a multiple of 16");

@@ -12,7 +12,8 @@
 #undef gridDim
 
 namespace emulation {
-constexpr int MAX_THREADS = 1024, MAX_WARPS = 32, MAX_COPIES = 256, MAX_PRODUCTS = 64, MAX_FLIGHTS = 8;
+constexpr int MAX_THREADS = 1024, MAX_WARPS = 32, MAX_SHARED = 64;
+constexpr int MAX_COPIES = 256, MAX_PRODUCTS = 64, MAX_FLIGHTS = 8;  // that a thread may have under way
 constexpr size_t GUARD = 2048;  // bytes of no man's land on each side of a buffer; arrays.py has the same number
 constexpr unsigned char GUARD_BYTE = 0xA5;
 
@@ -21,15 +22,16 @@ using Collective = void (*)(Warp&, unsigned lanes);
 
 struct Copy {  // a cp.async that has not been waited for
   void* to;
-  const void* from;
+  const void *from, *site;
   int group;
 };
 struct Product {  // a wgmma that has not been waited for
-  const void *a, *b;
+  const void *a, *b, *site;
   int flight, columns, type, group;
   unsigned epoch;
 };
-struct Flight {  // accumulators that belong to the tensor cores: what they hold meanwhile is kept here, the kernel sees NaN
+// Accumulators that belong to the tensor cores: what they hold is kept here meanwhile, the kernel sees NaN.
+struct Flight {
   float* registers;
   int count, pending;
   float saved[128];
@@ -47,7 +49,7 @@ struct Fiber : Thread {
     struct { float* d; const uint32_t* a; uint32_t b0, b1; };                              // mma
     struct { int wait_for; };                                                              // wgmma_wait
   };
-  int copies, copy_group, products, product_group;
+  int copies, copy_group, products, product_group, flights;
   bool product_fence;        // wgmma_fence since the last wait
   unsigned proxy_epoch;      // of its last fence_proxy_async
   Copy copy[MAX_COPIES];
@@ -66,27 +68,42 @@ struct Warp {
   bool some_met;
 };
 
+// ---- fibers.cpp
+struct Block {
+  int threads, alive, arrived;
+  int predicates, result;  // of __syncthreads_count
+};
 extern Fiber fibers[MAX_THREADS];
 extern Warp warps[MAX_WARPS];
-extern unsigned epoch, launch_epoch, block_epoch;  // counts barriers, blocks and launches: never the same number twice
-extern unsigned block_linear;
-extern bool checking, profiling;
-
+extern Block block;
+extern unsigned schedule;
 inline Fiber* self() { return static_cast<Fiber*>(current); }
+unsigned random_number();
+void shuffle_bytes(uint8_t* order, int count);
+void prepare_schedule(unsigned wanted);
+void prepare_stacks();
+void prepare_fibers();
+void run_warp(Warp& warp);
+void release_fibers();
+[[noreturn]] void abandon_fibers();
+int stack_owner(const char* p);  // the thread on whose stack p lies, or -1
 void meet(unsigned mask, Collective collective, const void* site);
 
+// ---- runtime.cpp
+extern unsigned epoch, launch_epoch, block_epoch;  // counts barriers, blocks and launches: never the same number twice
+extern bool checking, profiling;
+void run_kernel();
 struct Shared {  // one shared array of the running block
   char* begin;
   size_t bytes;
   const char* name;
 };
-extern Shared shared_arrays[64];
+extern Shared shared_arrays[MAX_SHARED];
 extern int shared_count;
 extern char* arena;
 constexpr size_t ARENA = 512 << 10;
 
-// ---- checker
-struct Cell;
+struct Cell;     // what the checker keeps for two bytes
 struct Buffer {  // an array argument, as Python passes it
   char* begin;
   size_t bytes;
@@ -103,9 +120,12 @@ struct Module {
   char *begin, *end;
 };
 extern const Module* module;
-bool on_stack(const char* p);
+
+// ---- checker.cpp, counters.cpp
 void copy_started(const void* to, const void* site);
 void copy_landed(const void* to, const void* site);
 void product_reads(const void* p, size_t bytes, unsigned issued, const void* site);
+void record(const void* p, size_t bytes, int access, const void* site, bool shared);
 void count_requests();
+void discard_requests();
 }  // namespace emulation

@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 # Shared memory that a block may ask for, in KiB, by compute capability.
-SHARED_KIB = {"75": 64, "80": 163, "86": 99, "87": 163, "89": 99, "90": 227, "100": 227, "103": 227, "120": 99, "121": 99}
+SHARED_KIB = {"75": 64, "80": 163, "86": 99, "87": 163, "89": 99, "90": 227, "100": 227, "120": 99}
 
 
 class Configuration:
@@ -103,6 +103,14 @@ class Stream:
     def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False):
         self.ptr, self.device_id = (0 if null else next(self._pointers)), _current.devices[-1]
         self.waited_for: list[Event] = []
+
+    @classmethod
+    def from_external(cls, foreign: Any) -> Stream:
+        """A stream of another library, in CUDA's stream protocol."""
+        version, pointer = foreign.__cuda_stream__()
+        if version != 0:
+            raise TypeError(f"__cuda_stream__ must return version 0, got {version}")
+        return ExternalStream(pointer)
 
     def __enter__(self) -> Stream:
         _current.streams.append(self)

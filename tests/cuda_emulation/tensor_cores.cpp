@@ -9,6 +9,10 @@
 namespace emulation {
 namespace {
 typedef float Floats __attribute__((vector_size(32)));
+constexpr int WIDE = 256 + 8;  // floats from row to row; with 256 the rows would compete for the same cache lines
+constexpr uint32_t IN_FLIGHT = 0xffa5a5a5;  // a signalling NaN: any arithmetic changes its bits
+
+bool is_shared(const void* p) { return static_cast<size_t>(static_cast<const char*>(p) - arena) < ARENA; }
 
 // 32 bytes of one row of a matrix, 16 half or 8 tf32 elements, as floats.
 void widen(const void* from, Type type, float* to) {
@@ -41,19 +45,21 @@ inline Floats multiply_add(Floats v, float a, Floats s) {
 #endif
 }
 
-// sum[16][columns] += a[16][depth] b[depth][columns], two rows and BLOCK * 8 columns at a time
-template <int BLOCK> void accumulate(float* sum, int columns, const float (*a)[16], const float* b, int depth) {
+// sum[16][columns] += a[16][depth] b[depth][columns], two rows and BLOCK * 8 columns at a time; rows of sum and b lie
+// STRIDE apart
+template <int BLOCK, int STRIDE>
+void accumulate(float* sum, int columns, const float (*a)[16], const float* b, int depth) {
   for (int first = 0; first < columns; first += 8 * BLOCK)
     for (int i = 0; i < 16; i += 2) {
       Floats s[2][BLOCK];
-      for (int h = 0; h < 2; h++) memcpy(s[h], sum + (i + h) * columns + first, sizeof s[h]);
+      for (int h = 0; h < 2; h++) memcpy(s[h], sum + (i + h) * STRIDE + first, sizeof s[h]);
       for (int k = 0; k < depth; k++) {
         Floats v[BLOCK];
-        memcpy(v, b + k * columns + first, sizeof v);
+        memcpy(v, b + k * STRIDE + first, sizeof v);
         for (int q = 0; q < BLOCK; q++)
           for (int h = 0; h < 2; h++) s[h][q] = multiply_add(v[q], a[i + h][k], s[h][q]);
       }
-      for (int h = 0; h < 2; h++) memcpy(sum + (i + h) * columns + first, s[h], sizeof s[h]);
+      for (int h = 0; h < 2; h++) memcpy(sum + (i + h) * STRIDE + first, s[h], sizeof s[h]);
     }
 }
 
@@ -62,7 +68,10 @@ void transpose8(const float (*from)[16], float* to, int stride) {
 #ifdef __AVX__
   __m256 r[8], t[8];
   for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(from[i]);
-  for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
   for (int i = 0; i < 8; i += 4)
     for (int h = 0; h < 2; h++) {
       r[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
@@ -108,7 +117,7 @@ template <Type TYPE> void mma_collective(Warp& warp, unsigned lanes) {
   for (int i = 0; i < 16; i++) widen(packed_a[i], TYPE, a[i]);
   for (int j = 0; j < 8; j++) widen(packed_b[j], TYPE, rows[j]);
   for (int k = 0; k < depth; k += 8) transpose8(reinterpret_cast<const float(*)[16]>(&rows[0][k]), b[k], 8);
-  accumulate<1>(&sum[0][0], 8, a, &b[0][0], depth);
+  accumulate<1, 8>(&sum[0][0], 8, a, &b[0][0], depth);
   for (int l = 0; l < 32; l++)
     for (int h = 0; h < 2; h++)
       for (int e = 0; e < 2; e++) warp.lanes[l].d[2 * h + e] = sum[l / 4 + 8 * h][l % 4 * 2 + e];
@@ -138,7 +147,7 @@ template <bool STORE> void fragments(Warp& warp, int flight, int columns, float*
     float* saved = warp.lanes[l].flight[flight].saved;
     for (int j = 0; j < columns / 8; j++)
       for (int h = 0; h < 2; h++) {
-        float* at = sum + (l / 4 + 8 * h) * columns + 8 * j + l % 4 * 2;
+        float* at = sum + (l / 4 + 8 * h) * WIDE + 8 * j + l % 4 * 2;
         if (STORE) memcpy(saved + 4 * j + 2 * h, at, 8);
         else memcpy(at, saved + 4 * j + 2 * h, 8);
       }
@@ -146,29 +155,30 @@ template <bool STORE> void fragments(Warp& warp, int flight, int columns, float*
 }
 
 void multiply(Warp& warp, const Product& product, float* sum, const void* site) {
-  static float a[16][16], rows[256][16], b[16 * 256];
+  static float a[16][16], rows[256][16], b[16 * WIDE];
   int depth = product.type == TF32 ? 8 : 16, columns = product.columns;
   int warp_in_group = warp.lanes[0].linear / 32 % 4;
   read_tile(product.a, 16 * warp_in_group, 16, product, site, a);
   read_tile(product.b, 0, columns, product, site, rows);
   for (int j = 0; j < columns; j += 8)
     for (int k = 0; k < depth; k += 8)
-      transpose8(reinterpret_cast<const float(*)[16]>(&rows[j][k]), b + k * columns + j, columns);
-  accumulate<4>(sum, columns, a, b, depth);
+      transpose8(reinterpret_cast<const float(*)[16]>(&rows[j][k]), b + k * WIDE + j, WIDE);
+  accumulate<4, WIDE>(sum, columns, a, b, depth);
 }
 
 void land(Fiber& fiber, Flight& flight) {  // the accumulators return to the kernel
   for (int i = 0; i < flight.count; i++) {
-    if (bits<uint32_t>(flight.registers[i]) != ~0u)
+    if (bits<uint32_t>(flight.registers[i]) != IN_FLIGHT)
       fail("accumulators of a wgmma change before its wait at {%p}", fiber.site);
     flight.registers[i] = flight.saved[i];
   }
   flight.registers = nullptr;
+  fiber.flights--;
 }
 
 void product_collective(Warp& warp, unsigned lanes) {
   if (lanes != ~0u) fail("wgmma_wait without all 32 lanes");
-  static float sum[16 * 256];
+  static float sum[16 * WIDE];
   Fiber& first = warp.lanes[0];
   int done = 0;
   while (done < first.products && first.product[done].group < first.product_group - first.wait_for) done++;
@@ -202,14 +212,15 @@ void product_collective(Warp& warp, unsigned lanes) {
 int flight_of(Fiber* fiber, float* d, int count) {
   int free = -1;
   for (int i = 0; i < MAX_FLIGHTS; i++) {
-    if (fiber->products && fiber->flight[i].registers == d) return i;
+    if (fiber->flight[i].registers == d) return i;
     if (free < 0 && !fiber->flight[i].registers) free = i;
   }
   if (free < 0) fail("more than %d arrays of accumulators in use by wgmma", MAX_FLIGHTS);
   Flight& flight = fiber->flight[free];
+  fiber->flights++;
   flight.registers = d, flight.count = count, flight.pending = 0;
   memcpy(flight.saved, d, count * sizeof(float));
-  memset(d, 0xff, count * sizeof(float));
+  for (int i = 0; i < count; i++) memcpy(d + i, &IN_FLIGHT, sizeof(float));
   return free;
 }
 }  // namespace
@@ -217,7 +228,7 @@ int flight_of(Fiber* fiber, float* d, int count) {
 void load_matrices(uint32_t* to, const void* row, bool transposed) {
   const void* site = __builtin_return_address(0);
   if (reinterpret_cast<uintptr_t>(row) & 15) fail("ldmatrix: a row is not on a multiple of 16 bytes, at {%p}", site);
-  if (static_cast<size_t>(static_cast<const char*>(row) - arena) >= ARENA) fail("ldmatrix of memory that is not shared, at {%p}", site);
+  if (!is_shared(row)) fail("ldmatrix of memory that is not shared, at {%p}", site);
   if (checking) touch(row, 16, READ, site);
   Fiber* fiber = self();
   fiber->row = row, fiber->fragments = to;
@@ -229,7 +240,7 @@ void start_copy(void* to, const void* from, bool valid, bool at_once) {
   Fiber* fiber = self();
   if ((reinterpret_cast<uintptr_t>(to) | (valid ? reinterpret_cast<uintptr_t>(from) : 0)) & 15)
     fail("cp.async: an address is not a multiple of 16 bytes, at {%p}", site);
-  if (static_cast<size_t>(static_cast<char*>(to) - arena) >= ARENA) fail("cp.async to memory that is not shared, at {%p}", site);
+  if (!is_shared(to)) fail("cp.async to memory that is not shared, at {%p}", site);
   if (valid && checking) touch(from, 16, READ, site);
   if (at_once) {
     if (checking) touch(to, 16, WRITE, site);
@@ -240,7 +251,7 @@ void start_copy(void* to, const void* from, bool valid, bool at_once) {
   if (fiber->copies == MAX_COPIES) fail("more than %d cp.async of one thread are under way, at {%p}", MAX_COPIES, site);
   copy_started(to, site);
   memset(to, 0xff, 16);
-  fiber->copy[fiber->copies++] = {to, valid ? from : nullptr, fiber->copy_group};
+  fiber->copy[fiber->copies++] = {to, valid ? from : nullptr, site, fiber->copy_group};
 }
 void commit_copies() { self()->copy_group++; }
 void wait_for_copies(int groups_left) {
@@ -273,14 +284,13 @@ void start_product(float* d, int columns, const void* a, const void* b, Type typ
     uintptr_t offset = reinterpret_cast<uintptr_t>(tile) & 1023;
     if (offset >= 128 || offset & 31)
       fail("wgmma: a tile must start on a multiple of 1024 bytes, plus 32 for each step of k, at {%p}", site);
-    if (static_cast<size_t>(static_cast<const char*>(tile) - arena) >= ARENA)
-      fail("wgmma of memory that is not shared, at {%p}", site);
+    if (!is_shared(tile)) fail("wgmma of memory that is not shared, at {%p}", site);
   }
   if (fiber->products == MAX_PRODUCTS) fail("more than %d wgmma are under way, at {%p}", MAX_PRODUCTS, site);
   if (!fiber->product_fence) fail("no wgmma_fence since the last wgmma_wait, at {%p}", site);
   int flight = flight_of(fiber, d, columns / 2);
   fiber->flight[flight].pending++;
-  fiber->product[fiber->products++] = {a, b, flight, columns, type, fiber->product_group, epoch};
+  fiber->product[fiber->products++] = {a, b, site, flight, columns, type, fiber->product_group, epoch};
 }
 void commit_products() { self()->product_group++; }
 void wait_for_products(int groups_left) {

@@ -1,0 +1,201 @@
+"""Every kernel through NVRTC, for every architecture it is meant for: it compiles, and nothing leaves the registers.
+
+No GPU is needed. A spill or a stack frame costs more than any other mistake in a kernel, ptxas says so in its log, and
+nobody reads that log when CuPy compiles.
+"""
+
+import importlib.util
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pydeform.cuda import _kernels, _source
+from tests.cuda_emulation import nvrtc
+
+OPTIONS = ("-std=c++17",)
+CUDA = Path(importlib.util.find_spec("pydeform.cuda").origin).parent
+OPERATORS = sorted(path.stem for path in CUDA.glob("*.cu"))
+TOOLKITS = nvrtc.toolkits()
+INSTANCES = [instance for operator in OPERATORS for instance in _kernels.instances(operator)]
+# One of each template, kind of product and type.
+SAMPLE = set({tuple(re.findall(r"\w+", instance.expression)[:3]): instance for instance in INSTANCES}.values())
+CORES = ThreadPoolExecutor(os.cpu_count())
+
+needs_nvrtc = pytest.mark.skipif(not TOOLKITS, reason=f"none of {', '.join(nvrtc.WHEELS)} is installed")
+each_toolkit = pytest.mark.parametrize("toolkit", TOOLKITS, ids=str)
+
+
+def faults(resources, remarks, budget):
+    """What a kernel may not do, in words."""
+    found = list(remarks)
+    for field in ("stack", "spill_stores", "spill_loads"):
+        if getattr(resources, field):
+            found.append(f"{field} {getattr(resources, field)} bytes")
+    if resources.registers > budget:
+        found.append(f"{resources.registers} registers, its budget is {budget}")
+    return found
+
+
+def architectures(toolkit, instance):
+    """All that the instance names, and the newest that this toolkit knows, which also runs what is for sm_90.
+
+    Of an older toolkit one, for a sample of the instances, unless PYDEFORM_COMPILE_ALL is set: the whole takes minutes.
+    """
+    listed = [name for name in instance.architectures if toolkit.supports(name)]
+    if toolkit is not TOOLKITS[-1] and not os.environ.get("PYDEFORM_COMPILE_ALL"):
+        return listed[-1:] if instance in SAMPLE else []
+    if "90" in instance.architectures:
+        listed.append(str(toolkit.architectures[-1]))
+    return list(dict.fromkeys(listed))
+
+
+def faults_of(instance, toolkit, architecture):
+    found = nvrtc.cached(toolkit, _source.source(instance.operator), instance.expression, architecture, OPTIONS)
+    return [f"{toolkit}, sm_{architecture}: {fault}" for fault in faults(*found, instance.registers)]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("instance", INSTANCES, ids=lambda instance: f"{instance.operator}-{instance.expression}")
+def test_kernel_compiles_and_stays_in_its_registers(instance):
+    jobs = [(instance, toolkit, name) for toolkit in TOOLKITS for name in architectures(toolkit, instance)]
+    assert jobs
+    found = [fault for faults in CORES.map(lambda job: faults_of(*job), jobs) for fault in faults]
+    assert not found, "\n".join(found)
+
+
+def test_every_operator_has_kernels():
+    assert OPERATORS
+    for operator in OPERATORS:
+        assert _kernels.instances(operator), operator
+
+
+# The gate itself -----------------------------------------------------------------------------------------------------
+SOURCE = """
+template <int N> __global__ void __launch_bounds__(1024, 1) crowded(float* p) {
+  float a[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) a[i] = p[7 * i + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; i++) p[7 * i + threadIdx.x] = a[i] * a[(3 * i + 1) % N];
+}
+__global__ void indexed(float* p, int i) {
+  float a[512];
+  for (int j = 0; j < 512; j++) a[j * i & 511] = p[j];
+  p[0] = a[i];
+}
+template <class T> __global__ void plain(T* p) {
+  __shared__ T row[32];
+  row[threadIdx.x] = p[threadIdx.x];
+  __syncthreads();
+  p[threadIdx.x] = row[31 - threadIdx.x];
+}
+#if __CUDA_ARCH__ == 900
+__global__ void serialised(float* p, unsigned long long a, unsigned long long b) {
+  float d[4] = {};
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  for (int i = 0; i < 4; i++) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
+    d[0] += 1;  // while the product is in flight
+  }
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  for (int i = 0; i < 4; i++) p[4 * threadIdx.x + i] = d[i];
+}
+#endif
+"""
+
+
+def compiled(toolkit, expression, architecture="80", source=SOURCE, options=OPTIONS):
+    result = toolkit.compile(source, [expression], architecture, options)
+    return result.kernels[expression], result.remarks
+
+
+@each_toolkit
+def test_a_sound_kernel_passes(toolkit):
+    resources, remarks = compiled(toolkit, "plain<float>")
+    assert faults(resources, remarks, budget=32) == []
+    assert resources.shared == 128
+    assert compiled(toolkit, "plain<double>")[0].shared == 256
+
+
+@each_toolkit
+def test_faults_are_seen(toolkit):
+    spilling = "\n".join(faults(*compiled(toolkit, "crowded<128>"), budget=64))
+    assert "spill_stores" in spilling and "spill_loads" in spilling and "stack" in spilling
+    assert "registers" not in spilling
+    resources, remarks = compiled(toolkit, "plain<float>")
+    assert faults(resources, remarks, resources.registers - 1) == [
+        f"{resources.registers} registers, its budget is {resources.registers - 1}"
+    ]
+    assert faults(*compiled(toolkit, "indexed"), budget=255) == ["stack 2048 bytes"]
+    serialised = "\n".join(faults(*compiled(toolkit, "serialised", "90a"), budget=255))
+    assert "serialized" in serialised
+
+
+@each_toolkit
+def test_warnings_are_seen(toolkit):
+    _, remarks = compiled(toolkit, "idle", source='#line 7 "part.cuh"\n__global__ void idle() { int unused; }')
+    assert remarks[0].startswith('part.cuh(7): warning #177-D: variable "unused"')
+
+
+@each_toolkit
+def test_an_error_names_our_file_and_line(toolkit):
+    where = _source.source(OPERATORS[0]) + '\n#line 40 "part.cuh"\n__global__ void broken(int* p) {\n  p[0] = q;\n}\n'
+    with pytest.raises(nvrtc.CompileError, match=r'part\.cuh\(41\): error: identifier "q" is undefined'):
+        compiled(toolkit, "broken", source=where)
+    with pytest.raises(nvrtc.CompileError, match="no_such_kernel"):
+        compiled(toolkit, "no_such_kernel<int>")
+
+
+@each_toolkit
+def test_the_first_of_two_architectures_wins(toolkit):
+    """CuPy appends the device's own, sm_90, to our sm_90a, without which wgmma does not compile."""
+    assert compiled(toolkit, "serialised", "90a", options=(*OPTIONS, "-arch=sm_90"))[0].registers
+    with pytest.raises(nvrtc.CompileError, match=r"wgmma.* not supported on \.target 'sm_90'"):
+        compiled(toolkit, "serialised", "90")
+
+
+@each_toolkit
+def test_results_are_kept_until_something_changes(toolkit, tmp_path, monkeypatch):
+    monkeypatch.setattr(nvrtc, "CACHE", tmp_path / "cache")
+    calls = []
+    compile = toolkit.compile
+    monkeypatch.setattr(toolkit, "compile", lambda *arguments: calls.append(arguments) or compile(*arguments))
+
+    def run(*changed):
+        found = nvrtc.cached(toolkit, *changed)
+        return found, len(calls)
+
+    first, _ = run(SOURCE, "plain<float>", "80", OPTIONS)
+    assert run(SOURCE, "plain<float>", "80", OPTIONS) == (first, 1)
+    assert run(SOURCE + " ", "plain<float>", "80", OPTIONS) == (first, 2)
+    assert run(SOURCE, "plain<double>", "80", OPTIONS)[1] == 3
+    assert run(SOURCE, "plain<float>", "86", OPTIONS)[1] == 4
+    assert run(SOURCE, "plain<float>", "80", (*OPTIONS, "-DX=1"))[1] == 5
+    monkeypatch.setattr(nvrtc, "CACHE", Path(os.devnull))  # cannot be written
+    assert run(SOURCE, "plain<float>", "80", OPTIONS) == (first, 6)
+
+
+def test_the_log_of_functions_that_were_not_inlined():
+    log = """
+ptxas info    : Compiling entry function 'a' for 'sm_90'
+ptxas info    : Function properties for a
+ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 16 bytes cumulative stack size, 1024 bytes smem, 400 bytes cmem[0]
+ptxas info    : Function properties for called
+    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Compiling entry function 'b' for 'sm_90'
+ptxas info    : Function properties for b
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers
+"""
+    assert nvrtc.resources(log) == {
+        "a": nvrtc.Resources(registers=40, stack=16, spill_stores=4, spill_loads=8, shared=1024),
+        "b": nvrtc.Resources(registers=8, stack=0, spill_stores=0, spill_loads=0, shared=0),
+    }
+    assert [line for line in log.splitlines() if not nvrtc.ORDINARY.match(line)] == []

@@ -1,0 +1,484 @@
+"""CUDA arrays of other frameworks: on which stream and device we compute, what waits for what, and whose memory it is.
+
+First with stand-ins for CuPy, PyTorch and others, which record what they are asked for; then, where there is a GPU,
+with the real ones.
+"""
+
+import gc
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import types
+import weakref
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import pydeform
+from pydeform import _interop
+from tests.cuda_emulation import device, dlpack
+
+OTHER_STREAM = 0x7000  # of a stand-in for torch
+
+
+def why_no_gpu():
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed"
+    import cupy
+
+    return "" if cupy.is_available() else "CuPy finds no device"
+
+
+NO_GPU = why_no_gpu()
+needs_gpu = pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
+
+
+# Stand-ins -----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def cupy(monkeypatch):
+    """The emulated CuPy, also for what imported another one before."""
+    if not NO_GPU:
+        pytest.skip("a real device is here")
+    for name, module in device.stand_ins.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    from pydeform.cuda import _dlpack
+
+    monkeypatch.setattr(_dlpack, "cupy", device.cupy)
+    monkeypatch.setattr(_dlpack, "_held", _dlpack.Held())
+    with device.settings(devices=2):
+        yield device.cupy
+
+
+class Producer:
+    """A CUDA array of some library, which remembers each exchange: (stream asked for, device that was current)."""
+
+    def __init__(self, values, number=0):
+        self.host, self.number, self.asked = np.asarray(values), number, []
+
+    def __dlpack__(self, *, stream, max_version=None, copy=None):
+        self.asked.append((stream, device.cupy.cuda.Device().id))
+        return dlpack.to_capsule(self.host, self.number, max_version)
+
+    def __dlpack_device__(self):
+        return _interop.CUDA, self.number
+
+
+class Imported:
+    """What a library makes of a result of ours; as a consumer it names its own stream."""
+
+    stream = 0x5000
+
+    def __init__(self, array):
+        self.values = dlpack.to_host(array, self.stream)
+        self.device = array.__dlpack_device__()[1]
+
+
+class Tensor(Producer):
+    """As much of torch.Tensor on CUDA as we look at."""
+
+    requires_grad, layout, is_quantized, is_nested = False, "strided", False, False
+
+    @property
+    def device(self):
+        return types.SimpleNamespace(type="cuda", index=self.number)
+
+    @property
+    def dtype(self):
+        return self.host.dtype.name
+
+    def detach(self):
+        return self
+
+    resolve_conj = resolve_neg = detach
+
+    def view(self, dtype):
+        viewed = Tensor(self.host.view(getattr(ml_dtypes, dtype, dtype)), self.number)
+        viewed.asked = self.asked
+        return viewed
+
+
+@pytest.fixture
+def torch(cupy, monkeypatch):
+    """A torch with a current stream of its own on every device."""
+    module = types.ModuleType("torch")
+    module.Tensor, module.strided, module.bfloat16, module.int16 = Tensor, "strided", "bfloat16", "int16"
+    module.is_grad_enabled = lambda: True
+    module.from_dlpack = lambda array: Tensor(dlpack.to_host(array, OTHER_STREAM), array.__dlpack_device__()[1])
+    module.cuda = types.SimpleNamespace(
+        current_stream=lambda place: types.SimpleNamespace(
+            cuda_stream=OTHER_STREAM + place.index, device_index=place.index
+        )
+    )
+    monkeypatch.setitem(sys.modules, "torch", module)
+    return module
+
+
+@pytest.fixture
+def library(cupy, monkeypatch):
+    module = types.ModuleType("fakelib")
+    module.from_dlpack = Imported
+    monkeypatch.setattr(Producer, "__module__", "fakelib.core")
+    monkeypatch.setitem(sys.modules, "fakelib", module)
+    return module
+
+
+@pytest.fixture
+def waits(cupy, monkeypatch):
+    """(stream that waits, stream whose event it waits for), in order."""
+    seen = []
+    wait_event = cupy.cuda.Stream.wait_event
+
+    def remember(stream, event):
+        seen.append((stream.ptr, event.recorded_on))
+        wait_event(stream, event)
+
+    monkeypatch.setattr(cupy.cuda.Stream, "wait_event", remember)
+    return seen
+
+
+@pytest.fixture
+def launches(cupy, monkeypatch):
+    """(stream, device) at each call of the kernels' side of conv2d, which returns its input."""
+    from pydeform.cuda import conv2d
+
+    seen = []
+
+    def forward(input, weight, bias, g, **options):
+        seen.append((cupy.cuda.get_current_stream().ptr, cupy.cuda.Device().id))
+        return input.copy()
+
+    monkeypatch.setattr(conv2d, "forward", forward)
+    return seen
+
+
+def arrays(kind, number=0, dtype=np.float32, **replaced):
+    """input and weight of a convolution that keeps the shape."""
+    values = np.arange(8).reshape(1, 2, 2, 2).astype(dtype), np.ones((2, 2, 1, 1)).astype(dtype)
+    return {"input": kind(values[0], number), "weight": kind(values[1], number)} | replaced
+
+
+def test_the_exchange_names_cupys_current_stream(library, cupy):
+    producer = Producer(np.arange(6.0))
+    native, _ = _interop.to_native("op", {"input": producer})
+    assert native["input"].data.ptr == producer.host.ctypes.data
+    with cupy.cuda.Stream() as stream:
+        _interop.to_native("op", {"input": producer})
+    assert producer.asked == [(1, 0), (stream.ptr, 0)]  # 1 is DLPack's name of the default stream
+
+
+def test_the_exchange_is_on_the_device_of_the_array(library, cupy):
+    producer = Producer(np.arange(6.0), 1)
+    native, _ = _interop.to_native("op", {"input": producer})
+    assert native["input"].device.id == 1 and producer.asked == [(1, 1)]
+    assert cupy.cuda.Device().id == 0
+
+
+def test_arrays_of_a_library_without_streams_of_its_own(library, cupy, launches, waits):
+    with cupy.cuda.Stream() as stream:
+        result = pydeform.conv2d(**arrays(Producer))
+    assert type(result) is Imported and result.values.ravel().tolist() == list(range(8))
+    assert launches == [(stream.ptr, 0)] and waits == []
+
+
+@pytest.mark.parametrize("place", ["dlpack", "utils.dlpack"])
+def test_bfloat16_of_any_library_goes_both_ways(library, launches, place):
+    given = arrays(Producer, dtype=ml_dtypes.bfloat16)
+    result = pydeform.conv2d(**given)
+    assert result.values.dtype == ml_dtypes.bfloat16
+    assert np.array_equal(result.values, given["input"].host)
+
+
+def test_lent_memory_is_held_until_the_device_is_done_with_it(library, cupy, launches, monkeypatch):
+    """The library may use it again as soon as we let go, whatever kernels still read it."""
+    done = []
+    monkeypatch.setattr(cupy.cuda.Event, "done", property(lambda event: bool(done)))
+    given = arrays(Producer)
+    memory = weakref.ref(given["input"].host)
+    pydeform.conv2d(**given)
+    del given
+    gc.collect()
+    assert memory() is not None
+    done.append(True)
+    pydeform.conv2d(**arrays(Producer))
+    gc.collect()
+    assert memory() is None
+
+
+def test_held_memory_is_released_when_the_program_ends(library, cupy, launches, monkeypatch):
+    from pydeform.cuda import _dlpack
+
+    order = []
+    monkeypatch.setattr(cupy.cuda.Event, "done", False)
+    monkeypatch.setattr(cupy.cuda.Event, "synchronize", lambda event: order.append("waited"))
+    given = arrays(Producer)
+    memory = weakref.ref(given["input"].host, lambda _: order.append("released"))
+    pydeform.conv2d(**given)
+    del given
+    _dlpack._held.release()
+    gc.collect()
+    assert order == ["waited", "released"] and memory() is None
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_torch_tensors_are_computed_with_on_torchs_stream(torch, cupy, launches, waits, number):
+    with cupy.cuda.Stream() as mine:
+        given = arrays(Tensor, number)
+        result = pydeform.conv2d(**given)
+        assert cupy.cuda.get_current_stream() is mine
+    assert cupy.cuda.Device().id == 0
+    assert launches == [(OTHER_STREAM + number, number)]
+    assert given["input"].asked == [(OTHER_STREAM + number, number)]  # nothing to wait for: it may be capturing a graph
+    assert waits == []
+    assert type(result) is Tensor and result.number == number
+    assert np.array_equal(result.host, given["input"].host)
+
+
+def test_memory_for_torchs_stream_is_allocated_on_it(torch, cupy, monkeypatch):
+    """CuPy's pool gives memory back to the stream that it was allocated on."""
+    from pydeform.cuda import conv2d
+
+    seen = []
+    empty = cupy.empty
+    monkeypatch.setattr(
+        cupy, "empty", lambda *a, **k: seen.append(cupy.cuda.get_current_stream().ptr) or empty(*a, **k)
+    )
+    monkeypatch.setattr(conv2d, "forward", lambda input, weight, bias, g, **_: cupy.empty(input.shape, input.dtype))
+    pydeform.conv2d(**arrays(Tensor))
+    assert seen == [OTHER_STREAM]
+
+
+@pytest.mark.parametrize("first", ["torch", "cupy"])
+def test_streams_wait_for_each_other_when_kinds_are_mixed(torch, cupy, launches, waits, first):
+    """Torch's for what CuPy's may still be making, and CuPy's before it hands out memory that was read on torch's."""
+    ours = arrays(lambda values, _: cupy.asarray(values))
+    theirs = arrays(Tensor)
+    mixed = {"input": (theirs if first == "torch" else ours)["input"]}
+    mixed["weight"] = (ours if first == "torch" else theirs)["weight"]
+    with cupy.cuda.Stream() as mine:
+        result = pydeform.conv2d(**mixed)
+    assert launches == [(OTHER_STREAM, 0)]
+    assert waits == [(OTHER_STREAM, mine.ptr), (mine.ptr, OTHER_STREAM)]
+    assert type(result) is (Tensor if first == "torch" else cupy.ndarray)
+
+
+def test_one_stream_does_not_wait_for_itself(torch, cupy, launches, waits):
+    mixed = arrays(Tensor, weight=cupy.ones((2, 2, 1, 1), np.float32))
+    with cupy.cuda.ExternalStream(OTHER_STREAM):
+        pydeform.conv2d(**mixed)
+    assert waits == []
+
+
+def test_torch_beside_another_library(torch, library, cupy, launches, waits):
+    """The other's exchange was with CuPy's current stream, for which torch's has to wait then."""
+    other = arrays(Producer)["weight"]
+    with cupy.cuda.Stream() as mine:
+        result = pydeform.conv2d(**arrays(Tensor, weight=other))
+    assert other.asked == [(mine.ptr, 0)] and launches == [(OTHER_STREAM, 0)]
+    assert waits == [(OTHER_STREAM, mine.ptr), (mine.ptr, OTHER_STREAM)]
+    assert type(result) is Tensor
+
+
+def test_torch_bfloat16_goes_both_ways(torch, launches):
+    given = arrays(Tensor, dtype=ml_dtypes.bfloat16)
+    result = pydeform.conv2d(**given)
+    assert result.dtype == "bfloat16" and np.array_equal(result.host, given["input"].host)
+    native, _ = _interop.to_native("op", given)
+    assert native["input"].data.ptr == given["input"].host.ctypes.data
+    assert native["input"].dtype == ml_dtypes.bfloat16
+
+
+def test_torch_gradients_are_not_lost_in_silence(torch, launches):
+    given = arrays(Tensor)
+    given["weight"].requires_grad = True
+    with pytest.raises(TypeError, match=r"^conv2d: weight must be without requires_grad.*pydeform\.torch"):
+        pydeform.conv2d(**given)
+    assert launches == []
+    torch.is_grad_enabled = lambda: False
+    assert type(pydeform.conv2d(**given)) is Tensor
+
+
+def test_an_error_leaves_cupy_on_its_stream(torch, cupy, monkeypatch):
+    from pydeform.cuda import conv2d
+
+    def broken(*arguments, **options):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(conv2d, "forward", broken)
+    with cupy.cuda.Stream() as mine:
+        with pytest.raises(MemoryError):
+            pydeform.conv2d(**arrays(Tensor, 1))
+        assert cupy.cuda.get_current_stream() is mine
+    assert cupy.cuda.Device().id == 0
+
+
+def test_arrays_on_cpu_and_gpu_are_refused(torch, launches):
+    with pytest.raises(
+        TypeError, match=r"^conv2d: all arrays must be on one device, got input is cupy, weight is numpy"
+    ):
+        pydeform.conv2d(**arrays(Tensor, weight=np.ones((2, 2, 1, 1), np.float32)))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ for the emulation")
+def test_kernels_compute_on_foreign_memory(torch):
+    """All the way: the emulated kernels on torch's memory, forward and backward."""
+    rng = np.random.default_rng(5)
+    x, offset, mask = (rng.normal(size=(1, c, 4, 5)).astype(np.float32) for c in (2, 18, 9))
+    weight, grad = rng.normal(size=(3, 2, 3, 3)).astype(np.float32), rng.normal(size=(1, 3, 4, 5)).astype(np.float32)
+    options = {"padding": 1}
+    want = pydeform.deform_conv2d(x, offset, weight, mask=mask, **options)
+    got = pydeform.deform_conv2d(*map(Tensor, (x, offset, weight)), mask=Tensor(mask), **options)
+    assert type(got) is Tensor
+    np.testing.assert_allclose(got.host, want, rtol=1e-5, atol=1e-5)
+    want = pydeform.deform_conv2d_backward(grad, x, offset, weight, mask=mask, **options)
+    got = pydeform.deform_conv2d_backward(*map(Tensor, (grad, x, offset, weight)), mask=Tensor(mask), **options)
+    assert got.bias is None
+    for name in ("input", "offset", "weight", "mask"):
+        np.testing.assert_allclose(getattr(got, name).host, getattr(want, name), rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+# The real ones -------------------------------------------------------------------------------------------------------
+def real_torch_problem(dtype):
+    """(arguments on the GPU, the same as float64 NumPy arrays)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"input": (2, 16, 9, 7), "offset": (2, 18, 9, 7), "weight": (24, 16, 3, 3), "mask": (2, 9, 9, 7)}
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return {n: t.cuda() for n, t in tensors.items()}, {n: t.double().numpy() for n, t in tensors.items()}
+
+
+def assert_near(got, want, tolerance, what=""):
+    assert np.abs(got - want).max() < tolerance * np.abs(want).max(), what
+
+
+@needs_gpu
+@needs_torch
+@pytest.mark.parametrize(
+    "name, tolerance", [("float32", 1e-5), ("float16", 5e-3), ("bfloat16", 4e-2), ("float64", 1e-12)]
+)
+def test_real_torch_tensors(name, tolerance):
+    import torch
+
+    theirs, ours = real_torch_problem(getattr(torch, name))
+    native, _ = _interop.to_native("op", theirs)
+    assert [native[n].data.ptr for n in theirs] == [t.data_ptr() for t in theirs.values()]
+    result = pydeform.deform_conv2d(**theirs, padding=1)
+    assert type(result) is torch.Tensor and result.is_cuda and result.dtype == getattr(torch, name)
+    assert_near(result.double().cpu().numpy(), pydeform.deform_conv2d(**ours, padding=1), tolerance)
+    grads = pydeform.deform_conv2d_backward(result, **theirs, padding=1)
+    want = pydeform.deform_conv2d_backward(result.double().cpu().numpy(), **ours, padding=1)
+    for field in theirs:
+        got = getattr(grads, field)
+        assert got.is_cuda and got.dtype == getattr(torch, name)
+        assert_near(got.double().cpu().numpy(), getattr(want, field), 4 * tolerance, field)
+
+
+@needs_gpu
+@needs_torch
+def test_real_torch_streams_are_used(monkeypatch):
+    import cupy
+    import torch
+
+    from pydeform.cuda import deform_conv2d
+
+    seen, compute = [], deform_conv2d.forward
+    monkeypatch.setattr(
+        deform_conv2d,
+        "forward",
+        lambda *a, **k: seen.append(cupy.cuda.get_current_stream().ptr) or compute(*a, **k),
+    )
+    theirs, _ = real_torch_problem(torch.float32)
+    want = pydeform.deform_conv2d(**theirs, padding=1)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # the input is not ready for a while
+        late = {name: tensor * 1 for name, tensor in theirs.items()}
+        got = pydeform.deform_conv2d(**late, padding=1)
+    stream.synchronize()
+    assert seen == [0, stream.cuda_stream]
+    assert torch.equal(got, want)
+
+
+@needs_gpu
+@needs_torch
+def test_real_torch_memory_is_not_reused_under_a_running_kernel():
+    import torch
+
+    theirs, _ = real_torch_problem(torch.float32)
+    want = pydeform.deform_conv2d(**theirs, padding=1)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = {name: tensor.clone() for name, tensor in theirs.items()}
+        place = late["input"].data_ptr()
+        torch.cuda._sleep(100_000_000)
+        got = pydeform.deform_conv2d(**late, padding=1)
+        late.clear()
+        overwritten = [torch.full_like(tensor, torch.nan) for tensor in theirs.values()]
+    assert place in [tensor.data_ptr() for tensor in overwritten]  # else this proves nothing
+    stream.synchronize()
+    assert torch.equal(got, want)
+
+
+@needs_gpu
+@needs_torch
+def test_real_torch_graphs_capture_our_kernels():
+    import torch
+
+    theirs, _ = real_torch_problem(torch.float32)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles, and leaves memory for the capture in CuPy's pool
+            pydeform.deform_conv2d(**theirs, padding=1)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = pydeform.deform_conv2d(**theirs, padding=1)
+    theirs["input"].mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, pydeform.deform_conv2d(**theirs, padding=1))
+
+
+# JAX takes most of the GPU's memory unless told otherwise before it starts, so another process has it.
+JAX_PROGRAM = """
+import sys, jax, numpy as np, pydeform
+from pydeform import _interop
+if jax.default_backend() != "gpu":
+    sys.exit(77)
+for name, tolerance in (("float32", 1e-5), ("bfloat16", 4e-2), ("float16", 5e-3)):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {"input": (2, 16, 9, 7), "offset": (2, 18, 9, 7), "weight": (24, 16, 3, 3), "mask": (2, 9, 9, 7)}
+    theirs = {n: jax.random.normal(k, s, name) for k, (n, s) in zip(keys, shapes.items())}
+    ours = {n: np.asarray(a).astype(np.float64) for n, a in theirs.items()}
+    native, _ = _interop.to_native("op", theirs)
+    assert [native[n].data.ptr for n in theirs] == [a.unsafe_buffer_pointer() for a in theirs.values()]
+    del native
+    result = pydeform.deform_conv2d(**theirs, padding=1)
+    assert isinstance(result, jax.Array) and result.dtype == name and result.devices() == theirs["input"].devices()
+    want = pydeform.deform_conv2d(**ours, padding=1)
+    assert np.abs(np.asarray(result).astype(np.float64) - want).max() < tolerance * np.abs(want).max(), name
+    for _ in range(20):  # what we let go of is used again at once
+        again = pydeform.deform_conv2d(**{n: a + 0 for n, a in theirs.items()}, padding=1)
+        other = [jax.numpy.full(s, np.nan, name) for s in shapes.values()]
+        assert np.array_equal(np.asarray(again), np.asarray(result))
+with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(True):
+    wide = jax.numpy.ones((1, 2, 3, 3), "float64")
+assert pydeform.conv2d(wide, wide).dtype == np.float64
+"""
+
+
+@needs_gpu
+@needs_jax
+def test_real_jax_arrays():
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run([sys.executable, "-c", JAX_PROGRAM], capture_output=True, text=True, env=environment)
+    if done.returncode == 77:
+        pytest.skip("this JAX has no GPU")
+    assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_deform_conv2d.py

@@ -20,6 +20,10 @@ def backend_for(op: str, module: str, arrays: dict[str, Any]) -> ModuleType:
         kinds = {n: type(a).__module__.partition(".")[0] for n, a in arrays.items() if a is not None}
         listed = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
         raise TypeError(f"{op}: all arrays must be on one device, got {listed}")
+    devices = {name: int(array.device.id) for name, array in arrays.items() if array is not None}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} is on cuda:{device}" for name, device in devices.items())
+        raise TypeError(f"{op}: all arrays must be on one device, got {listed}")
     return _twin(op, "cuda", module)
 
 

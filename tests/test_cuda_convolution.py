@@ -373,6 +373,18 @@ def test_threads(emulated):
             assert_near(got, expected(name), "float32")
 
 
+def test_arrays_on_two_devices_are_refused(emulated):
+    import cupy
+
+    case = CASES["narrow"]
+    with on(devices=2):
+        arrays = send(make(case))
+        with cupy.cuda.Device(1):
+            arrays["weight"] = cupy.asarray(make(case)["weight"])
+        with pytest.raises(TypeError, match=r"one device, got input is on cuda:0, .*weight is on cuda:1"):
+            pydeform.deform_conv2d(**arrays, **case.options)
+
+
 def test_devices(emulated):
     """Work is done on the device that holds the arrays, whichever is current."""
     import cupy

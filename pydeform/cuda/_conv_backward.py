@@ -135,6 +135,8 @@ def plan_of(g: Any, operator: str, dtype: str, on: Device, allow_tf32: bool) -> 
 class Plan:
     """The backward of one geometry, with everything decided but the arrays; launches are made when first needed."""
 
+    KEPT = 64  # launches of a kind, one for each chunk of a deterministic backward
+
     def __init__(self, g: Any, operator: str, dtype: str, on: Device, allow_tf32: bool) -> None:
         group_outputs = g.out_channels // g.groups
         self.g, self.operator, self.dtype, self.on = g, operator, dtype, on
@@ -151,6 +153,9 @@ class Plan:
         self.everything = g.batch * pixels(g)
         itemsize, sums = _conv_common.ITEMSIZE[dtype], compute_dtype(np.dtype(_conv_common.DTYPES[dtype]))
         self.sums = sums
+        self._samples = functools.lru_cache(self.KEPT)(self._make_samples)
+        self._weight = functools.lru_cache(self.KEPT)(self._make_weight)
+        self._sum = functools.lru_cache(self.KEPT)(self._make_sum)
         image, gradient = self.memory * g.in_h * g.in_w, g.groups * self.padded_outputs * pixels(g)
         self.image_bytes = (image + gradient) * itemsize + image * sums.itemsize
         self.index = index_type(
@@ -191,7 +196,7 @@ class Plan:
         size = taps(self.g) * self.g.groups * self.width * self.padded_outputs
         expression = f"pack_weight_columns<{C_TYPES[self.dtype]}, {index_type(size)}>"
         numbers = (self.g, self.channels, np.int32(self.width), np.int32(self.padded_outputs))
-        return Launch(self.operator, expression, (ceil_div(size, THREADS),), THREADS, *numbers)
+        return Launch(self.operator, expression, (ceil_div(size // taps(self.g), THREADS),), THREADS, *numbers)
 
     def samples(
         self, parts: Parts, packed: Any, grad_input: Any, grad_offset: Any, grad_mask: Any, *, deterministic: bool
@@ -212,8 +217,7 @@ class Plan:
             self._samples(False, *whole)(*arrays, sums)
         to_channels_first(self.operator, sums, grad_input, self.channels.unit, self.channels.pitch)
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019  (plans are few, and kept anyway)
-    def _samples(self, store: bool, first: int, count: int, tap0: int, some: int) -> Launch:
+    def _make_samples(self, store: bool, first: int, count: int, tap0: int, some: int) -> Launch:
         p = self.data_product
         shared = self._shared_data(self.slots, self.index)
         return Launch(
@@ -250,8 +254,7 @@ class Plan:
     def _weight_tiles(self) -> int:
         return self._tiles_o * self.g.groups * self.channels.blocks * taps(self.g)
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019
-    def _weight(self, started: bool, slices: int) -> Launch:
+    def _make_weight(self, started: bool, slices: int) -> Launch:
         reads = DEFORMED if self.operator == "deform_conv2d" else PLAIN
         p = self.weight_product
         size = slices * taps(self.g) * self.g.out_channels * self.width
@@ -267,8 +270,12 @@ class Plan:
         )
 
     def sum_weight(self, partial: Any, grad_weight: Any) -> None:
-        expression = f"sum_weight<{C_TYPES[self.dtype]}, {index_type(partial.size)}>"
-        numbers = (self.g, self.channels, np.int32(self.width), np.int32(partial.shape[0]))
-        Launch(self.operator, expression, (ceil_div(grad_weight.size, THREADS),), THREADS, *numbers)(
-            partial, grad_weight
+        self._sum(partial.shape[0])(partial, grad_weight)
+
+    def _make_sum(self, slices: int) -> Launch:
+        g, size = self.g, taps(self.g) * self.g.out_channels * self.width * slices
+        grid = (ceil_div(g.out_channels * (g.in_channels // g.groups), THREADS),)
+        expression = f"sum_weight<{C_TYPES[self.dtype]}, {index_type(size)}>"
+        return Launch(
+            self.operator, expression, grid, THREADS, g, self.channels, np.int32(self.width), np.int32(slices)
         )

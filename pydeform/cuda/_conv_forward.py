@@ -134,7 +134,8 @@ class Tiles:
     @functools.cached_property
     def _pack(self) -> Launch:
         expression = f"pack_weight<{self.product.expression}, {index_type(self._packed)}, {self.reads}>"
-        grid = (ceil_div(self._packed // self.product.parts, THREADS),)
+        p = self.product
+        grid = (self.g.groups * self._tiles_n * self.channels.blocks, p.columns * p.depth // THREADS)
         return Launch(self.operator, expression, grid, THREADS, self.g, self.channels, np.int32(self._tiles_n))
 
     def pack_weight(self, weight: Any) -> Any:

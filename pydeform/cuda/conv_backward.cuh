@@ -294,29 +294,32 @@ __global__ void __launch_bounds__(P::THREADS, 1)
     }
 }
 
-// Owner: one thread per element of the weight. Adds the slices in their order.
+// Owner: one thread per (output, channel), all taps. Adds the slices in their order.
 template <class T, class I>
 __global__ void __launch_bounds__(256) sum_weight(const Compute<T>* __restrict__ partial, T* __restrict__ grad_weight, Geometry g, Channels c, int width, int slices) {
   const int kernel = g.kernel_h * g.kernel_w, summed = g.in_channels / g.groups;
   const I i = (I)blockIdx.x * 256 + threadIdx.x;
-  if (i >= (I)g.out_channels * summed * kernel) return;
-  const int tap = (int)(i % kernel), q = (int)(i / kernel % summed), o = (int)(i / kernel / summed);
-  const int place = q / c.unit * c.padded + q % c.unit;
-  Compute<T> sum = 0;
-  for (int s = 0; s < slices; s++) sum += partial[(((I)s * kernel + tap) * g.out_channels + o) * width + place];
-  grad_weight[i] = from_float<T>(sum);
+  if (i >= (I)g.out_channels * summed) return;
+  const int o = (int)(i / summed), q = (int)(i - (I)o * summed);
+  const I place = (I)o * width + q / c.unit * c.padded + q % c.unit, step = (I)g.out_channels * width;
+  for (int tap = 0; tap < kernel; tap++) {
+    Compute<T> sum = 0;
+    for (int s = 0; s < slices; s++) sum += partial[((I)s * kernel + tap) * step + place];
+    grad_weight[i * kernel + tap] = from_float<T>(sum);
+  }
 }
 
 // The weight for backward_data: [tap][group][place of the channel][padded output], zeros where padded.
-// Owner: one thread per element.
+// Owner: one thread per place and output, all taps.
 template <class T, class I>
 __global__ void __launch_bounds__(256) pack_weight_columns(const T* __restrict__ weight, T* __restrict__ packed, Geometry g, Channels c, int width, int padded_outputs) {
   const int kernel = g.kernel_h * g.kernel_w, summed = g.in_channels / g.groups, group_outputs = g.out_channels / g.groups;
-  const I i = (I)blockIdx.x * 256 + threadIdx.x;
-  if (i >= (I)kernel * g.groups * width * padded_outputs) return;
-  const int o = (int)(i % padded_outputs), q = (int)(i / padded_outputs % width);
-  const int group = (int)(i / padded_outputs / width % g.groups), tap = (int)(i / padded_outputs / width / g.groups);
-  const Place place(0, q, c);
+  const I i = (I)blockIdx.x * 256 + threadIdx.x, step = (I)g.groups * width * padded_outputs;
+  if (i >= step) return;
+  const I row = i / padded_outputs;
+  const int o = (int)(i - row * padded_outputs), group = (int)(row / width);
+  const Place place(0, (int)(row - (I)group * width), c);
   const bool valid = place.unit < c.units && place.within < c.unit && o < group_outputs;
-  packed[i] = valid ? weight[((I)(group * group_outputs + o) * summed + place.unit * c.unit + place.within) * kernel + tap] : T{};
+  const I from = ((I)(group * group_outputs + o) * summed + place.unit * c.unit + place.within) * kernel;
+  for (int tap = 0; tap < kernel; tap++) packed[tap * step + i] = valid ? weight[from + tap] : T{};
 }

@@ -262,30 +262,26 @@ __global__ void __launch_bounds__(256) sum_slices(const Compute<T>* __restrict__
 // The weight as the tiles that `forward` loads: [group][tile of outputs][block][tap][part][row][depth], zeros where an
 // output or a channel does not exist. Rows are output channels and the summed axis input channels; for ADJOINT the
 // geometry is that of the transposed convolution, while the weight stays as it is.
-// Owner: one thread per element of the first part.
+// Owner: a block has 256 / depth rows of a tile of one block of channels, at every tap; a thread one place of a row.
 template <class P, class I, int READS>
 __global__ void __launch_bounds__(256)
     pack_weight(const typename P::T* __restrict__ weight, typename P::T* __restrict__ packed, Geometry g, Channels c, int tiles_n) {
   using T = typename P::T;
   const int kernel = g.kernel_h * g.kernel_w, group_outputs = g.out_channels / g.groups, summed = g.in_channels / g.groups;
-  const I i = (I)blockIdx.x * 256 + threadIdx.x;
-  I rest = i / P::DEPTH / P::BN;
-  const int k = (int)(i % P::DEPTH), r = (int)(i / P::DEPTH % P::BN), tap = (int)(rest % kernel);
-  rest /= kernel;
-  const int block = (int)(rest % c.blocks), n = (int)(rest / c.blocks % tiles_n) * P::BN + r, group = (int)(rest / c.blocks / tiles_n);
-  if (group >= g.groups) return;
+  const int k = threadIdx.x % P::DEPTH, r = blockIdx.y * (256 / P::DEPTH) + threadIdx.x / P::DEPTH;
+  const int tile = blockIdx.x / c.blocks, block = blockIdx.x - tile * c.blocks, group = tile / tiles_n, n = (tile - group * tiles_n) * P::BN + r;
   const Place place(0, block * P::DEPTH + k, c);
   const int q = place.unit * c.unit + place.within;  // channel of the group
-  T v{};
-  if (place.unit < c.units && place.within < c.unit && n < group_outputs)
-    v = READS == ADJOINT ? weight[((I)(group * summed + q) * group_outputs + n) * kernel + tap]
-                         : weight[((I)(group * group_outputs + n) * summed + q) * kernel + tap];
-  const I at = i / (P::BN * P::DEPTH) * (P::PARTS * P::BN * P::DEPTH) + r * P::DEPTH + k;
-  if constexpr (P::PARTS == 2) {
-    const float high = tf32_high(v);
-    packed[at] = high;
-    packed[at + P::BN * P::DEPTH] = v - high;
-  } else {
-    packed[at] = v;
+  const bool valid = place.unit < c.units && place.within < c.unit && n < group_outputs;
+  const I from = READS == ADJOINT ? ((I)(group * summed + q) * group_outputs + n) * kernel : ((I)(group * group_outputs + n) * summed + q) * kernel;
+  T* to = packed + (I)blockIdx.x * kernel * (P::PARTS * P::BN * P::DEPTH) + r * P::DEPTH + k;
+  for (int tap = 0; tap < kernel; tap++, to += P::PARTS * P::BN * P::DEPTH) {
+    const T v = valid ? weight[from + tap] : T{};
+    if constexpr (P::PARTS == 2) {
+      to[0] = tf32_high(v);
+      to[P::BN * P::DEPTH] = v - tf32_high(v);
+    } else {
+      to[0] = v;
+    }
   }
 }

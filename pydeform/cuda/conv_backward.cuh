@@ -8,14 +8,14 @@ template <class A, class I> struct Point {
   A y, x, m;    // place within the cell, mask
 };
 
-// p[0 .. E-1] += v, in no order that anybody knows.
-template <int E> PYDEFORM_DEVICE void add_anywhere(float* p, const float (&v)[E], float w) {
-#pragma unroll
-  for (int e = 0; e < E; e += 4) red_add4(p + e, w * v[e], w * v[e + 1], w * v[e + 2], w * v[e + 3]);
-}
-template <int E> PYDEFORM_DEVICE void add_anywhere(double* p, const double (&v)[E], double w) {
-#pragma unroll
-  for (int e = 0; e < E; e++) atomicAdd(p + e, w * v[e]);
+template <class A> struct alignas(16) Chunk { A v[16 / sizeof(A)]; };
+template <class A> struct alignas(2 * sizeof(A)) Pair { A v[2]; };
+
+// p += w * v, in no order that anybody knows.
+PYDEFORM_DEVICE void add_anywhere(float* p, const Chunk<float>& c, float w) { red_add4(p, w * c.v[0], w * c.v[1], w * c.v[2], w * c.v[3]); }
+PYDEFORM_DEVICE void add_anywhere(double* p, const Chunk<double>& c, double w) {
+  atomicAdd(p, w * c.v[0]);
+  atomicAdd(p + 1, w * c.v[1]);
 }
 
 // Gradients of offset and mask (eq. 3, 4) and of the input (eq. 5) from one tap's column gradient, which is a product
@@ -34,11 +34,14 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   using A = typename P::Acc;
   constexpr int A_BYTES = P::BM * P::ROW, B_BYTES = P::BN * P::ROW, E = P::E;
   constexpr int LANES = P::BN / E, ROWS = P::THREADS / LANES, TURNS = P::BM / ROWS;  // threads of a row, rows at a time
-  constexpr int PITCH = P::BN + 8;
+  constexpr int PITCH = P::BN + 8, QUADS = P::BN / 2 + 4;
+  constexpr int N = 16 / sizeof(A), PARTS = E / N;  // sums in 16 bytes, such pieces of a thread's channels
   constexpr int PIPELINE = 2 * (A_BYTES + B_BYTES), STAGED = P::BM * PITCH * (int)sizeof(A);
   static_assert(P::PARTS == 1 && 32 % LANES == 0 && P::BM % ROWS == 0, "a row's threads are of one warp");
   PYDEFORM_DYNAMIC_SHARED(unsigned char, shared);
   A* const staged = reinterpret_cast<A*>(shared);  // [BM][PITCH], after the product is done with its tiles
+  // Where a thread reads two pieces, the second ones lie behind all the first, so that a warp reads without conflicts.
+  auto staged_at = [](int r, int n) { return r * PITCH + (PARTS == 2 ? n / N % 2 * QUADS + n / E * N + n % N : n); };
   Point<A, I>* const points = reinterpret_cast<Point<A, I>*>(shared + (PIPELINE > STAGED ? PIPELINE : STAGED));  // [slots][BM]
 
   const int tid = threadIdx.x, kernel = g.kernel_h * g.kernel_w, tap = tap0 + (int)(blockIdx.x % taps);
@@ -106,40 +109,60 @@ __global__ void __launch_bounds__(P::THREADS, 1)
       for (int k = 0; k < 4; k++) dot[turn][k] = 0;
     }
   };
+  // Threads next to each other whose channels are of one unit exchange pieces, so that what a warp adds at once lies together.
+  const bool exchange = !STORE && PARTS == 2 && sums && c.pitch % (2 * E) == 0;
+  const bool odd = lane % 2;
   auto use = [&](int group, int block) {
     const Place place(group, block * P::BN + lane * E, c);
-    if (!place.valid) return;
+    const int q = place.memory(c);
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
       const int r = row + turn * ROWS;
       const I at = m0 + r;
-      if (at >= end) continue;
-      A v[E];
+      Chunk<A> v[PARTS];
 #pragma unroll
-      for (int e = 0; e < E; e++) v[e] = staged[r * PITCH + lane * E + e];
+      for (int part = 0; part < PARTS; part++) v[part] = *reinterpret_cast<const Chunk<A>*>(staged + staged_at(r, lane * E + part * N));
+      Chunk<A> other;
+      if (exchange) {
+#pragma unroll
+        for (int e = 0; e < N; e++) other.v[e] = __shfl_xor_sync(0xffffffffu, odd ? v[0].v[e] : v[PARTS - 1].v[e], 1);
+      }
+      if (!place.valid || at >= end) continue;
       const Point<A, I>& t = points[slot * P::BM + r];
       if (dots) {
         uint4 corner[4];
-        load_corners<T, I>(corner, image + place.memory(c), t.corner);
+        load_corners<T, I>(corner, image + q, t.corner);
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           A pixel_value[E];
           unpack<T>(pixel_value, corner[k]);
 #pragma unroll
-          for (int e = 0; e < E; e++) dot[turn][k] += v[e] * pixel_value[e];
+          for (int e = 0; e < E; e++) dot[turn][k] += v[e / N].v[e % N] * pixel_value[e];
         }
       }
+      if (!sums) continue;
       if constexpr (STORE) {
-        if (!sums) continue;
-        A* column = sums + ((I)(tap - tap0) * count + (at - first)) * memory + place.memory(c);
+        Chunk<A>* column = reinterpret_cast<Chunk<A>*>(sums + ((I)(tap - tap0) * count + (at - first)) * memory + q);
 #pragma unroll
-        for (int e = 0; e < E; e++) column[e] = v[e];
-      } else if (sums) {
+        for (int part = 0; part < PARTS; part++) column[part] = v[part];
+      } else {
         A w[4];
         corner_weights(w, t.y, t.x, t.m);
+        if (exchange) {
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-          if (t.corner[k] != zeros) add_anywhere<E>(sums + (size_t)t.corner[k] * E + place.memory(c), v, w[k]);
+          for (int e = 0; e < N; e++) {  // by selection: an index that depends on the thread would leave the registers
+            v[0].v[e] = odd ? other.v[e] : v[0].v[e];
+            v[PARTS - 1].v[e] = odd ? v[PARTS - 1].v[e] : other.v[e];
+          }
+        }
+        const int shift = exchange && odd ? -N : 0, stride = exchange ? E : N;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          if (t.corner[k] == zeros) continue;
+          A* p = sums + (size_t)t.corner[k] * E + q + shift;
+#pragma unroll
+          for (int part = 0; part < PARTS; part++) add_anywhere(p + part * stride, v[part], w[k]);
+        }
       }
     }
   };
@@ -171,8 +194,9 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 #pragma unroll
       for (int j = 0; j < P::NJ; j++)
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-          staged[(P::row() + 16 * i + tid % 32 / 4 + k / 2 * 8) * PITCH + P::column() + 8 * j + tid % 4 * 2 + k % 2] = acc[i][j][k];
+        for (int h = 0; h < 2; h++)
+          *reinterpret_cast<Pair<A>*>(staged + staged_at(P::row() + 16 * i + tid % 32 / 4 + 8 * h, P::column() + 8 * j + tid % 4 * 2)) = {
+              acc[i][j][2 * h], acc[i][j][2 * h + 1]};
     __syncthreads();
     use(group, block);
     if (slots > 1 && dots) {
@@ -286,11 +310,11 @@ __global__ void __launch_bounds__(P::THREADS, 1)
       A* out = partial + (((I)blockIdx.y * kernel + tap) * g.out_channels + group * group_outputs + o) * width + block * P::BN;
 #pragma unroll
       for (int j = 0; j < P::NJ; j++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          A& sum = out[P::column() + 8 * j + lane % 4 * 2 + e];
-          sum = add ? sum + acc[i][j][2 * h + e] : acc[i][j][2 * h + e];
-        }
+      {
+        Pair<A>& sum = *reinterpret_cast<Pair<A>*>(out + P::column() + 8 * j + lane % 4 * 2);
+        const Pair<A> before = add ? sum : Pair<A>{};
+        sum = {before.v[0] + acc[i][j][2 * h], before.v[1] + acc[i][j][2 * h + 1]};
+      }
     }
 }
 

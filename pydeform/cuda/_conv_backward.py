@@ -193,10 +193,12 @@ class Plan:
 
     @functools.cached_property
     def _pack(self) -> Launch:
+        p, c = self.data_product, self.channels
+        steps = self.padded_outputs // p.depth
         size = taps(self.g) * self.g.groups * self.width * self.padded_outputs
-        expression = f"pack_weight_columns<{C_TYPES[self.dtype]}, {index_type(size)}>"
-        numbers = (self.g, self.channels, np.int32(self.width), np.int32(self.padded_outputs))
-        return Launch(self.operator, expression, (ceil_div(size // taps(self.g), THREADS),), THREADS, *numbers)
+        expression = f"pack_weight_columns<{p.expression}, {index_type(size)}>"
+        grid = (self.g.groups * c.blocks * steps, p.columns * p.depth // THREADS)
+        return Launch(self.operator, expression, grid, THREADS, self.g, c, np.int32(steps))
 
     def samples(
         self, parts: Parts, packed: Any, grad_input: Any, grad_offset: Any, grad_mask: Any, *, deterministic: bool

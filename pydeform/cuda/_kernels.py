@@ -66,6 +66,7 @@ def _expressions(deformed: bool) -> Iterator[tuple[str, tuple[str, ...], int]]:
                     yield f"backward_weight<{weight.expression}, int, {reads}>", architectures, _budget(weight)
                 if deformed:
                     data = data_product(dtype, capability, allow_tf32)
+                    yield f"pack_weight_columns<{data.expression}, int>", architectures[:1], 96
                     for store, some in (("false", CAPABILITIES[capability]), ("true", architectures)):
                         yield f"backward_data<{data.expression}, int, {store}>", some, _budget(data)
     if deformed:
@@ -91,7 +92,6 @@ def _helpers(dtype: str, c: str, deformed: bool) -> Iterator[tuple[str, tuple[st
     flag = "true" if deformed else "false"
     names += [f"forward_direct<{c}, int, {flag}>", f"weight_direct<{c}, int, {flag}>"]
     if deformed:
-        names += [f"pack_weight_columns<{c}, int>"]
         names += [f"backward_data_direct<{c}, int, {store}>" for store in ("false", "true")]
         names += [f"{name}<{c}, int>" for name in ("count_samples", "fill_bins", "gather_bins")]
         names += ["sort_bins<int>"]

@@ -24,7 +24,7 @@ PYDEFORM_DEVICE void add_anywhere(double* p, const Chunk<double>& c, double w) {
 // grad_offset and grad_mask. The input's gradient is added to by atomics; or, STORE, the column gradient is written to
 // `sums` as columns[tap - tap0][pixel - first][channel] for conv_gather.cuh, without any.
 template <class P, class I, bool STORE>
-__global__ void __launch_bounds__(P::THREADS, 1)
+__global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1)
     backward_data(const typename P::T* __restrict__ gradient, const typename P::T* __restrict__ image,
                   const typename P::T* __restrict__ offset, const typename P::T* __restrict__ mask,
                   const typename P::T* __restrict__ weight, typename P::T* __restrict__ grad_offset,
@@ -68,19 +68,25 @@ __global__ void __launch_bounds__(P::THREADS, 1)
       points[slot * P::BM + tid % P::BM] = t;
     }
   };
-  auto load = [&](int group, int block, int s) {
-    unsigned char *a_tile = shared + (s & 1) * A_BYTES, *b_tile = shared + 2 * A_BYTES + (s & 1) * B_BYTES;
-    for (int i = tid; i < P::BM * P::CHUNKS; i += P::THREADS) {
-      const int r = i / P::CHUNKS, chunk = i % P::CHUNKS;
-      const bool valid = m0 + r < end;
-      const size_t at = ((size_t)(m0 + r) * g.groups + group) * padded_outputs + s * P::DEPTH + chunk * E;
-      cp_async16(a_tile + P::at(r, chunk), valid ? gradient + at : gradient, valid);
+  // A thread copies one chunk of each COPY_ROWS-th row; the weight is packed as the tiles of the steps.
+  constexpr int COPY_ROWS = P::THREADS / P::CHUNKS;
+  static_assert(P::BM % COPY_ROWS == 0 && COPY_ROWS % 8 == 0, "a thread's rows are swizzled alike");
+  const int own = P::at(tid / P::CHUNKS, tid % P::CHUNKS);
+  const I copied = m0 + tid / P::CHUNKS;  // its first row
+  const size_t pixel_stride = (size_t)g.groups * padded_outputs;
+  const T* const gradient_row = gradient + (copied < end ? copied : first) * pixel_stride + tid % P::CHUNKS * E;
+  const unsigned char* const weight_tile = reinterpret_cast<const unsigned char*>(weight) + tid * 16;
+  auto load = [&](int tile, int s) {
+    unsigned char *a_tile = shared + (s & 1) * A_BYTES + own, *b_tile = shared + 2 * A_BYTES + (s & 1) * B_BYTES + own;
+    const T* row = gradient_row + tile / c.blocks * padded_outputs + s * P::DEPTH;
+#pragma unroll
+    for (int i = 0; i < P::BM; i += COPY_ROWS) {
+      const bool valid = copied + i < end;
+      cp_async16(a_tile + i * P::ROW, valid ? row + i * pixel_stride : gradient, valid);
     }
-    const T* rows = weight + ((size_t)(tap * g.groups + group) * c.blocks + block) * P::BN * padded_outputs + s * P::DEPTH;
-    for (int i = tid; i < P::BN * P::CHUNKS; i += P::THREADS) {
-      const int r = i / P::CHUNKS, chunk = i % P::CHUNKS;
-      cp_async16(b_tile + P::at(r, chunk), rows + (size_t)r * padded_outputs + chunk * E, true);
-    }
+    const unsigned char* from = weight_tile + ((size_t)(tap * g.groups * c.blocks + tile) * steps + s) * B_BYTES;
+#pragma unroll
+    for (int i = 0; i < B_BYTES; i += P::THREADS * 16) cp_async16(b_tile + i, from + i, true);
     cp_async_commit();
   };
   const int lane = tid % LANES, row = tid / LANES, slot = lane * slots / LANES;
@@ -171,7 +177,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 #pragma unroll 1
   for (int tile = 0; tile < g.groups * c.blocks; tile++) {
     const int group = tile / c.blocks, block = tile - group * c.blocks, og = Place(group, block * P::BN, c).offset_group(g, c);
-    load(group, block, 0);
+    load(tile, 0);
     if (slots > 1 || og != located) {
       if (slots == 1 && dots && located >= 0) write_dots(located, true);
       __syncthreads();
@@ -184,7 +190,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
       cp_async_wait<0>();
       P::ready();
       __syncthreads();
-      if (s + 1 < steps) load(group, block, s + 1);
+      if (s + 1 < steps) load(tile, s + 1);
       P::issue(acc, shared + (s & 1) * A_BYTES, shared + 2 * A_BYTES + (s & 1) * B_BYTES);
       P::wait(acc);
     }
@@ -251,17 +257,24 @@ __global__ void __launch_bounds__(P::THREADS, 1)
       spots[((int)(s % 3) * slots + slot) * DEPTH + r] = t;
     }
   };
-  auto load_gradient = [&](I s) {
-    unsigned char* tile = a_tiles + (int)(s & 1) * A_BYTES;
-    for (int i = tid; i < DEPTH * A_CHUNKS; i += P::THREADS) {
-      const int r = i / A_CHUNKS, chunk = i % A_CHUNKS, o = o0 + chunk * E;
-      const I m = s * DEPTH + r;
-      const bool valid = m < all && o < padded_outputs;
-      cp_async16(tile + P::template at<P::BM>(r, chunk), valid ? gradient + ((size_t)m * g.groups + group) * padded_outputs + o : gradient, valid);
-    }
+  // A thread copies one chunk of each COPY_ROWS-th pixel.
+  constexpr int COPY_ROWS = P::THREADS / A_CHUNKS;
+  static_assert(DEPTH % COPY_ROWS == 0 && COPY_ROWS % P::PERIOD == 0 && ROWS % P::PERIOD == 0, "a thread's rows are swizzled alike");
+  const int copied = tid / A_CHUNKS, own = P::template at<P::BM>(copied, tid % A_CHUNKS);
+  const bool in_group = o0 + tid % A_CHUNKS * E < padded_outputs;
+  const size_t pixel_stride = (size_t)g.groups * padded_outputs;
+  const T* gradient_row = gradient + (size_t)(first * DEPTH + copied) * pixel_stride + group * padded_outputs + o0 + tid % A_CHUNKS * E;
+  I left = in_group ? all - first * DEPTH - copied : 0;  // pixels from the thread's first one on
+  auto load_gradient = [&](int stage) {
+    unsigned char* tile = a_tiles + stage * A_BYTES + own;
+#pragma unroll
+    for (int i = 0; i < DEPTH; i += COPY_ROWS) cp_async16(tile + i * A_CHUNKS * 16, i < left ? gradient_row + i * pixel_stride : gradient, i < left);
     cp_async_commit();
+    gradient_row += DEPTH * pixel_stride;
+    left -= DEPTH;
   };
   const int column = tid % B_CHUNKS, row = tid / B_CHUNKS, slot = column * slots / B_CHUNKS;
+  const int target = P::template at<P::BN>(row, column);
   const Place place(group, block * P::BN + column * E, c);
   const T* const channel = place.valid ? image + place.memory(c) : nullptr;
   auto gather = [&](I s, uint4(&corner)[TASKS][CORNERS]) {
@@ -273,7 +286,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   auto store_samples = [&](I s, const uint4(&corner)[TASKS][CORNERS]) {
 #pragma unroll
     for (int i = 0; i < TASKS; i++)
-      *reinterpret_cast<uint4*>(b_tiles + (int)(s & 1) * B_BYTES + P::template at<P::BN>(row + i * ROWS, column)) =
+      *reinterpret_cast<uint4*>(b_tiles + (int)(s & 1) * B_BYTES + target + i * ROWS * B_CHUNKS * 16) =
           blend<T, I, READS>(spots[((int)(s % 3) * slots + slot) * DEPTH + row + i * ROWS], corner[i]);
   };
 
@@ -281,7 +294,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   uint4 corner[TASKS][CORNERS] = {};
   if (first < end) {
     for (I s = first; s < min(first + 3, end); s++) locate_step(s);
-    load_gradient(first);
+    load_gradient((int)(first & 1));
     __syncthreads();
     gather(first, corner);
     store_samples(first, corner);
@@ -291,7 +304,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   }
 #pragma unroll 1
   for (I s = first; s < end; s++) {
-    if (s + 1 < end) load_gradient(s + 1);
+    if (s + 1 < end) load_gradient((int)(s + 1 & 1));
     P::issue(acc, a_tiles + (int)(s & 1) * A_BYTES, b_tiles + (int)(s & 1) * B_BYTES);
     if (s + 1 < end) store_samples(s + 1, corner);
     if (s + 2 < end) gather(s + 2, corner);
@@ -333,17 +346,19 @@ __global__ void __launch_bounds__(256) sum_weight(const Compute<T>* __restrict__
   }
 }
 
-// The weight for backward_data: [tap][group][place of the channel][padded output], zeros where padded.
-// Owner: one thread per place and output, all taps.
-template <class T, class I>
-__global__ void __launch_bounds__(256) pack_weight_columns(const T* __restrict__ weight, T* __restrict__ packed, Geometry g, Channels c, int width, int padded_outputs) {
+// The weight as the tiles that backward_data loads: [tap][group][block][step][channel][output], zeros where a channel or
+// an output does not exist.
+// Owner: a block has 256 / depth channels of a tile, at every tap; a thread one output of a channel.
+template <class P, class I>
+__global__ void __launch_bounds__(256) pack_weight_columns(const typename P::T* __restrict__ weight, typename P::T* __restrict__ packed, Geometry g, Channels c, int steps) {
+  using T = typename P::T;
   const int kernel = g.kernel_h * g.kernel_w, summed = g.in_channels / g.groups, group_outputs = g.out_channels / g.groups;
-  const I i = (I)blockIdx.x * 256 + threadIdx.x, step = (I)g.groups * width * padded_outputs;
-  if (i >= step) return;
-  const I row = i / padded_outputs;
-  const int o = (int)(i - row * padded_outputs), group = (int)(row / width);
-  const Place place(0, (int)(row - (I)group * width), c);
+  const int k = threadIdx.x % P::DEPTH, n = blockIdx.y * (256 / P::DEPTH) + threadIdx.x / P::DEPTH;
+  const int tile = blockIdx.x / steps, o = (blockIdx.x - tile * steps) * P::DEPTH + k, group = tile / c.blocks;
+  const Place place(0, (tile - group * c.blocks) * P::BN + n, c);
   const bool valid = place.unit < c.units && place.within < c.unit && o < group_outputs;
   const I from = ((I)(group * group_outputs + o) * summed + place.unit * c.unit + place.within) * kernel;
-  for (int tap = 0; tap < kernel; tap++) packed[tap * step + i] = valid ? weight[from + tap] : T{};
+  const I stride = (I)g.groups * c.blocks * steps * (P::BN * P::DEPTH);
+  T* to = packed + (I)blockIdx.x * (P::BN * P::DEPTH) + n * P::DEPTH + k;
+  for (int tap = 0; tap < kernel; tap++) to[tap * stride] = valid ? weight[from + tap] : T{};
 }

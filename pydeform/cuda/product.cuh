@@ -154,6 +154,7 @@ template <class T_, int BM_, int BN_, int WM_, int WN_> struct TurnedTiling {
   static constexpr int THREADS = BM / WM * (BN / WN) * 32, MI = WM / 16, NJ = WN / 8, E = 16 / sizeof(T);
   static PYDEFORM_DEVICE int row() { return (int)threadIdx.x / 32 % (BM / WM) * WM; }
   static PYDEFORM_DEVICE int column() { return (int)threadIdx.x / 32 / (BM / WM) * WN; }
+  static constexpr int PERIOD = sizeof(T) == 2 ? 8 : 4;  // rows after which chunks are swizzled alike
   // Chunk c of row k of a tile `width` elements wide. The rows that a warp reads at once, 8 of 16-bit chunks or 4 of
   // 32-bit elements of two chunks, lie in different banks.
   template <int width> static PYDEFORM_DEVICE int at(int k, int c) {

@@ -230,17 +230,18 @@ def test_coordinates_that_are_not_finite(backend, dtype, boundary):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the oracle's inf - inf
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_bad_pixels_stay_where_they_are_used(backend, bad, boundary):
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_bad_pixels_stay_where_they_are_used(backend, dtype, bad, boundary):
     """Corner pixels, where a clamped index would land: samples far outside must not multiply them by zero."""
     case = Case(2, 4, 6, 5, 3, (3, 2), padding=((2, 2), (1, 1)), groups=1, offset_groups=2, reach=9)
-    arrays, grad_output = make(case), make_grad_output(case)
+    arrays, grad_output = make(case, dtype), make_grad_output(case, dtype)
     arrays["input"][0, 1, 0, 0] = arrays["input"][0, 2, -1, -1] = arrays["input"][1, 3, 0, -1] = bad
     options = {**case.options, "boundary": boundary}
     want = reference.forward(*arrays.values(), **options)
     assert 0 < (~np.isfinite(want)).sum() < want.size / 2
-    assert_close(run(backend, arrays, options), want, "float64")
+    assert_close(run(backend, arrays, options), want, dtype)
     got = run_backward(backend, grad_output, arrays, options)
-    assert_grads(got, reference.backward(grad_output, *arrays.values(), **options), "float64")
+    assert_grads(got, reference.backward(grad_output, *arrays.values(), **options), dtype)
     assert np.isfinite(got["input"]).all()  # the input's gradient does not depend on the input
 
 

@@ -56,9 +56,9 @@ def backward(
     deterministic: bool,
     allow_tf32: bool,
 ) -> Grads:
-    grad_output, input, offset, weight, bias, mask = contiguous(grad_output, input, offset, weight, bias, mask)
     _conv_common.check_size(f"{operator}_backward", g)
     with input.device:
+        grad_output, input, offset, weight, bias, mask = contiguous(grad_output, input, offset, weight, bias, mask)
         if g.batch and _conv_common.is_direct(g):
             return _conv_direct.backward(
                 operator, grad_output, input, offset, weight, bias, mask, g, needs, deterministic

@@ -22,7 +22,7 @@ SLOTS = (8, 4, 2, 1)  # most offset groups along the depth of a tile, as shared 
 INT32_ELEMENTS = 2**31 - 2**16  # what threads past the end of an array add stays within an int
 
 
-MOST_PIXELS = 2**31 - 1  # of one image: corners are counted in an int
+MOST_CELLS = 2**31 - 1  # between the pixels of one image, and around them: counted in an int
 
 
 class Channels(NamedTuple):
@@ -133,12 +133,12 @@ def weight_product(dtype: str, capability: int, group_outputs: int, allow_tf32: 
 
 
 def check_size(op: str, g: Conv2dGeometry) -> None:
-    """Pixels of one image are counted in an int, those of all images in whatever they need."""
+    """Pixels and cells of one image are counted in an int, those of all images in whatever they need."""
     for what, height, width in (("input", g.in_h, g.in_w), ("output", g.out_h, g.out_w)):
-        if height * width > MOST_PIXELS:
+        if (height + 1) * (width + 1) > MOST_CELLS:
             raise ValueError(
-                f"{op}: an image of the {what} must have at most {MOST_PIXELS} pixels on CUDA, "
-                f"got {height} x {width} = {height * width}"
+                f"{op}: an image of the {what} must have (height + 1) * (width + 1) <= {MOST_CELLS} on CUDA, "
+                f"got {height + 1} * {width + 1} = {(height + 1) * (width + 1)}"
             )
 
 

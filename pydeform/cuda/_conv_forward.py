@@ -32,9 +32,9 @@ SHORTEST_SLICE = 8  # steps: below, filling and emptying the pipeline costs more
 def forward(
     operator: str, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, *, allow_tf32: bool
 ) -> Any:
-    input, offset, weight, bias, mask = contiguous(input, offset, weight, bias, mask)
     _conv_common.check_size(operator, g)
     with input.device:
+        input, offset, weight, bias, mask = contiguous(input, offset, weight, bias, mask)
         output = cupy.empty((g.batch, g.out_channels, g.out_h, g.out_w), input.dtype)
         if g.batch == 0:
             return output
@@ -69,7 +69,7 @@ def by_tiles(
 
 
 def contiguous(*arrays: Any) -> list[Any]:
-    """One copy of each array that is not."""
+    """One copy of each array that is not, on the current device."""
     return [None if array is None else cupy.ascontiguousarray(array) for array in arrays]
 
 

@@ -65,11 +65,11 @@ def kernel(operator: str, expression: str, shared: int = 0) -> Any:
 
 @functools.cache
 def _kernel(operator: str, expression: str, on: Device, shared: int) -> Any:
-    # wgmma exists only for sm_90a, the features of sm_90 that no later device has.
+    # wgmma exists only for sm_90a, the features of sm_90 that no later device has. For all others CuPy knows best what
+    # this NVRTC can compile for.
+    architecture = ("-arch=sm_90a",) if on.capability == 90 else ()
     module = cupy.RawModule(
-        code=source(operator),
-        options=("-std=c++17", f"-arch=sm_{on.capability}{'a' if on.capability == 90 else ''}"),
-        name_expressions=(expression,),
+        code=source(operator), options=("-std=c++17", *architecture), name_expressions=(expression,)
     )
     function = module.get_function(expression)
     if shared > DEFAULT_SHARED:

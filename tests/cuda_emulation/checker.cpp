@@ -123,6 +123,8 @@ inline void check_write(Cell& c, const Place& at) {
       report_after_read(at, c, "its warp");
   }
   c.write_epoch = epoch, c.write_clock = self()->warp->clock;
+  // A fence is for what came before it.
+  if (at.shared && self()->proxy_epoch == epoch) self()->proxy_epoch = epoch - 1;
   c.write_thread = static_cast<uint16_t>(current->linear | INITIALISED | by_byte | (atomic ? BY_ATOMIC : 0));
   c.write_site = relative(at.site);
   c.read_epoch = 0, c.read_thread = 0;

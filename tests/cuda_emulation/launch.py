@@ -180,19 +180,19 @@ class Function:
     def __init__(self, module: RawModule, name: str, architecture: str):
         self._module, self.name, self._architecture = module, name, architecture
         self._prepared: dict[bool, _Prepared] = {}
-        self._dynamic_limit = 48 * 1024
+        self._dynamic_limits: dict[int, int] = {}  # by device
         self._prepare()
 
     @property
     def max_dynamic_shared_size_bytes(self) -> int:
-        return self._dynamic_limit
+        return self._dynamic_limits.get(streams.Device().id, 48 * 1024)
 
     @max_dynamic_shared_size_bytes.setter
     def max_dynamic_shared_size_bytes(self, nbytes: int) -> None:
         capability = streams.Device().compute_capability
         if nbytes > streams.SHARED_KIB[capability] * 1024:
             raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: {nbytes} bytes of shared memory on sm_{capability}")
-        self._dynamic_limit = nbytes
+        self._dynamic_limits[streams.Device().id] = nbytes
 
     def _prepare(self) -> _Prepared:
         checked = configuration.check or configuration.profile
@@ -209,10 +209,10 @@ class Function:
         sizes = [_dimensions("grid", grid, (2**31 - 1, 65535, 65535)), _dimensions("block", block, (1024, 1024, 64))]
         if sizes[1][0] * sizes[1][1] * sizes[1][2] > 1024:
             raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: {block} is more than 1024 threads")
-        if shared_mem > self._dynamic_limit:
+        if shared_mem > self.max_dynamic_shared_size_bytes:
             raise RuntimeError(
                 f"CUDA_ERROR_INVALID_VALUE: {shared_mem} bytes of shared memory, max_dynamic_shared_size_bytes is "
-                f"{self._dynamic_limit}"
+                f"{self.max_dynamic_shared_size_bytes}"
             )
         with _lock:
             self._prepare().launch(sizes[0], sizes[1], args, shared_mem, streams.SHARED_KIB[capability] * 1024)

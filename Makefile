@@ -20,6 +20,7 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror pydeform/cuda/*.cu pydeform/cuda/*.cuh
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses=auto
 

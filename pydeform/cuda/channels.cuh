@@ -45,11 +45,11 @@ struct OutputPixel {
   }
 };
 
-// (N, C, P) -> (N, P, units * pitch), and behind the last pixel one more, of zeros, which stands for all that is outside.
+// (N, C, P) -> (N, P, units * pitch), and behind the last pixel one more, of zeros: all that is outside.
 // Owner: a block has 32 pixels x 32 memory channels, turned in shared memory; the first has the zeros too.
 template <class T, class I>
-__global__ void __launch_bounds__(256)
-    to_channels_last(const T* __restrict__ input, T* __restrict__ output, int images, int channels, I pixels, int unit, int pitch) {
+__global__ void __launch_bounds__(256) to_channels_last(const T* __restrict__ input, T* __restrict__ output, int images,
+                                                        int channels, I pixels, int unit, int pitch) {
   PYDEFORM_SHARED(T, tile, 32 * 33);
   const int all = channels / unit * pitch, columns = ceil_div(all, 32);
   const I rows = (pixels + 31) / 32;
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(256)
 
 // (N, P, units * pitch) of sums -> (N, C, P). Owner: as above.
 template <class T, class I>
-__global__ void __launch_bounds__(256) to_channels_first(const Compute<T>* __restrict__ input, T* __restrict__ output, int images,
-                                                         int channels, I pixels, int unit, int pitch) {
+__global__ void __launch_bounds__(256) to_channels_first(const Compute<T>* __restrict__ input, T* __restrict__ output,
+                                                         int images, int channels, I pixels, int unit, int pitch) {
   PYDEFORM_SHARED(Compute<T>, tile, 32 * 33);
   const int all = channels / unit * pitch, columns = ceil_div(all, 32);
   const I rows = (pixels + 31) / 32;

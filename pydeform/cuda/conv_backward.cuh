@@ -1,5 +1,5 @@
 // Backward of a convolution with or without offsets. Nothing is kept from the forward: samples are taken again.
-// Eq. numbers are those of docs/math/deform_conv2d.md. Gradients come as channels-last copies, groups padded to `depth`.
+// Equations are those of docs/math/deform_conv2d.md. Gradients come as channels-last copies, groups padded to a depth.
 #pragma once
 #include "conv_forward.cuh"
 
@@ -8,11 +8,17 @@ template <class A, class I> struct Point {
   A y, x, m;    // place within the cell, mask
 };
 
-template <class A> struct alignas(16) Chunk { A v[16 / sizeof(A)]; };
-template <class A> struct alignas(2 * sizeof(A)) Pair { A v[2]; };
+template <class A> struct alignas(16) Chunk {
+  A v[16 / sizeof(A)];
+};
+template <class A> struct alignas(2 * sizeof(A)) Pair {
+  A v[2];
+};
 
 // p += w * v, in no order that anybody knows.
-PYDEFORM_DEVICE void add_anywhere(float* p, const Chunk<float>& c, float w) { red_add4(p, w * c.v[0], w * c.v[1], w * c.v[2], w * c.v[3]); }
+PYDEFORM_DEVICE void add_anywhere(float* p, const Chunk<float>& c, float w) {
+  red_add4(p, w * c.v[0], w * c.v[1], w * c.v[2], w * c.v[3]);
+}
 PYDEFORM_DEVICE void add_anywhere(double* p, const Chunk<double>& c, double w) {
   atomicAdd(p, w * c.v[0]);
   atomicAdd(p + 1, w * c.v[1]);
@@ -28,8 +34,8 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
     backward_data(const typename P::T* __restrict__ gradient, const typename P::T* __restrict__ image,
                   const typename P::T* __restrict__ offset, const typename P::T* __restrict__ mask,
                   const typename P::T* __restrict__ weight, typename P::T* __restrict__ grad_offset,
-                  typename P::T* __restrict__ grad_mask, typename P::Acc* __restrict__ sums, Geometry g, Channels c, int padded_outputs,
-                  int slots, I first, I count, int tap0, int taps) {
+                  typename P::T* __restrict__ grad_mask, typename P::Acc* __restrict__ sums, Geometry g, Channels c,
+                  int padded_outputs, int slots, I first, I count, int tap0, int taps) {
   using T = typename P::T;
   using A = typename P::Acc;
   constexpr int A_BYTES = P::BM * P::ROW, B_BYTES = P::BN * P::ROW, E = P::E;
@@ -42,7 +48,8 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
   A* const staged = reinterpret_cast<A*>(shared);  // [BM][PITCH], after the product is done with its tiles
   // Where a thread reads two pieces, the second ones lie behind all the first, so that a warp reads without conflicts.
   auto staged_at = [](int r, int n) { return r * PITCH + (PARTS == 2 ? n / N % 2 * QUADS + n / E * N + n % N : n); };
-  Point<A, I>* const points = reinterpret_cast<Point<A, I>*>(shared + (PIPELINE > STAGED ? PIPELINE : STAGED));  // [slots][BM]
+  Point<A, I>* const points =
+      reinterpret_cast<Point<A, I>*>(shared + (PIPELINE > STAGED ? PIPELINE : STAGED));  // [slots][BM]
 
   const int tid = threadIdx.x, kernel = g.kernel_h * g.kernel_w, tap = tap0 + (int)(blockIdx.x % taps);
   const I m0 = first + (I)(blockIdx.x / taps) * P::BM, end = first + count, pixels = (I)g.out_h * g.out_w;
@@ -61,7 +68,8 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
         const Sample<A> s =
             offsets.sample(pixel.b, place.offset_group(g, c), tap, pixel.p, pixel.row, pixel.column, t.m, g);
 #pragma unroll
-        for (int k = 0; k < 4; k++) t.corner[k] = s.corner[k] < 0 ? zeros : ((I)pixel.b * g.in_h * g.in_w + s.corner[k]) * chunks;
+        for (int k = 0; k < 4; k++)
+          t.corner[k] = s.corner[k] < 0 ? zeros : ((I)pixel.b * g.in_h * g.in_w + s.corner[k]) * chunks;
         t.y = s.y;
         t.x = s.x;
       }
@@ -115,7 +123,7 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
       for (int k = 0; k < 4; k++) dot[turn][k] = 0;
     }
   };
-  // Threads next to each other whose channels are of one unit exchange pieces, so that what a warp adds at once lies together.
+  // Neighbours whose channels are of one unit exchange pieces, so that what a warp adds at once lies together.
   const bool exchange = !STORE && PARTS == 2 && sums && c.pitch % (2 * E) == 0;
   const bool odd = lane % 2;
   auto use = [&](int group, int block) {
@@ -127,7 +135,8 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
       const I at = m0 + r;
       Chunk<A> v[PARTS];
 #pragma unroll
-      for (int part = 0; part < PARTS; part++) v[part] = *reinterpret_cast<const Chunk<A>*>(staged + staged_at(r, lane * E + part * N));
+      for (int part = 0; part < PARTS; part++)
+        v[part] = *reinterpret_cast<const Chunk<A>*>(staged + staged_at(r, lane * E + part * N));
       Chunk<A> other;
       if (exchange) {
 #pragma unroll
@@ -176,7 +185,8 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
   int located = -1;  // offset group of `points`, where a block of channels has one
 #pragma unroll 1
   for (int tile = 0; tile < g.groups * c.blocks; tile++) {
-    const int group = tile / c.blocks, block = tile - group * c.blocks, og = Place(group, block * P::BN, c).offset_group(g, c);
+    const int group = tile / c.blocks, block = tile - group * c.blocks,
+              og = Place(group, block * P::BN, c).offset_group(g, c);
     load(tile, 0);
     if (slots > 1 || og != located) {
       if (slots == 1 && dots && located >= 0) write_dots(located, true);
@@ -201,7 +211,8 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
       for (int j = 0; j < P::NJ; j++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
-          *reinterpret_cast<Pair<A>*>(staged + staged_at(P::row() + 16 * i + tid % 32 / 4 + 8 * h, P::column() + 8 * j + tid % 4 * 2)) = {
+          *reinterpret_cast<Pair<A>*>(
+              staged + staged_at(P::row() + 16 * i + tid % 32 / 4 + 8 * h, P::column() + 8 * j + tid % 4 * 2)) = {
               acc[i][j][2 * h], acc[i][j][2 * h + 1]};
     __syncthreads();
     use(group, block);
@@ -221,12 +232,14 @@ template <class P, class I, int READS>
 __global__ void __launch_bounds__(P::THREADS, 1)
     backward_weight(const typename P::T* __restrict__ gradient, const typename P::T* __restrict__ image,
                     const typename P::T* __restrict__ offset, const typename P::T* __restrict__ mask,
-                    typename P::Acc* __restrict__ partial, Geometry g, Channels c, int padded_outputs, int tiles_o, int slots, int add) {
+                    typename P::Acc* __restrict__ partial, Geometry g, Channels c, int padded_outputs, int tiles_o,
+                    int slots, int add) {
   using T = typename P::T;
   using A = typename P::Acc;
   using Spot = Tap<A, I, READS>;
   constexpr int CORNERS = READS == DEFORMED ? 4 : 1, E = P::E, DEPTH = P::DEPTH;
-  constexpr int A_CHUNKS = P::BM / E, B_CHUNKS = P::BN / E, A_BYTES = DEPTH * A_CHUNKS * 16, B_BYTES = DEPTH * B_CHUNKS * 16;
+  constexpr int A_CHUNKS = P::BM / E, B_CHUNKS = P::BN / E, A_BYTES = DEPTH * A_CHUNKS * 16,
+                B_BYTES = DEPTH * B_CHUNKS * 16;
   constexpr int TASKS = DEPTH * B_CHUNKS / P::THREADS, ROWS = P::THREADS / B_CHUNKS;
   static_assert(TASKS > 0 && DEPTH * B_CHUNKS % P::THREADS == 0 && P::THREADS % B_CHUNKS == 0, "threads divide evenly");
   PYDEFORM_DYNAMIC_SHARED(unsigned char, shared);
@@ -241,7 +254,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   place_of_block /= kernel;
   const int block = place_of_block % c.blocks, group = place_of_block / c.blocks;
   const I all = (I)g.batch * g.out_h * g.out_w, steps = (all + DEPTH - 1) / DEPTH;
-  const I first = (I)((long long)steps * blockIdx.y / gridDim.y), end = (I)((long long)steps * (blockIdx.y + 1) / gridDim.y);
+  const I first = (I)((long long)steps * blockIdx.y / gridDim.y),
+          end = (I)((long long)steps * (blockIdx.y + 1) / gridDim.y);
   const I chunks = (I)g.groups * c.units * c.pitch / E;
   const Offsets<T, I> offsets{offset, mask};
 
@@ -252,23 +266,26 @@ __global__ void __launch_bounds__(P::THREADS, 1)
       const I m = s * DEPTH + r;
       Spot t = no_tap<T, I, READS>(g, chunks);
       if (m < all && place.valid)
-        t = locate_tap<T, I, READS>(offsets, OutputPixel(m, g), READS == DEFORMED ? place.offset_group(g, c) : 0, tap, tap / g.kernel_w,
-                                    tap % g.kernel_w, g, chunks);
+        t = locate_tap<T, I, READS>(offsets, OutputPixel(m, g), READS == DEFORMED ? place.offset_group(g, c) : 0, tap,
+                                    tap / g.kernel_w, tap % g.kernel_w, g, chunks);
       spots[((int)(s % 3) * slots + slot) * DEPTH + r] = t;
     }
   };
   // A thread copies one chunk of each COPY_ROWS-th pixel.
   constexpr int COPY_ROWS = P::THREADS / A_CHUNKS;
-  static_assert(DEPTH % COPY_ROWS == 0 && COPY_ROWS % P::PERIOD == 0 && ROWS % P::PERIOD == 0, "a thread's rows are swizzled alike");
+  static_assert(DEPTH % COPY_ROWS == 0 && COPY_ROWS % P::PERIOD == 0 && ROWS % P::PERIOD == 0,
+                "a thread's rows are swizzled alike");
   const int copied = tid / A_CHUNKS, own = P::template at<P::BM>(copied, tid % A_CHUNKS);
   const bool in_group = o0 + tid % A_CHUNKS * E < padded_outputs;
   const size_t pixel_stride = (size_t)g.groups * padded_outputs;
-  const T* gradient_row = gradient + (size_t)(first * DEPTH + copied) * pixel_stride + group * padded_outputs + o0 + tid % A_CHUNKS * E;
+  const T* gradient_row =
+      gradient + (size_t)(first * DEPTH + copied) * pixel_stride + group * padded_outputs + o0 + tid % A_CHUNKS * E;
   I left = in_group ? all - first * DEPTH - copied : 0;  // pixels from the thread's first one on
   auto load_gradient = [&](int stage) {
     unsigned char* tile = a_tiles + stage * A_BYTES + own;
 #pragma unroll
-    for (int i = 0; i < DEPTH; i += COPY_ROWS) cp_async16(tile + i * A_CHUNKS * 16, i < left ? gradient_row + i * pixel_stride : gradient, i < left);
+    for (int i = 0; i < DEPTH; i += COPY_ROWS)
+      cp_async16(tile + i * A_CHUNKS * 16, i < left ? gradient_row + i * pixel_stride : gradient, i < left);
     cp_async_commit();
     gradient_row += DEPTH * pixel_stride;
     left -= DEPTH;
@@ -320,10 +337,10 @@ __global__ void __launch_bounds__(P::THREADS, 1)
     for (int h = 0; h < 2; h++) {
       const int o = o0 + P::row() + i * 16 + lane / 4 + 8 * h;
       if (o >= group_outputs) continue;
-      A* out = partial + (((I)blockIdx.y * kernel + tap) * g.out_channels + group * group_outputs + o) * width + block * P::BN;
+      A* out = partial + (((I)blockIdx.y * kernel + tap) * g.out_channels + group * group_outputs + o) * width +
+               block * P::BN;
 #pragma unroll
-      for (int j = 0; j < P::NJ; j++)
-      {
+      for (int j = 0; j < P::NJ; j++) {
         Pair<A>& sum = *reinterpret_cast<Pair<A>*>(out + P::column() + 8 * j + lane % 4 * 2);
         const Pair<A> before = add ? sum : Pair<A>{};
         sum = {before.v[0] + acc[i][j][2 * h], before.v[1] + acc[i][j][2 * h + 1]};
@@ -333,7 +350,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 
 // Owner: one thread per (output, channel), all taps. Adds the slices in their order.
 template <class T, class I>
-__global__ void __launch_bounds__(256) sum_weight(const Compute<T>* __restrict__ partial, T* __restrict__ grad_weight, Geometry g, Channels c, int width, int slices) {
+__global__ void __launch_bounds__(256) sum_weight(const Compute<T>* __restrict__ partial, T* __restrict__ grad_weight,
+                                                  Geometry g, Channels c, int width, int slices) {
   const int kernel = g.kernel_h * g.kernel_w, summed = g.in_channels / g.groups;
   const I i = (I)blockIdx.x * 256 + threadIdx.x;
   if (i >= (I)g.out_channels * summed) return;
@@ -346,13 +364,16 @@ __global__ void __launch_bounds__(256) sum_weight(const Compute<T>* __restrict__
   }
 }
 
-// The weight as the tiles that backward_data loads: [tap][group][block][step][channel][output], zeros where a channel or
-// an output does not exist.
+// The weight as the tiles that backward_data loads: [tap][group][block][step][channel][output], zeros where a channel
+// or an output does not exist.
 // Owner: a block has 256 / depth channels of a tile, at every tap; a thread one output of a channel.
 template <class P, class I>
-__global__ void __launch_bounds__(256) pack_weight_columns(const typename P::T* __restrict__ weight, typename P::T* __restrict__ packed, Geometry g, Channels c, int steps) {
+__global__ void __launch_bounds__(256)
+    pack_weight_columns(const typename P::T* __restrict__ weight, typename P::T* __restrict__ packed, Geometry g,
+                        Channels c, int steps) {
   using T = typename P::T;
-  const int kernel = g.kernel_h * g.kernel_w, summed = g.in_channels / g.groups, group_outputs = g.out_channels / g.groups;
+  const int kernel = g.kernel_h * g.kernel_w, summed = g.in_channels / g.groups,
+            group_outputs = g.out_channels / g.groups;
   const int k = threadIdx.x % P::DEPTH, n = blockIdx.y * (256 / P::DEPTH) + threadIdx.x / P::DEPTH;
   const int tile = blockIdx.x / steps, o = (blockIdx.x - tile * steps) * P::DEPTH + k, group = tile / c.blocks;
   const Place place(0, (tile - group * c.blocks) * P::BN + n, c);

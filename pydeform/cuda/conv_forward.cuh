@@ -8,7 +8,8 @@
 // Where a tap reads. ADJOINT is the transpose of PLAIN: a gradient's pixels in the places of an image's.
 constexpr int PLAIN = 0, DEFORMED = 1, ADJOINT = 2;
 
-template <class A, class I, int READS> struct Tap {  // corner: first chunk of the pixel, or of the zeros behind the last
+template <class A, class I, int READS>
+struct Tap {  // corner: first chunk of the pixel, or of the zeros behind the last
   I corner[READS == DEFORMED ? 4 : 1];
   A weight[READS == DEFORMED ? 4 : 1];
 };
@@ -37,8 +38,8 @@ struct Cursor {
 
 // `row` and `column` are those of the tap in the kernel.
 template <class T, class I, int READS>
-PYDEFORM_DEVICE Tap<Compute<T>, I, READS> locate_tap(const Offsets<T, I>& offsets, const OutputPixel& pixel, int og, int tap, int row,
-                                                     int column, const Geometry& g, I chunks) {
+PYDEFORM_DEVICE Tap<Compute<T>, I, READS> locate_tap(const Offsets<T, I>& offsets, const OutputPixel& pixel, int og,
+                                                     int tap, int row, int column, const Geometry& g, I chunks) {
   using A = Compute<T>;
   Tap<A, I, READS> t;
   const I image = (I)g.in_h * g.in_w, zeros = g.batch * image * chunks, start = pixel.b * image;
@@ -108,8 +109,9 @@ PYDEFORM_DEVICE void load_corners(uint4 (&corner)[CORNERS], const T* __restrict_
 // No atomics: the same bits on each run.
 template <class P, class I, int READS>
 __global__ void __launch_bounds__(P::THREADS, 1)
-    forward(const typename P::T* __restrict__ image, const typename P::T* __restrict__ offset, const typename P::T* __restrict__ mask,
-            const typename P::T* __restrict__ weight, const typename P::T* __restrict__ bias, typename P::T* __restrict__ output,
+    forward(const typename P::T* __restrict__ image, const typename P::T* __restrict__ offset,
+            const typename P::T* __restrict__ mask, const typename P::T* __restrict__ weight,
+            const typename P::T* __restrict__ bias, typename P::T* __restrict__ output,
             typename P::Acc* __restrict__ partial, Geometry g, Channels c, int tiles_n, int slots) {
   using T = typename P::T;
   using Point = Tap<Compute<T>, I, READS>;
@@ -125,7 +127,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   const int group_outputs = g.out_channels / g.groups, steps = c.blocks * g.kernel_h * g.kernel_w;
   const int tile_n = blockIdx.x % tiles_n, group = blockIdx.x / tiles_n % g.groups, n0 = tile_n * P::BN;
   const I m0 = (I)(blockIdx.x / (tiles_n * g.groups)) * P::BM, pixels = (I)g.out_h * g.out_w, all = g.batch * pixels;
-  const int first = (int)((long long)steps * blockIdx.y / gridDim.y), end = (int)((long long)steps * (blockIdx.y + 1) / gridDim.y);
+  const int first = (int)((long long)steps * blockIdx.y / gridDim.y),
+            end = (int)((long long)steps * (blockIdx.y + 1) / gridDim.y);
   const I chunks = (I)g.groups * c.units * c.pitch / P::E;
   const Offsets<T, I> offsets{offset, mask};
 
@@ -138,8 +141,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
       const Place place(group, located.block * P::DEPTH + slot * (P::DEPTH / slots), c);
       Point t = no_tap<T, I, READS>(g, chunks);
       if (m < all && place.valid)
-        t = locate_tap<T, I, READS>(offsets, pixel, READS == DEFORMED ? place.offset_group(g, c) : 0, located.tap, located.row,
-                                    located.column, g, chunks);
+        t = locate_tap<T, I, READS>(offsets, pixel, READS == DEFORMED ? place.offset_group(g, c) : 0, located.tap,
+                                    located.row, located.column, g, chunks);
       taps[(located.place * slots + slot) * P::BM + tid % P::BM] = t;
     }
     located.next(g);
@@ -147,7 +150,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   // The weight is packed as the tiles of the steps, one after another.
   const unsigned char* rows = reinterpret_cast<const unsigned char*>(weight) +
                               ((size_t)(group * tiles_n + tile_n) * steps + first) * B_BYTES + tid * 16;
-  const int row = tid / P::CHUNKS, column = tid % P::CHUNKS, slot = column * slots / P::CHUNKS, own = P::at(row, column);
+  const int row = tid / P::CHUNKS, column = tid % P::CHUNKS, slot = column * slots / P::CHUNKS,
+            own = P::at(row, column);
   auto load_weight = [&](int stage) {
     unsigned char* const tile = b_tiles + stage * B_BYTES + own;
 #pragma unroll
@@ -166,7 +170,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   auto gather = [&](uint4(&corner)[TASKS][CORNERS]) {
     if (channel) {
 #pragma unroll
-      for (int i = 0; i < TASKS; i++) load_corners<T, I>(corner[i], channel, points[gathered.place * slots * P::BM + i * ROWS].corner);
+      for (int i = 0; i < TASKS; i++)
+        load_corners<T, I>(corner[i], channel, points[gathered.place * slots * P::BM + i * ROWS].corner);
     } else {
 #pragma unroll
       for (int i = 0; i < TASKS; i++)
@@ -179,7 +184,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   auto store_samples = [&](int stage, const uint4(&corner)[TASKS][CORNERS]) {
 #pragma unroll
     for (int i = 0; i < TASKS; i++)
-      P::put(a_tiles + stage * A_BYTES + own + i * ROWS * P::ROW, blend<T, I, READS>(points[stored * slots * P::BM + i * ROWS], corner[i]));
+      P::put(a_tiles + stage * A_BYTES + own + i * ROWS * P::ROW,
+             blend<T, I, READS>(points[stored * slots * P::BM + i * ROWS], corner[i]));
     stored = stored == 2 ? 0 : stored + 1;
   };
 
@@ -219,7 +225,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 #pragma unroll
   for (int i = 0; i < PIXELS; i++) {
     const I mine = at + i * SPAN, b = mine / pixels;
-    target[i] = partial ? (size_t)blockIdx.y * g.out_channels * all + mine : (size_t)(b * g.out_channels) * pixels + (mine - b * pixels);
+    target[i] = partial ? (size_t)blockIdx.y * g.out_channels * all + mine
+                        : (size_t)(b * g.out_channels) * pixels + (mine - b * pixels);
   }
   const size_t stride = partial ? all : pixels;
 #pragma unroll
@@ -250,7 +257,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 
 // Owner: one thread per output element. Adds the slices in their order, then the bias.
 template <class T, class I>
-__global__ void __launch_bounds__(256) sum_slices(const Compute<T>* __restrict__ partial, const T* __restrict__ bias, T* __restrict__ output, Geometry g, int slices) {
+__global__ void __launch_bounds__(256) sum_slices(const Compute<T>* __restrict__ partial, const T* __restrict__ bias,
+                                                  T* __restrict__ output, Geometry g, int slices) {
   const I pixels = (I)g.out_h * g.out_w, all = g.batch * pixels, i = (I)blockIdx.x * 256 + threadIdx.x;
   if (i >= all * g.out_channels) return;
   const I o = i / all, m = i - o * all, b = m / pixels;
@@ -265,15 +273,19 @@ __global__ void __launch_bounds__(256) sum_slices(const Compute<T>* __restrict__
 // Owner: a block has 256 / depth rows of a tile of one block of channels, at every tap; a thread one place of a row.
 template <class P, class I, int READS>
 __global__ void __launch_bounds__(256)
-    pack_weight(const typename P::T* __restrict__ weight, typename P::T* __restrict__ packed, Geometry g, Channels c, int tiles_n) {
+    pack_weight(const typename P::T* __restrict__ weight, typename P::T* __restrict__ packed, Geometry g, Channels c,
+                int tiles_n) {
   using T = typename P::T;
-  const int kernel = g.kernel_h * g.kernel_w, group_outputs = g.out_channels / g.groups, summed = g.in_channels / g.groups;
+  const int kernel = g.kernel_h * g.kernel_w, group_outputs = g.out_channels / g.groups,
+            summed = g.in_channels / g.groups;
   const int k = threadIdx.x % P::DEPTH, r = blockIdx.y * (256 / P::DEPTH) + threadIdx.x / P::DEPTH;
-  const int tile = blockIdx.x / c.blocks, block = blockIdx.x - tile * c.blocks, group = tile / tiles_n, n = (tile - group * tiles_n) * P::BN + r;
+  const int tile = blockIdx.x / c.blocks, block = blockIdx.x - tile * c.blocks, group = tile / tiles_n,
+            n = (tile - group * tiles_n) * P::BN + r;
   const Place place(0, block * P::DEPTH + k, c);
   const int q = place.unit * c.unit + place.within;  // channel of the group
   const bool valid = place.unit < c.units && place.within < c.unit && n < group_outputs;
-  const I from = READS == ADJOINT ? ((I)(group * summed + q) * group_outputs + n) * kernel : ((I)(group * group_outputs + n) * summed + q) * kernel;
+  const I from = READS == ADJOINT ? ((I)(group * summed + q) * group_outputs + n) * kernel
+                                  : ((I)(group * group_outputs + n) * summed + q) * kernel;
   T* to = packed + (I)blockIdx.x * kernel * (P::PARTS * P::BN * P::DEPTH) + r * P::DEPTH + k;
   for (int tap = 0; tap < kernel; tap++, to += P::PARTS * P::BN * P::DEPTH) {
     const T v = valid ? weight[from + tap] : T{};

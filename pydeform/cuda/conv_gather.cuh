@@ -48,9 +48,8 @@ PYDEFORM_DEVICE I bin_of(I i, int& id, const Offsets<T, I>& offsets, const Geome
 // Owner: one thread per (og, tap, pixel of the chunk). Reads its offsets.
 // Adds 1 to counts[bin + 1], so that running totals of counts are where bins start.
 template <class T, class I>
-__global__ void __launch_bounds__(GATHER_THREADS)
-    count_samples(const T* __restrict__ offset, int* __restrict__ counts, Geometry g, I first, I count, int tap0,
-                  int taps) {
+__global__ void __launch_bounds__(GATHER_THREADS) count_samples(const T* __restrict__ offset, int* __restrict__ counts,
+                                                                Geometry g, I first, I count, int tap0, int taps) {
   const I i = (I)blockIdx.x * GATHER_THREADS + threadIdx.x;
   if (i >= g.offset_groups * taps * count) return;
   int id;

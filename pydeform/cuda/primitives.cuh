@@ -15,8 +15,12 @@ typedef unsigned long long uint64_t;
 extern __shared__ __align__(1024) unsigned char pydeform_dynamic_shared[];
 #define PYDEFORM_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(pydeform_dynamic_shared)
 
-struct f16 { uint16_t bits; };
-struct bf16 { uint16_t bits; };
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
 
 // Conversions ---------------------------------------------------------------------------------------------------
 
@@ -92,7 +96,8 @@ PYDEFORM_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* p) {
 // 16 bytes from global to shared memory, zeros where not valid (the source is not read then).
 PYDEFORM_DEVICE void cp_async16(void* target, const void* source, bool valid) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source), "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
+               "r"(valid ? 16 : 0)
                : "memory");
 #else
   *reinterpret_cast<uint4*>(target) = valid ? load16(source) : make_uint4(0, 0, 0, 0);
@@ -126,9 +131,9 @@ PYDEFORM_DEVICE void red_add4(float* p, float a, float b, float c, float d) {
 // D += A B for a 16 x 8 tile: k = 16 for 16-bit types, k = 8 in tf32 for float.
 template <class T> PYDEFORM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
-#define PYDEFORM_MMA(shape_and_types)                                                                  \
+#define PYDEFORM_MMA(shape_and_types) \
   asm volatile("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                         \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 
 #if __CUDA_ARCH__ >= 800
@@ -142,9 +147,9 @@ template <> PYDEFORM_DEVICE void mma<float>(float (&d)[4], const uint32_t (&a)[4
   PYDEFORM_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
 }
 #else  // Turing multiplies k = 8 at a time
-#define PYDEFORM_MMA_K8(a0, a1, b)                                                                                 \
+#define PYDEFORM_MMA_K8(a0, a1, b) \
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                     \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
                : "r"(a0), "r"(a1), "r"(b))
 template <> PYDEFORM_DEVICE void mma<f16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   PYDEFORM_MMA_K8(a[0], a[1], b0);
@@ -160,48 +165,63 @@ PYDEFORM_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::
 // What ordinary stores wrote to shared memory becomes visible to wgmma; then comes a barrier.
 PYDEFORM_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 PYDEFORM_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> PYDEFORM_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+template <int N> PYDEFORM_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
 // The compiler must not move an accumulator while products that write it are in flight.
 PYDEFORM_DEVICE void wgmma_hold(float& v) { asm volatile("" : "+f"(v)::"memory"); }
 
 // A tile of rows of 128 bytes under the 128-byte swizzle: 1024 bytes from eight rows to the next eight.
 PYDEFORM_DEVICE uint64_t wgmma_tile(const void* p) {
-  return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+  return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 |
+         (uint64_t)1 << 62;
 }
 
-#define PYDEFORM_D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define PYDEFORM_D8(i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 #define PYDEFORM_D32(i) PYDEFORM_D8(i), PYDEFORM_D8(i + 8), PYDEFORM_D8(i + 16), PYDEFORM_D8(i + 24)
 #define PYDEFORM_N64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PYDEFORM_N128 PYDEFORM_N64 \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define PYDEFORM_N256 PYDEFORM_N128 \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define PYDEFORM_N128 \
+  PYDEFORM_N64 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
+  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PYDEFORM_N256 \
+  PYDEFORM_N128 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
+  "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, " \
+  "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // The predicate says: add to d.
-#define PYDEFORM_WGMMA(shape_and_types, registers, a_tile, b_tile, tail)                        \
-  "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\nwgmma.mma_async.sync.aligned." shape_and_types \
-  " {" registers "}, " a_tile ", " b_tile ", add, 1, 1" tail ";\n}"
+#define PYDEFORM_WGMMA(shape_and_types, registers, a_tile, b_tile, tail) \
+  "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\nwgmma.mma_async.sync.aligned." shape_and_types " {" registers \
+  "}, " a_tile ", " b_tile ", add, 1, 1" tail ";\n}"
 
 // d += A B^T for 64 rows of A and N rows of B, 32 bytes of each row: k = 16 for 16-bit types, 8 in tf32 for float.
 template <class T, int N> struct WarpgroupProduct;
-#define PYDEFORM_WGMMA_OF(T, k, types, tail)                                                                      \
-  template <> struct WarpgroupProduct<T, 64> {                                                                   \
-    static PYDEFORM_DEVICE void run(float (&d)[32], uint64_t a, uint64_t b) {                                    \
-      asm volatile(PYDEFORM_WGMMA("m64n64" k types, PYDEFORM_N64, "%32", "%33", tail) : PYDEFORM_D32(0) : "l"(a), "l"(b)); \
-    }                                                                                                            \
-  };                                                                                                             \
-  template <> struct WarpgroupProduct<T, 128> {                                                                  \
-    static PYDEFORM_DEVICE void run(float (&d)[64], uint64_t a, uint64_t b) {                                    \
-      asm volatile(PYDEFORM_WGMMA("m64n128" k types, PYDEFORM_N128, "%64", "%65", tail)                          \
-                   : PYDEFORM_D32(0), PYDEFORM_D32(32) : "l"(a), "l"(b));                                        \
-    }                                                                                                            \
-  };                                                                                                             \
-  template <> struct WarpgroupProduct<T, 256> {                                                                  \
-    static PYDEFORM_DEVICE void run(float (&d)[128], uint64_t a, uint64_t b) {                                   \
-      asm volatile(PYDEFORM_WGMMA("m64n256" k types, PYDEFORM_N256, "%128", "%129", tail)                        \
-                   : PYDEFORM_D32(0), PYDEFORM_D32(32), PYDEFORM_D32(64), PYDEFORM_D32(96) : "l"(a), "l"(b));    \
-    }                                                                                                            \
+#define PYDEFORM_WGMMA_OF(T, k, types, tail) \
+  template <> struct WarpgroupProduct<T, 64> { \
+    static PYDEFORM_DEVICE void run(float (&d)[32], uint64_t a, uint64_t b) { \
+      asm volatile(PYDEFORM_WGMMA("m64n64" k types, PYDEFORM_N64, "%32", "%33", tail) \
+                   : PYDEFORM_D32(0) \
+                   : "l"(a), "l"(b)); \
+    } \
+  }; \
+  template <> struct WarpgroupProduct<T, 128> { \
+    static PYDEFORM_DEVICE void run(float (&d)[64], uint64_t a, uint64_t b) { \
+      asm volatile(PYDEFORM_WGMMA("m64n128" k types, PYDEFORM_N128, "%64", "%65", tail) \
+                   : PYDEFORM_D32(0), PYDEFORM_D32(32) \
+                   : "l"(a), "l"(b)); \
+    } \
+  }; \
+  template <> struct WarpgroupProduct<T, 256> { \
+    static PYDEFORM_DEVICE void run(float (&d)[128], uint64_t a, uint64_t b) { \
+      asm volatile(PYDEFORM_WGMMA("m64n256" k types, PYDEFORM_N256, "%128", "%129", tail) \
+                   : PYDEFORM_D32(0), PYDEFORM_D32(32), PYDEFORM_D32(64), PYDEFORM_D32(96) \
+                   : "l"(a), "l"(b)); \
+    } \
   }
 PYDEFORM_WGMMA_OF(f16, "k16", ".f32.f16.f16", ", 0, 0");
 PYDEFORM_WGMMA_OF(bf16, "k16", ".f32.bf16.bf16", ", 0, 0");

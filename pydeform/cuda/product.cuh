@@ -2,7 +2,7 @@
 //
 // A policy P multiplies A (BM rows) by B (BN rows), both of P::ROW bytes of the summed axis, into accumulators that the
 // threads hold: acc[i][j][2*h + e] is row P::row() + 16*i + lane/4 + 8*h, column P::column() + 8*j + 2*(lane%4) + e.
-// issue() may return before the product is done; wait() does not. put() stores 16 bytes of A, at(row, chunk) in its tile.
+// issue() may return before the product is done; wait() does not. put() stores 16 bytes of A, at(row, chunk) of a tile.
 #pragma once
 #include "sampling.cuh"
 
@@ -127,7 +127,8 @@ template <class T, int BM, int BN, int WM, int WN> struct Fma : Tiling<T, BM, BN
 #pragma unroll
       for (int i = 0; i < MI; i++)
 #pragma unroll
-        for (int h = 0; h < 2; h++) unpack<T>(a[i][h], *reinterpret_cast<const uint4*>(a_tile + at(m0 + 16 * i + 8 * h, c)));
+        for (int h = 0; h < 2; h++)
+          unpack<T>(a[i][h], *reinterpret_cast<const uint4*>(a_tile + at(m0 + 16 * i + 8 * h, c)));
 #pragma unroll
       for (int j = 0; j < NJ; j++)
 #pragma unroll
@@ -145,7 +146,7 @@ template <class T, int BM, int BN, int WM, int WN> struct Fma : Tiling<T, BM, BN
   }
 };
 
-// Products summed over the rows of both tiles, A (DEPTH x BM) and B (DEPTH x BN), for the gradient of the weight ----------
+// Products summed over the rows of both tiles, A (DEPTH x BM) and B (DEPTH x BN): for the gradient of the weight.
 
 template <class T_, int BM_, int BN_, int WM_, int WN_> struct TurnedTiling {
   using T = T_;
@@ -259,7 +260,7 @@ template <class T, int BM, int BN, bool SPLIT = false> struct Wgmma : Tiling<T, 
   static PYDEFORM_DEVICE void ready() { fence_proxy_async(); }
 
   static PYDEFORM_DEVICE void issue(float (&acc)[1][NJ][4], const unsigned char* a_tile, const unsigned char* b_tile) {
-    float(&d)[BN / 2] = reinterpret_cast<float(&)[BN / 2]>(acc);
+    float (&d)[BN / 2] = reinterpret_cast<float (&)[BN / 2]>(acc);
     const unsigned char* a = a_tile + threadIdx.x / 128 * 64 * ROW;
     hold(d);
     wgmma_fence();
@@ -275,7 +276,7 @@ template <class T, int BM, int BN, bool SPLIT = false> struct Wgmma : Tiling<T, 
   }
   static PYDEFORM_DEVICE void wait(float (&acc)[1][NJ][4]) {
     wgmma_wait<0>();
-    hold(reinterpret_cast<float(&)[BN / 2]>(acc));
+    hold(reinterpret_cast<float (&)[BN / 2]>(acc));
   }
   static PYDEFORM_DEVICE void hold(float (&d)[BN / 2]) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// Where a tap samples: four corners, their weights, and the position within the cell (docs/math/deform_conv2d.md, eq. 2).
+// Where a tap samples: four corners, their weights, and the place within the cell (docs/math/deform_conv2d.md, eq. 2).
 // The twin of cpu/_sampling.py: the same tests in the same order, so both backends agree on every border and kink.
 #pragma once
 #include "primitives.cuh"
@@ -6,8 +6,12 @@
 constexpr int DCNV2 = 1, DCNV1 = 2;  // the index of a border rule in BOUNDARIES of _geometry.py; 0 is torchvision's
 
 // Coordinates, weights and sums: double for double, float for the rest.
-template <class T> struct ComputeOf { using type = float; };
-template <> struct ComputeOf<double> { using type = double; };
+template <class T> struct ComputeOf {
+  using type = float;
+};
+template <> struct ComputeOf<double> {
+  using type = double;
+};
 template <class T> using Compute = typename ComputeOf<T>::type;
 
 PYDEFORM_DEVICE float round_down(float v) { return floorf(v); }
@@ -16,7 +20,7 @@ PYDEFORM_DEVICE double round_down(double v) { return floor(v); }
 // A sample with a coordinate below this one is outside; at and above it the corners decide.
 template <class A> PYDEFORM_DEVICE A lowest_coordinate(int boundary);
 template <> PYDEFORM_DEVICE float lowest_coordinate<float>(int boundary) {
-  // dcnv2: the next number after -1, which itself is outside with derivative 0. dcnv1: nothing is read before the image.
+  // dcnv2: the number after -1, which itself is outside with derivative 0. dcnv1: nothing is read before the image.
   // torchvision: at -1 the corner at 0 has weight 0 and the derivative from the right.
   return boundary == DCNV2 ? -0x1.fffffep-1f : boundary == DCNV1 ? 0.f : -2.f;
 }
@@ -77,7 +81,8 @@ template <class T, class I> struct Offsets {
   const T* __restrict__ mask;    // (N, offset_groups, K, P), or null: 1 everywhere
 
   // p is the output pixel within its image, (y, x) where the tap would read it without an offset.
-  PYDEFORM_DEVICE Sample<Compute<T>> at(int b, int og, int tap, int p, int y, int x, Compute<T>& m, const Geometry& g) const {
+  PYDEFORM_DEVICE Sample<Compute<T>> at(int b, int og, int tap, int p, int y, int x, Compute<T>& m,
+                                        const Geometry& g) const {
     using A = Compute<T>;
     const I pixels = (I)g.out_h * g.out_w;
     const I k = ((I)b * g.offset_groups + og) * (g.kernel_h * g.kernel_w) + tap;

@@ -12,7 +12,16 @@ import cupy
 import numpy as np
 
 from pydeform.cuda import _conv_gather
-from pydeform.cuda._conv_common import C_TYPES, WORKSPACE, ceil_div, index_type, pixels, taps
+from pydeform.cuda._conv_common import (
+    C_TYPES,
+    WORKSPACE,
+    ceil_div,
+    compute_dtype,
+    index_type,
+    integer,
+    pixels,
+    taps,
+)
 from pydeform.cuda._launch import geometry, kernel, launch
 
 THREADS = 256
@@ -113,7 +122,7 @@ class _Data(NamedTuple):
         """Atomic additions to the input's gradient: fast, and rounded differently on each run."""
         accumulator = None
         if grad_input is not None:
-            dtype = _sum_dtype(grad_input.dtype)
+            dtype = compute_dtype(grad_input.dtype)
             accumulator = grad_input if grad_input.dtype == dtype else cupy.empty(grad_input.shape, dtype)
             accumulator.fill(0)
         self._run(accumulator, None, 0, self.g.batch * pixels(self.g), 0, taps(self.g), store=False)
@@ -123,7 +132,7 @@ class _Data(NamedTuple):
                 self.operator,
                 f"convert<{C_TYPES[grad_input.dtype.name]}, {index}>",
                 grad_input.size,
-                (accumulator, grad_input, _integer(index, grad_input.size)),
+                (accumulator, grad_input, integer(index, grad_input.size)),
             )
 
     def in_chunks(self, grad_input: Any) -> None:
@@ -132,7 +141,7 @@ class _Data(NamedTuple):
         if grad_input is None:  # by the same kernel, so that `needs` changes no bit
             self._run(None, None, 0, g.batch * pixels(g), 0, taps(g), store=True)
             return
-        dtype = _sum_dtype(grad_input.dtype)
+        dtype = compute_dtype(grad_input.dtype)
         sums = cupy.zeros((g.batch, g.in_h * g.in_w, g.in_channels), dtype)
         for first, count, tap0, some in chunks(g, dtype.itemsize, WORKSPACE):
             columns = cupy.empty((some, count, g.in_channels), dtype)
@@ -145,7 +154,7 @@ class _Data(NamedTuple):
             g.batch * ceil_div(g.in_h * g.in_w, 32) * ceil_div(g.in_channels, 32) * THREADS,
             (
                 *(sums, grad_input, np.int32(g.batch), np.int32(g.in_channels)),
-                *(_integer(index, g.in_h * g.in_w), np.int32(g.in_channels), np.int32(g.in_channels)),
+                *(integer(index, g.in_h * g.in_w), np.int32(g.in_channels), np.int32(g.in_channels)),
             ),
         )
 
@@ -162,7 +171,7 @@ class _Data(NamedTuple):
             (
                 *(self.grad_output, self.input, self.offset, self.weight, self.mask),
                 *(self.grad_offset, self.grad_mask, accumulator, columns, geometry(g)),
-                *(_integer(index, first), _integer(index, count), np.int32(tap0), np.int32(some)),
+                *(integer(index, first), integer(index, count), np.int32(tap0), np.int32(some)),
             ),
         )
 
@@ -196,11 +205,3 @@ def _deformed(offset: Any) -> str:
 
 def _size(array: Any) -> tuple[int, ...]:
     return () if array is None else (array.size,)
-
-
-def _sum_dtype(dtype: Any) -> Any:
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
-def _integer(index: str, value: int) -> Any:
-    return np.int32(value) if index == "int" else np.int64(value)

@@ -20,8 +20,10 @@ CUDA = Path(importlib.util.find_spec("pydeform.cuda").origin).parent
 OPERATORS = sorted(path.stem for path in CUDA.glob("*.cu"))
 TOOLKITS = nvrtc.toolkits()
 INSTANCES = [instance for operator in OPERATORS for instance in _kernels.instances(operator)]
-# One of each template, kind of product and type.
-SAMPLE = set({tuple(re.findall(r"\w+", instance.expression)[:3]): instance for instance in INSTANCES}.values())
+# Of each operator, template, kind of product, type and list of architectures the first, which has the widest tile.
+SAMPLE = set(
+    {(i.operator, i.architectures, *re.findall(r"\w+", i.expression)[:3]): i for i in reversed(INSTANCES)}.values()
+)
 CORES = ThreadPoolExecutor(os.cpu_count())
 
 needs_nvrtc = pytest.mark.skipif(not TOOLKITS, reason=f"none of {', '.join(nvrtc.WHEELS)} is installed")
@@ -42,11 +44,11 @@ def faults(resources, remarks, budget):
 def architectures(toolkit, instance):
     """All that the instance names, and the newest that this toolkit knows, which also runs what is for sm_90.
 
-    Of an older toolkit one, for a sample of the instances, unless PYDEFORM_COMPILE_ALL is set: the whole takes minutes.
+    Of an older toolkit a sample of the instances, unless PYDEFORM_COMPILE_ALL is set: the whole takes minutes.
     """
     listed = [name for name in instance.architectures if toolkit.supports(name)]
-    if toolkit is not TOOLKITS[-1] and not os.environ.get("PYDEFORM_COMPILE_ALL"):
-        return listed[-1:] if instance in SAMPLE else []
+    if toolkit is not TOOLKITS[-1] and instance not in SAMPLE and not os.environ.get("PYDEFORM_COMPILE_ALL"):
+        return []
     if "90" in instance.architectures:
         listed.append(str(toolkit.architectures[-1]))
     return list(dict.fromkeys(listed))
@@ -64,6 +66,25 @@ def test_kernel_compiles_and_stays_in_its_registers(instance):
     assert jobs
     found = [fault for faults in CORES.map(lambda job: faults_of(*job), jobs) for fault in faults]
     assert not found, "\n".join(found)
+
+
+@needs_nvrtc
+@each_toolkit
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_dtype_is_compiled_for_every_architecture(operator, toolkit):
+    """Forward and backward by tiles, with either toolkit."""
+    newest = str(toolkit.architectures[-1])
+    for kernel in ("forward<", "backward_weight<"):
+        found = {
+            (dtype, name)
+            for instance in INSTANCES
+            if instance.operator == operator and instance.expression.startswith(kernel)
+            for dtype in ("double", "float", "f16", "bf16")
+            if f"<{dtype}," in instance.expression
+            for name in architectures(toolkit, instance)
+        }
+        wanted = {(d, a) for d in ("double", "float", "f16", "bf16") for a in ("75", "80", "90", "90a", newest)}
+        assert not wanted - found, f"{kernel}: {sorted(wanted - found)}"
 
 
 def test_every_operator_has_kernels():

@@ -63,15 +63,12 @@ def backward(
             return _conv_direct.backward(
                 operator, grad_output, input, offset, weight, bias, mask, g, needs, deterministic
             )
+        make = cupy.empty_like if g.batch else cupy.zeros_like
         grads = {
-            name: cupy.empty_like(array) if name in needs and array is not None else None
+            name: make(array) if name in needs and array is not None else None
             for name, array in zip(NAMES, (input, offset, weight, bias, mask), strict=True)
         }
-        if g.batch == 0:
-            for grad in grads.values():
-                if grad is not None:
-                    grad.fill(0)
-        else:
+        if g.batch:
             tf32 = allow_tf32 and weight.dtype == np.float32
             _by_tiles(operator, grad_output, input, offset, weight, mask, g, grads, deterministic, tf32)
         return grads["input"], grads["offset"], grads["weight"], grads["bias"], grads["mask"]

@@ -215,41 +215,64 @@ def cases(*tables: list[tuple[dict[str, Any], type[Exception], str]]) -> list[An
     return [pytest.param(*row, id=f"{number}-{'-'.join(row[0])}") for number, row in enumerate(rows)]
 
 
-def check(function: Any, arguments: dict[str, Any], change: dict[str, Any], error: type[Exception], text: str) -> None:
+def sent(backend: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arrays on the backend, but for those of types that only NumPy has."""
+    return {
+        name: backend.array(a) if isinstance(a, np.ndarray) and a.dtype.isnative and a.dtype.kind in "fiub" else a
+        for name, a in arguments.items()
+    }
+
+
+def check(
+    backend: Any,
+    function: Any,
+    arguments: dict[str, Any],
+    change: dict[str, Any],
+    error: type[Exception],
+    text: str,
+) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
-        function(**{**arguments, **change})
+        function(**sent(backend, {**arguments, **change}))
     assert str(caught.value) == f"{function.__name__}: {text}"
     assert type(caught.value) is error
 
 
 @pytest.mark.parametrize(("change", "error", "text"), cases(BOTH, CONV))
-def test_conv2d(change, error, text):
-    check(pydeform.conv2d, good_conv(), change, error, text)
+def test_conv2d(backend, change, error, text):
+    check(backend, pydeform.conv2d, good_conv(), change, error, text)
 
 
 @pytest.mark.parametrize(("change", "error", "text"), cases(BOTH, DEFORM))
-def test_deform_conv2d(change, error, text):
-    check(pydeform.deform_conv2d, good_deform(), change, error, text)
+def test_deform_conv2d(backend, change, error, text):
+    check(backend, pydeform.deform_conv2d, good_deform(), change, error, text)
 
 
 @pytest.mark.parametrize(("change", "error", "text"), cases(BOTH, CONV, BACKWARD, needs_errors("input, weight, bias")))
-def test_conv2d_backward(change, error, text):
-    check(pydeform.conv2d_backward, {"grad_output": zeros(2, 4, 5, 8), **good_conv()}, change, error, text)
+def test_conv2d_backward(backend, change, error, text):
+    check(backend, pydeform.conv2d_backward, {"grad_output": zeros(2, 4, 5, 8), **good_conv()}, change, error, text)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "text"), cases(BOTH, DEFORM, BACKWARD, needs_errors("input, offset, weight, bias, mask"))
 )
-def test_deform_conv2d_backward(change, error, text):
-    check(pydeform.deform_conv2d_backward, {"grad_output": zeros(2, 4, 5, 8), **good_deform()}, change, error, text)
+def test_deform_conv2d_backward(backend, change, error, text):
+    check(
+        backend,
+        pydeform.deform_conv2d_backward,
+        {"grad_output": zeros(2, 4, 5, 8), **good_deform()},
+        change,
+        error,
+        text,
+    )
 
 
-def test_the_unchanged_calls_are_good():
+def test_the_unchanged_calls_are_good(backend):
     """Otherwise the tables above would show one mistake for another."""
-    assert pydeform.conv2d(**good_conv()).shape == (2, 4, 5, 8)
-    assert pydeform.deform_conv2d(**good_deform()).shape == (2, 4, 5, 8)
-    assert pydeform.conv2d_backward(zeros(2, 4, 5, 8), **good_conv()).bias.shape == (4,)
-    assert pydeform.deform_conv2d_backward(zeros(2, 4, 5, 8), **good_deform()).mask.shape == (2, 18, 5, 8)
+    conv, deform, grad = sent(backend, good_conv()), sent(backend, good_deform()), backend.array(zeros(2, 4, 5, 8))
+    assert pydeform.conv2d(**conv).shape == (2, 4, 5, 8)
+    assert pydeform.deform_conv2d(**deform).shape == (2, 4, 5, 8)
+    assert pydeform.conv2d_backward(grad, **conv).bias.shape == (4,)
+    assert pydeform.deform_conv2d_backward(grad, **deform).mask.shape == (2, 18, 5, 8)
 
 
 @pytest.mark.parametrize("name", ["input", "offset", "weight", "bias", "mask"])

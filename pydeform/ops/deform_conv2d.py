@@ -121,7 +121,7 @@ def deform_conv2d_backward(
               the derivative from the right (towards larger coordinates), at exactly -1 what `boundary` says. A NaN
               coordinate gives NaN in its own gradients; a sample outside gives zeros. The input's gradient is exact.
               Memory on CUDA beyond the gradients: copies of at most 256 MB or one image, the weight packed, and
-              workspaces of 64 MB. Nothing waits for the device, so after a first call a graph can be captured.
+              workspaces of 64 MB. Nothing there waits for the device; the first call compiles.
     Source    arXiv:1703.06211 appendix A; arXiv:1811.11168. Same bits for any number of threads on the CPU.
     Example
     >>> import numpy as np

@@ -26,6 +26,7 @@ test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_deform_conv2d.py
+	$(BIN)/python benchmarks/bench_roi.py
 
 # The CuPy that fits the driver, and the PyTorch to compare with, are the machine's.
 gpu:

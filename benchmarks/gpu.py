@@ -35,12 +35,13 @@ SANITIZER_FAULT = 86  # exit status that says that compute-sanitizer found somet
 NO_TESTS = 5  # pytest's
 # In the order of their worth: when time runs out, the last ones are missing.
 EXERCISE = 90  # compiles what later stages find in CuPy's cache
-FIRST_TESTS = {"test_cuda_primitives": 50, "test_deform_conv2d": 110, "test_conv2d": 50}
+FIRST_TESTS = {"test_cuda_primitives": 50, "test_deform_conv2d": 110, "test_conv2d": 50, "test_roi": 60}
 TOOLS = {"memcheck": 50, "racecheck": 60, "initcheck": 40, "synccheck": 40}
 BENCHMARKS = {"cuda_deform_conv2d": 170}
 LAST_TESTS = {
     "test_interop_cuda": 40,
     "test_vectors": 30,
+    "test_vectors_roi": 30,
     "test_cuda_names": 20,
     "test_cuda_compile": 90,
     "test_properties": 40,
@@ -155,8 +156,40 @@ def exercise() -> None:
                 pydeform.deform_conv2d_backward(
                     y, x, offset, weight, bias, padding=1, mask=mask, deterministic=deterministic
                 )
+    for h, w in ((9, 7), (36, 41)):
+        for dtype in dtypes:
+            exercise_roi(lambda a, dtype=dtype: cupy.asarray(a.astype(dtype)), rng, h, w)
     cupy.cuda.Device().synchronize()
     print("every kernel ran")
+
+
+def exercise_roi(send: Any, rng: Any, h: int, w: int) -> None:
+    """Every RoI operator, with classes of many channels and of few. `send` makes a device's array of NumPy's."""
+    import pydeform
+
+    def array(*shape: int) -> Any:
+        return send(rng.standard_normal(shape))
+
+    size = 3  # bins, groups and parts on each axis
+    corners = rng.uniform(-3, max(h, w), (5, 5))  # across every border, and some upside down
+    corners[:, 0] = 0, 1, 1, 0, 1
+    boxes = send(corners)
+    for c in (40, 2):
+        x, y = array(2, c, h, w), array(5, c, size, size)
+        cells = array(2, c * size**2, h, w)
+        offset, trans, mask = array(5, 2, size, size), array(5, 4, size, size), array(5, 1, size, size)
+        psroi = {"output_dim": c, "pooled_size": size, "group_size": size, "sample_per_part": 2, "trans_std": 0.1}
+        for name, arrays, options in (
+            ("roi_pool", (x, boxes), {"output_size": size}),
+            ("roi_align", (x, boxes), {"output_size": size, "aligned": True}),
+            ("roi_align", (x, boxes), {"output_size": size, "sampling_ratio": 2, "mode": "max"}),
+            ("ps_roi_pool", (cells, boxes), {"output_size": size}),
+            ("ps_roi_align", (cells, boxes), {"output_size": size}),
+            ("deform_roi_pool", (x, boxes, offset), {"output_size": size, "mask": mask}),
+            ("deform_psroi_pool", (cells, boxes, trans), {**psroi, "mask": mask}),
+        ):
+            getattr(pydeform, name)(*arrays, **options)
+            getattr(pydeform, f"{name}_backward")(y, *arrays, **options)
 
 
 # Running it ----------------------------------------------------------------------------------------------------------

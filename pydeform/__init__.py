@@ -5,17 +5,41 @@ from pydeform._version import __version__
 from pydeform.ops.analysis import effective_dilation, sampling_locations
 from pydeform.ops.conv2d import Conv2dGrads, conv2d, conv2d_backward
 from pydeform.ops.deform_conv2d import DeformConv2dGrads, deform_conv2d, deform_conv2d_backward
+from pydeform.ops.deform_psroi_pool import DeformPsroiPoolGrads, deform_psroi_pool, deform_psroi_pool_backward
+from pydeform.ops.deform_roi_pool import DeformRoiPoolGrads, deform_roi_pool, deform_roi_pool_backward
+from pydeform.ops.ps_roi_align import PsRoiAlignGrads, ps_roi_align, ps_roi_align_backward
+from pydeform.ops.ps_roi_pool import PsRoiPoolGrads, ps_roi_pool, ps_roi_pool_backward
+from pydeform.ops.roi_align import RoiAlignGrads, roi_align, roi_align_backward
+from pydeform.ops.roi_pool import RoiPoolGrads, roi_pool, roi_pool_backward
 
 __all__ = [
     "Conv2dGrads",
     "DeformConv2dGrads",
+    "DeformPsroiPoolGrads",
+    "DeformRoiPoolGrads",
+    "PsRoiAlignGrads",
+    "PsRoiPoolGrads",
+    "RoiAlignGrads",
+    "RoiPoolGrads",
     "__version__",
     "conv2d",
     "conv2d_backward",
     "deform_conv2d",
     "deform_conv2d_backward",
+    "deform_psroi_pool",
+    "deform_psroi_pool_backward",
+    "deform_roi_pool",
+    "deform_roi_pool_backward",
     "effective_dilation",
     "get_num_threads",
+    "ps_roi_align",
+    "ps_roi_align_backward",
+    "ps_roi_pool",
+    "ps_roi_pool_backward",
+    "roi_align",
+    "roi_align_backward",
+    "roi_pool",
+    "roi_pool_backward",
     "sampling_locations",
     "set_num_threads",
 ]

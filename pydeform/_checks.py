@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator as _operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -60,6 +61,20 @@ def _as_int(op: str, name: str, item: Any, minimum: int, expected: str, value: A
     if isinstance(item, bool) or number < minimum:
         raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
     return number
+
+
+def number(op: str, name: str, value: Any, *, positive: bool = False) -> float:
+    """A finite real number as a float."""
+    expected = "a finite number" + (" > 0" if positive else "")
+    if isinstance(value, str | bytes | bool):
+        raise TypeError(f"{op}: {name} must be {expected}, got {value!r}")
+    try:
+        converted = float(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be {expected}, got {value!r}") from None
+    if not math.isfinite(converted) or (positive and converted <= 0):
+        raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
+    return converted
 
 
 def per_axis(op: str, name: str, value: Any, axes: int, minimum: int) -> tuple[int, ...]:

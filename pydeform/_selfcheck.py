@@ -75,6 +75,8 @@ def backends() -> list[Backend]:
 
 def problem(operator: str, channels: int = 2) -> Problem:
     """Small, with no two sizes alike, and no sampling point within 1/8 of a kink. `channels` of each of two groups."""
+    if "roi" in operator:
+        return _roi_problem(operator, channels)
     rng = np.random.default_rng(7)
 
     def eighths(*shape: int) -> Any:
@@ -91,6 +93,41 @@ def problem(operator: str, channels: int = 2) -> Problem:
     else:
         raise NotImplementedError(f"check: no problem for {operator}")
     return Problem(arrays, options, eighths(2, 6, *size))
+
+
+# Four boxes of 2 x 4 pixels of the input, inside and across its borders, times two for a spatial_scale of 1/2. Those of
+# deform_psroi_pool are rounded, and end one pixel later.
+BOXES = [[0, 1.5, 1.5, 9.5, 5.5], [1, -0.5, 3.5, 7.5, 7.5], [1, 5.5, -0.5, 13.5, 3.5], [0, 3.5, 5.5, 11.5, 9.5]]
+ROUNDED_BOXES = [[0, 1.25, 0.75, 8.25, 3.75], [1, -0.75, 3.25, 6.25, 6.25], [1, 5, -1, 12, 2], [0, 3, 5.25, 9.75, 7.75]]
+
+
+def _roi_problem(operator: str, channels: int) -> Problem:
+    """`channels` of the output, or of each of two classes. Points lie 1/4 from pixels and, where those are a border,
+    from half way between them. No two pixels of a channel are equal, so that a maximum has no kink."""
+    rng = np.random.default_rng(8)
+    boxes = np.array(ROUNDED_BOXES if operator == "deform_psroi_pool" else BOXES)
+    count, pooled, out_channels, in_channels = len(boxes), (1, 2), channels, channels
+    options: dict[str, Any] = {"spatial_scale": 0.5}
+    optional: dict[str, Any] = {}
+    if operator == "deform_psroi_pool":
+        pooled, out_channels, in_channels = (2, 2), 2 * channels, 8 * channels
+        options |= {"output_dim": out_channels, "pooled_size": 2, "group_size": 2, "part_size": 3}
+        options |= {"sample_per_part": 2, "trans_std": 0.125}
+        # The width is twice the height: half the offset moves as far, an odd number of quarters of a pixel.
+        optional["trans"] = (2 * rng.integers(-2, 2, (count, 4, 3, 3)) + 1) / np.array([2, 1, 2, 1]).reshape(4, 1, 1)
+    elif operator == "deform_roi_pool":
+        options |= {"output_size": pooled, "sampling_ratio": 2, "gamma": 0.25}
+        optional["offset"] = rng.integers(-2, 3, (count, 2, *pooled)).astype(float)
+    elif operator in ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align"):
+        options |= {"output_size": pooled} | ({"sampling_ratio": 2} if operator.endswith("align") else {})
+        in_channels *= pooled[0] * pooled[1] if operator.startswith("ps_") else 1
+    else:
+        raise NotImplementedError(f"check: no problem for {operator}")
+    if optional:
+        optional["mask"] = rng.integers(1, 9, (count, 1, *pooled)) / 8
+    pixels = np.stack([rng.permutation(30) for _ in range(2 * in_channels)]).reshape(2, in_channels, 5, 6)
+    grad_output = rng.integers(-8, 9, (count, out_channels, *pooled)) / 8
+    return Problem({"input": (pixels - 15) / 8, "boxes": boxes, **optional}, options, grad_output)
 
 
 def run(operator: str, p: Problem, backend: Backend, dtype: Any) -> dict[str, Any]:
@@ -166,7 +203,10 @@ def _check_gradients(operator: str, backend: Backend) -> None:
         return {name: None if grad is None else backend.fetch(grad) for name, grad in found.items()}
 
     gradcheck(
-        lambda **arguments: backend.fetch(forward(**send(arguments))), grads, {**p.arrays, **p.options}, wrt=p.arrays
+        lambda **arguments: backend.fetch(forward(**send(arguments))),
+        grads,
+        {**p.arrays, **p.options},
+        wrt=[name for name in p.arrays if name != "boxes"],  # which have no gradient
     )
 
 

@@ -24,6 +24,8 @@ INSTANCES = [instance for operator in OPERATORS for instance in _kernels.instanc
 SAMPLE = set(
     {(i.operator, i.architectures, *re.findall(r"\w+", i.expression)[:3]): i for i in reversed(INSTANCES)}.values()
 )
+# Templates that carry an operator's work, forward and backward: by tiles, or by warps.
+MAIN = dict.fromkeys(OPERATORS, ("forward<", "backward_weight<")) | {"roi": ("pool_bins<", "input_gradient<")}
 CORES = ThreadPoolExecutor(os.cpu_count())
 
 needs_nvrtc = pytest.mark.skipif(not TOOLKITS, reason=f"none of {', '.join(nvrtc.WHEELS)} is installed")
@@ -72,9 +74,9 @@ def test_kernel_compiles_and_stays_in_its_registers(instance):
 @each_toolkit
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_dtype_is_compiled_for_every_architecture(operator, toolkit):
-    """Forward and backward by tiles, with either toolkit."""
+    """Forward and backward, with either toolkit."""
     newest = str(toolkit.architectures[-1])
-    for kernel in ("forward<", "backward_weight<"):
+    for kernel in MAIN[operator]:
         found = {
             (dtype, name)
             for instance in INSTANCES

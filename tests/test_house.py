@@ -20,6 +20,10 @@ EXTRAS = {"cuda12", "cuda13", "torch", "jax", "dask", "onnx", "viz", "demo", "te
 # Put together here, so that this file does not contain what it looks for.
 HOSTS = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("download", "pytorch", "org"))]
 FOLDERS = ["/" + name + "/" for name in ("root", "work", "tmp", "farm")]
+# Operators that are one function under several rules share kernels, oracle, tests, mathematics and benchmark, in files
+# of this name. Every other operator is a family of its own.
+ROI = ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool")
+FAMILY = dict.fromkeys(ROI, "roi")
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 DOCUMENTS = ("README.md", "docs/conventions.md")
 
@@ -41,14 +45,24 @@ def tracked() -> list[Path]:
 
 
 def test_operators_are_found():
-    assert {"conv2d", "deform_conv2d"} <= set(OPERATORS)
+    assert {"conv2d", "deform_conv2d", *ROI} <= set(OPERATORS)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operator_is_complete(operator):
-    for path in (f"pydeform/ops/{operator}.py", f"pydeform/cpu/{operator}.py", f"tests/reference/{operator}.py"):
+    family = FAMILY.get(operator, operator)
+    for path in (
+        f"pydeform/ops/{operator}.py",
+        f"pydeform/cpu/{family}.py",
+        f"pydeform/cuda/{family}.py",
+        f"pydeform/cuda/{family}.cu",
+        f"tests/reference/{family}.py",
+        f"tests/test_{family}.py",
+    ):
         assert (ROOT / path).is_file(), path
-    assert (ROOT / f"tests/test_{operator}.py").is_file()
+    if operator != "conv2d":  # the baseline beside deform_conv2d, with which it shares mathematics and benchmark
+        assert (ROOT / f"docs/math/{family}.md").is_file()
+        assert (ROOT / f"benchmarks/bench_{family}.py").is_file()
     assert _selfcheck.problem(operator).arrays
     table = [line for line in read("README.md").splitlines() if line.startswith(f"| `{operator}` |")]
     assert table, "no row in README's table"

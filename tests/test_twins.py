@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 import pydeform
-from pydeform import _geometry
+from pydeform import _geometry, _roi_geometry
 
 PACKAGE = Path(pydeform.__file__).parent
 OPERATORS = sorted(path.stem for path in (PACKAGE / "cuda").glob("*.cu"))
+# Backends have one module for all of a family, whose operators differ in the rules of their geometry.
+FAMILIES = {
+    "roi": ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool"),
+}
+
+
+def members(operator: str) -> tuple[str, ...]:
+    return FAMILIES.get(operator, (operator,))
 
 
 def public_functions(path: Path) -> dict[str, str]:
@@ -22,8 +31,19 @@ def public_functions(path: Path) -> dict[str, str]:
 
 
 def test_operators_are_known():
-    assert {"conv2d", "deform_conv2d"} <= set(OPERATORS)
-    assert set(OPERATORS) <= set(pydeform.__all__)
+    assert {"conv2d", "deform_conv2d", "roi"} <= set(OPERATORS)
+    for operator in OPERATORS:
+        assert set(members(operator)) <= set(pydeform.__all__), operator
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_all_that_call_its_twins(family):
+    asked = f'backend_for(op, "{family}"'
+    callers = {path.stem for path in (PACKAGE / "ops").glob("*.py") if asked in path.read_text(encoding="utf-8")}
+    assert callers == {f"_{family}"}
+    imports = f"from pydeform.ops import _{family}\n"
+    users = {path.stem for path in (PACKAGE / "ops").glob("*.py") if imports in path.read_text(encoding="utf-8")}
+    assert users == set(FAMILIES[family])
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -35,17 +55,28 @@ def test_same_functions(operator):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_file_in_every_folder(operator):
-    for folder in ("ops", "cpu", "cuda"):
-        assert (PACKAGE / folder / f"{operator}.py").is_file(), folder
+    files = [PACKAGE / folder / f"{operator}.py" for folder in ("cpu", "cuda")]
+    for path in (*files, *(PACKAGE / "ops" / f"{member}.py" for member in members(operator))):
+        assert path.is_file(), path
 
 
-def test_same_geometry():
+@pytest.mark.parametrize(
+    ("operator", "name", "geometry"),
+    [
+        ("deform_conv2d", "Geometry", _geometry.Conv2dGeometry),
+        ("roi", "RoiGeometry", _roi_geometry.RoiGeometry),
+    ],
+)
+def test_same_geometry(operator, name, geometry):
     """Kernels take the struct that is made from the fields of the geometry, in their order."""
     from pydeform.cuda import _source
 
-    declaration = _source.source("deform_conv2d").partition("};")[0]
-    fields = declaration.partition("int ")[2].rstrip(";\n").split(", ")
-    assert tuple(fields) == _geometry.Conv2dGeometry._fields
+    declaration = _source.source(operator).partition(f"struct {name} {{\n")[2].partition("};")[0]
+    fields = {}
+    for line in declaration.splitlines():
+        kind, _, names = line.strip().rstrip(";").partition(" ")
+        fields |= dict.fromkeys(names.split(", "), {"int": int, "double": float}[kind])
+    assert list(fields.items()) == list(get_type_hints(geometry).items())
 
 
 def test_same_border_rules():
@@ -54,3 +85,18 @@ def test_same_border_rules():
     for rule in ("dcnv2", "dcnv1"):
         assert f"{rule.upper()} = {_geometry.BOUNDARIES.index(rule)}" in text
     assert _geometry.BOUNDARIES[0] == "torchvision"
+
+
+def test_same_rounding_rules():
+    """The kernels number them as the geometry does."""
+    text = (PACKAGE / "cuda" / "roi_bins.cuh").read_text(encoding="utf-8")
+    rules = ("EXACT", "AFTER_SCALE", "BEFORE_SCALE")
+    assert ", ".join(f"{rule} = {getattr(_roi_geometry, rule)}" for rule in rules) in text
+
+
+def test_every_rule_is_a_line_of_the_kernels():
+    text = (PACKAGE / "cuda" / "roi_bins.cuh").read_text(encoding="utf-8")
+    for rule in _roi_geometry.Rules._fields:
+        if rule != "is_max":  # which chooses the kernel
+            lines = [line for line in text.splitlines() if f"g.{rule}" in line and f"// {rule}" in line]
+            assert lines, rule

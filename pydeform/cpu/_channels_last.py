@@ -16,28 +16,42 @@ def pixel_parts(pixels: int) -> int:
 
 
 @inline
-def to_channels_last(input: Any, image: Any, b: int, channel: int, channels: int, part: int, pixels: int) -> None:
+def to_channels_last(
+    input: Any,
+    b: int,
+    first: int,
+    apart: int,
+    image: Any,
+    origin: int,
+    channels: int,
+    width: int,
+    part: int,
+    pixels: int,
+) -> None:
     """One block of channels and one part of the pixels of image b; the first part also writes the zero pixel.
 
-    image is flat, (batch, blocks, pixels + 1, channels of the block): one more pixel of zeros stands behind the last.
-    Blocks lie apart: two threads at work on two of them share no cache line, and corners of one fill a cache evenly.
+    The block has channels first, first + apart, ... of the input. Its place in image, which is flat, starts at origin:
+    (pixels + 1, width), zeros from `channels` on; one more pixel of zeros stands behind the last. Blocks lie apart: two
+    threads at work on two of them share no cache line, and corners of one fill a cache evenly.
     """
     lanes = VECTOR_BYTES // input.itemsize
-    first = part * PIXELS
-    last = min(first + PIXELS, pixels)
-    origin = (b * input.shape[1] + channel) * (pixels + 1)
-    whole = first + (last - first) // lanes * lanes
+    start = part * PIXELS
+    last = min(start + PIXELS, pixels)
+    whole = start + (last - start) // lanes * lanes
     whole_channels = channels // lanes * lanes
     for c in range(0, whole_channels, lanes):
-        for pixel in range(first, whole, lanes):
-            target = at(image, (origin + pixel * channels + c,))
-            transpose_block(at(input, (b, channel + c, pixel)), pixels, target, channels, target)
+        for pixel in range(start, whole, lanes):
+            target = at(image, (origin + pixel * width + c,))
+            transpose_block(at(input, (b, first + c * apart, pixel)), apart * pixels, target, width, target)
     for c in range(channels):
-        for pixel in range(whole if c < whole_channels else first, last):
-            image[origin + pixel * channels + c] = input[b, channel + c, pixel]
+        for pixel in range(whole if c < whole_channels else start, last):
+            image[origin + pixel * width + c] = input[b, first + c * apart, pixel]
+    for c in range(channels, width):
+        for pixel in range(start, last):
+            image[origin + pixel * width + c] = 0
     if part == 0:
-        for c in range(channels):
-            image[origin + pixels * channels + c] = 0
+        for c in range(width):
+            image[origin + pixels * width + c] = 0
 
 
 @inline
@@ -65,19 +79,27 @@ def to_channels_first(
 
 @inline
 def block_to_channels_first(
-    image: Any, grad_input: Any, b: int, channel: int, channels: int, part: int, pixels: int
+    image: Any,
+    origin: int,
+    channels: int,
+    width: int,
+    grad_input: Any,
+    b: int,
+    first: int,
+    apart: int,
+    part: int,
+    pixels: int,
 ) -> None:
     """The way back of `to_channels_last`."""
     lanes = VECTOR_BYTES // image.itemsize
-    first = part * PIXELS
-    last = min(first + PIXELS, pixels)
-    origin = (b * grad_input.shape[1] + channel) * (pixels + 1)
-    whole = first + (last - first) // lanes * lanes
+    start = part * PIXELS
+    last = min(start + PIXELS, pixels)
+    whole = start + (last - start) // lanes * lanes
     whole_channels = channels // lanes * lanes
     for c in range(0, whole_channels, lanes):
-        for pixel in range(first, whole, lanes):
-            target = at(grad_input, (b, channel + c, pixel))
-            transpose_block(at(image, (origin + pixel * channels + c,)), channels, target, pixels, target)
+        for pixel in range(start, whole, lanes):
+            target = at(grad_input, (b, first + c * apart, pixel))
+            transpose_block(at(image, (origin + pixel * width + c,)), width, target, apart * pixels, target)
     for c in range(channels):
-        for pixel in range(whole if c < whole_channels else first, last):
-            grad_input[b, channel + c, pixel] = image[origin + pixel * channels + c]
+        for pixel in range(whole if c < whole_channels else start, last):
+            grad_input[b, first + c * apart, pixel] = image[origin + pixel * width + c]

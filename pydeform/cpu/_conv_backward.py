@@ -305,9 +305,9 @@ def _prepare_backward(
             part = unit - b * parts
             for block in range(len(blocks)):
                 channel, channels = blocks[block].channel, blocks[block].channels
-                to_channels_last(input, image, b, channel, channels, part, pixels)
+                origin = (b * g.in_channels + channel) * (pixels + 1)
+                to_channels_last(input, b, channel, 1, image, origin, channels, channels, part, pixels)
                 if p.need_input:
-                    origin = (b * g.in_channels + channel) * (pixels + 1)
                     last = pixels + 1 if part == parts - 1 else (part + 1) * PIXELS
                     for i in range(origin + part * PIXELS * channels, origin + last * channels):
                         grad_image[i] = 0
@@ -342,7 +342,9 @@ def _finish_backward(
             b = unit // parts
             for block in range(len(blocks)):
                 channel, channels = blocks[block].channel, blocks[block].channels
-                block_to_channels_first(grad_image, grad_input, b, channel, channels, unit - b * parts, pixels)
+                origin = (b * g.in_channels + channel) * (pixels + 1)
+                part = unit - b * parts
+                block_to_channels_first(grad_image, origin, channels, channels, grad_input, b, channel, 1, part, pixels)
         else:
             o = unit - inputs
             if p.need_weight:

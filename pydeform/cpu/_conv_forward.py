@@ -119,9 +119,11 @@ def _forward(
     unit = claim(counters, 0)
     while unit < preparing:
         if unit < converting:
+            b = unit // parts
             for block in range(len(blocks)):
-                row = blocks[block]
-                to_channels_last(input, image, unit // parts, row.channel, row.channels, unit % parts, g.in_h * g.in_w)
+                channel, channels = blocks[block].channel, blocks[block].channels
+                origin = (b * g.in_channels + channel) * (g.in_h * g.in_w + 1)
+                to_channels_last(input, b, channel, 1, image, origin, channels, channels, unit % parts, g.in_h * g.in_w)
         else:
             _pack_forward(
                 weight, packed, entries, chunks[(unit - converting) // p.panels], (unit - converting) % p.panels, p

@@ -100,6 +100,12 @@ def inline(function: Callable[..., Any]) -> Any:
     return numba.njit(nogil=True, error_model="numpy")(function)
 
 
+def inline_always(function: Callable[..., Any]) -> Any:
+    """The same for a small step in a hot loop: where a call would be left, its arrays and records are copied word by
+    word, which takes longer than the step."""
+    return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)
+
+
 class Kernel:
     """An entry point: a Numba function that runs without the GIL, compiled at its first call for a dtype."""
 

@@ -153,13 +153,15 @@ class Tiles:
         self._sum(partial, bias, output)
 
 
-def to_channels_last(operator: str, array: Any, unit: int, pitch: int) -> Any:
-    """(N*H*W + 1, channels): each `unit` of channels in a space of `pitch`, and behind the last pixel one of zeros."""
+def to_channels_last(operator: str, array: Any, unit: int, pitch: int, cells: int = 1) -> Any:
+    """(N*H*W + 1, channels): each `unit` of channels in a space of `pitch`, and behind the last pixel one of zeros.
+
+    A unit's channels come `cells` apart in the array.
+    """
     batch, count, height, width = array.shape
     copy = cupy.empty((batch * height * width + 1, count // unit * pitch), array.dtype)
-    _turn("to_channels_last", operator, array.dtype.name, batch, count, height * width, unit, pitch, device())(
-        array, copy
-    )
+    sizes = (batch, count, height * width, unit, pitch)
+    _turn("to_channels_last", operator, array.dtype.name, *sizes, device(), cells)(array, copy)
     return copy
 
 
@@ -173,7 +175,16 @@ def to_channels_first(operator: str, sums: Any, output: Any, unit: int, pitch: i
 
 @functools.lru_cache(maxsize=PLANS)
 def _turn(
-    name: str, operator: str, dtype: str, batch: int, count: int, image: int, unit: int, pitch: int, on: Device
+    name: str,
+    operator: str,
+    dtype: str,
+    batch: int,
+    count: int,
+    image: int,
+    unit: int,
+    pitch: int,
+    on: Device,
+    *more: int,
 ) -> Launch:
     memory = count // unit * pitch
     index = index_type((batch * image + 1) * memory)
@@ -183,4 +194,5 @@ def _turn(
         (batch * ceil_div(image, 32) * ceil_div(memory, 32),),
         THREADS,
         *(np.int32(batch), np.int32(count), integer(index, image), np.int32(unit), np.int32(pitch)),
+        *map(np.int32, more),
     )

@@ -32,11 +32,11 @@ class Instance(NamedTuple):
 def instances(operator: str) -> list[Instance]:
     """Every kernel that `operator` launches: the widest tiles for every architecture, the narrower ones for one.
 
-    conv2d has deform_conv2d's narrow tiles, which are not listed again.
+    conv2d has deform_conv2d's narrow tiles, which are not listed again, nor are the copies of the RoI operators.
     """
-    deformed = operator == "deform_conv2d"
     found: dict[str, tuple[set[str], int]] = {}
-    for expression, architectures, registers in _expressions(deformed):
+    expressions = _roi() if operator == "roi" else _expressions(operator == "deform_conv2d")
+    for expression, architectures, registers in expressions:
         listed, budget = found.setdefault(expression, (set(), registers))
         found[expression] = listed | set(architectures), max(budget, registers)
     return [
@@ -99,6 +99,25 @@ def _helpers(dtype: str, c: str, deformed: bool) -> Iterator[tuple[str, tuple[st
         names += [f"input_gradient_direct<{c}, int>"]
     for name in names:
         yield name, EVERY if dtype == "float16" else EVERY[-1:], 96
+
+
+def _roi() -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Nothing in them depends on the architecture. Of sums in float three blocks of 256 threads shall fit, or two."""
+    for dtype, c in C_TYPES.items():
+        wide = dtype == "float64"
+        everywhere = EVERY if dtype == "float16" else EVERY[-1:]
+        yield f"pool_bins<{c}, int>", EVERY, 168 if wide else 80
+        yield f"bin_gradients<{c}, int>", everywhere, 96 if wide else 80
+        yield f"input_gradient<{c}, int, 0>", EVERY, 255 if wide else 128
+        for largest in (1, 2):
+            yield f"input_gradient<{c}, int, {largest}>", everywhere, 255 if wide else 128
+        for name in ("pool_direct", "bin_gradients_direct", "box_bounds", "offset_gradient", "mask_gradient"):
+            yield f"{name}<{c}, int>", everywhere, 128 if wide else 96
+        for points in ("false", "true"):
+            yield f"pool_largest<{c}, int, {points}>", everywhere, 96
+    for c in ("f16", "double"):
+        for name in ("pool_bins<{}, long long>", "bin_gradients<{}, long long>", "input_gradient<{}, long long, 0>"):
+            yield name.format(c), EVERY[-1:], 255 if c == "double" else 128
 
 
 def _budget(product: Product) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from pydeform.cuda._source import source
+from pydeform.cuda._source import c_types, source
 
 OLDEST = 75  # compute capability
 DEFAULT_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel has without asking
@@ -45,13 +45,15 @@ def _device(number: int) -> Device:
 
 
 def geometry(g: Any) -> Any:
-    """A NamedTuple of integers as a struct that goes to a kernel by value."""
-    return _geometry(type(g).__name__, g)
+    """A NamedTuple of numbers as a struct that goes to a kernel by value."""
+    kind: Any = type(g)
+    return _geometry(kind, g)
 
 
 @functools.lru_cache(maxsize=1024)
-def _geometry(kind: str, g: Any) -> Any:
-    fields: Any = [(field, np.int32) for field in g._fields]
+def _geometry(kind: Any, g: Any) -> Any:
+    numbers = {"int": np.int32, "double": np.float64}
+    fields: Any = [(field, numbers[c]) for field, c in c_types(kind).items()]
     struct = np.array([tuple(g)], dtype=np.dtype(fields, align=True))
     struct.flags.writeable = False
     return struct

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+import typing
 from pathlib import Path
+from typing import Any
 
 from pydeform._geometry import Conv2dGeometry
+from pydeform._roi_geometry import RoiGeometry
 
 FOLDER = Path(__file__).parent
 INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
@@ -17,9 +21,23 @@ EMULATED = "primitives_emulated.h"
 @functools.cache
 def source(operator: str) -> str:
     """CUDA C++ of `operator`; compilers report errors under the names and lines of our files."""
-    fields = ", ".join(Conv2dGeometry._fields)
-    geometry = f"struct Geometry {{\n  int {fields};\n}};\n"
-    return geometry + _inlined(f"{operator}.cu", set())
+    structs = struct("Geometry", Conv2dGeometry)  # which headers that all share ask for
+    if operator == "roi":
+        structs += struct("RoiGeometry", RoiGeometry)
+    return structs + _inlined(f"{operator}.cu", set())
+
+
+def c_types(geometry: Any) -> dict[str, str]:
+    """Of the fields of a NamedTuple, in their order: its floats are double."""
+    hints = typing.get_type_hints(geometry)
+    return {field: "double" if hints[field] is float else "int" for field in geometry._fields}
+
+
+def struct(name: str, geometry: Any) -> str:
+    """A NamedTuple as a C struct, its fields in their order."""
+    types = c_types(geometry)
+    lines = [f"  {kind} {', '.join(fields)};\n" for kind, fields in itertools.groupby(types, types.__getitem__)]
+    return f"struct {name} {{\n{''.join(lines)}}};\n"
 
 
 def _inlined(name: str, seen: set[str]) -> str:

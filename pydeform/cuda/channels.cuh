@@ -45,11 +45,13 @@ struct OutputPixel {
   }
 };
 
-// (N, C, P) -> (N, P, units * pitch), and behind the last pixel one more, of zeros: all that is outside.
+// (N, C, P) -> (N, P, units * pitch), and behind the last pixel one more, of zeros: all that is outside. Channels that
+// belong to one unit follow each other, or come `cells` apart: channel (a*unit + i)*cells + cell is channel i of unit
+// (cell, a).
 // Owner: a block has 32 pixels x 32 memory channels, turned in shared memory; the first has the zeros too.
 template <class T, class I>
 __global__ void __launch_bounds__(256) to_channels_last(const T* __restrict__ input, T* __restrict__ output, int images,
-                                                        int channels, I pixels, int unit, int pitch) {
+                                                        int channels, I pixels, int unit, int pitch, int cells) {
   PYDEFORM_SHARED(T, tile, 32 * 33);
   const int all = channels / unit * pitch, columns = ceil_div(all, 32);
   const I rows = (pixels + 31) / 32;
@@ -58,9 +60,11 @@ __global__ void __launch_bounds__(256) to_channels_last(const T* __restrict__ in
   const int b = (int)((I)(blockIdx.x / columns) / rows);
   const int low = threadIdx.x % 32, high = threadIdx.x / 32;
   for (int i = high; i < 32; i += 8) {
-    const int q = q0 + i, u = pitch == unit ? 0 : q / pitch, within = q - u * pitch;
+    const int q = q0 + i, u = pitch == unit && cells == 1 ? 0 : q / pitch, within = q - u * pitch;
     const bool valid = q < all && (pitch == unit || within < unit) && p0 + low < pixels;
-    tile[i * 33 + low] = valid ? input[((I)b * channels + u * unit + within) * pixels + p0 + low] : T{};
+    const int cell = cells == 1 ? 0 : u / (channels / unit / cells), a = u - cell * (channels / unit / cells);
+    const int channel = (a * unit + within) * cells + cell;
+    tile[i * 33 + low] = valid ? input[((I)b * channels + channel) * pixels + p0 + low] : T{};
   }
   __syncthreads();
   for (int i = high; i < 32; i += 8)

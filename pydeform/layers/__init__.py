@@ -13,18 +13,22 @@ from pydeform.layers.deform_conv2d import DeformConv2d
 from pydeform.layers.linear import Flatten, Linear
 from pydeform.layers.norm import BatchNorm2d
 from pydeform.layers.pooling import GlobalAvgPool2d, MaxPool2d
+from pydeform.layers.roi import DeformPSRoIPool, DeformRoIPool, RoIAlign
 from pydeform.layers.sequential import Sequential
 
 __all__ = [
     "BatchNorm2d",
     "Conv2d",
     "DeformConv2d",
+    "DeformPSRoIPool",
+    "DeformRoIPool",
     "Flatten",
     "GlobalAvgPool2d",
     "Layer",
     "Linear",
     "MaxPool2d",
     "ReLU",
+    "RoIAlign",
     "Sequential",
     "Sigmoid",
     "Softmax",

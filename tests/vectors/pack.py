@@ -1,9 +1,9 @@
-"""Gather reference vectors, one file each, into the two archives that the repository keeps.
+"""Gather reference vectors, one file each, into the archives that the repository keeps.
 
     python tests/vectors/pack.py FOLDER
 
 FOLDER holds one subfolder per operator with `<system>__<case>.npz` files (README.md describes their content).
-Written: tests/vectors/<operator>.npz with all of them, and pydeform/data/vectors.npz, a few for `pydeform check`.
+Written: tests/vectors/*.npz with all of them, and pydeform/data/vectors.npz, a few for `pydeform check`.
 """
 
 import json
@@ -12,7 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-OPERATORS = ("deform_conv2d",)
+# The subfolders that go into one archive: operators whose vectors share inputs.
+ARCHIVES = {
+    "deform_conv2d": ("deform_conv2d",),
+    "roi": (
+        "roi_pool",
+        "roi_align",
+        "ps_roi_align",
+        "psroi_pooling",
+        "deform_roi_pool",
+        "deformable_psroi_pooling",
+    ),
+}
 
 # Small, and between them: every boundary rule, both versions, groups, offset groups, asymmetric arguments, kinks,
 # far samples, an image of one row, forward-only producers.
@@ -37,15 +48,19 @@ def read(path):
 
 def pack(source, root):
     bundled = {}
-    for operator in OPERATORS:
-        paths = sorted((source / operator).glob("*.npz"))
-        if not paths:
-            raise SystemExit(f"{source / operator}: no .npz files")
-        files = {path.stem: read(path) for path in paths}
-        every = {f"{stem}/{name}": array for stem, arrays in files.items() for name, array in arrays.items()}
-        write(root / "tests" / "vectors" / f"{operator}.npz", every, len(files))
-        for stem in BUNDLED[operator]:
-            bundled.update({f"{operator}/{stem}/{name}": array for name, array in files[stem].items()})
+    for archive, operators in ARCHIVES.items():
+        every, count = {}, 0
+        for operator in operators:
+            paths = sorted((source / operator).glob("*.npz"))
+            if not paths:
+                raise SystemExit(f"{source / operator}: no .npz files")
+            files = {path.stem: read(path) for path in paths}
+            count += len(files)
+            place = "" if len(operators) == 1 else f"{operator}/"
+            every.update({f"{place}{stem}/{name}": a for stem, arrays in files.items() for name, a in arrays.items()})
+            for stem in BUNDLED.get(operator, ()):
+                bundled.update({f"{operator}/{stem}/{name}": array for name, array in files[stem].items()})
+        write(root / "tests" / "vectors" / f"{archive}.npz", every, count)
     write(root / "pydeform" / "data" / "vectors.npz", bundled, sum(map(len, BUNDLED.values())))
 
 

@@ -1,0 +1,260 @@
+"""Forward of every RoI operator: a unit of work is one box and class, and owns its outputs (eq. 5 and 6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pydeform.cpu import _roi_common, _threads
+from pydeform.cpu._arrays import compute_dtype, empty, to_result, workspace
+from pydeform.cpu._channels_last import to_channels_first
+from pydeform.cpu._conv_common import pixel_dtype
+from pydeform.cpu._jit import Kernel
+from pydeform.cpu._roi_bins import SOUND
+from pydeform.cpu._roi_common import (
+    LISTED,
+    TILE,
+    RoiPlan,
+    blocks_of_class,
+    box_of,
+    cell_of,
+    convert_image,
+    copy_origin,
+    is_run,
+    list_box,
+    list_moved,
+    list_pixels,
+    scale_of,
+)
+from pydeform.cpu._roi_largest import largest_of_bin, list_candidates
+from pydeform.cpu._simd import VECTOR_BYTES, at
+from pydeform.cpu._simd_roi import BAND, band_sum, plane_weighted_sum, weighted_sum
+from pydeform.cpu._threads import claim, finish, wait_for
+
+
+def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
+    dtype = compute_dtype(input.dtype)
+    bins = g.pooled_h * g.pooled_w
+    output = empty((g.boxes, g.out_channels, bins), dtype)
+    if g.boxes:
+        lanes = _roi_common.lanes_of(dtype)
+        per_class = g.out_channels // g.classes
+        blocks, width = blocks_of_class(per_class, lanes, _roi_common.CHANNELS)
+        plan = RoiPlan(
+            planes=int(_roi_common.prefers_planes(g) and not g.is_max),
+            bands=int(per_class < _roi_common.FEW_CHANNELS),
+            per_class=per_class,
+            width=width,
+            tile_bins=min(bins, max(lanes, TILE // width)),
+            has_offset=int(offset is not None),
+            has_mask=int(mask is not None),
+        )
+        arguments = _roi_common.flat_arguments(input, boxes, offset, mask, g, dtype)
+        threads = min(_roi_common.threads_for(g, 1), g.boxes * g.classes)
+        most_bins, most_listed = max(g.pooled_h, g.pooled_w), _roi_common.most_listed(g)
+        corners = 4 if g.is_max and g.points else 1
+        tile = () if plan.planes else (len(blocks), plan.tile_bins, max(blocks["width"]))
+        _threads.run(
+            _largest if g.is_max else _mean,
+            dtype.char + pixel_dtype(g).char,
+            threads,
+            _threads.new_counters(2),
+            *arguments,
+            _roi_common.by_image(arguments[1], g.batch)[1],
+            output,
+            *workspace(
+                ((0 if plan.planes else _roi_common.copy_size(g, width),), dtype),
+                ((threads, *(tile or (0, 0, 0))), dtype),
+                ((threads, 2, most_bins, most_listed), pixel_dtype(g)),
+                ((threads, 2, most_bins, 2, most_listed), dtype),
+                ((threads, 2, most_bins), dtype),
+                ((threads, 2, most_bins), np.dtype(np.int64)),
+                ((threads, corners * LISTED), pixel_dtype(g)),
+                ((threads, 3, corners * LISTED), dtype),
+                ((threads, max(blocks["width"])), np.dtype(f"i{dtype.itemsize}")),
+            ),
+            np.full(g.out_channels, -0.0, dtype),  # added to every output: +0.0 would change -0.0
+            blocks,
+            g,
+            plan,
+        )
+    return to_result(output, input.dtype, (g.boxes, g.out_channels, g.pooled_h, g.pooled_w))
+
+
+@Kernel
+def _mean(
+    thread: int,
+    counters: Any,
+    input: Any,
+    boxes: Any,
+    offset: Any,
+    mask: Any,
+    starts: Any,
+    output: Any,
+    image: Any,
+    tiles: Any,
+    all_index: Any,
+    all_weights: Any,
+    all_counts: Any,
+    all_entries: Any,
+    all_places: Any,
+    all_products: Any,
+    all_winners: Any,
+    no_shift: Any,
+    blocks: Any,
+    g: Any,
+    p: Any,
+) -> None:
+    if not p.planes:
+        convert_image(counters, 0, input, starts, image, blocks, g, p)
+    index, weights, counts, entries = all_index[thread], all_weights[thread], all_counts[thread], all_entries[thread]
+    places, products = all_places[thread], all_products[thread]
+    one = output.dtype.type(1)
+    cells = g.group_h * g.group_w
+    bins = g.pooled_h * g.pooled_w
+    units = g.boxes * g.classes
+    unit = claim(counters, 1)
+    while unit < units:
+        cls = unit // g.boxes  # class by class: all boxes read the same channels
+        r = unit - cls * g.boxes
+        b = np.int64(boxes[r, 0])
+        box = box_of(boxes, r, g)
+        if not p.has_offset:
+            list_box(box, boxes, (0, 0), (g.pooled_h, g.pooled_w), g, index, weights, counts, entries)
+        for bin0 in range(0, bins, p.tile_bins):
+            bin1 = min(bin0 + p.tile_bins, bins)
+            for bin_ in range(bin0, bin1):
+                py = bin_ // g.pooled_w
+                px = bin_ - py * g.pooled_w
+                state = box[4]
+                if p.has_offset:
+                    state = list_moved(box, r, cls, py, px, offset, boxes, g, index, weights, counts, entries)
+                scale = scale_of(state, py, px, boxes, g, counts)
+                if p.has_mask:
+                    scale *= mask[r, bin_]
+                cell = cell_of(py, px, g)
+                listed = entries[0, py] * entries[1, px] if state == SOUND else 0
+                if p.bands and listed > 0 and is_run(px, index, entries):
+                    for c in range(cls * p.per_class, (cls + 1) * p.per_class):
+                        total = output.dtype.type(0)
+                        for k in range(0, entries[1, px], BAND):
+                            total += band_sum(
+                                at(input, (b, c * cells + cell, index[1, px, k])),
+                                at(index, (0, py, 0)),
+                                at(weights, (0, py, 0, 0)),
+                                entries[0, py],
+                                g.in_w,
+                                at(weights, (1, px, 0, k)),
+                                min(BAND, entries[1, px] - k),
+                            )
+                        output[r, c, bin_] = total * scale
+                    continue
+                first, more = 0, False
+                while first < listed or not more:  # once at least: a bin that reads nothing has a value too
+                    last = min(first + LISTED, listed)
+                    if last > first:
+                        list_pixels(py, px, first, last, g, index, weights, entries, places, products)
+                    factor = scale if last == listed else one
+                    for block in range(len(blocks)):
+                        row = blocks[block]
+                        channel = cls * p.per_class + row.first
+                        if p.planes:
+                            for c in range(channel, channel + row.channels):
+                                plane_weighted_sum(
+                                    at(output, (r, c, bin_)),
+                                    at(input, (b, c * cells + cell, 0)),
+                                    at(places, (0,)),
+                                    at(products, (0, 0)),
+                                    last - first,
+                                    1,
+                                    1,
+                                    factor,
+                                    more,
+                                )
+                        else:
+                            weighted_sum(
+                                at(tiles, (thread, block, bin_ - bin0, 0)),
+                                at(image, (copy_origin(b, cell, cls, row.before, g, p),)),
+                                at(places, (0,)),
+                                at(products, (0, 0)),
+                                last - first,
+                                row.width,
+                                row.width * image.itemsize // VECTOR_BYTES,
+                                factor,
+                                more,
+                            )
+                    first, more = last, True
+            if not p.planes:
+                for block in range(len(blocks)):
+                    row = blocks[block]
+                    channel = cls * p.per_class + row.first
+                    to_channels_first(
+                        tiles[thread, block], output, r, channel, row.channels, bin0, bin1 - bin0, no_shift
+                    )
+        finish(counters, 1)
+        unit = claim(counters, 1)
+    wait_for(counters, 1, units)
+
+
+@Kernel
+def _largest(
+    thread: int,
+    counters: Any,
+    input: Any,
+    boxes: Any,
+    offset: Any,
+    mask: Any,
+    starts: Any,
+    output: Any,
+    image: Any,
+    tiles: Any,
+    all_index: Any,
+    all_weights: Any,
+    all_counts: Any,
+    all_entries: Any,
+    all_places: Any,
+    all_products: Any,
+    all_winners: Any,
+    no_shift: Any,
+    blocks: Any,
+    g: Any,
+    p: Any,
+) -> None:
+    convert_image(counters, 0, input, starts, image, blocks, g, p)
+    index, weights, entries = all_index[thread], all_weights[thread], all_entries[thread]
+    places, products, winners = all_places[thread], all_products[thread], all_winners[thread]
+    bins = g.pooled_h * g.pooled_w
+    unit = claim(counters, 1)
+    while unit < g.boxes:
+        b = np.int64(boxes[unit, 0])
+        box = box_of(boxes, unit, g)
+        list_candidates(box, boxes, g, index, weights, entries)
+        for bin0 in range(0, bins, p.tile_bins):
+            bin1 = min(bin0 + p.tile_bins, bins)
+            for bin_ in range(bin0, bin1):
+                for block in range(len(blocks)):
+                    row = blocks[block]
+                    largest_of_bin(
+                        box[4],
+                        bin_,
+                        at(tiles, (thread, block, bin_ - bin0, 0)),
+                        winners,
+                        at(image, (copy_origin(b, 0, 0, row.before, g, p),)),
+                        row.width,
+                        boxes,
+                        g,
+                        index,
+                        weights,
+                        entries,
+                        places,
+                        products,
+                    )
+            for block in range(len(blocks)):
+                row = blocks[block]
+                to_channels_first(
+                    tiles[thread, block], output, unit, row.first, row.channels, bin0, bin1 - bin0, no_shift
+                )
+        finish(counters, 1)
+        unit = claim(counters, 1)
+    wait_for(counters, 1, g.boxes)

@@ -1,0 +1,3 @@
+// Kernels of the RoI operators.
+#include "roi_forward.cuh"
+#include "roi_backward.cuh"

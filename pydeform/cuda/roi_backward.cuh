@@ -1,0 +1,347 @@
+// Gradients of the RoI operators (docs/math/roi.md, eq. 7 to 9), without atomics: every result has one owner, which sums
+// in one order, so a run's bits never differ.
+//
+// grad_output arrives as (R, bins, classes, pitch) with a class's channels side by side, at least as many as it has.
+#pragma once
+#include "roi_forward.cuh"
+
+constexpr int TILE_H = 2, TILE_W = 8;  // pixels of one thread of input_gradient
+constexpr int BOUNDS = 5;
+constexpr int MEAN = 0, LARGEST_PIXEL = 1, LARGEST_POINT = 2;
+
+// The pixels that the bins of a box read: bounds (BOUNDS, R) are the image, -1 if none is read, then the first row, the
+// last and one, the first column, the last and one.
+// Owner: one warp per box, its lanes on bins. Reads the box's offsets; offset may be null.
+template <class T, class I>
+__global__ void __launch_bounds__(ROI_THREADS, 2)
+    box_bounds(const T* __restrict__ boxes, const T* __restrict__ offset, int* __restrict__ bounds, RoiGeometry g) {
+  using A = Compute<T>;
+  const int r = blockIdx.x * ROI_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (r >= g.boxes) return;
+  const RoiBox<A> box = read_box(boxes, r, g);
+  const int bins = g.pooled_h * g.pooled_w;
+  int y0 = g.in_h, y1 = 0, x0 = g.in_w, x1 = 0;
+  for (int label = 0; label < g.classes; label++) {
+    for (int place = lane; place < bins; place += 32) {
+      const Bin<A> bin = read_bin<T, I>(box, offset, r, place, label, g);
+      if (bin.y.low >= bin.y.high || bin.x.low >= bin.x.high) continue;
+      y0 = min(y0, bin.y.low), y1 = max(y1, bin.y.high);
+      x0 = min(x0, bin.x.low), x1 = max(x1, bin.x.high);
+    }
+  }
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) {
+    y0 = min(y0, __shfl_xor_sync(0xffffffffu, y0, other)), y1 = max(y1, __shfl_xor_sync(0xffffffffu, y1, other));
+    x0 = min(x0, __shfl_xor_sync(0xffffffffu, x0, other)), x1 = max(x1, __shfl_xor_sync(0xffffffffu, x1, other));
+  }
+  if (lane > 0) return;
+  bounds[r] = y0 < y1 ? box.image : -1;
+  bounds[g.boxes + r] = y0;
+  bounds[2 * g.boxes + r] = y1;
+  bounds[3 * g.boxes + r] = x0;
+  bounds[4 * g.boxes + r] = x1;
+}
+
+// A bin that reads pixels of a tile.
+template <class A, class I> struct TileBin {
+  A y[TILE_H], x[TILE_W];  // weights of the tile's rows and columns
+  A factor;                // mask / count
+  I place;                 // r * bins + bin
+  unsigned reads;          // a bit for each row, then for each column
+  int unit;                // of channels, (group, class)
+};
+
+// Adds what bin b gives to the pixels of a tile in one channel, whose grad_output * mask / count is v.
+template <class A, class I> PYDEFORM_DEVICE void add_mean(A (&sum)[TILE_H * TILE_W], const TileBin<A, I>& b, A v) {
+  if (is_finite(v)) {  // then a weight of 0 changes nothing where the bin reads nothing
+#pragma unroll
+    for (int i = 0; i < TILE_H; i++) {
+      const A w = v * b.y[i];
+#pragma unroll
+      for (int j = 0; j < TILE_W; j++) sum[i * TILE_W + j] += w * b.x[j];
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < TILE_H; i++) {
+#pragma unroll
+    for (int j = 0; j < TILE_W; j++)
+      if (b.reads >> i & b.reads >> (TILE_H + j) & 1) sum[i * TILE_W + j] += v * b.y[i] * b.x[j];
+  }
+}
+
+// The same where only the pixel, or the point, that won has a gradient. (y0, x0): the tile's first pixel.
+template <class A, class Winner>
+PYDEFORM_DEVICE void add_largest(A (&sum)[TILE_H * TILE_W], const Winner* winner, int y0, int x0, A v,
+                                 const RoiGeometry& g) {
+  const Winner y = winner[0], x = winner[1];
+  if (y < 0) return;
+  const Reading<A> rows((A)y, g.in_h, g), columns((A)x, g.in_w, g);
+#pragma unroll
+  for (int i = 0; i < TILE_H; i++) {
+#pragma unroll
+    for (int j = 0; j < TILE_W; j++) {
+      const bool a = y0 + i == rows.lower, b = y0 + i == rows.upper, c = x0 + j == columns.lower,
+                 d = x0 + j == columns.upper;
+      const A row = (a ? 1 - rows.part : (A)0) + (b ? rows.part : (A)0);
+      const A column = (c ? 1 - columns.part : (A)0) + (d ? columns.part : (A)0);
+      if ((a || b) && (c || d)) sum[i * TILE_W + j] += v * row * column;
+    }
+  }
+}
+template <class A>
+PYDEFORM_DEVICE void add_largest(A (&sum)[TILE_H * TILE_W], const int* winner, int y0, int x0, A v,
+                                 const RoiGeometry&) {
+  const int y = winner[0] - y0, x = winner[1] - x0;  // -1 is never in the tile
+#pragma unroll
+  for (int i = 0; i < TILE_H; i++) {
+#pragma unroll
+    for (int j = 0; j < TILE_W; j++)
+      if (y == i && x == j) sum[i * TILE_W + j] += v;
+  }
+}
+
+// Eq. 7. READS: MEAN, or how the winners of pool_largest are told; null for MEAN.
+// Owner: a block has TILE_H x TILE_W pixels of one image and a run of blockDim.x channels, one channel a thread, in the
+// order (group, class, channel of the class). Its threads look for boxes that reach the tile, each warp lists the bins of
+// one of them, and all add these up, in the order of boxes and bins.
+template <class T, class I, int READS>
+__global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 2)
+    input_gradient(const T* __restrict__ grads, const T* __restrict__ boxes, const T* __restrict__ offset,
+                   const T* __restrict__ mask, const int* __restrict__ bounds,
+                   const typename WinnerOf<READS == LARGEST_POINT, Compute<T>>::type* __restrict__ winners,
+                   T* __restrict__ grad_input, RoiGeometry g, int pitch) {
+  using A = Compute<T>;
+  constexpr int PIXELS = TILE_H * TILE_W, ROW = TILE_W + 1;
+  PYDEFORM_SHARED(int, hits, ROI_THREADS);
+  PYDEFORM_SHARED(int, counts, ROI_WARPS);
+  using Entry = TileBin<A, I>;
+  PYDEFORM_SHARED(Entry, entries, ROI_WARPS * 32);
+  PYDEFORM_SHARED(RoiBox<A>, warp_boxes, ROI_WARPS);
+  PYDEFORM_SHARED(A, stage, ROI_THREADS * ROW);
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, threads = blockDim.x, warps = threads / 32;
+  const int bins = g.pooled_h * g.pooled_w, per_class = g.out_channels / g.classes;
+  const int groups = g.group_h * g.group_w, runs = ceil_div(g.in_channels, threads);
+  const int tiles_x = ceil_div(g.in_w, TILE_W), tiles_y = ceil_div(g.in_h, TILE_H);
+  const int run = blockIdx.x % runs, tile = blockIdx.x / runs % (tiles_y * tiles_x);
+  const int image = blockIdx.x / runs / (tiles_y * tiles_x);
+  const int y0 = tile / tiles_x * TILE_H, x0 = tile % tiles_x * TILE_W;
+  const int q0 = run * threads, q = q0 + thread, last = min(q0 + threads, g.in_channels) - 1;
+  const int unit0 = q0 / per_class, unit1 = last / per_class;
+  const int labels = min(g.classes, unit1 - unit0 + 1);  // classes that the run has channels of
+  const int unit = q <= last ? q / per_class : -1, label = unit % g.classes, within = q - unit * per_class;
+  A sum[PIXELS] = {};
+
+  for (int r0 = 0; r0 < g.boxes; r0 += threads) {
+    const int r = r0 + thread;
+    const bool hit = r < g.boxes && bounds[r] == image && bounds[g.boxes + r] < y0 + TILE_H &&
+                     bounds[2 * g.boxes + r] > y0 && bounds[3 * g.boxes + r] < x0 + TILE_W &&
+                     bounds[4 * g.boxes + r] > x0;
+    const unsigned all = __ballot_sync(0xffffffffu, hit);
+    if (lane == 0) counts[warp] = __popc(all);
+    __syncthreads();
+    int before = 0, found = 0;
+    for (int w = 0; w < warps; w++) {
+      before += w < warp ? counts[w] : 0;
+      found += counts[w];
+    }
+    if (hit) hits[before + __popc(all & ((1u << lane) - 1))] = r;
+    __syncthreads();
+    for (int h = 0; h < found; h += warps) {
+      const int own = h + warp < found ? hits[h + warp] : -1;
+      if (lane == 0) warp_boxes[warp] = read_box(boxes, max(own, 0), g);
+      __syncwarp();
+      for (int first = 0; first < labels * bins; first += 32) {
+        const int item = first + lane, bin_label = (unit0 + item / bins) % g.classes, place = item % bins;
+        const int bin_unit = group_of_bin(place, g) * g.classes + bin_label;
+        Entry entry;
+        entry.reads = 0;
+        if (own >= 0 && item < labels * bins && bin_unit >= unit0 && bin_unit <= unit1) {
+          const Bin<A> bin = read_bin<T, I>(warp_boxes[warp], offset, own, place, bin_label, g);
+          if (bin.y.low < y0 + TILE_H && bin.y.high > y0 && bin.x.low < x0 + TILE_W && bin.x.high > x0) {
+            A slope_y[TILE_H], slope_x[TILE_W];
+            const unsigned rows = weights_of<TILE_H>(bin.y, y0, entry.y, slope_y, g);
+            const unsigned columns = rows ? weights_of<TILE_W>(bin.x, x0, entry.x, slope_x, g) : 0;
+            if (columns) entry.reads = rows | columns << TILE_H;
+            entry.factor = mask_of<T, I>(mask, own, place, g) / (READS == MEAN ? bin.count : (A)1);
+            entry.place = (I)own * bins + place;
+            entry.unit = bin_unit;
+          }
+        }
+        const unsigned listed = __ballot_sync(0xffffffffu, entry.reads != 0);
+        if (entry.reads) entries[warp * 32 + __popc(listed & ((1u << lane) - 1))] = entry;
+        if (lane == 0) counts[warp] = __popc(listed);
+        __syncthreads();
+        for (int w = 0; w < warps; w++) {
+          const int count = counts[w];
+          for (int e = 0; e < count; e++) {
+            const Entry& b = entries[w * 32 + e];
+            if (b.unit != unit) continue;
+            const A v = to_float(grads[(b.place * g.classes + label) * pitch + within]) * b.factor;
+            if constexpr (READS == MEAN) {
+              add_mean(sum, b, v);
+            } else {
+              add_largest(sum, winners + 2 * (b.place * g.out_channels + label * per_class + within), y0, x0, v, g);
+            }
+          }
+        }
+        __syncthreads();
+      }
+    }
+  }
+
+  // Eight pixels of a row lie side by side in memory, so that many threads write them.
+  const int rows = min(TILE_H, g.in_h - y0), width = min(TILE_W, g.in_w - x0);
+#pragma unroll
+  for (int i = 0; i < TILE_H; i++) {
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < TILE_W; j++) stage[thread * ROW + j] = sum[i * TILE_W + j];
+    __syncthreads();
+    for (int k = thread; k < (last - q0 + 1) * TILE_W && i < rows; k += threads) {
+      const int column = k % TILE_W, at = k / TILE_W, to = q0 + at, to_unit = to / per_class;
+      const int c = to_unit % g.classes * per_class + (to - to_unit * per_class);  // output channel
+      const int channel = c * groups + to_unit / g.classes;
+      const I plane = (I)image * g.in_channels + channel;
+      if (column < width)
+        grad_input[(plane * g.in_h + y0 + i) * g.in_w + x0 + column] = from_float<T>(stage[at * ROW + column]);
+    }
+  }
+}
+
+// What one bin of a class adds to eq. 8 and 9: sums over its channels of grad_output times the value and the derivatives.
+template <class A, class I>
+PYDEFORM_DEVICE void put_gradients(const Bin<A>& bin, const RoiBox<A>& box, A value, A along_y, A along_x, A mask,
+                                   A* offsets, A* masks, I at, const RoiGeometry& g) {
+  const A nothing = bin.broken ? not_a_number<A>() : (A)0;
+  const bool sound = !bin.broken && !bin.outside;
+  if (masks) masks[at] = sound ? value / bin.count : nothing;
+  if (!offsets) return;
+  const A scale = mask * (A)g.offset_scale / bin.count;
+  offsets[2 * at] = sound ? scale * box.x.size * along_x : nothing;
+  offsets[2 * at + 1] = sound ? scale * box.y.size * along_y : nothing;
+}
+
+// Per bin and class, offsets (R, bins, classes, 2), x first, and masks (R, bins, classes); either may be null.
+// Owner: one warp per (r, bin, class), `lanes` lanes on the chunks of a pixel of the channels-last copy, as pool_bins.
+template <class T, class I>
+__global__ void __launch_bounds__(ROI_THREADS, 2)
+    bin_gradients(const T* __restrict__ grads, const T* __restrict__ image, const T* __restrict__ boxes,
+                  const T* __restrict__ offset, const T* __restrict__ mask, Compute<T>* __restrict__ offsets,
+                  Compute<T>* __restrict__ masks, RoiGeometry g, RoiImages images, int pitch, int lanes) {
+  using A = Compute<T>;
+  constexpr int E = 16 / sizeof(T);
+  PYDEFORM_SHARED(RoiSlope<A>, taps, ROI_WARPS * 64);
+  const int bins = g.pooled_h * g.pooled_w;
+  const I at = (I)blockIdx.x * ROI_WARPS + threadIdx.x / 32, pair = at / g.classes;
+  if (at >= (I)g.boxes * bins * g.classes) return;
+  const int label = (int)(at - pair * g.classes), r = (int)(pair / bins), place = (int)(pair - (I)r * bins);
+  const RoiBox<A> box = read_box(boxes, r, g);
+  if (!images.have(box)) return;
+
+  const int lane = threadIdx.x % 32, chunk = lane % lanes, sub = lane / lanes, at_once = 32 / lanes;
+  const I memory = (I)g.group_h * g.group_w * g.classes * pitch;
+  PYDEFORM_SHARED(Bin<A>, shared_bins, ROI_WARPS);
+  const Bin<A>& bin = share_bin(shared_bins + threadIdx.x / 32, read_bin<T, I>(box, offset, r, place, label, g), lane);
+  const int unit = group_of_bin(place, g) * g.classes + label;
+  const T* const source = image + (I)(box.image - images.first) * g.in_h * g.in_w * memory + (I)unit * pitch;
+  RoiSlope<A>*const rows = taps + threadIdx.x / 32 * 64, *const columns = rows + 32;
+  A value = 0, along_y = 0, along_x = 0;
+  for (int y = bin.y.low; y < bin.y.high; y += 32) {
+    for (int x = bin.x.low; x < bin.x.high; x += 32) {
+      __syncwarp();
+      const int many_rows = list_taps(rows, bin.y, y, lane, g), many = list_taps(columns, bin.x, x, lane, g);
+      __syncwarp();
+      if (many == 0) continue;
+      const int turns = (many_rows * many - sub + at_once - 1) / at_once;
+      const int next_i = at_once / many, next_j = at_once - next_i * many;
+      for (int channel = chunk * E; channel < pitch; channel += lanes * E) {
+        A grad[E];
+        unpack<T>(grad, load16(grads + at * pitch + channel));
+        int i = sub / many, j = sub - i * many;
+#pragma unroll 2
+        for (int turn = 0; turn < turns; turn++) {
+          const RoiSlope<A> row = rows[i], column = columns[j];
+          A v[E], dot = 0;
+          unpack<T>(v, load16(source + ((I)row.pixel * g.in_w + column.pixel) * memory + channel));
+#pragma unroll
+          for (int e = 0; e < E; e++) dot += grad[e] * v[e];
+          value += row.weight * column.weight * dot;
+          along_y += row.slope * column.weight * dot;
+          along_x += row.weight * column.slope * dot;
+          i += next_i;
+          j += next_j;
+          if (j >= many) i++, j -= many;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, other);
+    along_y += __shfl_xor_sync(0xffffffffu, along_y, other);
+    along_x += __shfl_xor_sync(0xffffffffu, along_x, other);
+  }
+  if (lane == 0)
+    put_gradients(bin, box, value, along_y, along_x, mask_of<T, I>(mask, r, place, g), offsets, masks, at, g);
+}
+
+// The same on the input as it is (N, C, H, W), for classes of few channels.
+// Owner: one thread per (r, bin, class).
+template <class T, class I>
+__global__ void __launch_bounds__(ROI_THREADS, 2)
+    bin_gradients_direct(const T* __restrict__ grads, const T* __restrict__ input, const T* __restrict__ boxes,
+                         const T* __restrict__ offset, const T* __restrict__ mask, Compute<T>* __restrict__ offsets,
+                         Compute<T>* __restrict__ masks, RoiGeometry g, int pitch) {
+  using A = Compute<T>;
+  const int bins = g.pooled_h * g.pooled_w, per_class = g.out_channels / g.classes;
+  const I at = (I)blockIdx.x * ROI_THREADS + threadIdx.x, pair = at / g.classes;
+  if (at >= (I)g.boxes * bins * g.classes) return;
+  const int label = (int)(at - pair * g.classes), r = (int)(pair / bins), place = (int)(pair - (I)r * bins);
+  const RoiBox<A> box = read_box(boxes, r, g);
+  const Bin<A> bin = read_bin<T, I>(box, offset, r, place, label, g);
+  A value = 0, along_y = 0, along_x = 0;
+  for (int c = 0; c < per_class; c++) {
+    const A grad = to_float(grads[at * pitch + c]);
+    A one = 0, one_y = 0, one_x = 0;
+    read_all(plane_of<T, I>(input, box.image, label * per_class + c, place, g), bin, g, one, one_y, one_x);
+    value += grad * one;
+    along_y += grad * one_y;
+    along_x += grad * one_x;
+  }
+  put_gradients(bin, box, value, along_y, along_x, mask_of<T, I>(mask, r, place, g), offsets, masks, at, g);
+}
+
+// Eq. 9: sums over the bins of each cell.
+// Owner: one thread per element of grad_offset (R, 2*classes, part_h, part_w).
+template <class T, class I>
+__global__ void __launch_bounds__(ROI_THREADS)
+    offset_gradient(const Compute<T>* __restrict__ offsets, T* __restrict__ grad_offset, RoiGeometry g) {
+  using A = Compute<T>;
+  const I i = (I)blockIdx.x * ROI_THREADS + threadIdx.x;
+  const int cells = g.part_h * g.part_w;
+  if (i >= (I)g.boxes * 2 * g.classes * cells) return;
+  const I row = i / cells, r = row / (2 * g.classes);
+  const int cell = (int)(i - row * cells), ty = cell / g.part_w, tx = cell - ty * g.part_w;
+  const int channel = (int)(row - r * 2 * g.classes);
+  const int y0 = first_bin(ty, g.part_h, g.pooled_h), y1 = first_bin(ty + 1, g.part_h, g.pooled_h);
+  const int x0 = first_bin(tx, g.part_w, g.pooled_w), x1 = first_bin(tx + 1, g.part_w, g.pooled_w);
+  A sum = 0;
+  for (int py = y0; py < y1; py++)
+    for (int px = x0; px < x1; px++)
+      sum += offsets[(r * (g.pooled_h * g.pooled_w) + py * g.pooled_w + px) * 2 * g.classes + channel];
+  grad_offset[i] = from_float<T>(sum);
+}
+
+// Eq. 8: sums over the classes.
+// Owner: one thread per element of grad_mask (R, 1, pooled_h, pooled_w).
+template <class T, class I>
+__global__ void __launch_bounds__(ROI_THREADS)
+    mask_gradient(const Compute<T>* __restrict__ masks, T* __restrict__ grad_mask, RoiGeometry g) {
+  using A = Compute<T>;
+  const I i = (I)blockIdx.x * ROI_THREADS + threadIdx.x;
+  if (i >= (I)g.boxes * g.pooled_h * g.pooled_w) return;
+  A sum = 0;
+  for (int label = 0; label < g.classes; label++) sum += masks[i * g.classes + label];
+  grad_mask[i] = from_float<T>(sum);
+}

@@ -1,0 +1,259 @@
+// From a box and an offset to what a bin reads on each axis (docs/math/roi.md, eq. 1 to 4): pixels, their weights and
+// derivatives. The twin of cpu/_roi_bins.py. Each field of `Rules` is one line here, marked with its name.
+//
+// A box may be longer than any integer, so points are numbered in floating point, and only those that count are looked
+// at: they follow each other. No integer is made from a number that is not known to be in range.
+#pragma once
+#include "channels.cuh"
+
+constexpr int EXACT = 0, AFTER_SCALE = 1, BEFORE_SCALE = 2;  // `rounding`, as in _roi_geometry.py
+constexpr int FEW_POINTS = 4;  // so few are all looked at; of more, those that can matter are found by division
+constexpr int MOST_POINTS = 1 << 30;
+
+// Never part of a fused multiply-add: all kernels, and the CPU, put a point on the same side of a border.
+PYDEFORM_DEVICE float times(float a, float b) { return __fmul_rn(a, b); }
+PYDEFORM_DEVICE double times(double a, double b) { return __dmul_rn(a, b); }
+PYDEFORM_DEVICE float round_up(float v) { return ceilf(v); }
+PYDEFORM_DEVICE double round_up(double v) { return ceil(v); }
+PYDEFORM_DEVICE float round_nearest(float v) { return roundf(v); }  // halves away from zero
+PYDEFORM_DEVICE double round_nearest(double v) { return round(v); }
+template <class A> PYDEFORM_DEVICE A magnitude(A v) { return v < 0 ? -v : v; }
+template <class A> PYDEFORM_DEVICE bool is_finite(A v) { return v - v == 0; }
+template <class A> PYDEFORM_DEVICE A not_a_number() { return (A)__uint_as_float(0x7fc00000u); }
+template <class A> PYDEFORM_DEVICE A epsilon() { return sizeof(A) == 8 ? (A)0x1p-52 : (A)0x1p-23; }
+
+// v between 0 and limit, rounded down. NaN gives 0.
+template <class A> PYDEFORM_DEVICE int clamped(A v, int limit) {
+  return v >= (A)limit ? limit : v > 0 ? min((int)v, limit) : 0;
+}
+
+// One axis of a box, eq. 1.
+template <class A> struct Extent {
+  A begin, size;
+  bool sound;  // begin, end and size are finite
+};
+
+template <class A> PYDEFORM_DEVICE Extent<A> extent_of(A begin, A end, const RoiGeometry& g) {
+  const A scale = (A)g.spatial_scale;
+  const A last_pixel = (A)g.last_pixel;                                                                 // last_pixel
+  if (g.rounding == BEFORE_SCALE) begin = round_nearest(begin), end = round_nearest(end) + last_pixel;  // rounding
+  begin = times(begin, scale), end = times(end, scale);
+  if (g.rounding == AFTER_SCALE) begin = round_nearest(begin), end = round_nearest(end) + last_pixel;  // rounding
+  if (g.half_pixel) begin -= (A)0.5, end -= (A)0.5;                                                    // half_pixel
+  Extent<A> e;
+  e.begin = begin;
+  e.size = max(end - begin, (A)g.least_size);  // least_size
+  e.sound = is_finite(begin) && is_finite(end) && is_finite(e.size);
+  return e;
+}
+
+template <class A> struct RoiBox {
+  Extent<A> y, x;
+  int image;
+  bool broken;  // a NaN, or no such image
+};
+
+template <class T>
+PYDEFORM_DEVICE RoiBox<Compute<T>> read_box(const T* __restrict__ boxes, int r, const RoiGeometry& g) {
+  using A = Compute<T>;
+  const T* row = boxes + (long long)r * 5;
+  const A image = to_float(row[0]), x1 = to_float(row[1]), y1 = to_float(row[2]), x2 = to_float(row[3]),
+          y2 = to_float(row[4]);
+  const bool exists = image >= 0 && image < (A)g.batch && round_down(image) == image;  // false for NaN
+  RoiBox<A> box;
+  box.image = exists ? (int)image : 0;
+  box.broken = !exists || x1 != x1 || y1 != y1 || x2 != x2 || y2 != y2;
+  box.y = extent_of(y1, y2, g);
+  box.x = extent_of(x1, x2, g);
+  return box;
+}
+
+// What a bin reads along one axis.
+template <class A> struct Axis {
+  A start, bin, n;  // of eq. 3: begin + p*bin + move, the length of the bin, its points
+  A first;          // number of the first point that counts
+  int points;       // that count, one after the other
+  int low, high;    // it reads some of the pixels low <= k < high, or all
+  int length;       // of the image
+  A count;          // its factor of what the mean divides by
+
+  // Eq. 3 for the j-th point that counts.
+  PYDEFORM_DEVICE A at(int j, const RoiGeometry& g) const {
+    return start + times(first + (A)j + (A)g.first_point, bin) / n;  // first_point
+  }
+  PYDEFORM_DEVICE A last_counting(const RoiGeometry& g) const { return (A)(length - 1) + (A)g.reach; }
+  PYDEFORM_DEVICE bool counts(A y, const RoiGeometry& g) const {
+    return y >= -(A)g.reach && y <= last_counting(g);  // reach
+  }
+  // Numbers of points that may lie between two coordinates, from `low` to `high`, which may be anything.
+  PYDEFORM_DEVICE void numbers_between(A from, A to, A& low, A& high, A& margin, const RoiGeometry& g) const {
+    const A step = bin / n, one = (from - start) / step, other = (to - start) / step;
+    const A error = 4 * epsilon<A>() * (magnitude(start) + magnitude(from) + magnitude(to)) / magnitude(step);
+    margin = min(error, (A)64) + 1;  // with a larger error there is nothing to be found
+    low = round_down(min(one, other) - (A)g.first_point - margin);
+    high = round_up(max(one, other) - (A)g.first_point + margin);
+  }
+};
+
+// Where a point that counts reads.
+template <class A> struct Reading {
+  int lower, upper;
+  A part;   // weight of the upper pixel
+  A slope;  // 1, or 0 where the weights do not change with the coordinate
+  PYDEFORM_DEVICE Reading(A y, int length, const RoiGeometry& g) {
+    const A highest = (A)(length - 1), inside = min(max(y, (A)0), highest), whole = round_down(inside);
+    lower = clamped(whole, length - 1);
+    part = inside - whole;
+    const bool flat = g.flat_at_pixels && part == 0;  // flat_at_pixels: interpolated between floor and ceil
+    upper = flat ? lower : min(lower + 1, length - 1);
+    slope = flat || y <= 0 || y >= highest ? (A)0 : (A)1;
+  }
+};
+
+template <class A> PYDEFORM_DEVICE void read_nothing(Axis<A>& a) { a.points = a.low = a.high = 0; }
+
+// Eq. 4.
+template <class A> PYDEFORM_DEVICE void read_pixels(Axis<A>& a, A begin, int p, const RoiGeometry& g) {
+  const int end = a.length - g.unread_pixels;  // unread_pixels
+  const A from = times((A)p, a.bin), to = times((A)(p + 1), a.bin);
+  a.points = 0;
+  a.low = clamped(g.bins_from_box ? round_down(from) + begin : round_down(begin + from), end);  // bins_from_box
+  a.high = clamped(g.bins_from_box ? round_up(to) + begin : round_up(begin + to), end);         // bins_from_box
+  a.high = max(a.low, a.high);
+  a.count = (A)(a.high - a.low);
+}
+
+// Eq. 3.
+template <class A> PYDEFORM_DEVICE void read_points(Axis<A>& a, const RoiGeometry& g) {
+  a.n = g.samples > 0 ? (A)g.samples : round_up(a.bin);
+  a.first = 0;
+  read_nothing(a);
+  if (a.n > 0 && is_finite(a.start)) {
+    const A step = a.bin / a.n, last = a.n - 1;
+    if (a.n <= (A)FEW_POINTS) {
+      a.points = (int)a.n;
+    } else if (step == 0) {
+      a.points = a.counts(a.at(0, g), g) ? (int)min(a.n, (A)MOST_POINTS) : 0;
+    } else {
+      const A from = -(A)g.reach, to = a.last_counting(g);
+      A low, high, margin;
+      a.numbers_between(from, to, low, high, margin, g);
+      a.first = min(max(low, (A)0), last);
+      const A found = min(max(high, (A)0), last) - a.first + 1, fit = (to - from) / magnitude(step) + 2 * margin + 4;
+      a.points = clamped(min(found, fit), MOST_POINTS);
+    }
+    for (; a.points > 0 && !a.counts(a.at(0, g), g); a.points--) a.first += 1;
+    while (a.points > 0 && !a.counts(a.at(a.points - 1, g), g)) a.points--;
+    if (a.points > 0) {
+      const Reading<A> one(a.at(0, g), a.length, g), other(a.at(a.points - 1, g), a.length, g);
+      a.low = min(one.lower, other.lower);
+      a.high = max(one.upper, other.upper) + 1;
+    }
+  }
+  a.count = g.count_inside ? (A)a.points : a.n;  // count_inside
+}
+
+// A (w) and A' (slope) of the pixels k ... k + N - 1; bit i of the result says that the bin reads pixel k + i.
+template <int N, class A>
+PYDEFORM_DEVICE unsigned weights_of(const Axis<A>& a, int k, A (&w)[N], A (&slope)[N], const RoiGeometry& g) {
+  unsigned reads = 0;
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const bool inside = !g.points && k + i >= a.low && k + i < a.high;  // points
+    w[i] = inside ? 1 : 0;
+    slope[i] = 0;
+    reads |= (unsigned)inside << i;
+  }
+  int begin = 0, end = a.points;
+  if (end > FEW_POINTS && a.bin / a.n != 0) {
+    const A from = k <= 0 ? -(A)g.reach : (A)(k - 1), to = k + N >= a.length ? a.last_counting(g) : (A)(k + N);
+    A low, high, margin;
+    a.numbers_between(from, to, low, high, margin, g);
+    begin = clamped(low - a.first, a.points);
+    end = clamped(high - a.first + 1, a.points);
+  }
+  for (int j = begin; j < end; j++) {
+    const Reading<A> point(a.at(j, g), a.length, g);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      if (k + i == point.lower) w[i] += 1 - point.part, slope[i] -= point.slope, reads |= 1u << i;
+      if (k + i == point.upper) w[i] += point.part, slope[i] += point.slope, reads |= 1u << i;
+    }
+  }
+  return reads;
+}
+
+template <class A> struct Bin {
+  Axis<A> y, x;
+  A count;       // what the mean divides by, NaN for a broken one
+  bool broken;   // NaN, whatever it reads
+  bool outside;  // infinitely far away: 0
+};
+
+PYDEFORM_DEVICE int cell_of_bin(int p, int cells, int pooled) { return (int)((long long)p * cells / pooled); }
+
+// The first bin of a cell: the least p with cell_of_bin(p) == cell or more.
+PYDEFORM_DEVICE int first_bin(int cell, int cells, int pooled) {
+  return (int)(((long long)cell * pooled + cells - 1) / cells);
+}
+
+// Place of an offset pair's x in (R, 2*classes, part_h, part_w); that of y is part_h * part_w further.
+template <class I> PYDEFORM_DEVICE I offset_place(int r, int py, int px, int label, const RoiGeometry& g) {
+  const int ty = cell_of_bin(py, g.part_h, g.pooled_h), tx = cell_of_bin(px, g.part_w, g.pooled_w);
+  return (((I)r * g.classes + label) * 2 * g.part_h + ty) * g.part_w + tx;
+}
+
+// Bin `place` (py * pooled_w + px) of box r for the channels of class `label`. offset may be null.
+template <class T, class I>
+PYDEFORM_DEVICE Bin<Compute<T>> read_bin(const RoiBox<Compute<T>>& box, const T* __restrict__ offset, int r, int place,
+                                         int label, const RoiGeometry& g) {
+  using A = Compute<T>;
+  const int py = place / g.pooled_w, px = place - py * g.pooled_w;
+  A offset_y = 0, offset_x = 0;
+  if (offset) {
+    const I at = offset_place<I>(r, py, px, label, g);
+    offset_x = to_float(offset[at]);
+    offset_y = to_float(offset[at + (I)g.part_h * g.part_w]);
+  }
+  const A scale = (A)g.offset_scale;
+  const A move_y = offset ? times(times(offset_y, scale), box.y.size) : (A)0;  // eq. 2
+  const A move_x = offset ? times(times(offset_x, scale), box.x.size) : (A)0;
+  Bin<A> b;
+  b.broken = box.broken || offset_y != offset_y || offset_x != offset_x;
+  b.outside = !(box.y.sound && box.x.sound && is_finite(move_y) && is_finite(move_x));
+  b.y.length = g.in_h;
+  b.x.length = g.in_w;
+  b.y.bin = box.y.size / (A)g.pooled_h;
+  b.x.bin = box.x.size / (A)g.pooled_w;
+  b.y.start = box.y.begin + times((A)py, b.y.bin) + move_y;
+  b.x.start = box.x.begin + times((A)px, b.x.bin) + move_x;
+  b.y.n = b.x.n = b.y.first = b.x.first = b.y.count = b.x.count = 0;
+  b.count = b.broken ? not_a_number<A>() : (A)1;
+  if (b.broken || b.outside) {
+    read_nothing(b.y);
+    read_nothing(b.x);
+    return b;
+  }
+  if (g.points) {  // points
+    read_points(b.y, g);
+    read_points(b.x, g);
+  } else {
+    read_pixels(b.y, box.y.begin, py, g);
+    read_pixels(b.x, box.x.begin, px, g);
+  }
+  b.count = times(b.y.count, b.x.count);
+  if (g.least_count) b.count = max(b.count, (A)g.least_count);  // least_count
+  return b;
+}
+
+// mask (R, 1, pooled_h, pooled_w) of a bin; null: 1.
+template <class T, class I>
+PYDEFORM_DEVICE Compute<T> mask_of(const T* __restrict__ mask, int r, int place, const RoiGeometry& g) {
+  return mask ? to_float(mask[(I)r * (g.pooled_h * g.pooled_w) + place]) : (Compute<T>)1;
+}
+
+// The group of input channels that a bin reads.
+PYDEFORM_DEVICE int group_of_bin(int place, const RoiGeometry& g) {
+  const int py = place / g.pooled_w, px = place - py * g.pooled_w;
+  return cell_of_bin(py, g.group_h, g.pooled_h) * g.group_w + cell_of_bin(px, g.group_w, g.pooled_w);
+}

@@ -1,0 +1,262 @@
+// Means over bins (docs/math/roi.md, eq. 5 and 6): by warps on a channels-last copy, or by threads on the input as it is.
+//
+// The copy's pixels have a unit of channels for each (group, class), each of `pitch` channels, a multiple of 16 bytes: a
+// bin of one class reads one unit of each of its pixels. An image has fewer than 2^31 pixels; I is the type for places
+// in whole arrays. The weights are separable, so a warp makes two lists, of rows and of columns, and reads their product.
+#pragma once
+#include "product.cuh"
+#include "roi_bins.cuh"
+
+constexpr int ROI_THREADS = 256, ROI_WARPS = ROI_THREADS / 32;
+
+// As wide as a weight, so that a tap is one load, without padding.
+template <class A> struct PixelOf {
+  using type = int;
+};
+template <> struct PixelOf<double> {
+  using type = long long;
+};
+template <class A> struct __align__(2 * sizeof(A)) RoiTap {
+  typename PixelOf<A>::type pixel;  // row or column
+  A weight;
+};
+template <class A> struct RoiSlope {
+  typename PixelOf<A>::type pixel;
+  A weight, slope;
+};
+template <class A> PYDEFORM_DEVICE void put_tap(RoiTap<A>& tap, int pixel, A weight, A) { tap = {pixel, weight}; }
+template <class A> PYDEFORM_DEVICE void put_tap(RoiSlope<A>& tap, int pixel, A weight, A slope) {
+  tap = {pixel, weight, slope};
+}
+
+// Those of 32 pixels from k on that the bin reads, in order. Every lane of the warp calls it; the result is how many.
+template <class Tap, class A>
+PYDEFORM_DEVICE int list_taps(Tap* list, const Axis<A>& axis, int k, int lane, const RoiGeometry& g) {
+  A weight[1] = {0}, slope[1] = {0};
+  const bool reads = k + lane < axis.high && weights_of<1>(axis, k + lane, weight, slope, g);
+  const unsigned all = __ballot_sync(0xffffffffu, reads);
+  if (reads) put_tap(list[__popc(all & ((1u << lane) - 1))], k + lane, weight[0], slope[0]);
+  return __popc(all);
+}
+
+// A warp's bin, of which every lane brings a copy, in shared memory.
+template <class A> PYDEFORM_DEVICE const Bin<A>& share_bin(Bin<A>* target, const Bin<A>& bin, int lane) {
+  __syncwarp();
+  if (lane == 0) *target = bin;
+  __syncwarp();
+  return *target;
+}
+
+// Which images a launch has a copy of. A box without an image belongs to the first launch.
+struct RoiImages {
+  int first, number;
+  template <class A> PYDEFORM_DEVICE bool have(const RoiBox<A>& box) const {
+    return box.broken ? first == 0 : box.image >= first && box.image < first + number;
+  }
+};
+
+// Owner: a block has one box, `lanes` 16-byte chunks of the channels of one class, and `span` bins, a warp one bin at a
+// time: `lanes` lanes on the chunks of a pixel, 32 / lanes pixels at once. Results are turned in shared memory
+// (lanes * 16 * span bytes), so that bins, which lie side by side, are written together.
+template <class T, class I>
+__global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 3)
+    pool_bins(const T* __restrict__ image, const T* __restrict__ boxes, const T* __restrict__ offset,
+              const T* __restrict__ mask, T* __restrict__ output, RoiGeometry g, RoiImages images, int pitch, int lanes,
+              int span) {
+  using A = Compute<T>;
+  constexpr int E = 16 / sizeof(T);
+  PYDEFORM_DYNAMIC_SHARED(T, stage);  // [channel][bin]
+  PYDEFORM_SHARED(RoiTap<A>, taps, ROI_WARPS * 64);
+  const int bins = g.pooled_h * g.pooled_w, per_class = g.out_channels / g.classes;
+  const int parts = ceil_div(bins, span), runs = ceil_div(pitch / E, lanes);
+  const int part = blockIdx.x % parts, run = blockIdx.x / parts % runs, label = blockIdx.x / (parts * runs) % g.classes;
+  const int r = blockIdx.x / (parts * runs * g.classes);
+  // Neither the box nor a warp's bin stays in registers while pixels are read.
+  PYDEFORM_SHARED(RoiBox<A>, shared_box, 1);
+  PYDEFORM_SHARED(Bin<A>, shared_bins, ROI_WARPS);
+  if (threadIdx.x == 0) *shared_box = read_box(boxes, r, g);
+  __syncthreads();
+  const RoiBox<A>& box = *shared_box;
+  if (!images.have(box)) return;
+
+  const int lane = threadIdx.x % 32, chunk = lane % lanes, sub = lane / lanes, at_once = 32 / lanes;
+  const int bin0 = part * span, some = min(span, bins - bin0);
+  const I memory = (I)g.group_h * g.group_w * g.classes * pitch;
+  const int channel0 = run * lanes * E, channel = channel0 + chunk * E;
+  RoiTap<A>*const rows = taps + threadIdx.x / 32 * 64, *const columns = rows + 32;
+  for (int k = threadIdx.x / 32; k < some; k += ROI_WARPS) {
+    const Bin<A>& bin =
+        share_bin(shared_bins + threadIdx.x / 32, read_bin<T, I>(box, offset, r, bin0 + k, label, g), lane);
+    const int unit = group_of_bin(bin0 + k, g) * g.classes + label;
+    const T* const source =
+        image + (I)(box.image - images.first) * g.in_h * g.in_w * memory + (I)unit * pitch + channel;
+    A sum[E] = {};
+    for (int y = bin.y.low; y < bin.y.high; y += 32) {
+      for (int x = bin.x.low; x < bin.x.high; x += 32) {
+        __syncwarp();
+        const int many_rows = list_taps(rows, bin.y, y, lane, g), many = list_taps(columns, bin.x, x, lane, g);
+        __syncwarp();
+        if (many == 0 || channel >= pitch) continue;
+        int i = sub / many, j = sub - i * many;
+        const int next_i = at_once / many, next_j = at_once - next_i * many;
+        const int turns = (many_rows * many - sub + at_once - 1) / at_once;
+#pragma unroll 2
+        for (int turn = 0; turn < turns; turn++) {
+          const RoiTap<A> row = rows[i], column = columns[j];
+          const uint4 packed = load16(source + ((I)row.pixel * g.in_w + column.pixel) * memory);
+          const A weight = row.weight * column.weight;
+          A v[E];
+          unpack<T>(v, packed);
+#pragma unroll
+          for (int e = 0; e < E; e++) sum[e] += weight * v[e];
+          i += next_i;
+          j += next_j;
+          if (j >= many) i++, j -= many;
+        }
+      }
+    }
+    for (int other = lanes; other < 32; other *= 2) {
+#pragma unroll
+      for (int e = 0; e < E; e++) sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], other);
+    }
+    if (sub == 0) {
+      const A factor = mask_of<T, I>(mask, r, bin0 + k, g);
+#pragma unroll
+      for (int e = 0; e < E; e++) stage[(chunk * E + e) * some + k] = from_float<T>(factor * (sum[e] / bin.count));
+    }
+  }
+  __syncthreads();
+  const int count = min(lanes * E, per_class - channel0) * some;
+  T* const target = output + ((I)r * g.out_channels + label * per_class + channel0) * bins + bin0;
+  for (int i = threadIdx.x; i < count; i += ROI_THREADS)
+    target[some == bins ? i : i / some * bins + i % some] = stage[i];
+}
+
+// Where output channel c reads: the plane of its input channel.
+template <class T, class I>
+PYDEFORM_DEVICE const T* plane_of(const T* input, int image, int c, int place, const RoiGeometry& g) {
+  const int groups = g.group_h * g.group_w, k = c * groups + group_of_bin(place, g);
+  return input + ((I)image * g.in_channels + k) * ((I)g.in_h * g.in_w);
+}
+
+// The value at a point, rows first.
+template <class A, class T>
+PYDEFORM_DEVICE void read_point(const T* plane, const Reading<A>& y, const Reading<A>& x, int in_w, A& value,
+                                A& along_y, A& along_x) {
+  const T *upper_row = plane + (long long)y.lower * in_w, *lower_row = plane + (long long)y.upper * in_w;
+  const A a = to_float(upper_row[x.lower]), b = to_float(upper_row[x.upper]), c = to_float(lower_row[x.lower]),
+          d = to_float(lower_row[x.upper]);
+  const A above = (1 - x.part) * a + x.part * b, below = (1 - x.part) * c + x.part * d;
+  value = (1 - y.part) * above + y.part * below;
+  along_y = y.slope * (below - above);
+  along_x = x.slope * ((1 - y.part) * (b - a) + y.part * (d - c));
+}
+
+// Sums over what a bin reads of one plane: values, and the derivatives of points.
+template <class A, class T>
+PYDEFORM_DEVICE void read_all(const T* plane, const Bin<A>& bin, const RoiGeometry& g, A& value, A& along_y,
+                              A& along_x) {
+  if (g.points) {
+    for (int i = 0; i < bin.y.points; i++) {
+      const Reading<A> y(bin.y.at(i, g), g.in_h, g);
+      for (int j = 0; j < bin.x.points; j++) {
+        A one, one_y, one_x;
+        read_point(plane, y, Reading<A>(bin.x.at(j, g), g.in_w, g), g.in_w, one, one_y, one_x);
+        value += one;
+        along_y += one_y;
+        along_x += one_x;
+      }
+    }
+    return;
+  }
+  for (int y = bin.y.low; y < bin.y.high; y++)
+    for (int x = bin.x.low; x < bin.x.high; x++) value += to_float(plane[(long long)y * g.in_w + x]);
+}
+
+// The same on the input as it is (N, C, H, W), for classes of few channels.
+// Owner: one thread per (r, c, bin), neighbours on neighbouring bins.
+template <class T, class I>
+__global__ void __launch_bounds__(ROI_THREADS, 2)
+    pool_direct(const T* __restrict__ input, const T* __restrict__ boxes, const T* __restrict__ offset,
+                const T* __restrict__ mask, T* __restrict__ output, RoiGeometry g) {
+  using A = Compute<T>;
+  const I i = (I)blockIdx.x * ROI_THREADS + threadIdx.x;
+  const int bins = g.pooled_h * g.pooled_w;
+  if (i >= (I)g.boxes * g.out_channels * bins) return;
+  const I row = i / bins;
+  const int place = (int)(i - row * bins), r = (int)(row / g.out_channels), c = (int)(row - (I)r * g.out_channels);
+  const RoiBox<A> box = read_box(boxes, r, g);
+  const Bin<A> bin = read_bin<T, I>(box, offset, r, place, c / (g.out_channels / g.classes), g);
+  A sum = 0, along_y = 0, along_x = 0;
+  read_all(plane_of<T, I>(input, box.image, c, place, g), bin, g, sum, along_y, along_x);
+  output[i] = from_float<T>(mask_of<T, I>(mask, r, place, g) * (sum / bin.count));
+}
+
+// The largest value that a bin reads, eq. 5 with `is_max`, and where it was found: two numbers that the gradient takes
+// from winners (R, bins, C, 2), the row and column of a pixel or the coordinates of a point, moved into the image; -1
+// where no pixel is read. output and winners may be null.
+// Owner: one thread per (r, c, bin), as above. Points that do not count have the value 0: one stands for all that come
+// before the first that counts, and one for all that come after one of its row or of all.
+template <bool POINTS, class A> struct WinnerOf {
+  using type = int;
+};
+template <class A> struct WinnerOf<true, A> {
+  using type = A;
+};
+
+template <class T, class I, bool POINTS>
+__global__ void __launch_bounds__(ROI_THREADS, 2)
+    pool_largest(const T* __restrict__ input, const T* __restrict__ boxes, const T* __restrict__ offset,
+                 const T* __restrict__ mask, T* __restrict__ output,
+                 typename WinnerOf<POINTS, Compute<T>>::type* __restrict__ winners, RoiGeometry g) {
+  using A = Compute<T>;
+  using Winner = typename WinnerOf<POINTS, A>::type;
+  const I i = (I)blockIdx.x * ROI_THREADS + threadIdx.x;
+  const int bins = g.pooled_h * g.pooled_w;
+  if (i >= (I)g.boxes * g.out_channels * bins) return;
+  const I row = i / bins;
+  const int place = (int)(i - row * bins), r = (int)(row / g.out_channels), c = (int)(row - (I)r * g.out_channels);
+  const RoiBox<A> box = read_box(boxes, r, g);
+  const Bin<A> bin = read_bin<T, I>(box, offset, r, place, c / (g.out_channels / g.classes), g);
+  const T* const plane = plane_of<T, I>(input, box.image, c, place, g);
+  bool found = false;
+  A best = 0;
+  Winner at_y = -1, at_x = -1;
+  auto take = [&](A value, Winner y, Winner x) {
+    if (found && !(value > best || (value != value && best == best))) return;
+    found = true;
+    best = value;
+    at_y = y;
+    at_x = x;
+  };
+  if constexpr (POINTS) {
+    const Axis<A>&y = bin.y, &x = bin.x;
+    const A many_y = round_up(y.n), many_x = round_up(x.n);
+    const bool any = !bin.broken && !bin.outside && many_y > 0 && many_x > 0;
+    const bool before = y.points == 0 || x.points == 0 || y.first > 0 || x.first > 0;
+    const bool right = x.first + (A)x.points < many_x, below = y.first + (A)y.points < many_y;
+    if (any && before) take(0, -1, -1);
+    if (any && x.points > 0) {
+      for (int j = 0; j < y.points; j++) {
+        const Reading<A> to_y(y.at(j, g), g.in_h, g);
+        for (int k = 0; k < x.points; k++) {
+          const Reading<A> to_x(x.at(k, g), g.in_w, g);
+          A value, along_y, along_x;
+          read_point(plane, to_y, to_x, g.in_w, value, along_y, along_x);
+          take(value, (A)to_y.lower + to_y.part, (A)to_x.lower + to_x.part);
+        }
+        if (right) take(0, -1, -1);
+      }
+    }
+    if (any && below) take(0, -1, -1);
+  } else {
+    for (int y = bin.y.low; y < bin.y.high; y++)
+      for (int x = bin.x.low; x < bin.x.high; x++) take(to_float(plane[(long long)y * g.in_w + x]), y, x);
+  }
+  if (output) output[i] = from_float<T>(bin.broken ? not_a_number<A>() : mask_of<T, I>(mask, r, place, g) * best);
+  if (winners) {
+    const I at = 2 * (((I)r * bins + place) * g.out_channels + c);
+    winners[at] = at_y;
+    winners[at + 1] = at_x;
+  }
+}

@@ -1,0 +1,104 @@
+"""RoI max pooling over whole pixels (Fast R-CNN)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from pydeform import _interop, _roi_geometry
+from pydeform.ops import _roi
+
+
+class RoiPoolGrads(NamedTuple):
+    """What `roi_pool_backward` returns; `boxes` has no gradient and is None.
+
+    >>> from pydeform import RoiPoolGrads
+    >>> RoiPoolGrads._fields
+    ('input', 'boxes')
+    """
+
+    input: Any
+    boxes: Any
+
+
+def roi_pool(input: Any, boxes: Any, output_size: Any, spatial_scale: float = 1.0) -> Any:
+    """Largest pixel of each bin of each box.
+
+        output[r, c, py, px] = max over y in rows(py), x in columns(px) of input[b, c, y, x]
+        rows(py) = floor(y1 + py*bin_h) ... ceil(y1 + (py + 1)*bin_h) - 1, within the image        columns(px) likewise
+        bin_h = max(y2 - y1 + 1, 1) / output_h
+
+    where r is a box, [b, x1, y1, x2, y2] = boxes[r], and the four coordinates are first multiplied by spatial_scale
+    and rounded, halves away from zero.
+
+    Parameters
+    ----------
+    input : array (N, C, H, W), float64, float32, float16 or bfloat16, as every other array
+    boxes : array (R, 5), rows [batch index, x1, y1, x2, y2], in pixels of an image spatial_scale times smaller
+    output_size : int, or (output_h, output_w)
+    spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
+
+    Returns   array (R, C, output_h, output_w) of the kind, device and dtype of `input`
+    Raises    ValueError (a shape, option or, on the CPU, batch index does not fit), TypeError (kind, dtype or device)
+    Notes     A bin without pixels gives 0. A NaN pixel is the largest. A NaN in a box gives NaN, an infinite coordinate
+              a box outside; on CUDA a batch index outside the batch gives NaN. The same bits on every run and, on the
+              CPU, for any number of threads.
+    Source    arXiv:1504.08083 section 2.1. As torchvision.ops.roi_pool.
+    Example
+    >>> import numpy as np
+    >>> from pydeform import roi_pool
+    >>> image = np.arange(64.0).reshape(1, 1, 8, 8)
+    >>> roi_pool(image, np.array([[0, 0, 0, 3, 3.0]]), 2)[0, 0].tolist()
+    [[9.0, 11.0], [25.0, 27.0]]
+    """
+    op = "roi_pool"
+    arrays, back = _interop.to_native(op, {"input": input, "boxes": boxes})
+    return _roi.forward(op, arrays, back, _geometry_of(op, arrays, output_size, spatial_scale))
+
+
+def roi_pool_backward(
+    grad_output: Any,
+    input: Any,
+    boxes: Any,
+    output_size: Any,
+    spatial_scale: float = 1.0,
+    *,
+    needs: Iterable[str] | None = None,
+    deterministic: bool = False,
+) -> RoiPoolGrads:
+    """Gradient of `roi_pool`, computed from its arguments alone: d sum(grad_output * output) / d input.
+
+    Parameters
+    ----------
+    grad_output : array (R, C, output_h, output_w), the gradient of the forward's result
+    input, boxes, output_size, spatial_scale : exactly the forward's
+    needs : names of the gradients to compute; None computes all
+    deterministic : accepted as by the other backwards; this one has the same bits on every run, always
+
+    Returns   RoiPoolGrads, of the kind, device and dtype of `grad_output`
+    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
+    Notes     Of equal pixels in a bin the first one, row by row, gets the gradient.
+    Source    arXiv:1504.08083 eq. 4
+    Example
+    >>> import numpy as np
+    >>> from pydeform import roi_pool_backward
+    >>> image, boxes = np.arange(16.0).reshape(1, 1, 4, 4), np.array([[0, 0, 0, 3, 3.0]])
+    >>> roi_pool_backward(np.ones((1, 1, 2, 2)), image, boxes, 2).input[0, 0, 1].tolist()
+    [0.0, 1.0, 0.0, 1.0]
+    """
+    op = "roi_pool_backward"
+    arrays, back = _interop.to_native(op, {"grad_output": grad_output, "input": input, "boxes": boxes})
+    g = _geometry_of(op, arrays, output_size, spatial_scale)
+    return RoiPoolGrads(**_roi.backward(op, arrays, back, g, needs, deterministic))
+
+
+def _geometry_of(op: str, arrays: dict[str, Any], output_size: Any, spatial_scale: float) -> _roi_geometry.RoiGeometry:
+    _roi.check_arrays(op, arrays)
+    return _roi_geometry.roi_geometry(
+        op,
+        arrays["input"],
+        arrays["boxes"],
+        _roi_geometry.ROI_POOL,
+        _roi.pair(op, "output_size", output_size),
+        spatial_scale,
+    )

@@ -1,0 +1,478 @@
+"""The six RoI operators as their equations say it, one bin at a time, in float64.
+
+A box [b, x1, y1, x2, y2] is divided into bins. What a bin reads is a product: along y some points (or rows of pixels),
+along x some points (or columns), and every pair of them is one reading of the image,
+
+    value(point)      = sum over row, column of weight_y[row] * weight_x[column] * input[b, k, row, column]
+    output[r,c,py,px] = mask[r, 0, py, px] * (sum over points of value(point)) / divisor       or the largest value
+
+Where the points lie is all that the operators differ in: the functions called `axis` below, one per operator, say it
+for one axis. Slow on purpose; nothing here is shared with the library under test.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Axis(NamedTuple):
+    """A bin along one axis."""
+
+    points: list  # of each point the pixels it reads, (index, weight, d weight / d position); [] reads 0
+    count: int  # what the divisor is the product of, one factor from each axis
+    size: float  # of the box
+    bin: float  # length of a bin
+    positions: list  # of the points, or where the bin begins and ends: all that is compared with something or rounded
+
+
+class Bin(NamedTuple):
+    rows: Axis
+    columns: Axis
+    divisor: int
+
+    def points(self):
+        """The pixels of each point as (row, column, weight, d weight / dy, d weight / dx), x fastest."""
+        return [
+            [(row, column, wy * wx, sy * wx, wy * sx) for row, wy, sy in rows for column, wx, sx in columns]
+            for rows in _shortened(self.rows.points)
+            for columns in _shortened(self.columns.points)
+        ]
+
+
+def _shortened(points):
+    """Of neighbours that do not count one is enough, as all read 0: boxes far beyond the image stay affordable."""
+    return [point for i, point in enumerate(points) if point or i == 0 or points[i - 1]]
+
+
+NOTHING = Axis([], 0, 0.0, 0.0, [])
+OUTSIDE = Bin(NOTHING, NOTHING, 1)  # reads nothing: value 0, gradients 0
+UNDEFINED = None  # in place of a Bin: a NaN coordinate, or no such image. NaN, and no pixel gets a gradient
+
+
+class Operator(NamedTuple):
+    """One call: its arrays, and how a bin comes about."""
+
+    input: np.ndarray
+    boxes: np.ndarray
+    pooled: tuple  # bins along y and x
+    spatial_scale: float
+    axis: Callable  # (low, high, p, pooled, length, offset) -> Axis, or None: infinitely far away
+    out_channels: int
+    group: tuple = (1, 1)  # bins along y and x that read different channels
+    largest: bool = False  # the largest value instead of the mean
+    least_divisor: int = 1  # a mean over no points is 0/1; torchvision's ps_roi_align has 0/0
+    offset_name: str = ""  # "" : the operator has neither offset nor mask
+    offset: np.ndarray | None = None
+    offset_scale: float = 0.0
+    part: tuple = (1, 1)  # cells of the offset along y and x
+    mask: np.ndarray | None = None
+
+    @property
+    def classes(self):
+        return 1 if self.offset is None else self.offset.shape[1] // 2
+
+    def channel(self, c, py, px):
+        """The input channel that output channel c of bin (py, px) reads."""
+        gy, gx = py * self.group[0] // self.pooled[0], px * self.group[1] // self.pooled[1]
+        return (c * self.group[0] + gy) * self.group[1] + gx
+
+    def cell(self, py, px):
+        return py * self.part[0] // self.pooled[0], px * self.part[1] // self.pooled[1]
+
+    def bin(self, r, py, px, label):
+        """What bin (py, px) of box r reads in the channels of class `label`."""
+        batch, _, height, width = self.input.shape
+        image, *corners = self.boxes[r].tolist()
+        offset_y, offset_x = 0.0, 0.0
+        if self.offset is not None:
+            ty, tx = self.cell(py, px)
+            offset_x, offset_y = self.offset[r, 2 * label : 2 * label + 2, ty, tx].tolist()
+        if image not in range(batch) or any(map(math.isnan, (*corners, offset_y, offset_x))):
+            return UNDEFINED
+        if not all(math.isfinite(corner * self.spatial_scale) for corner in corners):
+            return OUTSIDE
+        x1, y1, x2, y2 = corners
+        rows = self.axis(y1, y2, py, self.pooled[0], height, offset_y)
+        columns = self.axis(x1, x2, px, self.pooled[1], width, offset_x)
+        if rows is None or columns is None:
+            return OUTSIDE
+        return Bin(rows, columns, max(rows.count * columns.count, self.least_divisor))
+
+    def bins(self):
+        """Every bin with its class and the channels of that class."""
+        of_a_class = self.out_channels // self.classes
+        for r in range(len(self.boxes)):
+            for py in range(self.pooled[0]):
+                for px in range(self.pooled[1]):
+                    for label in range(self.classes):
+                        channels = range(label * of_a_class, (label + 1) * of_a_class)
+                        yield r, py, px, label, channels, self.bin(r, py, px, label)
+
+
+def forward(op):
+    output = np.zeros((len(op.boxes), op.out_channels, *op.pooled))
+    for r, py, px, _, channels, bin in op.bins():
+        if bin is UNDEFINED:
+            output[r, channels, py, px] = math.nan
+            continue
+        points = bin.points()
+        factor = 1.0 if op.mask is None else op.mask[r, 0, py, px]
+        for c in channels:
+            plane = op.input[int(op.boxes[r, 0]), op.channel(c, py, px)]
+            output[r, c, py, px] = factor * _pooled(op, points, bin.divisor, plane)
+    return output
+
+
+def backward(grad_output, op):
+    """Gradients of sum(grad_output * forward(op)), as a dict under the arguments' names."""
+    (grad_output,) = _float64(grad_output)
+    grad_input = np.zeros_like(op.input)
+    grad_offset = None if op.offset is None else np.zeros_like(op.offset)
+    grad_mask = None if op.mask is None else np.zeros_like(op.mask)
+    for r, py, px, label, channels, bin in op.bins():
+        ty, tx = op.cell(py, px)
+        if bin is UNDEFINED:
+            if grad_offset is not None:
+                grad_offset[r, 2 * label : 2 * label + 2, ty, tx] = math.nan
+            if grad_mask is not None:
+                grad_mask[r, 0, py, px] = math.nan
+            continue
+        points = bin.points()
+        factor = 1.0 if op.mask is None else op.mask[r, 0, py, px]
+        for c in channels:
+            image, k = int(op.boxes[r, 0]), op.channel(c, py, px)
+            plane, g = op.input[image, k], grad_output[r, c, py, px]
+            if grad_mask is not None:
+                grad_mask[r, 0, py, px] += g * _pooled(op, points, bin.divisor, plane)
+            in_result, divisor = ([_largest(points, plane)[1]], 1) if op.largest else (points, bin.divisor)
+            for pixels in in_result:
+                share = g * factor / divisor
+                for row, column, weight, slope_y, slope_x in pixels:
+                    grad_input[image, k, row, column] += share * weight
+                    if grad_offset is not None:  # an offset of 1 moves the points by offset_scale times the box
+                        through_x = slope_x * plane[row, column] * op.offset_scale * bin.columns.size
+                        through_y = slope_y * plane[row, column] * op.offset_scale * bin.rows.size
+                        grad_offset[r, 2 * label, ty, tx] += share * through_x
+                        grad_offset[r, 2 * label + 1, ty, tx] += share * through_y
+    grads = {"input": grad_input, "boxes": None}
+    if op.offset_name:
+        grads |= {op.offset_name: grad_offset, "mask": grad_mask}
+    return grads
+
+
+def _pooled(op, points, divisor, plane):
+    if op.largest:
+        return _largest(points, plane)[0]
+    total = sum(_value(pixels, plane) for pixels in points)
+    return total / divisor if divisor else math.nan
+
+
+def _value(pixels, plane):
+    return sum(weight * plane[row, column] for row, column, weight, _, _ in pixels)
+
+
+def _largest(points, plane):
+    """The largest value and the pixels it was made of, or 0 and none. NaN is the largest; of equal values the first."""
+    found = None
+    for pixels in points:
+        value = _value(pixels, plane)
+        if found is None or value > found[0] or (math.isnan(value) and not math.isnan(found[0])):
+            found = value, pixels
+    return found or (0.0, [])
+
+
+def _round(value):
+    """C's round(): halves away from zero. (Python's and NumPy's go to the even number.)"""
+    whole = math.floor(abs(value))
+    return math.copysign(whole + (abs(value) - whole >= 0.5), value)
+
+
+def _pixels(first, last, end, size, bin, edges):
+    """Whole pixels from first to last, without the latter, where they lie between 0 and end."""
+    inside = range(min(max(first, 0), end), min(max(last, 0), end))
+    return Axis([[(index, 1.0, 0.0)] for index in inside], len(inside), size, bin, edges)
+
+
+def _centred_points(begin, size, p, pooled, length, sampling_ratio):
+    """RoIAlign's: n points in the middles of n parts of the bin, all of which the mean is over."""
+    bin = size / pooled
+    n = sampling_ratio if sampling_ratio > 0 else math.ceil(bin)  # adaptive: 0 or less for a box of no or negative size
+    positions = [begin + p * bin + (i + 0.5) * bin / n for i in range(n)]
+    return Axis([_read(position, length, 1.0) for position in positions], n, size, bin, positions)
+
+
+def _read(position, length, reach, flat_at_pixels=False):
+    """Linearly between two pixels; from -reach to 0, and from length - 1 to length - 1 + reach, the nearest pixel.
+
+    There the slope is 0, also at exactly 0, as in mmcv's forward, whose clamp is taken where y <= 0.
+    """
+    if not -reach <= position <= length - 1 + reach:
+        return []
+    nearest = min(max(position, 0.0), length - 1.0)
+    low = math.floor(nearest)
+    high = min(low + 1, length - 1)
+    flat = position <= 0 or position >= length - 1 or (flat_at_pixels and position == low)
+    slope = 0.0 if flat else 1.0
+    if flat_at_pixels and nearest == low:  # between floor and ceil of a whole number lies only that pixel
+        return [(low, 1.0, 0.0)]
+    return [(low, 1 - (nearest - low), -slope), (high, nearest - low, slope)]
+
+
+def _finite(*numbers):
+    return all(map(math.isfinite, numbers))
+
+
+def _float64(*arrays):
+    return [None if array is None else np.asarray(array).astype(np.float64) for array in arrays]
+
+
+def _pair(size):
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# roi_pool: both ends of a box rounded after scaling and both among its pixels, so that it is end - begin + 1 long.
+
+
+def operator_of_roi_pool(input, boxes, output_size, spatial_scale=1.0):
+    input, boxes = _float64(input, boxes)
+
+    def axis(low, high, p, pooled, length, _):
+        begin, end = _round(low * spatial_scale), _round(high * spatial_scale)
+        size = max(end - begin + 1, 1.0)
+        if not _finite(size):
+            return None
+        bin = size / pooled
+        first, last = math.floor(p * bin) + int(begin), math.ceil((p + 1) * bin) + int(begin)
+        return _pixels(first, last, length, size, bin, [p * bin, (p + 1) * bin])
+
+    return Operator(input, boxes, _pair(output_size), spatial_scale, axis, input.shape[1], largest=True)
+
+
+def roi_pool(input, boxes, output_size, spatial_scale=1.0):
+    return forward(operator_of_roi_pool(input, boxes, output_size, spatial_scale))
+
+
+def roi_pool_backward(grad_output, *arguments, **options):
+    return backward(grad_output, operator_of_roi_pool(*arguments, **options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# roi_align: nothing is rounded. aligned: half a pixel less, as pixel centres lie at integers, and no least size.
+
+
+def operator_of_roi_align(
+    input, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1, aligned=False, *, mode="avg"
+):
+    input, boxes = _float64(input, boxes)
+
+    def axis(low, high, p, pooled, length, _):
+        begin, end = low * spatial_scale, high * spatial_scale
+        if aligned:
+            begin, end = begin - 0.5, end - 0.5
+        size = end - begin if aligned else max(end - begin, 1.0)
+        if not _finite(size):
+            return None
+        return _centred_points(begin, size, p, pooled, length, sampling_ratio)
+
+    largest = {"avg": False, "max": True}[mode]
+    return Operator(input, boxes, _pair(output_size), spatial_scale, axis, input.shape[1], largest=largest)
+
+
+def roi_align(input, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1, aligned=False, *, mode="avg"):
+    return forward(operator_of_roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned, mode=mode))
+
+
+def roi_align_backward(grad_output, *arguments, **options):
+    return backward(grad_output, operator_of_roi_align(*arguments, **options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ps_roi_pool: the mean of whole pixels, of a channel that belongs to the bin.
+
+
+def operator_of_ps_roi_pool(input, boxes, output_size, spatial_scale=1.0, *, convention="torchvision"):
+    input, boxes = _float64(input, boxes)
+    pooled_h, pooled_w = _pair(output_size)
+
+    def torchvision_axis(low, high, p, pooled, length, _):
+        """Rounded after scaling, and whole pixels counted from there. The last row and column are never read."""
+        begin, end = _round(low * spatial_scale), _round(high * spatial_scale)
+        size = max(end - begin, 1.0)
+        if not _finite(size):
+            return None
+        bin = size / pooled
+        first, last = math.floor(p * bin) + int(begin), math.ceil((p + 1) * bin) + int(begin)
+        return _pixels(first, last, length - 1, size, bin, [p * bin, (p + 1) * bin])
+
+    def rfcn_axis(low, high, p, pooled, length, _):
+        """Rounded before scaling; the end is the far side of its pixel."""
+        begin, end = _round(low) * spatial_scale, (_round(high) + 1) * spatial_scale
+        size = max(end - begin, 0.1)
+        if not _finite(size):
+            return None
+        bin = size / pooled
+        edges = [begin + p * bin, begin + (p + 1) * bin]
+        return _pixels(math.floor(edges[0]), math.ceil(edges[1]), length, size, bin, edges)
+
+    axis = {"torchvision": torchvision_axis, "rfcn": rfcn_axis}[convention]
+    out_channels = input.shape[1] // (pooled_h * pooled_w)
+    pooled = pooled_h, pooled_w
+    return Operator(input, boxes, pooled, spatial_scale, axis, out_channels, group=pooled)
+
+
+def ps_roi_pool(input, boxes, output_size, spatial_scale=1.0, *, convention="torchvision"):
+    return forward(operator_of_ps_roi_pool(input, boxes, output_size, spatial_scale, convention=convention))
+
+
+def ps_roi_pool_backward(grad_output, *arguments, **options):
+    return backward(grad_output, operator_of_ps_roi_pool(*arguments, **options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ps_roi_align: as roi_align with aligned, of a channel that belongs to the bin. No points: 0/0.
+
+
+def operator_of_ps_roi_align(input, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1):
+    op = operator_of_roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned=True)
+    out_channels = op.out_channels // math.prod(op.pooled)
+    # A box upside down has a negative number of points: the divisor is not 0, and may be negative, of a sum of none.
+    return op._replace(out_channels=out_channels, group=op.pooled, least_divisor=-math.inf)
+
+
+def ps_roi_align(input, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1):
+    return forward(operator_of_ps_roi_align(input, boxes, output_size, spatial_scale, sampling_ratio))
+
+
+def ps_roi_align_backward(grad_output, *arguments, **options):
+    return backward(grad_output, operator_of_ps_roi_align(*arguments, **options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# deform_roi_pool (mmcv): as roi_align with aligned, every bin moved by gamma * size of the box * offset.
+
+
+def operator_of_deform_roi_pool(
+    input, boxes, offset=None, output_size=7, spatial_scale=1.0, sampling_ratio=0, gamma=0.1, mask=None
+):
+    input, boxes, offset, mask = _float64(input, boxes, offset, mask)
+
+    def axis(low, high, p, pooled, length, offset):
+        begin, end = low * spatial_scale - 0.5, high * spatial_scale - 0.5
+        size = end - begin
+        move = gamma * size * offset
+        if not _finite(size, move):
+            return None
+        return _centred_points(begin + move, size, p, pooled, length, sampling_ratio)
+
+    pooled = _pair(output_size)
+    return Operator(
+        input,
+        boxes,
+        pooled,
+        spatial_scale,
+        axis,
+        input.shape[1],
+        offset_name="offset",
+        offset=offset,
+        offset_scale=gamma,
+        part=pooled,
+        mask=mask,
+    )
+
+
+def deform_roi_pool(
+    input, boxes, offset=None, output_size=7, spatial_scale=1.0, sampling_ratio=0, gamma=0.1, mask=None
+):
+    sizes = output_size, spatial_scale, sampling_ratio, gamma
+    return forward(operator_of_deform_roi_pool(input, boxes, offset, *sizes, mask))
+
+
+def deform_roi_pool_backward(grad_output, *arguments, **options):
+    return backward(grad_output, operator_of_deform_roi_pool(*arguments, **options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# deform_psroi_pool (MXNet, the first paper): a box as rfcn's, half a pixel less. Points begin at the edge of the bin,
+# reach only half a pixel beyond the image, and the mean is over those that count. Interpolation is between floor and
+# ceiling, which at an integer are one pixel: no slope there.
+
+
+def operator_of_deform_psroi_pool(
+    input,
+    boxes,
+    trans=None,
+    *,
+    output_dim,
+    pooled_size,
+    group_size=1,
+    part_size=None,
+    sample_per_part=1,
+    trans_std=0.0,
+    spatial_scale=1.0,
+    mask=None,
+):
+    input, boxes, trans, mask = _float64(input, boxes, trans, mask)
+
+    def axis(low, high, p, pooled, length, trans):
+        begin, end = _round(low) * spatial_scale - 0.5, (_round(high) + 1) * spatial_scale - 0.5
+        size = max(end - begin, 0.1)
+        move = trans * trans_std * size
+        if not _finite(size, move):
+            return None
+        bin = size / pooled
+        positions = [p * bin + begin + move + i * (bin / sample_per_part) for i in range(sample_per_part)]
+        points = [_read(position, length, 0.5, flat_at_pixels=True) for position in positions]
+        return Axis(points, sum(map(bool, points)), size, bin, positions)
+
+    return Operator(
+        input,
+        boxes,
+        _pair(pooled_size),
+        spatial_scale,
+        axis,
+        output_dim,
+        group=_pair(group_size),
+        offset_name="trans",
+        offset=trans,
+        offset_scale=trans_std,
+        part=_pair(pooled_size if part_size is None else part_size),
+        mask=mask,
+    )
+
+
+def deform_psroi_pool(
+    input,
+    boxes,
+    trans=None,
+    *,
+    output_dim,
+    pooled_size,
+    group_size=1,
+    part_size=None,
+    sample_per_part=1,
+    trans_std=0.0,
+    spatial_scale=1.0,
+    mask=None,
+):
+    return forward(
+        operator_of_deform_psroi_pool(
+            input,
+            boxes,
+            trans,
+            output_dim=output_dim,
+            pooled_size=pooled_size,
+            group_size=group_size,
+            part_size=part_size,
+            sample_per_part=sample_per_part,
+            trans_std=trans_std,
+            spatial_scale=spatial_scale,
+            mask=mask,
+        )
+    )
+
+
+def deform_psroi_pool_backward(grad_output, *arguments, **options):
+    return backward(grad_output, operator_of_deform_psroi_pool(*arguments, **options))

@@ -1,0 +1,336 @@
+"""Every message of the six RoI operators: operator, argument, what was expected with its numbers, what came."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydeform
+from tests.test_errors import DTYPES, cases, check, needs_errors, sent, zeros
+from tests.test_roi import OPERATORS
+
+# What is changed of a good call -> error and text, which follows the operator's name.
+Rows = list[tuple[dict[str, Any], type[Exception], str]]
+
+
+def good(operator: str) -> dict[str, Any]:
+    """N 2, 7x9 pixels, 5 boxes; 2x3 bins or 3x3, 4 output channels, 2 classes."""
+    pooled: dict[str, Any] = {"boxes": zeros(5, 5), "output_size": (2, 3)}
+    return {
+        "roi_pool": {"input": zeros(2, 4, 7, 9), **pooled},
+        "roi_align": {"input": zeros(2, 4, 7, 9), **pooled},
+        "ps_roi_pool": {"input": zeros(2, 24, 7, 9), **pooled},
+        "ps_roi_align": {"input": zeros(2, 24, 7, 9), **pooled},
+        "deform_roi_pool": {
+            "input": zeros(2, 4, 7, 9),
+            **pooled,
+            "offset": zeros(5, 2, 2, 3),
+            "mask": zeros(5, 1, 2, 3),
+        },
+        "deform_psroi_pool": {
+            "input": zeros(2, 16, 7, 9),
+            "boxes": zeros(5, 5),
+            "trans": zeros(5, 4, 6, 6),
+            "mask": zeros(5, 1, 3, 3),
+            "output_dim": 4,
+            "pooled_size": 3,
+            "group_size": 2,
+            "part_size": 6,
+        },
+    }[operator]
+
+
+def grad_shape(operator: str) -> tuple[int, ...]:
+    return (5, 4, 3, 3) if operator == "deform_psroi_pool" else (5, 4, 2, 3)
+
+
+def of_input_dtype(name: str, array: np.ndarray) -> Rows:
+    """An array that comes after input has its dtype."""
+    return [
+        ({name: array.astype(kind)}, TypeError, f"{name} must have the dtype of input, float32, got {got}")
+        for kind, got in ((np.float64, "float64"), (np.float16, "float16"), (int, "int64"), (complex, "complex128"))
+    ]
+
+
+def positive_int(name: str) -> Rows:
+    return [
+        ({name: value}, error, f"{name} must be an int >= 1, got {value!r}")
+        for value, error in (
+            (0, ValueError),
+            (-1, ValueError),
+            (True, ValueError),
+            (1.0, TypeError),
+            ("7", TypeError),
+            ((2, 3), ValueError),
+        )
+    ]
+
+
+def finite(name: str, values: Any = (np.nan, np.inf, -np.inf), expected: str = "a finite number") -> Rows:
+    return [
+        *(({name: value}, ValueError, f"{name} must be {expected}, got {value!r}") for value in values),
+        *(({name: value}, TypeError, f"{name} must be {expected}, got {value!r}") for value in ("x", None, True, 1j)),
+    ]
+
+
+BOXES = "(R, 5), rows [batch index, x1, y1, x2, y2]"
+POOLED = "an int >= 1 or 2 of them"
+
+ALL: Rows = [
+    # kinds and dtypes
+    ({"input": None}, TypeError, "input must be an array, got None"),
+    ({"boxes": None}, TypeError, "boxes must be an array, got None"),
+    *(
+        ({"input": zeros(2, 24, 7, 9, dtype=kind)}, TypeError, f"input must have dtype {DTYPES}, got {got}")
+        for kind, got in ((int, "int64"), (bool, "bool"), (complex, "complex128"), (">f4", ">f4"))
+    ),
+    *of_input_dtype("boxes", zeros(5, 5)),
+    ({"boxes": zeros(5, 5, dtype=">f4")}, TypeError, "boxes must have the dtype of input, float32, got >f4"),
+    # shapes
+    ({"input": zeros(24, 7, 9)}, ValueError, "input must have shape (N, C, H, W), got (24, 7, 9)"),
+    ({"input": zeros(1, 2, 24, 7, 9)}, ValueError, "input must have shape (N, C, H, W), got (1, 2, 24, 7, 9)"),
+    *(
+        ({"input": zeros(*shape)}, ValueError, f"input must have at least one channel and one pixel, got shape {shape}")
+        for shape in ((2, 0, 7, 9), (2, 24, 0, 9), (2, 24, 7, 0))
+    ),
+    *(
+        ({"boxes": zeros(*shape)}, ValueError, f"boxes must have shape {BOXES}, got {shape}")
+        for shape in ((5, 4), (5,), (1, 5, 5), (0,), (5, 6))
+    ),
+    *finite("spatial_scale", (0, 0.0, -1, np.nan, np.inf), "a finite number > 0"),
+]
+
+OUTPUT_SIZE: Rows = [
+    ({"output_size": value}, error, f"output_size must be {POOLED}, got {value!r}")
+    for value, error in (
+        (0, ValueError),
+        (-1, ValueError),
+        (True, ValueError),
+        ((2, 0), ValueError),
+        ((1, 2, 3), ValueError),
+        ((2,), ValueError),
+        ((), ValueError),
+        ("7", TypeError),
+        (2.0, TypeError),
+        ((2, 3.0), TypeError),
+        (None, TypeError),
+    )
+]
+
+SAMPLING_RATIO: Rows = [
+    ({"sampling_ratio": value}, error, f"sampling_ratio must be an int >= -1, got {value!r}")
+    for value, error in ((-2, ValueError), (True, ValueError), (1.5, TypeError), ("2", TypeError), (None, TypeError))
+]
+
+GROUPS: Rows = [
+    (
+        {"input": zeros(2, 25, 7, 9)},
+        ValueError,
+        "input must have shape (N, C, H, W) with C a multiple of output_h*output_w = 6, got (2, 25, 7, 9)",
+    ),
+    (
+        {"output_size": 5},
+        ValueError,
+        "input must have shape (N, C, H, W) with C a multiple of output_h*output_w = 25, got (2, 24, 7, 9)",
+    ),
+]
+
+
+def mask_errors(shape: tuple[int, ...], *wrong: tuple[int, ...]) -> Rows:
+    return [
+        *of_input_dtype("mask", zeros(*shape)),
+        *(
+            ({"mask": zeros(*w)}, ValueError, f"mask must have shape (R, 1, pooled_h, pooled_w) = {shape}, got {w}")
+            for w in wrong
+        ),
+    ]
+
+
+TRANS = "(R, 2*classes, part_size, part_size)"
+OWN: dict[str, Rows] = {
+    "roi_pool": OUTPUT_SIZE,
+    "roi_align": [
+        *OUTPUT_SIZE,
+        *SAMPLING_RATIO,
+        *(
+            ({"mode": value}, ValueError, f"mode must be one of 'avg', 'max', got {value!r}")
+            for value in ("mean", "AVG", None, 0)
+        ),
+    ],
+    "ps_roi_pool": [
+        *OUTPUT_SIZE,
+        *GROUPS,
+        *(
+            ({"convention": value}, ValueError, f"convention must be one of 'torchvision', 'rfcn', got {value!r}")
+            for value in ("mxnet", None)
+        ),
+    ],
+    "ps_roi_align": [*OUTPUT_SIZE, *GROUPS, *SAMPLING_RATIO],
+    "deform_roi_pool": [
+        *OUTPUT_SIZE,
+        *SAMPLING_RATIO,
+        *finite("gamma"),
+        *of_input_dtype("offset", zeros(5, 2, 2, 3)),
+        *(
+            (
+                {"offset": zeros(*shape)},
+                ValueError,
+                f"offset must have shape (R, 2, pooled_h, pooled_w) = (5, 2, 2, 3), got {shape}",
+            )
+            for shape in ((4, 2, 2, 3), (5, 4, 2, 3), (5, 2, 3, 2), (5, 2, 6), (5, 2, 2, 3, 1), (5, 12))
+        ),
+        (
+            {"output_size": 7},
+            ValueError,
+            "offset must have shape (R, 2, pooled_h, pooled_w) = (5, 2, 7, 7), got (5, 2, 2, 3)",
+        ),
+        *mask_errors((5, 1, 2, 3), (4, 1, 2, 3), (5, 2, 2, 3), (5, 1, 3, 2), (5, 2, 3), (5, 1, 2, 3, 1)),
+    ],
+    "deform_psroi_pool": [
+        *(
+            row
+            for name in ("output_dim", "pooled_size", "group_size", "part_size", "sample_per_part")
+            for row in positive_int(name)
+        ),
+        *(
+            ({name: None}, TypeError, f"{name} must be an int >= 1, got None")
+            for name in ("output_dim", "pooled_size", "group_size", "sample_per_part")
+        ),
+        *finite("trans_std"),
+        (
+            {"input": zeros(2, 15, 7, 9)},
+            ValueError,
+            "input must have shape (N, output_dim*group_size**2, H, W) = (2, 16, 7, 9), got (2, 15, 7, 9)",
+        ),
+        (
+            {"group_size": 3},
+            ValueError,
+            "input must have shape (N, output_dim*group_size**2, H, W) = (2, 36, 7, 9), got (2, 16, 7, 9)",
+        ),
+        *of_input_dtype("trans", zeros(5, 4, 6, 6)),
+        *(
+            ({"trans": zeros(*shape)}, ValueError, f"trans must have shape {TRANS}, got {shape}")
+            for shape in ((5, 4, 36), (4, 6, 6), (5, 4, 6, 6, 1))
+        ),
+        *(
+            ({"trans": zeros(*shape)}, ValueError, f"trans must have shape {TRANS} = {expected}, got {shape}")
+            for shape, expected in {
+                (4, 4, 6, 6): (5, 4, 6, 6),
+                (5, 4, 3, 3): (5, 4, 6, 6),
+                (5, 5, 6, 6): (5, 4, 6, 6),  # x and y of each class
+                (5, 1, 6, 6): (5, 2, 6, 6),  # one class at least
+                (5, 0, 6, 6): (5, 2, 6, 6),
+            }.items()
+        ),
+        ({"part_size": None}, ValueError, f"trans must have shape {TRANS} = (5, 4, 3, 3), got (5, 4, 6, 6)"),
+        (
+            {"trans": zeros(5, 6, 6, 6)},
+            ValueError,
+            f"trans must have shape {TRANS} with classes a divisor of output_dim = 4, got (5, 6, 6, 6), "
+            "which has classes = 3",
+        ),
+        (
+            {"trans": zeros(5, 16, 6, 6)},
+            ValueError,
+            f"trans must have shape {TRANS} with classes a divisor of output_dim = 4, got (5, 16, 6, 6), "
+            "which has classes = 8",
+        ),
+        *mask_errors((5, 1, 3, 3), (5, 1, 6, 6), (4, 1, 3, 3), (5, 2, 3, 3), (5, 9)),
+    ],
+}
+
+
+def backward_errors(operator: str) -> Rows:
+    shape = grad_shape(operator)
+    names = ", ".join(name for name in OPERATORS[operator] if name != "boxes")
+    return [
+        ({"grad_output": None}, TypeError, "grad_output must be an array, got None"),
+        *of_input_dtype("grad_output", zeros(*shape)),
+        *(
+            (
+                {"grad_output": zeros(*wrong)},
+                ValueError,
+                f"grad_output must have shape (R, C, pooled_h, pooled_w) = {shape}, got {wrong}",
+            )
+            for wrong in ((4, *shape[1:]), (5, 3, *shape[2:]), (*shape[:2], 4, 1), shape[1:], (*shape, 1))
+        ),
+        *needs_errors(names),
+        ({"needs": ("boxes",)}, ValueError, f"needs must name gradients among {names}, got 'boxes'"),
+    ]
+
+
+def rows(table: Any) -> list[Any]:
+    """(operator, change, error, text) of every operator."""
+    return [
+        pytest.param(operator, *case.values, id=f"{operator}-{case.id}")
+        for operator in OPERATORS
+        for case in cases(table(operator))
+    ]
+
+
+@pytest.mark.parametrize(("operator", "change", "error", "text"), rows(lambda operator: ALL + OWN[operator]))
+def test_forward(backend, operator, change, error, text):
+    check(backend, getattr(pydeform, operator), good(operator), change, error, text)
+
+
+@pytest.mark.parametrize(
+    ("operator", "change", "error", "text"), rows(lambda operator: ALL + OWN[operator] + backward_errors(operator))
+)
+def test_backward(backend, operator, change, error, text):
+    arguments = {"grad_output": zeros(*grad_shape(operator)), **good(operator)}
+    check(backend, getattr(pydeform, f"{operator}_backward"), arguments, change, error, text)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_unchanged_calls_are_good(backend, operator):
+    """Otherwise the tables above would show one mistake for another."""
+    arguments, grad = sent(backend, good(operator)), backend.array(zeros(*grad_shape(operator)))
+    assert getattr(pydeform, operator)(**arguments).shape == grad_shape(operator)
+    grads = getattr(pydeform, f"{operator}_backward")(grad, **arguments)
+    assert [None if g is None else g.shape for g in grads] == [
+        None if name == "boxes" else arguments[name].shape for name in OPERATORS[operator]
+    ]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("index", [-1, 2, 0.5, 1e6, np.nan, np.inf])
+def test_batch_index(operator, index):
+    """On the CPU; test_roi.py says what CUDA does. The first wrong row is named."""
+    arguments = {**good(operator), "boxes": zeros(5, 5)}
+    arguments["boxes"][3:, 0] = index
+    text = f"boxes must have a whole number >= 0 and < N = 2 in column 0, the batch index, got {index:g} in row 3"
+    for name, more in ((operator, {}), (f"{operator}_backward", {"grad_output": zeros(*grad_shape(operator))})):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{name}: {text}')}$"):
+            getattr(pydeform, name)(**more, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"), [(operator, name) for operator, names in OPERATORS.items() for name in names]
+)
+def test_things_that_are_no_arrays(operator, name):
+    for thing, kind in (([1.0], "list"), (1.5, "float"), ("text", "str")):
+        with pytest.raises(TypeError, match=rf"^{operator}: {name} must be an array .*got .*{kind}"):
+            getattr(pydeform, operator)(**{**good(operator), name: thing})
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_arrays_of_two_devices_are_named(backend, operator):
+    if backend.on_cpu:
+        pytest.skip("needs arrays of two devices")
+    for name in OPERATORS[operator]:
+        arguments = sent(backend, good(operator)) | {name: good(operator)[name]}
+        kinds = {n: "numpy" if n == name else "cupy" for n in OPERATORS[operator]}
+        listed = ", ".join(f"{n} is {kind}" for n, kind in kinds.items())
+        text = f"{operator}: all arrays must be on one device, got {listed}"
+        with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+            getattr(pydeform, operator)(**arguments)
+
+
+def test_options_of_deform_psroi_pool_go_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        pydeform.deform_psroi_pool(zeros(2, 16, 7, 9), zeros(5, 5), None, 4, 3)
+    with pytest.raises(TypeError, match="output_dim"):
+        pydeform.deform_psroi_pool(zeros(2, 16, 7, 9), zeros(5, 5), pooled_size=3)

@@ -1,0 +1,267 @@
+"""The SIMD primitives of RoI pooling at every vector width, against NumPy, on pointers that are not aligned."""
+
+import numpy as np
+import pytest
+from numba import njit
+
+from pydeform.cpu import _simd, _simd_roi
+from pydeform.cpu._simd import at
+from pydeform.cpu._simd_roi import BAND, primitives
+
+WIDTHS = {width: primitives(width) for width in (0, 16, 32, 64)}
+TOLERANCE = {"float32": 2e-6, "float64": 1e-14}
+
+
+@pytest.fixture(params=WIDTHS, ids="{}-byte".format)
+def width(request):
+    return request.param
+
+
+@pytest.fixture(params=("float32", "float64"))
+def dtype(request):
+    return np.dtype(request.param)
+
+
+def lanes_of(width, dtype):
+    return max(width // dtype.itemsize, 1)
+
+
+def a_list(rng, dtype, count, pixels):
+    """Places with repetitions, and three rows of weights."""
+    return rng.integers(0, pixels, count).astype(np.int32), rng.standard_normal((3, count)).astype(dtype)
+
+
+def close(got, want, dtype):
+    np.testing.assert_allclose(got, want, rtol=0, atol=50 * TOLERANCE[dtype.name])
+
+
+def test_module_exports_the_width_of_this_machine():
+    assert _simd_roi._HOST.__dict__.keys() == WIDTHS[16].__dict__.keys()
+    assert _simd.VECTOR_BYTES in WIDTHS
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 3, 7, 8, 9, 21])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_weighted_sum(width, dtype, vectors, count):
+    weighted_sum = WIDTHS[width].weighted_sum
+    rng = np.random.default_rng(vectors)
+    stride = vectors * lanes_of(width, dtype) + 3
+    image, out = rng.standard_normal((6, stride)).astype(dtype), rng.standard_normal(stride).astype(dtype)
+    index, weights = a_list(rng, dtype, count, 6)
+
+    @njit
+    def run(out, image, index, weights, count, vectors, scale, accumulate):
+        stride = image.shape[1]
+        weighted_sum(
+            *(at(out, (1,)), at(image, (0, 1)), at(index, (0,)), at(weights, (0, 0))),
+            *(count, stride, vectors, scale, accumulate),
+        )
+
+    for accumulate in (False, True):
+        want, n = out.astype(np.float64), vectors * lanes_of(width, dtype)
+        total = sum((float(w) * image[i, 1 : 1 + n].astype(float) for i, w in zip(index, weights[0], strict=True)), 0.0)
+        want[1 : 1 + n] = (total + (want[1 : 1 + n] if accumulate else 0)) * 0.25
+        run(
+            out,
+            image,
+            np.append(index, 0),
+            np.pad(weights, ((0, 0), (0, 1))),
+            count,
+            vectors,
+            dtype.type(0.25),
+            accumulate,
+        )
+        close(out, want, dtype)
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 5])
+def test_weighted_dots(width, dtype, vectors):
+    weighted_dots = WIDTHS[width].weighted_dots
+    rng = np.random.default_rng(vectors)
+    n = vectors * lanes_of(width, dtype)
+    image, grad = rng.standard_normal((6, n + 1)).astype(dtype), rng.standard_normal(n + 2).astype(dtype)
+    index, weights = a_list(rng, dtype, 7, 6)
+
+    @njit
+    def run(grad, image, index, w, vectors):
+        return weighted_dots(
+            *(at(grad, (1,)), at(image, (0, 1)), at(index, (0,)), at(w, (0, 0)), at(w, (1, 0)), at(w, (2, 0))),
+            *(index.shape[0], image.shape[1], vectors),
+        )
+
+    want = weights.astype(float) @ image[index, 1 : 1 + n].astype(float) @ grad[1 : 1 + n].astype(float)
+    close(run(grad, image, index, weights, vectors), want, dtype)
+
+
+@pytest.mark.parametrize("vectors", [1, 3, 8, 11])
+def test_scatter_is_the_transpose_of_the_sum(width, dtype, vectors):
+    scatter = WIDTHS[width].scatter
+    rng = np.random.default_rng(vectors)
+    n = vectors * lanes_of(width, dtype)
+    image, grad = rng.standard_normal((6, n + 3)).astype(dtype), rng.standard_normal(n + 2).astype(dtype)
+    index, weights = a_list(rng, dtype, 7, 6)
+    want = image.astype(np.float64)
+    for i, w in zip(index, weights[0], strict=True):  # places repeat
+        want[i, 1 : 1 + n] += float(w) * 0.5 * grad[1 : 1 + n].astype(float)
+
+    @njit
+    def run(grad, image, index, weights, vectors, scale):
+        scatter(
+            *(at(grad, (1,)), at(image, (0, 1)), at(index, (0,)), at(weights, (0, 0))),
+            *(index.shape[0], image.shape[1], vectors, scale),
+        )
+
+    run(grad, image, index, weights, vectors, dtype.type(0.5))
+    close(image, want, dtype)
+
+
+def test_a_lane_for_itself_has_the_bits_of_a_vector(dtype):
+    """Planes and copies with channels last are two ways to the same result."""
+    rng = np.random.default_rng(1)
+    channels = 64 // dtype.itemsize
+    image = rng.standard_normal((9, channels)).astype(dtype)
+    index, weights = a_list(rng, dtype, 12, 9)
+    grad = rng.standard_normal(channels).astype(dtype)
+
+    def both(width):
+        weighted_sum, scatter = WIDTHS[width].weighted_sum, WIDTHS[width].scatter
+        vectors, times = (1, channels) if width == 0 else (channels * dtype.itemsize // width, 1)
+
+        @njit
+        def run(out, target, grad, image, index, weights, scale):
+            for c in range(times):
+                weighted_sum(
+                    *(at(out, (c,)), at(image, (0, c)), at(index, (0,)), at(weights, (0, 0))),
+                    *(index.shape[0], image.shape[1], vectors, scale, False),
+                )
+                scatter(
+                    *(at(grad, (c,)), at(target, (0, c)), at(index, (0,)), at(weights, (0, 0))),
+                    *(index.shape[0], image.shape[1], vectors, scale),
+                )
+
+        out, target = np.zeros(channels, dtype), image.copy()
+        run(out, target, grad, image, index, weights, dtype.type(1 / 3))
+        return out.tobytes(), target.tobytes()
+
+    assert both(0) == both(16) == both(32) == both(64)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_largest_pixel(width, dtype, accumulate):
+    """The first of equal values, and NaN over all: the first NaN."""
+    largest = WIDTHS[width].largest_pixel
+    n = 2 * lanes_of(width, dtype)
+    rng = np.random.default_rng(4)
+    image = rng.integers(-2, 3, (6, n)).astype(dtype)
+    image[2, 0] = image[4, 0] = np.nan
+    image[:, -1] = -np.inf
+    index = np.array([3, 0, 2, 5, 4], np.int32)
+    out, winner = np.full(n, 1, dtype), np.full(n, 7, f"i{dtype.itemsize}")
+
+    @njit
+    def run(out, winner, image, index, accumulate):
+        largest(
+            *(at(out, (0,)), at(winner, (0,)), at(image, (0, 0)), at(index, (0,)), at(out, (0,))),
+            *(index.shape[0], image.shape[1], 2, 10, accumulate),
+        )
+
+    want, want_winner = out.copy(), winner.copy()
+    for c in range(n):
+        best, number = (out[c], 7) if accumulate else (image[index[0], c], 10)
+        for i, place in enumerate(index):
+            value = image[place, c]
+            if not np.isnan(best) and (np.isnan(value) or value > best):
+                best, number = value, 10 + i
+        want[c], want_winner[c] = best, number
+    run(out, winner, image, index, accumulate)
+    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(winner, want_winner)
+
+
+def test_largest_point(width, dtype):
+    """Four weighted pixels make a value; a negative place stands for the value 0, whatever lies there."""
+    largest = WIDTHS[width].largest_point
+    n = lanes_of(width, dtype)
+    rng = np.random.default_rng(5)
+    image = rng.standard_normal((6, n)).astype(dtype) - dtype.type(3)
+    image[0] = np.nan
+    index = rng.integers(1, 6, (4, 4)).astype(np.int32)
+    index[2] = -1
+    weights = rng.uniform(0, 1, (4, 4)).astype(dtype)
+    weights[1] = 0.01
+    out, winner = np.zeros(n, dtype), np.zeros(n, f"i{dtype.itemsize}")
+
+    @njit
+    def run(out, winner, image, index, weights, count):
+        largest(
+            *(at(out, (0,)), at(winner, (0,)), at(image, (0, 0)), at(index, (0, 0)), at(weights, (0, 0))),
+            *(count, image.shape[1], 1, 0, False),
+        )
+
+    run(out, winner, image, index, weights, 4)
+    assert (out == 0).all() and (winner == 2).all()
+    run(out, winner, image, index, weights, 2)
+    values = np.einsum("ik,ikc->ic", weights[:2], image[index[:2]])
+    close(out, values.max(axis=0), dtype)
+    np.testing.assert_array_equal(winner, values.argmax(axis=0))
+
+
+# Bands ----------------------------------------------------------------------------------------------------------------
+
+
+def test_band_weights(dtype):
+    """Linear interpolation, and its derivative from the right, also at a pixel and at both ends of the band."""
+    points = np.array([3.25, 3.5, 4.0, 6.75, 10.0, 9.5], dtype)
+    steep = np.array([1, 1, 1, 0, 1, 1], dtype)
+    base = 3
+    want, slopes = np.zeros(BAND + 2), np.zeros(BAND + 2)
+    for point, s in zip(points.astype(float), steep, strict=True):
+        lower = int(point) - base
+        want[lower] += 1 - (point - int(point))
+        want[lower + 1] += point - int(point)
+        slopes[lower] -= s
+        slopes[lower + 1] += s
+
+    @njit
+    def run(weights, slopes, points, steep, base):
+        _simd_roi.band_weights(
+            *(at(weights, (0,)), at(slopes, (0,)), at(points, (0,)), at(steep, (0,)), points.shape[0], base)
+        )
+
+    got, got_slopes = np.zeros(BAND, dtype), np.zeros(BAND, dtype)
+    run(got, got_slopes, points, steep, dtype.type(base))
+    np.testing.assert_array_equal(got, want[:BAND])  # quarters are exact
+    np.testing.assert_array_equal(got_slopes, slopes[:BAND])
+
+
+@pytest.mark.parametrize("columns", range(1, BAND + 1))
+def test_bands(dtype, columns):
+    """Beyond the last column nothing is read, not even NaN, and nothing written: the plane ends there."""
+    rng = np.random.default_rng(columns)
+    width, x0 = 11, 2
+    rows = np.array([0, 2, 3], np.int32)
+    size = 3 * width + x0 + columns  # the last row ends with the band
+    plane = rng.standard_normal(size + BAND).astype(dtype)
+    plane[size:] = np.nan
+    y, x = rng.standard_normal((2, 3)).astype(dtype), rng.standard_normal((2, BAND)).astype(dtype)
+    x[:, columns:] = np.nan
+
+    @njit
+    def run(plane, rows, y, x, columns, grad):
+        first, count = at(plane, (x0,)), rows.shape[0]
+        dots = _simd_roi.band_dots(
+            *(first, at(rows, (0,)), at(y, (0, 0)), at(y, (1, 0)), count, width, at(x, (0, 0)), at(x, (1, 0)), columns)
+        )
+        total = _simd_roi.band_sum(first, at(rows, (0,)), at(y, (0, 0)), count, width, at(x, (0, 0)), columns)
+        _simd_roi.band_scatter(first, at(rows, (0,)), at(y, (0, 0)), count, width, at(x, (0, 0)), columns, grad)
+        return dots, total
+
+    places = rows[:, None] * width + x0 + np.arange(columns)
+    read = plane[places].astype(float)
+    want = [y[i].astype(float) @ read @ x[j, :columns].astype(float) for i, j in ((0, 0), (1, 0), (0, 1))]
+    after = plane.astype(np.float64)
+    after[places] += 0.5 * np.outer(y[0], x[0, :columns])
+    dots, total = run(plane, rows, y, x, columns, dtype.type(0.5))
+    close(dots, want, dtype)
+    close(total, want[0], dtype)
+    np.testing.assert_allclose(plane, after, rtol=0, atol=50 * TOLERANCE[dtype.name], equal_nan=True)

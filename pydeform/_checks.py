@@ -72,6 +72,8 @@ def number(op: str, name: str, value: Any, *, positive: bool = False) -> float:
         converted = float(value)
     except TypeError:
         raise TypeError(f"{op}: {name} must be {expected}, got {value!r}") from None
+    except OverflowError:
+        converted = math.inf
     if not math.isfinite(converted) or (positive and converted <= 0):
         raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
     return converted

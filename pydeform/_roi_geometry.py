@@ -29,7 +29,7 @@ class Rules(NamedTuple):
     first_point: float
     reach: float  # a point counts from -reach to size - 1 + reach, both included, and reads the nearest pixel there
     count_inside: int  # 1: the mean is over the points that count; 0: over all
-    flat_at_pixels: int  # 1: the derivative at an integer coordinate is 0; 0: the one from the right
+    flat_at_pixels: int  # 1: the derivative at an integer is 0; 0: the one from the right, but 0 at the first and last
     least_count: int  # 1: a mean is over one point at least, so a bin without points is 0; 0: that is 0/0, NaN
     # Of whole pixels: from floor(start of the bin) to ceil(its end), without that one, within the image.
     unread_pixels: int  # rows and columns at the end of the image that no bin reads

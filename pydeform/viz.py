@@ -1,4 +1,4 @@
-"""Pictures of sampling points, offsets and effective dilation: every function draws on Matplotlib axes."""
+"""Pictures of sampling points, offsets, RoI parts and effective dilation: functions that draw on Matplotlib axes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
+from pydeform import _checks, _roi_geometry
 from pydeform.ops.analysis import effective_dilation, sampling_locations
 
 TAP, CENTRE = "#e4572e", "#ffd23f"
+ROI_RULES = {
+    "deform_psroi_pool": _roi_geometry.DEFORM_PSROI_POOL,
+    "deform_roi_pool": _roi_geometry.DEFORM_ROI_POOL,
+}
 
 
 class Level(NamedTuple):
@@ -136,6 +142,105 @@ def offset_field(
     return ax
 
 
+def roi_parts(
+    ax: Axes,
+    box: Any,
+    offset: Any = None,
+    *,
+    image: Any = None,
+    bins: int | tuple[int, int] | None = None,
+    scale: float = 0.1,
+    class_index: int = 0,
+    operator: str = "deform_psroi_pool",
+    color: Any = TAP,
+    box_color: Any = CENTRE,
+) -> Axes:
+    """Draw a box, its regular bins (thin) and where the offsets of one class put them (figure 7 of the paper).
+
+    Parameters
+    ----------
+    ax : where to draw
+    box, offset, bins, scale, class_index, operator : as in `roi_bins`; without offset only the regular bins are drawn
+    image : drawn under the box, (H, W) grey or (H, W, 3), in whose pixels the box is given
+    color, box_color : of the moved bins; of the box and its regular bins
+
+    Returns   `ax`. Its patches are the regular bins row by row, the box, and the moved bins row by row.
+    Source    arXiv:1703.06211 figure 7
+
+    >>> import numpy as np
+    >>> ax = roi_parts(panels()[0, 0], [0, 2, 3, 13, 14], np.ones((2, 3, 3)), image=np.zeros((20, 20)))
+    >>> len(ax.patches)
+    19
+    """
+    options: dict[str, Any] = {"bins": bins, "scale": scale, "operator": operator}
+    if offset is not None and bins is None:
+        options["bins"] = tuple(np.shape(offset)[1:])
+    regular = roi_bins(box, **options).reshape(-1, 4)
+    moved = regular[:0]
+    if offset is not None:
+        moved = roi_bins(box, offset, class_index=class_index, **options).reshape(-1, 4)
+    if image is not None:
+        show(ax, image)
+    else:
+        x1, y1, x2, y2 = _extent(np.concatenate((regular, moved)))
+        ax.set(xlim=(x1 - 1, x2 + 1), ylim=(y2 + 1, y1 - 1), aspect="equal", xticks=[], yticks=[])
+    for edges, width, edge in (
+        (regular, 0.6, box_color),
+        (_extent(regular)[None], 2.0, box_color),
+        (moved, 1.6, color),
+    ):
+        for x1, y1, x2, y2 in edges:
+            ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, linewidth=width, edgecolor=edge, facecolor="none"))
+    return ax
+
+
+def roi_bins(
+    box: Any,
+    offset: Any = None,
+    *,
+    bins: int | tuple[int, int] | None = None,
+    scale: float = 0.1,
+    class_index: int = 0,
+    operator: str = "deform_psroi_pool",
+) -> Any:
+    """The bins of a box, moved by the offsets of one class, in pixels of the image: whole numbers are pixel centres.
+
+    Parameters
+    ----------
+    box : row [batch index, x1, y1, x2, y2] of the operator's boxes, or its last four numbers
+    offset : (2*classes, part_h, part_w), one box of the operator's `trans` or `offset`: channel 2*class moves x,
+        2*class + 1 y, in units of `scale` times the box. None: no offsets
+    bins : how many bins, (vertical, horizontal) or one number for both; None: as many as there are offsets, or 7
+    scale : the operator's trans_std or gamma
+    class_index : which class
+    operator : "deform_psroi_pool", which rounds a box to whole pixels and holds the last one, or "deform_roi_pool"
+
+    Returns   array (bins_h, bins_w, 4) of [left, top, right, bottom]. `spatial_scale` plays no part: pixels of the
+              operator's input lie where a resized image has them, (i + 1/2) / spatial_scale - 1/2.
+
+    >>> roi_bins([0, 2, 3, 13, 14], bins=2)[0].tolist()
+    [[1.5, 2.5, 7.5, 8.5], [7.5, 2.5, 13.5, 8.5]]
+    """
+    _checks.check_choice("roi_bins", "operator", operator, tuple(ROI_RULES))
+    rules = ROI_RULES[operator]
+    corners = np.asarray(box, np.float64)[-4:]
+    if rules.rounding == _roi_geometry.BEFORE_SCALE:
+        corners = np.copysign(np.floor(np.abs(corners) + 0.5), corners)  # halves away from zero
+    x1, y1, x2, y2 = corners - 0.5 * rules.half_pixel
+    width = max(x2 + rules.last_pixel - x1, rules.least_size)
+    height = max(y2 + rules.last_pixel - y1, rules.least_size)
+    moves = np.zeros((2, 1, 1)) if offset is None else np.asarray(offset, np.float64)
+    part_h, part_w = moves.shape[1:]
+    if bins is None:
+        bins = 7 if offset is None else (part_h, part_w)
+    bins_h, bins_w = (bins, bins) if isinstance(bins, int) else bins
+    py, px = np.indices((bins_h, bins_w))
+    cell = (py * part_h // bins_h, px * part_w // bins_w)
+    left = x1 + px * (width / bins_w) + scale * width * moves[2 * class_index][cell]
+    top = y1 + py * (height / bins_h) + scale * height * moves[2 * class_index + 1][cell]
+    return np.stack((left, top, left + width / bins_w, top + height / bins_h), axis=-1)
+
+
 def dilation_map(ax: Axes, offset: Any, kernel_size: Any = 3, dilation: Any = 1, *, group: int = 0) -> Axes:
     """Draw the effective dilation (colour) of each output position of one image, offset (2*offset_groups*K, h, w).
 
@@ -183,6 +288,11 @@ def show(ax: Axes, image: Any) -> Axes:
     ax.imshow(image, cmap="gray", interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     return ax
+
+
+def _extent(edges: Any) -> Any:
+    """[left, top, right, bottom] of all of (n, 4) of them."""
+    return np.concatenate((edges[:, :2].min(axis=0), edges[:, 2:].max(axis=0)))
 
 
 def _curves(ax: Axes, x: Any, curves: Mapping[str, Any], **options: Any) -> None:

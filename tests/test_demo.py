@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 from pydeform import demo
-from pydeform.demo import data, networks, training
+from pydeform.demo import data, networks, parts, training
 
 PICTURES = {"digits", "sampling_points", "offset_field", "effective_dilation", "learning_curves"}
 
@@ -53,6 +53,29 @@ def test_image_with_a_trained_and_with_a_seeded_network(quick, tmp_path, capsys)
     assert demo.main(["--image", str(tmp_path / "photo.png"), "--output", str(tmp_path)]) == 0
     assert "seeded with 0" in capsys.readouterr().out
     assert (tmp_path / "points_on_photo.png").exists()
+
+
+def test_parts_climb_their_maps_class_by_class(tmp_path, capsys):
+    assert demo.main(["--parts", "--output", str(tmp_path)]) == 0
+    assert 5000 < (tmp_path / "roi_parts.png").stat().st_size < 400_000  # small enough for a README
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all("mean score in the bins" in line for line in lines[1:])
+    maps = np.zeros((1, 2, 40, 40))
+    maps[0, 0] = np.arange(40)  # class 0 grows to the right, class 1 is flat
+    found = parts.climb(maps / 40, (40, 40, 99, 99), steps=5)
+    assert (found.trans[0, 0] > 0).all() and not found.trans[0, 1:].any()
+    assert found.after[0] > found.before[0]
+    again = parts.climb(maps / 40, (40, 40, 99, 99), steps=5)
+    np.testing.assert_array_equal(again.trans, found.trans)
+
+
+def test_score_maps_are_blurred_nearness_of_colour():
+    photo = np.zeros((80, 120, 3), np.uint8)
+    photo[:, :60] = (200, 100, 50)
+    maps = parts.score_maps(photo, [(200, 100, 50), (0, 0, 0)])
+    assert maps.shape == (1, 2, 20, 30)
+    np.testing.assert_allclose(maps[0, :, 10, [5, 24]], [[1, 0], [0, 1]], atol=0.1)
+    assert (np.diff(maps[0, 0, 10, 8:22]) < 0).all()
 
 
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):

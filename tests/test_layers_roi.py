@@ -1,5 +1,6 @@
 """RoI layers: gradients through both passes, what they start as, and that they are the operators they are made of."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -230,7 +231,7 @@ def test_no_boxes(layer, channels, features):
     assert not any(grad.any() for grad in layer.grads.values())
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_other_dtypes(dtype):
     boxes = BOXES.astype(dtype)
     for layer, maps in (

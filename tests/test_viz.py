@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
+import pydeform
 from pydeform import viz
 
 
@@ -51,6 +52,59 @@ def test_offset_field_draws_one_arrow_a_position():
     assert (arrows.U == -4).all() and (arrows.V == 2).all()
     mean = viz.offset_field(axes(), offset, group=1).collections[0]
     np.testing.assert_allclose(mean.V, 1 / 9)
+
+
+def test_bins_by_the_formula():
+    """docs/math/roi.md, eq. 1 to 3, scale 1, with other parts than bins and the second of two classes."""
+    offset = np.random.default_rng(0).uniform(-1, 1, (4, 2, 3))
+    found = viz.roi_bins([1, 2.5, -3.5, 11.4, 20.7], offset, bins=(4, 5), scale=0.3, class_index=1)
+    assert found.shape == (4, 5, 4)
+    x1, width = 3 - 0.5, 11 + 1 - 3  # halves away from zero, the last pixel included
+    y1, height = -4 - 0.5, 21 + 1 + 4
+    for py in range(4):
+        for px in range(5):
+            ty, tx = py * 2 // 4, px * 3 // 5
+            left = x1 + px * width / 5 + 0.3 * width * offset[2, ty, tx]
+            top = y1 + py * height / 4 + 0.3 * height * offset[3, ty, tx]
+            np.testing.assert_allclose(found[py, px], [left, top, left + width / 5, top + height / 4])
+    upside_down = viz.roi_bins([5, 5, 2, 2], bins=1)[0, 0]
+    np.testing.assert_allclose(upside_down, [4.5, 4.5, 4.6, 4.6])
+    with pytest.raises(ValueError, match="roi_bins: operator must be one of 'deform_psroi_pool', 'deform_roi_pool'"):
+        viz.roi_bins([1, 2, 3, 4], operator="roi_align")
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("operator", list(viz.ROI_RULES))
+def test_bins_lie_where_the_operator_reads(operator, scale):
+    """Pooling an image of coordinates gives the mean point of each bin, which is `middle` of the way through it."""
+    samples, side = 4, 40
+    coordinates = np.stack(np.indices((side, side))[::-1]).astype(float)[None]  # channel 0 is x, 1 is y
+    box = np.array([[0, 17.5, 14.3, 49.6, 58.5]]) * [1, *(0.5 / scale,) * 4]
+    offset = np.random.default_rng(1).uniform(-1, 1, (1, 2, 3, 3))
+    if operator == "deform_roi_pool":
+        mean = pydeform.deform_roi_pool(coordinates, box, offset, 3, scale, samples, 0.15)[0]
+        middle = 1 / 2
+    else:
+        options = {"output_dim": 2, "pooled_size": 3, "sample_per_part": samples, "trans_std": 0.15}
+        mean = pydeform.deform_psroi_pool(coordinates, box, offset, spatial_scale=scale, **options)[0]
+        middle = 3 / 8  # the mean of 0/4, 1/4, 2/4 and 3/4: its points are not centred
+    bins = viz.roi_bins(box[0], offset[0], scale=0.15, operator=operator)
+    expected = (1 - middle) * bins[..., :2] + middle * bins[..., 2:]
+    np.testing.assert_allclose((mean.transpose(1, 2, 0) + 0.5) / scale - 0.5, expected, atol=1e-12)
+
+
+def test_parts_are_drawn_where_the_bins_are():
+    box, offset = [0, 2, 3, 13, 14], np.random.default_rng(0).uniform(-1, 1, (4, 3, 3))
+    ax = axes()
+    assert viz.roi_parts(ax, box, offset, class_index=1, scale=0.2, image=np.zeros((20, 20)), color="red") is ax
+    drawn = np.array([patch.get_bbox().extents for patch in ax.patches])
+    np.testing.assert_allclose(drawn[:9], viz.roi_bins(box, bins=3).reshape(9, 4))
+    np.testing.assert_allclose(drawn[9], [1.5, 2.5, 13.5, 14.5])
+    np.testing.assert_allclose(drawn[10:], viz.roi_bins(box, offset, scale=0.2, class_index=1).reshape(9, 4))
+    assert len(ax.images) == 1
+    regular = viz.roi_parts(axes(), box, bins=(2, 3), operator="deform_roi_pool")
+    assert len(regular.patches) == 7
+    np.testing.assert_allclose((*regular.get_xlim(), *regular.get_ylim()), (0.5, 13.5, 14.5, 1.5))
 
 
 def test_dilation_and_learning_curves():

@@ -54,7 +54,7 @@ def _problem(
     rng = np.random.default_rng(1234)
     image = np.array(size[::-1]) / options["spatial_scale"]
     centres = rng.uniform(0, 1, (boxes, 2)) * image
-    half = np.exp(rng.uniform(*np.log(SIZES), (boxes, 2))) / 2
+    half = np.exp(rng.uniform(np.log(SIZES[0]), np.log(SIZES[1]), (boxes, 2))) / 2
     arrays = {
         "input": rng.standard_normal((1, channels, *size), np.float32),
         "boxes": np.concatenate([np.zeros((boxes, 1)), centres - half, centres + half], 1, dtype=np.float32),
@@ -65,13 +65,13 @@ def _problem(
 
 
 def problem(name: str) -> Problem:
-    deformable = {"pooled_size": BINS, "sample_per_part": 4, "trans_std": 0.1, "spatial_scale": 1 / 16}
+    deformable: dict[str, Any] = {"pooled_size": BINS, "sample_per_part": 4, "trans_std": 0.1, "spatial_scale": 1 / 16}
     if name == "align":
-        options = {"output_size": BINS, "spatial_scale": 1 / 8, "sampling_ratio": 2, "aligned": True}
-        return _problem("roi_align", 512, 256, (100, 136), 256, **options)
+        align: dict[str, Any] = {"output_size": BINS, "spatial_scale": 1 / 8, "sampling_ratio": 2, "aligned": True}
+        return _problem("roi_align", 512, 256, (100, 136), 256, **align)
     if name == "pool":
         return _problem("roi_pool", 512, 256, (100, 136), 256, output_size=BINS, spatial_scale=1 / 8)
-    options = {"output_dim": 21, "group_size": BINS, **deformable}
+    options: dict[str, Any] = {"output_dim": 21, "group_size": BINS, **deformable}
     if name == "R-FCN":
         return _problem("deform_psroi_pool", 300, 21 * BINS**2, (38, 50), 21, 1, **options)
     if name == "R-FCN by class":

@@ -13,11 +13,10 @@ import numpy as np
 from pydeform.cpu import _roi_common, _threads
 from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, workspace
 from pydeform.cpu._channels_last import block_to_channels_first, pixel_parts, to_channels_last
-from pydeform.cpu._conv_common import pixel_dtype, round_up
+from pydeform.cpu._conv_common import pixel_dtype
 from pydeform.cpu._jit import Kernel, inline
 from pydeform.cpu._roi_bins import BROKEN, SOUND
 from pydeform.cpu._roi_common import (
-    CHANNELS,
     LISTED,
     blocks_of_class,
     box_of,
@@ -79,10 +78,8 @@ def backward(
         lanes = _roi_common.lanes_of(dtype)
         per_class = g.out_channels // g.classes
         threads = _roi_common.threads_for(g, 1 + 2 * need_dots)
-        # What a bin reads is listed once for each unit, so there are no more of them than keep the threads at work.
         groups = g.batch * _roi_common.cells_of(g) * g.classes
-        largest = min(CHANNELS, max(2 * lanes, round_up(-(-per_class * groups // threads), lanes)))
-        blocks, width = blocks_of_class(per_class, lanes, largest)
+        blocks, width = blocks_of_class(per_class, lanes)
         few = per_class < _roi_common.FEW_CHANNELS
         plan = BackwardPlan(
             planes=int(planes),
@@ -94,6 +91,7 @@ def backward(
             need_input=int(need_input),
             need_dots=int(has_dots),
             copies=int((need_input and not planes) or (has_dots and not few)),
+            # What a bin reads is listed once for each unit, so there are no more than keep the threads at work.
             blocks_of_unit=-(-len(blocks) // max(1, threads // groups)),
         )
         arguments = _roi_common.flat_arguments(input, boxes, offset, mask, g, dtype)

@@ -39,8 +39,13 @@ class RoiPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def blocks_of_class(per_class: int, lanes: int, largest: int) -> tuple[Any, int]:
-    """The blocks of channels of one class, as equal as can be, and the width of all. `before`: that of earlier ones."""
+def blocks_of_class(per_class: int, lanes: int) -> tuple[Any, int]:
+    """The blocks of channels of one class, as equal as can be, and the width of all. `before`: that of earlier ones.
+
+    Two at least where channels allow it, as threads share them. Sums over channels go block by block, so what they are
+    depends on the class alone.
+    """
+    largest = CHANNELS if per_class >= 2 * CHANNELS else max(2 * lanes, round_up(-(-per_class // 2), lanes))
     count = -(-per_class // largest)
     size = -(-per_class // count)
     rows, before = [], 0

@@ -6,6 +6,7 @@
 #include "roi_forward.cuh"
 
 constexpr int TILE_H = 2, TILE_W = 8;  // pixels of one thread of input_gradient
+constexpr int AHEAD = 4;               // loads of one thread on their way at once
 constexpr int BOUNDS = 5;
 constexpr int MEAN = 0, LARGEST_PIXEL = 1, LARGEST_POINT = 2;
 
@@ -42,17 +43,18 @@ __global__ void __launch_bounds__(ROI_THREADS, 2)
   bounds[4 * g.boxes + r] = x1;
 }
 
-// A bin that reads pixels of a tile.
-template <class A, class I> struct TileBin {
-  A y[TILE_H], x[TILE_W];  // weights of the tile's rows and columns
-  A factor;                // mask / count
-  I place;                 // r * bins + bin
-  unsigned reads;          // a bit for each row, then for each column
-  int unit;                // of channels, (group, class)
+// A bin that reads pixels of a tile. Its order and size let it be loaded 16 bytes at a time.
+template <class A> struct __align__(16) TileBin {
+  A x[TILE_W], y[TILE_H];           // weights of the tile's columns and rows
+  A factor;                         // mask / count
+  typename PixelOf<A>::type reads;  // a bit for each row, then for each column
+  long long place;                  // r * bins + bin
+  int unit;                         // of channels, (group, class)
+  int unused;
 };
 
 // Adds what bin b gives to the pixels of a tile in one channel, whose grad_output * mask / count is v.
-template <class A, class I> PYDEFORM_DEVICE void add_mean(A (&sum)[TILE_H * TILE_W], const TileBin<A, I>& b, A v) {
+template <class A> PYDEFORM_DEVICE void add_mean(A (&sum)[TILE_H * TILE_W], const TileBin<A>& b, A v) {
   if (is_finite(v)) {  // then a weight of 0 changes nothing where the bin reads nothing
 #pragma unroll
     for (int i = 0; i < TILE_H; i++) {
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 2)
   constexpr int PIXELS = TILE_H * TILE_W, ROW = TILE_W + 1;
   PYDEFORM_SHARED(int, hits, ROI_THREADS);
   PYDEFORM_SHARED(int, counts, ROI_WARPS);
-  using Entry = TileBin<A, I>;
+  using Entry = TileBin<A>;
   PYDEFORM_SHARED(Entry, entries, ROI_WARPS * 32);
   PYDEFORM_SHARED(RoiBox<A>, warp_boxes, ROI_WARPS);
   PYDEFORM_SHARED(A, stage, ROI_THREADS * ROW);
@@ -164,8 +166,9 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 2)
             const unsigned columns = rows ? weights_of<TILE_W>(bin.x, x0, entry.x, slope_x, g) : 0;
             if (columns) entry.reads = rows | columns << TILE_H;
             entry.factor = mask_of<T, I>(mask, own, place, g) / (READS == MEAN ? bin.count : (A)1);
-            entry.place = (I)own * bins + place;
+            entry.place = (long long)own * bins + place;
             entry.unit = bin_unit;
+            entry.unused = 0;
           }
         }
         const unsigned listed = __ballot_sync(0xffffffffu, entry.reads != 0);
@@ -174,14 +177,26 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 2)
         __syncthreads();
         for (int w = 0; w < warps; w++) {
           const int count = counts[w];
-          for (int e = 0; e < count; e++) {
-            const Entry& b = entries[w * 32 + e];
-            if (b.unit != unit) continue;
-            const A v = to_float(grads[(b.place * g.classes + label) * pitch + within]) * b.factor;
-            if constexpr (READS == MEAN) {
-              add_mean(sum, b, v);
-            } else {
-              add_largest(sum, winners + 2 * (b.place * g.out_channels + label * per_class + within), y0, x0, v, g);
+          for (int e0 = 0; e0 < count; e0 += AHEAD) {
+            A v[AHEAD];
+            bool mine[AHEAD];
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) {  // all are on their way before the first is needed
+              const int e = w * 32 + min(e0 + k, count - 1);
+              mine[k] = e0 + k < count && entries[e].unit == unit;
+              const I place = ((I)entries[e].place * g.classes + label) * pitch + within;
+              v[k] = mine[k] ? to_float(grads[place]) : (A)0;
+            }
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) {
+              if (!mine[k]) continue;
+              const Entry b = entries[w * 32 + e0 + k];
+              if constexpr (READS == MEAN) {
+                add_mean(sum, b, v[k] * b.factor);
+              } else {
+                const I winner = (I)b.place * g.out_channels + label * per_class + within;
+                add_largest(sum, winners + 2 * winner, y0, x0, v[k] * b.factor, g);
+              }
             }
           }
         }
@@ -210,8 +225,8 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 2)
 }
 
 // What one bin of a class adds to eq. 8 and 9: sums over its channels of grad_output times the value and the derivatives.
-template <class A, class I>
-PYDEFORM_DEVICE void put_gradients(const Bin<A>& bin, const RoiBox<A>& box, A value, A along_y, A along_x, A mask,
+template <class AnyBin, class A, class I>
+PYDEFORM_DEVICE void put_gradients(const AnyBin& bin, const RoiBox<A>& box, A value, A along_y, A along_x, A mask,
                                    A* offsets, A* masks, I at, const RoiGeometry& g) {
   const A nothing = bin.broken ? not_a_number<A>() : (A)0;
   const bool sound = !bin.broken && !bin.outside;
@@ -225,13 +240,13 @@ PYDEFORM_DEVICE void put_gradients(const Bin<A>& bin, const RoiBox<A>& box, A va
 // Per bin and class, offsets (R, bins, classes, 2), x first, and masks (R, bins, classes); either may be null.
 // Owner: one warp per (r, bin, class), `lanes` lanes on the chunks of a pixel of the channels-last copy, as pool_bins.
 template <class T, class I>
-__global__ void __launch_bounds__(ROI_THREADS, 2)
+__global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 2 : 3)
     bin_gradients(const T* __restrict__ grads, const T* __restrict__ image, const T* __restrict__ boxes,
                   const T* __restrict__ offset, const T* __restrict__ mask, Compute<T>* __restrict__ offsets,
                   Compute<T>* __restrict__ masks, RoiGeometry g, RoiImages images, int pitch, int lanes) {
   using A = Compute<T>;
   constexpr int E = 16 / sizeof(T);
-  PYDEFORM_SHARED(RoiSlope<A>, taps, ROI_WARPS * 64);
+  PYDEFORM_SHARED(RoiSlope<A>, taps, ROI_WARPS * 32);
   const int bins = g.pooled_h * g.pooled_w;
   const I at = (I)blockIdx.x * ROI_WARPS + threadIdx.x / 32, pair = at / g.classes;
   if (at >= (I)g.boxes * bins * g.classes) return;
@@ -241,16 +256,17 @@ __global__ void __launch_bounds__(ROI_THREADS, 2)
 
   const int lane = threadIdx.x % 32, chunk = lane % lanes, sub = lane / lanes, at_once = 32 / lanes;
   const I memory = (I)g.group_h * g.group_w * g.classes * pitch;
-  PYDEFORM_SHARED(Bin<A>, shared_bins, ROI_WARPS);
-  const Bin<A>& bin = share_bin(shared_bins + threadIdx.x / 32, read_bin<T, I>(box, offset, r, place, label, g), lane);
+  WarpBin<A> bin;
+  bin.template read<T, I>(box, offset, r, place, label, g);
   const int unit = group_of_bin(place, g) * g.classes + label;
   const T* const source = image + (I)(box.image - images.first) * g.in_h * g.in_w * memory + (I)unit * pitch;
-  RoiSlope<A>*const rows = taps + threadIdx.x / 32 * 64, *const columns = rows + 32;
+  RoiSlope<A>*const rows = taps + threadIdx.x / 32 * 32, *const columns = rows + 16;
   A value = 0, along_y = 0, along_x = 0;
-  for (int y = bin.y.low; y < bin.y.high; y += 32) {
-    for (int x = bin.x.low; x < bin.x.high; x += 32) {
+  for (int y = bin.top; y < bin.bottom; y += 16) {
+    for (int x = bin.left; x < bin.right; x += 16) {
+      int many_rows, many;
       __syncwarp();
-      const int many_rows = list_taps(rows, bin.y, y, lane, g), many = list_taps(columns, bin.x, x, lane, g);
+      bin.list(rows, y, x, many_rows, many, g);
       __syncwarp();
       if (many == 0) continue;
       const int turns = (many_rows * many - sub + at_once - 1) / at_once;

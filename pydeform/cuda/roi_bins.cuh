@@ -102,7 +102,7 @@ template <class A> struct Reading {
   A slope;  // 1, or 0 where the weights do not change with the coordinate
   PYDEFORM_DEVICE Reading(A y, int length, const RoiGeometry& g) {
     const A highest = (A)(length - 1), inside = min(max(y, (A)0), highest), whole = round_down(inside);
-    lower = clamped(whole, length - 1);
+    lower = min((int)whole, length - 1);
     part = inside - whole;
     const bool flat = g.flat_at_pixels && part == 0;  // flat_at_pixels: interpolated between floor and ceil
     upper = flat ? lower : min(lower + 1, length - 1);
@@ -142,12 +142,17 @@ template <class A> PYDEFORM_DEVICE void read_points(Axis<A>& a, const RoiGeometr
       const A found = min(max(high, (A)0), last) - a.first + 1, fit = (to - from) / magnitude(step) + 2 * margin + 4;
       a.points = clamped(min(found, fit), MOST_POINTS);
     }
-    for (; a.points > 0 && !a.counts(a.at(0, g), g); a.points--) a.first += 1;
-    while (a.points > 0 && !a.counts(a.at(a.points - 1, g), g)) a.points--;
+    A one = a.at(0, g), other;
+    while (a.points > 0 && !a.counts(one, g)) {
+      a.points--;
+      a.first += 1;
+      one = a.at(0, g);
+    }
+    while (a.points > 0 && !a.counts(other = a.at(a.points - 1, g), g)) a.points--;
     if (a.points > 0) {
-      const Reading<A> one(a.at(0, g), a.length, g), other(a.at(a.points - 1, g), a.length, g);
-      a.low = min(one.lower, other.lower);
-      a.high = max(one.upper, other.upper) + 1;
+      const Reading<A> from(one, a.length, g), to(other, a.length, g);
+      a.low = min(from.lower, to.lower);
+      a.high = max(from.upper, to.upper) + 1;
     }
   }
   a.count = g.count_inside ? (A)a.points : a.n;  // count_inside
@@ -183,13 +188,6 @@ PYDEFORM_DEVICE unsigned weights_of(const Axis<A>& a, int k, A (&w)[N], A (&slop
   return reads;
 }
 
-template <class A> struct Bin {
-  Axis<A> y, x;
-  A count;       // what the mean divides by, NaN for a broken one
-  bool broken;   // NaN, whatever it reads
-  bool outside;  // infinitely far away: 0
-};
-
 PYDEFORM_DEVICE int cell_of_bin(int p, int cells, int pooled) { return (int)((long long)p * cells / pooled); }
 
 // The first bin of a cell: the least p with cell_of_bin(p) == cell or more.
@@ -203,46 +201,77 @@ template <class I> PYDEFORM_DEVICE I offset_place(int r, int py, int px, int lab
   return (((I)r * g.classes + label) * 2 * g.part_h + ty) * g.part_w + tx;
 }
 
-// Bin `place` (py * pooled_w + px) of box r for the channels of class `label`. offset may be null.
+// How the bin `place` (py * pooled_w + px) of box r lies for the channels of class `label`, before any axis is looked at.
+template <class A> struct Move {
+  A y, x;        // eq. 2
+  bool broken;   // NaN, whatever the bin reads
+  bool outside;  // infinitely far away: 0
+};
+// offset may be null.
+template <class T, class I>
+PYDEFORM_DEVICE Move<Compute<T>> read_move(const RoiBox<Compute<T>>& box, const T* __restrict__ offset, int r, int py,
+                                           int px, int label, const RoiGeometry& g) {
+  using A = Compute<T>;
+  A offset_y = 0, offset_x = 0;
+  Move<A> m;
+  m.y = m.x = 0;
+  if (offset) {
+    const I at = offset_place<I>(r, py, px, label, g);
+    offset_x = to_float(offset[at]);
+    offset_y = to_float(offset[at + (I)g.part_h * g.part_w]);
+    m.y = times(times(offset_y, (A)g.offset_scale), box.y.size);
+    m.x = times(times(offset_x, (A)g.offset_scale), box.x.size);
+  }
+  m.broken = box.broken || offset_y != offset_y || offset_x != offset_x;
+  m.outside = !(box.y.sound && box.x.sound && is_finite(m.y) && is_finite(m.x));
+  return m;
+}
+
+// One axis of a bin, its p-th, unless `nothing` is read.
+template <class A>
+PYDEFORM_DEVICE Axis<A> read_axis(const Extent<A>& box, A move, int p, int pooled, int length, bool nothing,
+                                  const RoiGeometry& g) {
+  Axis<A> a;
+  a.length = length;
+  a.bin = box.size / (A)pooled;
+  a.start = box.begin + times((A)p, a.bin) + move;
+  a.n = a.first = 0;
+  a.count = 1;
+  read_nothing(a);
+  if (nothing) return a;
+  if (g.points) {  // points
+    read_points(a, g);
+  } else {
+    read_pixels(a, box.begin, p, g);
+  }
+  return a;
+}
+
+// What the mean divides by.
+template <class A> PYDEFORM_DEVICE A count_of(A y, A x, const Move<A>& m, const RoiGeometry& g) {
+  if (m.broken) return not_a_number<A>();
+  return !g.least_count ? times(y, x) : max(times(y, x), (A)g.least_count);  // least_count
+}
+
+template <class A> struct Bin {
+  Axis<A> y, x;
+  A count;      // what the mean divides by, NaN for a broken one
+  bool broken;  // as in Move
+  bool outside;
+};
+
 template <class T, class I>
 PYDEFORM_DEVICE Bin<Compute<T>> read_bin(const RoiBox<Compute<T>>& box, const T* __restrict__ offset, int r, int place,
                                          int label, const RoiGeometry& g) {
   using A = Compute<T>;
   const int py = place / g.pooled_w, px = place - py * g.pooled_w;
-  A offset_y = 0, offset_x = 0;
-  if (offset) {
-    const I at = offset_place<I>(r, py, px, label, g);
-    offset_x = to_float(offset[at]);
-    offset_y = to_float(offset[at + (I)g.part_h * g.part_w]);
-  }
-  const A scale = (A)g.offset_scale;
-  const A move_y = offset ? times(times(offset_y, scale), box.y.size) : (A)0;  // eq. 2
-  const A move_x = offset ? times(times(offset_x, scale), box.x.size) : (A)0;
+  const Move<A> m = read_move<T, I>(box, offset, r, py, px, label, g);
   Bin<A> b;
-  b.broken = box.broken || offset_y != offset_y || offset_x != offset_x;
-  b.outside = !(box.y.sound && box.x.sound && is_finite(move_y) && is_finite(move_x));
-  b.y.length = g.in_h;
-  b.x.length = g.in_w;
-  b.y.bin = box.y.size / (A)g.pooled_h;
-  b.x.bin = box.x.size / (A)g.pooled_w;
-  b.y.start = box.y.begin + times((A)py, b.y.bin) + move_y;
-  b.x.start = box.x.begin + times((A)px, b.x.bin) + move_x;
-  b.y.n = b.x.n = b.y.first = b.x.first = b.y.count = b.x.count = 0;
-  b.count = b.broken ? not_a_number<A>() : (A)1;
-  if (b.broken || b.outside) {
-    read_nothing(b.y);
-    read_nothing(b.x);
-    return b;
-  }
-  if (g.points) {  // points
-    read_points(b.y, g);
-    read_points(b.x, g);
-  } else {
-    read_pixels(b.y, box.y.begin, py, g);
-    read_pixels(b.x, box.x.begin, px, g);
-  }
-  b.count = times(b.y.count, b.x.count);
-  if (g.least_count) b.count = max(b.count, (A)g.least_count);  // least_count
+  b.y = read_axis(box.y, m.y, py, g.pooled_h, g.in_h, m.broken || m.outside, g);
+  b.x = read_axis(box.x, m.x, px, g.pooled_w, g.in_w, m.broken || m.outside, g);
+  b.count = count_of(b.y.count, b.x.count, m, g);
+  b.broken = m.broken;
+  b.outside = m.outside;
   return b;
 }
 

@@ -29,23 +29,42 @@ template <class A> PYDEFORM_DEVICE void put_tap(RoiSlope<A>& tap, int pixel, A w
   tap = {pixel, weight, slope};
 }
 
-// Those of 32 pixels from k on that the bin reads, in order. Every lane of the warp calls it; the result is how many.
-template <class Tap, class A>
-PYDEFORM_DEVICE int list_taps(Tap* list, const Axis<A>& axis, int k, int lane, const RoiGeometry& g) {
-  A weight[1] = {0}, slope[1] = {0};
-  const bool reads = k + lane < axis.high && weights_of<1>(axis, k + lane, weight, slope, g);
-  const unsigned all = __ballot_sync(0xffffffffu, reads);
-  if (reads) put_tap(list[__popc(all & ((1u << lane) - 1))], k + lane, weight[0], slope[0]);
-  return __popc(all);
-}
+// A bin as a warp reads it: lanes 0 to 15 have its rows, the others its columns. Every lane of the warp calls all of it.
+template <class A> struct WarpBin {
+  Axis<A> axis;  // of this half
+  A count;       // as in Bin
+  bool broken, outside;
+  int top, bottom, left, right;  // the pixels it reads are within these, the last two excluded
 
-// A warp's bin, of which every lane brings a copy, in shared memory.
-template <class A> PYDEFORM_DEVICE const Bin<A>& share_bin(Bin<A>* target, const Bin<A>& bin, int lane) {
-  __syncwarp();
-  if (lane == 0) *target = bin;
-  __syncwarp();
-  return *target;
-}
+  PYDEFORM_DEVICE bool is_x() const { return threadIdx.x & 16; }
+  template <class T, class I>
+  PYDEFORM_DEVICE void read(const RoiBox<A>& box, const T* __restrict__ offset, int r, int place, int label,
+                            const RoiGeometry& g) {
+    const int py = place / g.pooled_w, px = place - py * g.pooled_w;
+    const Move<A> m = read_move<T, I>(box, offset, r, py, px, label, g);
+    axis = read_axis(is_x() ? box.x : box.y, is_x() ? m.x : m.y, is_x() ? px : py, is_x() ? g.pooled_w : g.pooled_h,
+                     is_x() ? g.in_w : g.in_h, m.broken || m.outside, g);
+    count = count_of(axis.count, __shfl_xor_sync(0xffffffffu, axis.count, 16), m, g);
+    broken = m.broken;
+    outside = m.outside;
+    top = __shfl_sync(0xffffffffu, axis.low, 0);
+    bottom = __shfl_sync(0xffffffffu, axis.high, 0);
+    left = __shfl_sync(0xffffffffu, axis.low, 16);
+    right = __shfl_sync(0xffffffffu, axis.high, 16);
+  }
+  // Those of 16 rows from y on and of 16 columns from x on that it reads, in order, into taps and taps + 16.
+  template <class Tap>
+  PYDEFORM_DEVICE void list(Tap* taps, int y, int x, int& rows, int& columns, const RoiGeometry& g) const {
+    const int lane = threadIdx.x % 32, k = (is_x() ? x : y) + lane % 16;
+    A weight[1] = {0}, slope[1] = {0};
+    const bool reads = k < axis.high && weights_of<1>(axis, k, weight, slope, g);
+    const unsigned all = __ballot_sync(0xffffffffu, reads);
+    const unsigned before = all & ((1u << lane) - 1) & (is_x() ? 0xffff0000u : 0xffffu);
+    if (reads) put_tap(taps[lane / 16 * 16 + __popc(before)], k, weight[0], slope[0]);
+    rows = __popc(all & 0xffffu);
+    columns = __popc(all >> 16);
+  }
+};
 
 // Which images a launch has a copy of. A box without an image belongs to the first launch.
 struct RoiImages {
@@ -66,14 +85,12 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 3)
   using A = Compute<T>;
   constexpr int E = 16 / sizeof(T);
   PYDEFORM_DYNAMIC_SHARED(T, stage);  // [channel][bin]
-  PYDEFORM_SHARED(RoiTap<A>, taps, ROI_WARPS * 64);
+  PYDEFORM_SHARED(RoiTap<A>, taps, ROI_WARPS * 32);
   const int bins = g.pooled_h * g.pooled_w, per_class = g.out_channels / g.classes;
   const int parts = ceil_div(bins, span), runs = ceil_div(pitch / E, lanes);
   const int part = blockIdx.x % parts, run = blockIdx.x / parts % runs, label = blockIdx.x / (parts * runs) % g.classes;
   const int r = blockIdx.x / (parts * runs * g.classes);
-  // Neither the box nor a warp's bin stays in registers while pixels are read.
   PYDEFORM_SHARED(RoiBox<A>, shared_box, 1);
-  PYDEFORM_SHARED(Bin<A>, shared_bins, ROI_WARPS);
   if (threadIdx.x == 0) *shared_box = read_box(boxes, r, g);
   __syncthreads();
   const RoiBox<A>& box = *shared_box;
@@ -83,18 +100,19 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 3)
   const int bin0 = part * span, some = min(span, bins - bin0);
   const I memory = (I)g.group_h * g.group_w * g.classes * pitch;
   const int channel0 = run * lanes * E, channel = channel0 + chunk * E;
-  RoiTap<A>*const rows = taps + threadIdx.x / 32 * 64, *const columns = rows + 32;
+  RoiTap<A>*const rows = taps + threadIdx.x / 32 * 32, *const columns = rows + 16;
   for (int k = threadIdx.x / 32; k < some; k += ROI_WARPS) {
-    const Bin<A>& bin =
-        share_bin(shared_bins + threadIdx.x / 32, read_bin<T, I>(box, offset, r, bin0 + k, label, g), lane);
+    WarpBin<A> bin;
+    bin.template read<T, I>(box, offset, r, bin0 + k, label, g);
     const int unit = group_of_bin(bin0 + k, g) * g.classes + label;
     const T* const source =
         image + (I)(box.image - images.first) * g.in_h * g.in_w * memory + (I)unit * pitch + channel;
     A sum[E] = {};
-    for (int y = bin.y.low; y < bin.y.high; y += 32) {
-      for (int x = bin.x.low; x < bin.x.high; x += 32) {
+    for (int y = bin.top; y < bin.bottom; y += 16) {
+      for (int x = bin.left; x < bin.right; x += 16) {
+        int many_rows, many;
         __syncwarp();
-        const int many_rows = list_taps(rows, bin.y, y, lane, g), many = list_taps(columns, bin.x, x, lane, g);
+        bin.list(rows, y, x, many_rows, many, g);
         __syncwarp();
         if (many == 0 || channel >= pitch) continue;
         int i = sub / many, j = sub - i * many;

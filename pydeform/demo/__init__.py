@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pydeform.demo import run
 
     try:
+        if options.parts:
+            return run.roi_parts(options)
         return run.photograph(options) if options.image is not None else run.digits(options)
     except OSError as error:
         print(f"pydeform demo: {error}", file=sys.stderr)
@@ -41,12 +43,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few digits, one epoch, one seed: does it run?")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--image",
         nargs="?",
         const="",
         metavar="FILE",
         help="instead of training, draw sampling points on a photograph (without FILE: scikit-learn's flower.jpg)",
+    )
+    instead.add_argument(
+        "--parts",
+        action="store_true",
+        help="instead of training, move the parts of a box, class by class, on two photographs of scikit-learn",
     )
     return parser
 

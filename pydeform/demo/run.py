@@ -1,4 +1,4 @@
-"""The two things the demo does, from options to files and a printed report."""
+"""The three things the demo does, from options to files and a printed report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import pydeform
-from pydeform.demo import data, networks, photo, pictures, training
+from pydeform.demo import data, networks, parts, photo, pictures, training
 from pydeform.layers import save
 
 EPOCHS, SEEDS = 12, 3
@@ -54,6 +54,14 @@ def photograph(options: argparse.Namespace) -> int:
     name = Path(options.image).stem if options.image else "flower"
     path = photo.draw(photo.read(options.image or None), network, options.output / f"points_on_{name}.png")
     print(f"{path}: sampling points of a network {which}")
+    return 0
+
+
+def roi_parts(options: argparse.Namespace) -> int:
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "roi_parts.png"
+    changes = parts.draw(path)
+    print(f"{path}: where gradient ascent on their offsets took the parts of a box", *changes, sep="\n  ")
     return 0
 
 

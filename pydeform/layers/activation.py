@@ -80,4 +80,4 @@ class Softmax(_layer.Layer):
 
 def sigmoid(x: Any) -> Any:
     # tanh saturates where exp would overflow
-    return 0.5 * np.tanh(0.5 * x) + 0.5
+    return (0.5 * np.tanh(0.5 * x) + 0.5).astype(x.dtype, copy=False)  # of bfloat16 it would be float32

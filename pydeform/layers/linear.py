@@ -45,7 +45,7 @@ class Linear(_layer.Layer):
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
         weight, bias = self.params["weight"], self.params.get("bias")
         _layer.check_input(self, x, ("N", "in_features"), {"in_features": weight.shape[1]}, weight.dtype)
-        y = x @ weight.T
+        y = (x @ weight.T).astype(x.dtype, copy=False)  # of bfloat16 the product is float32
         if bias is not None:
             y += bias
         if not train:
@@ -57,7 +57,7 @@ class Linear(_layer.Layer):
             self.grads["weight"] += grad_y.T @ x
             if bias is not None:
                 self.grads["bias"] += grad_y.sum(axis=0)
-            return grad_y @ weight
+            return (grad_y @ weight).astype(x.dtype, copy=False)
 
         return y, backprop
 

@@ -31,8 +31,8 @@ def pair(op: str, name: str, value: Any) -> tuple[int, int]:
 
 def forward(op: str, arrays: dict[str, Any], back: _interop.Back, g: _roi_geometry.RoiGeometry) -> Any:
     """`arrays`: input, boxes and, for deformable operators, offset and mask."""
-    _check_batch_index(op, arrays["boxes"], g.batch)
     twin = _backend.backend_for(op, "roi", arrays)
+    _check_batch_index(op, arrays["boxes"], g.batch)
     with back:
         return back(twin.forward(*_four(arrays), g))
 
@@ -47,8 +47,8 @@ def backward(
 ) -> dict[str, Any]:
     """The fields of the operator's Grads. `arrays`: grad_output, then those of the forward."""
     _roi_geometry.check_grad_output(op, arrays["grad_output"], g)
-    _check_batch_index(op, arrays["boxes"], g.batch)
     twin = _backend.backend_for(op, "roi", arrays)
+    _check_batch_index(op, arrays["boxes"], g.batch)
     forwards = {name: array for name, array in arrays.items() if name != "grad_output"}
     wanted = _checks.needed(op, needs, {name: array for name, array in forwards.items() if name != "boxes"})
     # The twins call every offset an offset.

@@ -100,3 +100,20 @@ def test_every_rule_is_a_line_of_the_kernels():
         if rule != "is_max":  # which chooses the kernel
             lines = [line for line in text.splitlines() if f"g.{rule}" in line and f"// {rule}" in line]
             assert lines, rule
+
+
+def test_same_numbers_of_roi_kernels():
+    """What launches and kernels of RoI pooling must agree on."""
+    from pydeform.cuda import roi
+
+    text = "".join(
+        (PACKAGE / "cuda" / name).read_text(encoding="utf-8") for name in ("roi_forward.cuh", "roi_backward.cuh")
+    )
+    height, width = roi.TILE
+    for constants in (
+        f"TILE_H = {height}, TILE_W = {width};",
+        f"BOUNDS = {roi.BOUNDS};",
+        f"MEAN = {roi.MEAN}, LARGEST_PIXEL = {roi.LARGEST_PIXEL}, LARGEST_POINT = {roi.LARGEST_POINT};",
+        f"ROI_THREADS = {roi.THREADS}",
+    ):
+        assert f"constexpr int {constants}" in text, constants

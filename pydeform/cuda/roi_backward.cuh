@@ -246,6 +246,7 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 2 : 3)
                   Compute<T>* __restrict__ masks, RoiGeometry g, RoiImages images, int pitch, int lanes) {
   using A = Compute<T>;
   constexpr int E = 16 / sizeof(T);
+  PYDEFORM_SHARED(Axis<A>, axes, ROI_WARPS * 2);
   PYDEFORM_SHARED(RoiSlope<A>, taps, ROI_WARPS * 32);
   const int bins = g.pooled_h * g.pooled_w;
   const I at = (I)blockIdx.x * ROI_WARPS + threadIdx.x / 32, pair = at / g.classes;
@@ -257,7 +258,7 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 2 : 3)
   const int lane = threadIdx.x % 32, chunk = lane % lanes, sub = lane / lanes, at_once = 32 / lanes;
   const I memory = (I)g.group_h * g.group_w * g.classes * pitch;
   WarpBin<A> bin;
-  bin.template read<T, I>(box, offset, r, place, label, g);
+  bin.template read<T, I>(axes, box, offset, r, place, label, g);
   const int unit = group_of_bin(place, g) * g.classes + label;
   const T* const source = image + (I)(box.image - images.first) * g.in_h * g.in_w * memory + (I)unit * pitch;
   RoiSlope<A>*const rows = taps + threadIdx.x / 32 * 32, *const columns = rows + 16;

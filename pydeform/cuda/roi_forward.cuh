@@ -31,19 +31,23 @@ template <class A> PYDEFORM_DEVICE void put_tap(RoiSlope<A>& tap, int pixel, A w
 
 // A bin as a warp reads it: lanes 0 to 15 have its rows, the others its columns. Every lane of the warp calls all of it.
 template <class A> struct WarpBin {
-  Axis<A> axis;  // of this half
-  A count;       // as in Bin
+  const Axis<A>* half;  // this half's, in shared memory: registers are for what the pixels are multiplied with
+  A count;              // as in Bin
   bool broken, outside;
   int top, bottom, left, right;  // the pixels it reads are within these, the last two excluded
 
   PYDEFORM_DEVICE bool is_x() const { return threadIdx.x & 16; }
   template <class T, class I>
-  PYDEFORM_DEVICE void read(const RoiBox<A>& box, const T* __restrict__ offset, int r, int place, int label,
-                            const RoiGeometry& g) {
+  PYDEFORM_DEVICE void read(Axis<A>* axes, const RoiBox<A>& box, const T* __restrict__ offset, int r, int place,
+                            int label, const RoiGeometry& g) {
     const int py = place / g.pooled_w, px = place - py * g.pooled_w;
     const Move<A> m = read_move<T, I>(box, offset, r, py, px, label, g);
-    axis = read_axis(is_x() ? box.x : box.y, is_x() ? m.x : m.y, is_x() ? px : py, is_x() ? g.pooled_w : g.pooled_h,
-                     is_x() ? g.in_w : g.in_h, m.broken || m.outside, g);
+    const Axis<A> axis =
+        read_axis(is_x() ? box.x : box.y, is_x() ? m.x : m.y, is_x() ? px : py, is_x() ? g.pooled_w : g.pooled_h,
+                  is_x() ? g.in_w : g.in_h, m.broken || m.outside, g);
+    __syncwarp();  // all have read the bin before this one
+    half = axes + threadIdx.x / 16;
+    if (threadIdx.x % 16 == 0) axes[threadIdx.x / 16] = axis;
     count = count_of(axis.count, __shfl_xor_sync(0xffffffffu, axis.count, 16), m, g);
     broken = m.broken;
     outside = m.outside;
@@ -51,13 +55,14 @@ template <class A> struct WarpBin {
     bottom = __shfl_sync(0xffffffffu, axis.high, 0);
     left = __shfl_sync(0xffffffffu, axis.low, 16);
     right = __shfl_sync(0xffffffffu, axis.high, 16);
+    __syncwarp();
   }
   // Those of 16 rows from y on and of 16 columns from x on that it reads, in order, into taps and taps + 16.
   template <class Tap>
   PYDEFORM_DEVICE void list(Tap* taps, int y, int x, int& rows, int& columns, const RoiGeometry& g) const {
     const int lane = threadIdx.x % 32, k = (is_x() ? x : y) + lane % 16;
     A weight[1] = {0}, slope[1] = {0};
-    const bool reads = k < axis.high && weights_of<1>(axis, k, weight, slope, g);
+    const bool reads = k < half->high && weights_of<1>(*half, k, weight, slope, g);
     const unsigned all = __ballot_sync(0xffffffffu, reads);
     const unsigned before = all & ((1u << lane) - 1) & (is_x() ? 0xffff0000u : 0xffffu);
     if (reads) put_tap(taps[lane / 16 * 16 + __popc(before)], k, weight[0], slope[0]);
@@ -90,6 +95,7 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 3)
   const int parts = ceil_div(bins, span), runs = ceil_div(pitch / E, lanes);
   const int part = blockIdx.x % parts, run = blockIdx.x / parts % runs, label = blockIdx.x / (parts * runs) % g.classes;
   const int r = blockIdx.x / (parts * runs * g.classes);
+  PYDEFORM_SHARED(Axis<A>, axes, ROI_WARPS * 2);
   PYDEFORM_SHARED(RoiBox<A>, shared_box, 1);
   if (threadIdx.x == 0) *shared_box = read_box(boxes, r, g);
   __syncthreads();
@@ -103,7 +109,7 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 3)
   RoiTap<A>*const rows = taps + threadIdx.x / 32 * 32, *const columns = rows + 16;
   for (int k = threadIdx.x / 32; k < some; k += ROI_WARPS) {
     WarpBin<A> bin;
-    bin.template read<T, I>(box, offset, r, bin0 + k, label, g);
+    bin.template read<T, I>(axes, box, offset, r, bin0 + k, label, g);
     const int unit = group_of_bin(bin0 + k, g) * g.classes + label;
     const T* const source =
         image + (I)(box.image - images.first) * g.in_h * g.in_w * memory + (I)unit * pitch + channel;

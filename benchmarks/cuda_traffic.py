@@ -1,6 +1,6 @@
 """Memory requests of the CUDA kernels, counted on the emulated device: no GPU needed, and no time measured.
 
-    python benchmarks/cuda_traffic.py [--capability 90] [--dtype float16]
+    python benchmarks/cuda_traffic.py [--operator deform_conv2d] [--capability 90] [--dtype float16]
 
 prints a Markdown table of the source lines that make the most requests of a warp: 32-byte sectors of global memory and
 passes over the banks of shared memory for each, beside the fewest that could have moved the same bytes.
@@ -9,18 +9,25 @@ passes over the banks of shared memory for each, beside the fewest that could ha
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import pydeform
-from pydeform.bench import timing
+from pydeform.bench import roi, timing
 from tests.cuda_emulation import device
 
 LINES = 14  # of each kind, those with the most traffic
+BOXES = 12  # of RoI pooling
 
 
-def arrays(dtype: Any) -> tuple[dict[str, Any], Any]:
+class Problem(NamedTuple):
+    arrays: dict[str, Any]
+    options: dict[str, Any]
+    grad_output: Any
+
+
+def deform_conv2d() -> Problem:
     """One image of 64 channels, 16 x 24, smooth offsets of a pixel or so, as networks learn them; 64 outputs."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:16, :24]
@@ -31,20 +38,40 @@ def arrays(dtype: Any) -> tuple[dict[str, Any], Any]:
         "weight": rng.normal(0, 0.1, (64, 64, 3, 3)),
         "mask": rng.random((1, 9, 16, 24)),
     }
-    return {name: array.astype(dtype) for name, array in given.items()}, rng.normal(0, 1, (1, 64, 16, 24)).astype(dtype)
+    return Problem(given, {"padding": 1}, rng.normal(0, 1, (1, 64, 16, 24)))
+
+
+def deform_psroi_pool() -> Problem:
+    """The first boxes of the benchmark: one group of 256 channels, 38 x 50, 7 x 7 bins of 4 x 4 points."""
+    p = roi.problem("parts")
+    given = {name: array if name == "input" else array[:BOXES] for name, array in p.arrays.items()}
+    return Problem(given, p.options, p.grad_output[:BOXES])
+
+
+def roi_align() -> Problem:
+    """The same boxes on the same input, with 2 x 2 points in a bin."""
+    p = deform_psroi_pool()
+    given = {name: p.arrays[name] for name in ("input", "boxes")}
+    sizes = {"output_size": roi.BINS, "spatial_scale": p.options["spatial_scale"]}
+    return Problem(given, {**sizes, "sampling_ratio": 2, "aligned": True}, p.grad_output)
+
+
+PROBLEMS = {"deform_conv2d": deform_conv2d, "deform_psroi_pool": deform_psroi_pool, "roi_align": roi_align}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--operator", choices=PROBLEMS, default="deform_conv2d")
     parser.add_argument("--capability", default="90")
     parser.add_argument("--dtype", default="float16")
     options = parser.parse_args()
     device.install()
-    given, grad_output = arrays(options.dtype)
+    p = PROBLEMS[options.operator]()
     with device.settings(check=True, profile=True, capability=options.capability) as run:
-        sent = {name: device.cupy.asarray(array) for name, array in given.items()}
-        pydeform.deform_conv2d(**sent, padding=1)
-        pydeform.deform_conv2d_backward(device.cupy.asarray(grad_output), **sent, padding=1)
+        sent = {name: device.cupy.asarray(array.astype(options.dtype)) for name, array in p.arrays.items()}
+        grad_output = device.cupy.asarray(p.grad_output.astype(options.dtype))
+        getattr(pydeform, options.operator)(**sent, **p.options)
+        getattr(pydeform, f"{options.operator}_backward")(grad_output, **sent, **p.options)
     rows = []
     for memory in ("global", "shared"):
         found = [(key, c) for key, c in run.counters().items() if key[2] == memory]

@@ -37,7 +37,7 @@ NO_TESTS = 5  # pytest's
 EXERCISE = 90  # compiles what later stages find in CuPy's cache
 FIRST_TESTS = {"test_cuda_primitives": 50, "test_deform_conv2d": 110, "test_conv2d": 50, "test_roi": 60}
 TOOLS = {"memcheck": 50, "racecheck": 60, "initcheck": 40, "synccheck": 40}
-BENCHMARKS = {"cuda_deform_conv2d": 170}
+BENCHMARKS = {"cuda_deform_conv2d": 150, "cuda_roi": 60}
 LAST_TESTS = {
     "test_interop_cuda": 40,
     "test_vectors": 30,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 from typing import Any
 
@@ -14,6 +13,7 @@ import pydeform
 from pydeform.testing import gradcheck, off_integers
 from tests.cases.deform_conv2d import ARRAYS, CASES, Case, dtype_of, expected, make, make_grad_output
 from tests.conftest import assert_close, assert_same_bits
+from tests.onnx_cases import node_cases
 from tests.reference import deform_conv2d as reference
 
 BOUNDARIES = ("torchvision", "dcnv2", "dcnv1")
@@ -473,11 +473,7 @@ def test_deterministic_is_accepted_and_changes_nothing_on_the_cpu():
 
 
 def onnx_cases(monkeypatch):
-    """Only the cases of DeformConv are generated: collecting all operators' takes seconds."""
-    node = pytest.importorskip("onnx.backend.test.case.node", reason="onnx is not installed")
-    importlib.import_module("onnx.backend.test.case.node.deformconv")
-    monkeypatch.setattr(node, "import_recursive", lambda package: None)
-    found = [case for case in node.collect_testcases("DeformConv") if case.model.graph.node[0].op_type == "DeformConv"]
+    found = node_cases(monkeypatch, "DeformConv")
     assert len(found) == 4, [case.name for case in found]
     return found
 

@@ -6,7 +6,6 @@ The oracle, tests/reference/roi.py, has to give them as well as every backend: i
 from __future__ import annotations
 
 import functools
-import importlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import pytest
 
 import pydeform
 from tests.cases.roi import CASES, DTYPE_CASES, margin
+from tests.onnx_cases import node_cases
 from tests.reference import roi as reference
 from tests.vectors import Vector, load
 
@@ -308,13 +308,9 @@ def test_points_counted():
 
 def onnx_case(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, np.ndarray], dict[str, Any], np.ndarray]:
     """Arrays and options in pydeform's terms, and the expected output."""
-    cases = pytest.importorskip("onnx.backend.test.case.node", reason="onnx is not installed")
+    (case,) = (case for case in node_cases(monkeypatch, "RoiAlign") if case.name == name)
     from onnx.helper import get_attribute_value
 
-    # Only the cases of RoiAlign are generated: collecting all operators' takes seconds.
-    importlib.import_module("onnx.backend.test.case.node.roialign")
-    monkeypatch.setattr(cases, "import_recursive", lambda package: None)
-    (case,) = (case for case in cases.collect_testcases("RoiAlign") if case.name == name)
     (node,) = case.model.graph.node
     attributes = {attribute.name: get_attribute_value(attribute) for attribute in node.attribute}
     ((inputs, (output,)),) = case.data_sets

@@ -11,8 +11,8 @@ import pytest
 def node_cases(monkeypatch: pytest.MonkeyPatch, operator: str) -> list[Any]:
     """Those of one operator. Only its module is read: making the cases of all operators takes seconds.
 
-    They are collected without a filter: the package applies one to whatever is read while it is set, so that later calls
-    with another would find nothing.
+    They are collected without a filter: the package applies one to whatever is read while it is set, so that a later
+    call with another would find nothing.
     """
     node = pytest.importorskip("onnx.backend.test.case.node", reason="onnx is not installed")
     module = f"onnx.backend.test.case.node.{operator.lower()}"

@@ -40,8 +40,8 @@ def test_module_exports_the_width_of_this_machine():
     assert _simd.VECTOR_BYTES in WIDTHS
 
 
-@pytest.mark.parametrize("vectors", [1, 2, 3, 7, 8, 9, 21])
-@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("vectors", [1, 7, 8, 21])
+@pytest.mark.parametrize("count", [0, 5])
 def test_weighted_sum(width, dtype, vectors, count):
     weighted_sum = WIDTHS[width].weighted_sum
     rng = np.random.default_rng(vectors)
@@ -93,7 +93,7 @@ def test_weighted_dots(width, dtype, vectors):
     close(run(grad, image, index, weights, vectors), want, dtype)
 
 
-@pytest.mark.parametrize("vectors", [1, 3, 8, 11])
+@pytest.mark.parametrize("vectors", [3, 8])
 def test_scatter_is_the_transpose_of_the_sum(width, dtype, vectors):
     scatter = WIDTHS[width].scatter
     rng = np.random.default_rng(vectors)

@@ -102,19 +102,20 @@ def _helpers(dtype: str, c: str, deformed: bool) -> Iterator[tuple[str, tuple[st
 
 
 def _roi() -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """Nothing in them depends on the architecture. Of sums in float three blocks of 256 threads shall fit, or two."""
+    """Nothing in them depends on the architecture, so the two main ones stand for all on each. Of sums in float three
+    blocks of 256 threads shall fit, or two."""
     for dtype, c in C_TYPES.items():
         wide = dtype == "float64"
-        everywhere = EVERY if dtype == "float16" else EVERY[-1:]
+        newest = EVERY[-1:]
         yield f"pool_bins<{c}, int>", EVERY, 168 if wide else 80
-        yield f"bin_gradients<{c}, int>", everywhere, 96 if wide else 80
+        yield f"bin_gradients<{c}, int>", newest, 96 if wide else 80
         yield f"input_gradient<{c}, int, 0>", EVERY, 255 if wide else 128
         for largest in (1, 2):
-            yield f"input_gradient<{c}, int, {largest}>", everywhere, 255 if wide else 128
+            yield f"input_gradient<{c}, int, {largest}>", newest, 255 if wide else 128
         for name in ("pool_direct", "bin_gradients_direct", "box_bounds", "offset_gradient", "mask_gradient"):
-            yield f"{name}<{c}, int>", everywhere, 128 if wide else 96
+            yield f"{name}<{c}, int>", EVERY[:1] if dtype == "float16" else newest, 128 if wide else 96
         for points in ("false", "true"):
-            yield f"pool_largest<{c}, int, {points}>", everywhere, 96
+            yield f"pool_largest<{c}, int, {points}>", newest, 96
     for c in ("f16", "double"):
         for name in ("pool_bins<{}, long long>", "bin_gradients<{}, long long>", "input_gradient<{}, long long, 0>"):
             yield name.format(c), EVERY[-1:], 255 if c == "double" else 128

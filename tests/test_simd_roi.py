@@ -1,5 +1,8 @@
 """The SIMD primitives of RoI pooling at every vector width, against NumPy, on pointers that are not aligned."""
 
+import ctypes
+import mmap
+
 import numpy as np
 import pytest
 from numba import njit
@@ -206,6 +209,19 @@ def test_largest_point(width, dtype):
     np.testing.assert_array_equal(winner, values.argmax(axis=0))
 
 
+def last_of_a_page(values):
+    """A copy that ends where a page does, behind which lies one that nobody may touch."""
+    size = mmap.PAGESIZE
+    pages = mmap.mmap(-1, 2 * size)
+    address = np.frombuffer(pages, np.uint8).ctypes.data
+    protect = ctypes.CDLL(None).mprotect
+    protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    assert protect(address + size, size, 0) == 0
+    copy = np.frombuffer(pages, values.dtype, len(values), offset=size - values.nbytes)
+    copy[:] = values
+    return copy
+
+
 # Bands ----------------------------------------------------------------------------------------------------------------
 
 
@@ -223,37 +239,78 @@ def test_band_weights(dtype):
         slopes[lower + 1] += s
 
     @njit
-    def run(weights, slopes, points, steep, base):
-        _simd_roi.band_weights(
-            *(at(weights, (0,)), at(slopes, (0,)), at(points, (0,)), at(steep, (0,)), points.shape[0], base)
+    def run(weights, slopes, points, steep, base, sloped):
+        arrays = at(weights, (0,)), at(slopes, (0,)), at(points, (0,)), at(steep, (0,))
+        _simd_roi.band_weights(*arrays, 1, 6, base, sloped)
+
+    # The first is to be left out, and eight of each are written.
+    points, steep = (np.concatenate([[9], row, [9]], dtype=dtype) for row in (points, steep))
+    got, got_slopes = np.zeros(BAND, dtype), np.full(BAND, 7, dtype)
+    run(got, got_slopes, points, steep, dtype.type(base), False)
+    np.testing.assert_array_equal(got, want[:BAND])  # quarters are exact
+    assert (got_slopes == 7).all()
+    run(points, steep, points, steep, dtype.type(base), True)  # in place
+    np.testing.assert_array_equal(points[:BAND], want[:BAND])
+    np.testing.assert_array_equal(steep[:BAND], slopes[:BAND])
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("count", [1, 4, 8, 9, 17])
+def test_band_points(dtype, count, flat):
+    """Against the formula, point by point: clamped ones, some that do not count at either end, and one at a pixel."""
+    real, highest, reach = dtype.type, dtype.type(5), dtype.type(0.5)
+    start, first, first_point, bin_size, points = (real(x) for x in (-1.5, 1, 0.5, 6, 8))
+
+    @njit
+    def run(places, steep, count, start, first, first_point, bin_size, points, reach, highest, flat, sloped):
+        return _simd_roi.band_points(
+            at(places, (0,)),
+            at(steep, (0,)),
+            *(start, first, first_point, bin_size, points, count, reach, highest, flat, sloped),
         )
 
-    got, got_slopes = np.zeros(BAND, dtype), np.zeros(BAND, dtype)
-    run(got, got_slopes, points, steep, dtype.type(base))
-    np.testing.assert_array_equal(got, want[:BAND])  # quarters are exact
-    np.testing.assert_array_equal(got_slopes, slopes[:BAND])
+    y = start + (first + np.arange(count, dtype=dtype) + first_point) * bin_size / points
+    moves = (y > 0) & (y < highest) & ~(flat & (y == np.floor(y)))
+    room = -(-count // BAND) * BAND
+    numbers = start, first, first_point, bin_size, points, reach, highest, flat
+    places, steep = np.zeros(room, dtype), np.full(room, 7, dtype)
+    found = run(places, steep, count, *numbers, False)
+    assert found == ((y < -reach).sum(), ((y >= -reach) & (y <= highest + reach)).sum())
+    np.testing.assert_array_equal(places[:count], y.clip(0, highest))
+    assert (steep == 7).all()
+    assert run(places, steep, count, *numbers, True) == found
+    np.testing.assert_array_equal(steep[:count], moves)
 
 
+@pytest.mark.parametrize("end", ["plane", "page"])
 @pytest.mark.parametrize("columns", range(1, BAND + 1))
-def test_bands(dtype, columns):
-    """Beyond the last column nothing is read, not even NaN, and nothing written: the plane ends there."""
+def test_bands(dtype, columns, end):
+    """Beyond the last column NaN changes nothing and is not written to. Where the plane ends it is not even read:
+    behind the last number of "page" lies memory that nobody may touch."""
     rng = np.random.default_rng(columns)
     width, x0 = 11, 2
     rows = np.array([0, 2, 3], np.int32)
     size = 3 * width + x0 + columns  # the last row ends with the band
     plane = rng.standard_normal(size + BAND).astype(dtype)
     plane[size:] = np.nan
+    room = size + BAND
+    if end == "page":
+        room = size
+        plane = last_of_a_page(plane[:size])
+    room -= x0
     y, x = rng.standard_normal((2, 3)).astype(dtype), rng.standard_normal((2, BAND)).astype(dtype)
     x[:, columns:] = np.nan
 
     @njit
-    def run(plane, rows, y, x, columns, grad):
+    def run(plane, rows, y, x, columns, room, grad):
         first, count = at(plane, (x0,)), rows.shape[0]
         dots = _simd_roi.band_dots(
-            *(first, at(rows, (0,)), at(y, (0, 0)), at(y, (1, 0)), count, width, at(x, (0, 0)), at(x, (1, 0)), columns)
+            *(first, at(rows, (0,)), at(y, (0, 0)), at(y, (1, 0)), count, width, room),
+            *(at(x, (0, 0)), at(x, (1, 0)), columns),
         )
-        total = _simd_roi.band_sum(first, at(rows, (0,)), at(y, (0, 0)), count, width, at(x, (0, 0)), columns)
-        _simd_roi.band_scatter(first, at(rows, (0,)), at(y, (0, 0)), count, width, at(x, (0, 0)), columns, grad)
+        band = first, at(rows, (0,)), at(y, (0, 0)), count, width, room, at(x, (0, 0)), columns
+        total = _simd_roi.band_sum(*band)
+        _simd_roi.band_scatter(*band, grad)
         return dots, total
 
     places = rows[:, None] * width + x0 + np.arange(columns)
@@ -261,7 +318,7 @@ def test_bands(dtype, columns):
     want = [y[i].astype(float) @ read @ x[j, :columns].astype(float) for i, j in ((0, 0), (1, 0), (0, 1))]
     after = plane.astype(np.float64)
     after[places] += 0.5 * np.outer(y[0], x[0, :columns])
-    dots, total = run(plane, rows, y, x, columns, dtype.type(0.5))
+    dots, total = run(plane, rows, y, x, columns, room, dtype.type(0.5))
     close(dots, want, dtype)
     close(total, want[0], dtype)
     np.testing.assert_allclose(plane, after, rtol=0, atol=50 * TOLERANCE[dtype.name], equal_nan=True)

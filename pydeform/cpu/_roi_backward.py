@@ -18,9 +18,9 @@ from pydeform.cpu._jit import Kernel, inline
 from pydeform.cpu._roi_bins import BROKEN, SOUND
 from pydeform.cpu._roi_common import (
     LISTED,
+    bins_of,
     blocks_of_class,
     box_of,
-    cell_of,
     convert_image,
     copy_origin,
     is_run,
@@ -64,7 +64,7 @@ def backward(
     grad_output: Any, input: Any, boxes: Any, offset: Any, mask: Any, g: Any, needs: Any
 ) -> tuple[Any, Any, Any]:
     dtype = compute_dtype(input.dtype)
-    bins = g.pooled_h * g.pooled_w
+    bins = bins_of(g)
     need_input, need_dots = "input" in needs, "offset" in needs or "mask" in needs
     planes = bool(_roi_common.prefers_planes(g) and not g.is_max)
     shape = (g.batch, g.in_channels, g.in_h * g.in_w)
@@ -72,8 +72,8 @@ def backward(
     make = np.zeros if planes or g.boxes == 0 else empty
     grad_input = make(shape if need_input else (0, 1, 1), dtype)
     has_dots = need_dots and g.boxes > 0
-    grad_offset = empty((g.boxes if need_dots else 0, g.classes, 2, g.part_h, g.part_w), dtype)
-    grad_mask = empty((g.boxes if need_dots else 0, g.classes, bins), dtype)
+    grad_offset = empty((g.boxes if need_dots else 0, g.classes, 2, g.part_h * g.part_w), dtype)
+    grad_mask = empty((g.boxes if need_dots else 0, g.classes, len(bins)), dtype)
     if g.boxes and (need_input or need_dots):
         lanes = _roi_common.lanes_of(dtype)
         per_class = g.out_channels // g.classes
@@ -104,7 +104,7 @@ def backward(
             dtype.char + pixel_dtype(g).char,
             threads,
             _threads.new_counters(3),
-            contiguous(grad_output, dtype, (g.boxes, g.out_channels, bins)),
+            contiguous(grad_output, dtype, (g.boxes, g.out_channels, len(bins))),
             *arguments,
             order,
             starts,
@@ -114,7 +114,7 @@ def backward(
             *workspace(
                 ((_roi_common.copy_size(g, width) if copied else 0,), dtype),
                 ((_roi_common.copy_size(g, width) if need_input and not planes else 0,), dtype),
-                ((g.boxes * g.classes * width * (bins + 1) if plan.copies else 0,), dtype),
+                ((g.boxes * g.classes * width * (len(bins) + 1) if plan.copies else 0,), dtype),
                 ((threads, 2, most_bins, most_listed), pixel_dtype(g)),
                 ((threads, 2, most_bins, 2, most_listed), dtype),
                 ((threads, 2, most_bins), dtype),
@@ -124,6 +124,7 @@ def backward(
                 ((threads, max(blocks["width"])), np.dtype(f"i{dtype.itemsize}")),
                 ((threads, max(blocks["width"])), dtype),
             ),
+            bins,
             blocks,
             g,
             plan,
@@ -138,18 +139,19 @@ def backward(
 
 
 @inline
-def _convert_grads(counters: Any, grad_output: Any, grads: Any, blocks: Any, g: Any, p: Any) -> None:
+def _convert_grads(counters: Any, grad_output: Any, grads: Any, bins: Any, blocks: Any, g: Any, p: Any) -> None:
     """Phase 1: grad_output of each box, class and block with channels last."""
-    bins = g.pooled_h * g.pooled_w
     unit = claim(counters, 1)
     while unit < g.boxes:
         for cls in range(g.classes):
             for block in range(len(blocks)):
                 row = blocks[block]
                 first = cls * p.per_class + row.first
-                for part in range(pixel_parts(bins)):
+                for part in range(pixel_parts(len(bins))):
                     origin = _grad_place(unit, cls, row.before, row.width, 0, g, p)
-                    to_channels_last(grad_output, unit, first, 1, grads, origin, row.channels, row.width, part, bins)
+                    to_channels_last(
+                        grad_output, unit, first, 1, grads, origin, row.channels, row.width, part, len(bins)
+                    )
         finish(counters, 1)
         unit = claim(counters, 1)
     wait_for(counters, 1, g.boxes)
@@ -223,6 +225,7 @@ def _mean_backward(
     all_products: Any,
     all_winners: Any,
     all_values: Any,
+    bins: Any,
     blocks: Any,
     g: Any,
     p: Any,
@@ -230,7 +233,7 @@ def _mean_backward(
     if p.need_dots and not p.bands:
         convert_image(counters, 0, input, starts, image, blocks, g, p)
     if p.copies:
-        _convert_grads(counters, grad_output, grads, blocks, g, p)
+        _convert_grads(counters, grad_output, grads, bins, blocks, g, p)
     index, weights, counts, entries = all_index[thread], all_weights[thread], all_counts[thread], all_entries[thread]
     places, products = all_places[thread], all_products[thread]
     cells = g.group_h * g.group_w
@@ -262,6 +265,7 @@ def _mean_backward(
                 entries,
                 places,
                 products,
+                bins,
                 blocks,
                 g,
                 p,
@@ -287,17 +291,17 @@ def _mean_backward(
             if box[4] != SOUND:
                 continue
             if not p.has_offset:
-                list_box(box, boxes, (first_y, first_x), (last_y, last_x), g, index, weights, counts, entries)
+                list_box(box, boxes, (first_y, first_x), (last_y, last_x), g, index, weights, counts, entries, False)
             for py in range(first_y, last_y):
                 for px in range(first_x, last_x):
+                    i = py * g.pooled_w + px
                     if p.has_offset and SOUND != list_moved(
-                        box, r, cls, py, px, offset, boxes, g, index, weights, counts, entries
+                        box, r, cls, bins[i], offset, boxes, g, index, weights, counts, entries, False
                     ):
                         continue
-                    bin_ = py * g.pooled_w + px
                     scale = scale_of(SOUND, py, px, boxes, g, counts)
                     if p.has_mask:
-                        scale *= mask[r, bin_]
+                        scale *= mask[r, i]
                     listed = entries[0, py] * entries[1, px]
                     if p.bands and listed > 0 and is_run(px, index, entries):
                         for c in range(cls * p.per_class, (cls + 1) * p.per_class):
@@ -308,9 +312,10 @@ def _mean_backward(
                                     at(weights, (0, py, 0, 0)),
                                     entries[0, py],
                                     g.in_w,
+                                    g.in_h * g.in_w - index[1, px, k],
                                     at(weights, (1, px, 0, k)),
                                     min(BAND, entries[1, px] - k),
-                                    grad_output[r, c, bin_] * scale,
+                                    grad_output[r, c, i] * scale,
                                 )
                         continue
                     for first in range(0, listed, LISTED):
@@ -322,7 +327,7 @@ def _mean_backward(
                                 channel = cls * p.per_class + row.first
                                 for c in range(channel, channel + row.channels):
                                     plane_scatter(
-                                        at(grad_output, (r, c, bin_)),
+                                        at(grad_output, (r, c, i)),
                                         at(grad_input, (b, c * cells + cell, 0)),
                                         at(places, (0,)),
                                         at(products, (0, 0)),
@@ -333,7 +338,7 @@ def _mean_backward(
                                     )
                             else:
                                 scatter(
-                                    at(grads, (_grad_place(r, cls, row.before, row.width, bin_, g, p),)),
+                                    at(grads, (_grad_place(r, cls, row.before, row.width, i, g, p),)),
                                     at(grad_image, (copy_origin(b, cell, cls, row.before, g, p),)),
                                     at(places, (0,)),
                                     at(products, (0, 0)),
@@ -368,6 +373,7 @@ def _dots_of_box(
     entries: Any,
     places: Any,
     products: Any,
+    bins: Any,
     blocks: Any,
     g: Any,
     p: Any,
@@ -379,36 +385,35 @@ def _dots_of_box(
     b = np.int64(boxes[r, 0])
     box = box_of(boxes, r, g)
     for axis in range(2):
-        for ty in range(g.part_h):
-            for tx in range(g.part_w):
-                grad_offset[r, cls, axis, ty, tx] = 0
+        for part in range(grad_offset.shape[3]):
+            grad_offset[r, cls, axis, part] = 0
     if not p.has_offset:
-        list_box(box, boxes, (0, 0), (g.pooled_h, g.pooled_w), g, index, weights, counts, entries)
-    for bin_ in range(g.pooled_h * g.pooled_w):
-        py = bin_ // g.pooled_w
-        px = bin_ - py * g.pooled_w
+        list_box(box, boxes, (0, 0), (g.pooled_h, g.pooled_w), g, index, weights, counts, entries, True)
+    for i in range(len(bins)):
+        bin_ = bins[i]
+        py, px = bin_.y, bin_.x
         state = box[4]
         if p.has_offset:
-            state = list_moved(box, r, cls, py, px, offset, boxes, g, index, weights, counts, entries)
+            state = list_moved(box, r, cls, bin_, offset, boxes, g, index, weights, counts, entries, True)
         scale = scale_of(state, py, px, boxes, g, counts)
-        cell = cell_of(py, px, g)
         listed = entries[0, py] * entries[1, px] if state == SOUND else 0
         value, along_y, along_x = zero, zero, zero
         if p.bands and listed > 0 and is_run(px, index, entries):
             for c in range(cls * p.per_class, (cls + 1) * p.per_class):
                 for k in range(0, entries[1, px], BAND):
                     dots = band_dots(
-                        at(input, (b, c * cells + cell, index[1, px, k])),
+                        at(input, (b, c * cells + bin_.cell, index[1, px, k])),
                         at(index, (0, py, 0)),
                         at(weights, (0, py, 0, 0)),
                         at(weights, (0, py, 1, 0)),
                         entries[0, py],
                         g.in_w,
+                        g.in_h * g.in_w - index[1, px, k],
                         at(weights, (1, px, 0, k)),
                         at(weights, (1, px, 1, k)),
                         min(BAND, entries[1, px] - k),
                     )
-                    grad = grad_output[r, c, bin_]
+                    grad = grad_output[r, c, i]
                     value += dots[0] * grad
                     along_y += dots[1] * grad
                     along_x += dots[2] * grad
@@ -426,8 +431,8 @@ def _dots_of_box(
                     channel = cls * p.per_class + row.first
                     for c in range(channel, channel + row.channels):
                         dots = plane_weighted_dots(
-                            at(grad_output, (r, c, bin_)),
-                            at(input, (b, c * cells + cell, 0)),
+                            at(grad_output, (r, c, i)),
+                            at(input, (b, c * cells + bin_.cell, 0)),
                             at(places, (0,)),
                             at(products, (0, 0)),
                             at(products, (1, 0)),
@@ -439,8 +444,8 @@ def _dots_of_box(
                         value, along_y, along_x = value + dots[0], along_y + dots[1], along_x + dots[2]
                 else:
                     dots = weighted_dots(
-                        at(grads, (_grad_place(r, cls, row.before, row.width, bin_, g, p),)),
-                        at(image, (copy_origin(b, cell, cls, row.before, g, p),)),
+                        at(grads, (_grad_place(r, cls, row.before, row.width, i, g, p),)),
+                        at(image, (copy_origin(b, bin_.cell, cls, row.before, g, p),)),
                         at(places, (0,)),
                         at(products, (0, 0)),
                         at(products, (1, 0)),
@@ -452,17 +457,16 @@ def _dots_of_box(
                     value, along_y, along_x = value + dots[0], along_y + dots[1], along_x + dots[2]
         if not summed and state != BROKEN:
             scale = zero
-        grad_mask[r, cls, bin_] = value * scale
+        grad_mask[r, cls, i] = value * scale
         if p.has_offset:
             if p.has_mask:
-                scale *= mask[r, bin_]
+                scale *= mask[r, i]
             scale *= real(g.offset_scale)
-            ty, tx = py * g.part_h // g.pooled_h, px * g.part_w // g.pooled_w
             # A broken size would do as well; but eq. 9 has NaN for both axes where one coordinate is NaN.
             size_y = box[1] if state == SOUND else real(1)
             size_x = box[3] if state == SOUND else real(1)
-            grad_offset[r, cls, 0, ty, tx] += along_x * scale * size_x
-            grad_offset[r, cls, 1, ty, tx] += along_y * scale * size_y
+            grad_offset[r, cls, 0, bin_.part] += along_x * scale * size_x
+            grad_offset[r, cls, 1, bin_.part] += along_y * scale * size_y
 
 
 @Kernel
@@ -490,12 +494,13 @@ def _largest_backward(
     all_products: Any,
     all_winners: Any,
     all_values: Any,
+    bins: Any,
     blocks: Any,
     g: Any,
     p: Any,
 ) -> None:
     convert_image(counters, 0, input, starts, image, blocks, g, p)
-    _convert_grads(counters, grad_output, grads, blocks, g, p)
+    _convert_grads(counters, grad_output, grads, bins, blocks, g, p)
     index, weights, entries = all_index[thread], all_weights[thread], all_entries[thread]
     places, products, winners = all_places[thread], all_products[thread], all_winners[thread]
     values = all_values[thread]
@@ -513,10 +518,12 @@ def _largest_backward(
             if box[4] != SOUND:
                 continue
             list_candidates(box, boxes, g, index, weights, entries)
-            for bin_ in range(g.pooled_h * g.pooled_w):
+            for i in range(len(bins)):
+                py, px = bins[i].y, bins[i].x
                 largest_of_bin(
                     box[4],
-                    bin_,
+                    py,
+                    px,
                     at(values, (0,)),
                     winners,
                     at(image, (origin,)),
@@ -529,11 +536,9 @@ def _largest_backward(
                     places,
                     products,
                 )
-                py = bin_ // g.pooled_w
-                px = bin_ - py * g.pooled_w
                 # A short list of candidates is still there.
                 listed = entries[0, py] * entries[1, px] <= LISTED
-                grad_place = _grad_place(r, 0, row.before, row.width, bin_, g, p)
+                grad_place = _grad_place(r, 0, row.before, row.width, i, g, p)
                 for c in range(row.channels):
                     number = np.int64(winners[c])
                     if number < 0:

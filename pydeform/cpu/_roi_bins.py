@@ -11,7 +11,7 @@ import numpy as np
 
 from pydeform._roi_geometry import AFTER_SCALE, BEFORE_SCALE
 from pydeform.cpu._jit import inline_always
-from pydeform.cpu._simd_roi import BAND, band_weights
+from pydeform.cpu._simd_roi import BAND, band_points, band_weights
 
 SOUND, BROKEN, OUTSIDE = 0, 1, 2  # of a box or bin: as it should be, with a NaN, infinite
 SHORT = 32  # points on an axis of a bin whose weights may be computed pixel by pixel
@@ -119,6 +119,7 @@ def points_read(
     index: Any,
     weights: Any,
     slopes: Any,
+    sloped: bool,
 ) -> tuple[int, Any]:
     """Eq. 3, as a list of pixels: entries in it, and the number of points to divide by.
 
@@ -135,21 +136,28 @@ def points_read(
     base, latest, n, inside = -1, -1, 0, 0
     if run and looked_at <= SHORT:
         # The points and their slopes go where the weights will be.
-        for i in range(looked_at):
-            y = start + (first + real(i) + first_point) * bin_size / points
-            at_pixel = min(max(y, zero), highest)
-            flat = (g.flat_at_pixels != 0) & (at_pixel == np.floor(at_pixel))
-            weights[inside] = at_pixel
-            slopes[inside] = zero if (y <= zero) | (y >= highest) | flat else one
-            inside += (y >= lowest_counted) & (y <= highest_counted)
+        below, inside = band_points(
+            weights,
+            slopes,
+            start,
+            first,
+            first_point,
+            bin_size,
+            points,
+            looked_at,
+            real(g.reach),
+            highest,
+            g.flat_at_pixels != 0,
+            sloped,
+        )
         if inside == 0:
             return 0, zero if g.count_inside else points
-        base, final = np.int64(weights[0]), weights[inside - 1]
+        base, final = np.int64(weights[below]), weights[below + inside - 1]
         latest = np.int64(final)
         above = (latest < length - 1) & ((g.flat_at_pixels == 0) | (final != real(latest)))
         n = latest - base + (2 if above else 1)
         if n <= BAND:
-            band_weights(weights, slopes, weights, slopes, inside, real(base))
+            band_weights(weights, slopes, weights, slopes, below, inside, real(base), sloped)
             for k in range(BAND):
                 index[k] = base + k
             return n, real(inside) if g.count_inside else points

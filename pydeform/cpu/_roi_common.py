@@ -14,6 +14,7 @@ from pydeform.cpu._conv_common import SERIAL_FLOPS, round_up, table
 from pydeform.cpu._jit import inline, inline_always
 from pydeform.cpu._roi_bins import BROKEN, SHORT, SOUND, extent, pixels_read, points_read, state_of, worse
 from pydeform.cpu._simd import VECTOR_BYTES, at
+from pydeform.cpu._simd_roi import BAND
 from pydeform.cpu._threads import claim, finish, wait_for
 
 CHANNELS = 64  # of a block: vectors of sums that fit in registers
@@ -56,6 +57,24 @@ def blocks_of_class(per_class: int, lanes: int) -> tuple[Any, int]:
     return table("first channels width before", rows), before
 
 
+@functools.lru_cache(maxsize=64)
+def bins_table(pooled: tuple[int, int], group: tuple[int, int], part: tuple[int, int]) -> Any:
+    """Of each bin: its row and column, the group of channels that it reads, and the cell of `offset` that moves it.
+
+    Kernels look these up: the divisions would take as long as the rest of a bin of one channel.
+    """
+    rows = []
+    for y in range(pooled[0]):
+        for x in range(pooled[1]):
+            cells = [y * n[0] // pooled[0] * n[1] + x * n[1] // pooled[1] for n in (group, part)]
+            rows.append((y, x, *cells))
+    return table("y x cell part", rows)
+
+
+def bins_of(g: Any) -> Any:
+    return bins_table((g.pooled_h, g.pooled_w), (g.group_h, g.group_w), (g.part_h, g.part_w))
+
+
 def cells_of(g: Any) -> int:
     """Groups of channels of the input, of which each bin reads one."""
     return int(g.group_h * g.group_w)
@@ -66,11 +85,11 @@ def copy_size(g: Any, width: int) -> int:
 
 
 def most_listed(g: Any) -> int:
-    """Entries that an axis of a bin may have, whichever way it lists them."""
+    """Entries that an axis of a bin may have, whichever way it lists them, and then some: eight are read at once."""
     longest = max(g.in_h, g.in_w)
     if g.points and g.is_max:
         return int(g.samples + 2 if g.samples else 2 * longest + 16)
-    return int(max(SHORT, (min(2 * g.samples, longest) if g.samples and g.points else longest) + 6))
+    return int(max(SHORT, (min(2 * g.samples, longest) if g.samples and g.points else longest) + BAND))
 
 
 def by_image(boxes: Any, batch: int) -> tuple[Any, Any]:
@@ -103,9 +122,9 @@ def flat_arguments(input: Any, boxes: Any, offset: Any, mask: Any, g: Any, dtype
     return (
         contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)),
         contiguous(boxes, dtype, (g.boxes, 5)),
-        np.empty((0, 1, 2, 1, 1), dtype)
+        np.empty((0, 1, 2, 1), dtype)
         if offset is None
-        else contiguous(offset, dtype, (g.boxes, g.classes, 2, g.part_h, g.part_w)),
+        else contiguous(offset, dtype, (g.boxes, g.classes, 2, g.part_h * g.part_w)),
         np.empty((0, 1), dtype) if mask is None else contiguous(mask, dtype, (g.boxes, g.pooled_h * g.pooled_w)),
     )
 
@@ -117,23 +136,30 @@ def copy_origin(b: int, cell: int, cls: int, before: int, g: Any, p: Any) -> int
 
 
 @inline_always
-def cell_of(py: int, px: int, g: Any) -> int:
-    """The group of channels that a bin reads."""
-    return py * g.group_h // g.pooled_h * g.group_w + px * g.group_w // g.pooled_w
-
-
-@inline_always
 def list_axis(
-    axis: int, bin_: int, begin: Any, size: Any, move: Any, boxes: Any, g: Any, index: Any, weights: Any, counts: Any
+    axis: int,
+    bin_: int,
+    begin: Any,
+    size: Any,
+    move: Any,
+    boxes: Any,
+    g: Any,
+    index: Any,
+    weights: Any,
+    counts: Any,
+    sloped: bool,
 ) -> int:
-    """What bin number `bin_` of an axis (0: y, 1: x) reads, into row (axis, bin_); counts there. Gives the entries."""
+    """What bin number `bin_` of an axis (0: y, 1: x) reads, into row (axis, bin_); counts there. Gives the entries.
+
+    Derivatives of the weights are there only if `sloped`.
+    """
     real = boxes.dtype.type
     length = g.in_w if axis else g.in_h
     bin_size = size / real(g.pooled_w if axis else g.pooled_h)
     # Pointers: a slice of an array would be counted in and out, which takes longer than filling it.
     row, weight, slope = at(index, (axis, bin_, 0)), at(weights, (axis, bin_, 0, 0)), at(weights, (axis, bin_, 1, 0))
     if g.points:
-        n, count = points_read(bin_, begin, bin_size, move, length, boxes, g, row, weight, slope)
+        n, count = points_read(bin_, begin, bin_size, move, length, boxes, g, row, weight, slope, sloped)
     else:
         n, count = pixels_read(bin_, begin, bin_size, length, boxes, g, row, weight, slope)
     counts[axis, bin_] = count
@@ -150,7 +176,16 @@ def box_of(boxes: Any, r: int, g: Any) -> tuple[Any, Any, Any, Any, int]:
 
 @inline
 def list_box(
-    box: Any, boxes: Any, first: Any, last: Any, g: Any, index: Any, weights: Any, counts: Any, entries: Any
+    box: Any,
+    boxes: Any,
+    first: Any,
+    last: Any,
+    g: Any,
+    index: Any,
+    weights: Any,
+    counts: Any,
+    entries: Any,
+    sloped: bool,
 ) -> None:
     """The bins first <= bin < last of each axis (y, x) of a box that nothing moves."""
     begin_y, size_y, begin_x, size_x, state = box
@@ -159,12 +194,7 @@ def list_box(
         for axis in range(2):
             begin, size = (begin_x, size_x) if axis else (begin_y, size_y)
             for bin_ in range(first[axis], last[axis]):
-                entries[axis, bin_] = list_axis(axis, bin_, begin, size, zero, boxes, g, index, weights, counts)
-
-
-@inline_always
-def offset_of(offset: Any, r: int, cls: int, axis: int, py: int, px: int, g: Any) -> Any:
-    return offset[r, cls, 1 - axis, py * g.part_h // g.pooled_h, px * g.part_w // g.pooled_w]
+                entries[axis, bin_] = list_axis(axis, bin_, begin, size, zero, boxes, g, index, weights, counts, sloped)
 
 
 @inline_always
@@ -172,8 +202,7 @@ def list_moved(
     box: Any,
     r: int,
     cls: int,
-    py: int,
-    px: int,
+    bin_: Any,
     offset: Any,
     boxes: Any,
     g: Any,
@@ -181,10 +210,11 @@ def list_moved(
     weights: Any,
     counts: Any,
     entries: Any,
+    sloped: bool,
 ) -> int:
-    """One bin that its offset moves; gives its state."""
+    """One bin, a row of `bins_table`, that its offset moves; gives its state."""
     begin_y, size_y, begin_x, size_x, state = box
-    offset_y, offset_x = offset_of(offset, r, cls, 0, py, px, g), offset_of(offset, r, cls, 1, py, px, g)
+    offset_y, offset_x = offset[r, cls, 1, bin_.part], offset[r, cls, 0, bin_.part]
     scale = boxes.dtype.type(g.offset_scale)
     move_y, move_x = offset_y * scale * size_y, offset_x * scale * size_x  # eq. 2
     if state != BROKEN:
@@ -192,8 +222,8 @@ def list_moved(
     if state == SOUND:
         for axis in range(2):
             begin, size, move = (begin_x, size_x, move_x) if axis else (begin_y, size_y, move_y)
-            bin_ = px if axis else py
-            entries[axis, bin_] = list_axis(axis, bin_, begin, size, move, boxes, g, index, weights, counts)
+            p = bin_.x if axis else bin_.y
+            entries[axis, p] = list_axis(axis, p, begin, size, move, boxes, g, index, weights, counts, sloped)
     return state
 
 
@@ -217,7 +247,7 @@ def list_pixels(
 ) -> None:
     """Entries [first, last) of a bin's rows x columns: the pixels and A(row) * B(column)."""
     columns = entries[1, px]
-    row = first // columns
+    row = first // columns if first else 0
     column = first - row * columns
     rows, row_weights = at(index, (0, py, 0)), at(weights, (0, py, 0, 0))
     x, x_weights = at(index, (1, px, 0)), at(weights, (1, px, 0, 0))
@@ -246,7 +276,7 @@ def is_run(px: int, index: Any, entries: Any) -> bool:
 def list_slopes(py: int, px: int, first: int, last: int, weights: Any, entries: Any, products: Any) -> None:
     """A'(row) * B(column) and A(row) * B'(column) beside what `list_pixels` lists."""
     columns = entries[1, px]
-    row = first // columns
+    row = first // columns if first else 0
     column = first - row * columns
     y_weights, y_slopes = at(weights, (0, py, 0, 0)), at(weights, (0, py, 1, 0))
     x_weights, x_slopes = at(weights, (1, px, 0, 0)), at(weights, (1, px, 1, 0))

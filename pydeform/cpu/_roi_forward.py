@@ -16,9 +16,9 @@ from pydeform.cpu._roi_common import (
     LISTED,
     TILE,
     RoiPlan,
+    bins_of,
     blocks_of_class,
     box_of,
-    cell_of,
     convert_image,
     copy_origin,
     is_run,
@@ -35,8 +35,8 @@ from pydeform.cpu._threads import claim, finish, wait_for
 
 def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
     dtype = compute_dtype(input.dtype)
-    bins = g.pooled_h * g.pooled_w
-    output = empty((g.boxes, g.out_channels, bins), dtype)
+    bins = bins_of(g)
+    output = empty((g.boxes, g.out_channels, len(bins)), dtype)
     if g.boxes:
         lanes = _roi_common.lanes_of(dtype)
         per_class = g.out_channels // g.classes
@@ -46,7 +46,7 @@ def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
             bands=int(per_class < _roi_common.FEW_CHANNELS),
             per_class=per_class,
             width=width,
-            tile_bins=min(bins, max(lanes, TILE // width)),
+            tile_bins=min(len(bins), max(lanes, TILE // width)),
             has_offset=int(offset is not None),
             has_mask=int(mask is not None),
         )
@@ -75,6 +75,7 @@ def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
                 ((threads, max(blocks["width"])), np.dtype(f"i{dtype.itemsize}")),
             ),
             np.full(g.out_channels, -0.0, dtype),  # added to every output: +0.0 would change -0.0
+            bins,
             blocks,
             g,
             plan,
@@ -102,6 +103,7 @@ def _mean(
     all_products: Any,
     all_winners: Any,
     no_shift: Any,
+    bins: Any,
     blocks: Any,
     g: Any,
     p: Any,
@@ -112,7 +114,6 @@ def _mean(
     places, products = all_places[thread], all_products[thread]
     one = output.dtype.type(1)
     cells = g.group_h * g.group_w
-    bins = g.pooled_h * g.pooled_w
     units = g.boxes * g.classes
     unit = claim(counters, 1)
     while unit < units:
@@ -121,34 +122,34 @@ def _mean(
         b = np.int64(boxes[r, 0])
         box = box_of(boxes, r, g)
         if not p.has_offset:
-            list_box(box, boxes, (0, 0), (g.pooled_h, g.pooled_w), g, index, weights, counts, entries)
-        for bin0 in range(0, bins, p.tile_bins):
-            bin1 = min(bin0 + p.tile_bins, bins)
-            for bin_ in range(bin0, bin1):
-                py = bin_ // g.pooled_w
-                px = bin_ - py * g.pooled_w
+            list_box(box, boxes, (0, 0), (g.pooled_h, g.pooled_w), g, index, weights, counts, entries, False)
+        for bin0 in range(0, len(bins), p.tile_bins):
+            bin1 = min(bin0 + p.tile_bins, len(bins))
+            for i in range(bin0, bin1):
+                bin_ = bins[i]
+                py, px = bin_.y, bin_.x
                 state = box[4]
                 if p.has_offset:
-                    state = list_moved(box, r, cls, py, px, offset, boxes, g, index, weights, counts, entries)
+                    state = list_moved(box, r, cls, bin_, offset, boxes, g, index, weights, counts, entries, False)
                 scale = scale_of(state, py, px, boxes, g, counts)
                 if p.has_mask:
-                    scale *= mask[r, bin_]
-                cell = cell_of(py, px, g)
+                    scale *= mask[r, i]
                 listed = entries[0, py] * entries[1, px] if state == SOUND else 0
                 if p.bands and listed > 0 and is_run(px, index, entries):
                     for c in range(cls * p.per_class, (cls + 1) * p.per_class):
                         total = output.dtype.type(0)
                         for k in range(0, entries[1, px], BAND):
                             total += band_sum(
-                                at(input, (b, c * cells + cell, index[1, px, k])),
+                                at(input, (b, c * cells + bin_.cell, index[1, px, k])),
                                 at(index, (0, py, 0)),
                                 at(weights, (0, py, 0, 0)),
                                 entries[0, py],
                                 g.in_w,
+                                g.in_h * g.in_w - index[1, px, k],
                                 at(weights, (1, px, 0, k)),
                                 min(BAND, entries[1, px] - k),
                             )
-                        output[r, c, bin_] = total * scale
+                        output[r, c, i] = total * scale
                     continue
                 first, more = 0, False
                 while first < listed or not more:  # once at least: a bin that reads nothing has a value too
@@ -162,8 +163,8 @@ def _mean(
                         if p.planes:
                             for c in range(channel, channel + row.channels):
                                 plane_weighted_sum(
-                                    at(output, (r, c, bin_)),
-                                    at(input, (b, c * cells + cell, 0)),
+                                    at(output, (r, c, i)),
+                                    at(input, (b, c * cells + bin_.cell, 0)),
                                     at(places, (0,)),
                                     at(products, (0, 0)),
                                     last - first,
@@ -174,8 +175,8 @@ def _mean(
                                 )
                         else:
                             weighted_sum(
-                                at(tiles, (thread, block, bin_ - bin0, 0)),
-                                at(image, (copy_origin(b, cell, cls, row.before, g, p),)),
+                                at(tiles, (thread, block, i - bin0, 0)),
+                                at(image, (copy_origin(b, bin_.cell, cls, row.before, g, p),)),
                                 at(places, (0,)),
                                 at(products, (0, 0)),
                                 last - first,
@@ -217,6 +218,7 @@ def _largest(
     all_products: Any,
     all_winners: Any,
     no_shift: Any,
+    bins: Any,
     blocks: Any,
     g: Any,
     p: Any,
@@ -224,21 +226,22 @@ def _largest(
     convert_image(counters, 0, input, starts, image, blocks, g, p)
     index, weights, entries = all_index[thread], all_weights[thread], all_entries[thread]
     places, products, winners = all_places[thread], all_products[thread], all_winners[thread]
-    bins = g.pooled_h * g.pooled_w
     unit = claim(counters, 1)
     while unit < g.boxes:
         b = np.int64(boxes[unit, 0])
         box = box_of(boxes, unit, g)
         list_candidates(box, boxes, g, index, weights, entries)
-        for bin0 in range(0, bins, p.tile_bins):
-            bin1 = min(bin0 + p.tile_bins, bins)
-            for bin_ in range(bin0, bin1):
+        for bin0 in range(0, len(bins), p.tile_bins):
+            bin1 = min(bin0 + p.tile_bins, len(bins))
+            for i in range(bin0, bin1):
+                bin_ = bins[i]
                 for block in range(len(blocks)):
                     row = blocks[block]
                     largest_of_bin(
                         box[4],
-                        bin_,
-                        at(tiles, (thread, block, bin_ - bin0, 0)),
+                        bin_.y,
+                        bin_.x,
+                        at(tiles, (thread, block, i - bin0, 0)),
                         winners,
                         at(image, (copy_origin(b, 0, 0, row.before, g, p),)),
                         row.width,

@@ -69,7 +69,8 @@ def pixel_of(number: int, py: int, px: int, g: Any, index: Any, entries: Any) ->
 @inline
 def largest_of_bin(
     state: int,
-    bin_: int,
+    py: int,
+    px: int,
     out: Any,
     winners: Any,
     image: Any,
@@ -84,8 +85,6 @@ def largest_of_bin(
 ) -> None:
     """out[c] for a block of channels, and which candidate it is in winners[c]; -1: none."""
     real = boxes.dtype.type
-    py = bin_ // g.pooled_w
-    px = bin_ - py * g.pooled_w
     listed = entries[0, py] * entries[1, px] if state == SOUND else 0
     if listed == 0:
         for c in range(width):

@@ -95,10 +95,13 @@ class _Vectors:
         return self.builder.extract_element(vector, ir.Constant(_LANE, 0))
 
     def first_lanes(self, count: Any) -> Any:
-        """Mask that is true in the first `count` lanes."""
-        lanes = ir.Constant(ir.VectorType(_INT, self.lanes), list(range(self.lanes)))
+        """Mask that is true in the first `count` lanes, which is compared in integers of the lanes' own width."""
+        integer = ir.IntType(8 * self.itemsize)
+        lanes = ir.Constant(ir.VectorType(integer, self.lanes), list(range(self.lanes)))
         undefined = ir.Constant(lanes.type, ir.Undefined)
-        one = self.builder.insert_element(undefined, count, ir.Constant(_LANE, 0))
+        most = self.builder.select(self.builder.icmp_signed("<", count, _const(self.lanes)), count, _const(self.lanes))
+        narrow = most if integer.width == 64 else self.builder.trunc(most, integer)
+        one = self.builder.insert_element(undefined, narrow, ir.Constant(_LANE, 0))
         return self.builder.icmp_signed("<", lanes, _shuffle(self.builder, one, undefined, [0] * self.lanes))
 
     def masked_load(self, pointer: Any, mask: Any) -> Any:

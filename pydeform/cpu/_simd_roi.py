@@ -305,28 +305,111 @@ def _unary(builder: Any, v: _Vectors, name: str, value: Any) -> Any:
 
 
 @intrinsic  # type: ignore[misc]
-def band_weights(typing_context: Any, weights: Any, slopes: Any, points: Any, steep: Any, count: Any, base: Any) -> Any:
-    """What linear interpolation at points[i] gives to pixels base ... base + 7, summed over i, and its derivative.
+def band_points(
+    typing_context: Any,
+    places: Any,
+    steep: Any,
+    start: Any,
+    first: Any,
+    first_point: Any,
+    bin_size: Any,
+    points: Any,
+    count: Any,
+    reach: Any,
+    highest: Any,
+    flat: Any,
+    sloped: Any,
+) -> Any:
+    """Points y_i = start + (first + i + first_point) * bin_size / points of a bin, in ascending order.
 
-    weights[j] = sum_i max(0, 1 - |points[i] - (base + j)|); slopes[j] = sum_i steep[i], minus it for the pixel below.
+    places[i] is y_i clamped to [0, highest], steep[i] (if sloped) whether it moves with y_i: 1 or 0; both are written
+    up to the next multiple of eight. Gives how many points are below -reach, and how many neither that nor above
+    highest + reach. With `flat` a point at a pixel is not steep.
     """
-    signature = types.void(weights, slopes, points, steep, types.int64, points.dtype)
+    real, boolean = places.dtype, types.boolean
+    result = types.UniTuple(types.int64, 2)
+    signature = result(places, steep, real, real, real, real, real, types.int64, real, real, boolean, boolean)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        weights_, slopes_, points_, steep_, count_, base_ = arguments
+        places_, steep_, *numbers, count_, reach_, highest_, flat_, sloped_ = arguments
+        v = _band(builder, places.dtype)
+        start_, first_, first_point_, bin_size_, points_ = (v.splat(number) for number in numbers)
+        one = ir.Constant(v.type, [1.0] * BAND)
+        lanes = ir.Constant(v.type, [float(lane) for lane in range(BAND)])
+        lowest_counted = v.splat(builder.fneg(reach_))
+        highest_counted, highest_ = v.splat(builder.fadd(highest_, reach_)), v.splat(highest_)
+        mask = ir.VectorType(ir.IntType(1), BAND)
+        nowhere_flat = builder.select(flat_, ir.Constant(mask, [0] * BAND), ir.Constant(mask, [1] * BAND))
+
+        def number_of(lanes: Any) -> Any:
+            bits = builder.bitcast(lanes, ir.IntType(BAND))
+            return builder.zext(builder.ctpop(bits), ir.IntType(64))
+
+        def add(k: Any, carried: list[Any]) -> list[Any]:
+            below, inside = carried
+            i = builder.mul(k, _const(BAND))
+            number = builder.fadd(v.splat(builder.sitofp(i, v.element)), lanes)
+            number = builder.fadd(builder.fadd(first_, number), first_point_)
+            y = builder.fadd(start_, builder.fdiv(builder.fmul(number, bin_size_), points_))
+            exists = v.first_lanes(builder.sub(count_, i))
+            is_below = builder.fcmp_ordered("<", y, lowest_counted)
+            counted = builder.and_(
+                builder.fcmp_ordered(">=", y, lowest_counted), builder.fcmp_ordered("<=", y, highest_counted)
+            )
+            low, high = builder.fcmp_ordered("<=", y, v.zero), builder.fcmp_ordered(">=", y, highest_)
+            place = builder.select(high, highest_, builder.select(low, v.zero, y))
+            v.store(place, v.offset(places_, i))
+            with builder.if_then(sloped_):
+                between = builder.fcmp_ordered("!=", place, _unary(builder, v, "floor", place))
+                moves = builder.and_(builder.not_(builder.or_(low, high)), builder.or_(between, nowhere_flat))
+                v.store(builder.select(moves, one, v.zero), v.offset(steep_, i))
+            below = builder.add(below, number_of(builder.and_(is_below, exists)))
+            return [below, builder.add(inside, number_of(builder.and_(counted, exists)))]
+
+        blocks = builder.sdiv(builder.add(count_, _const(BAND - 1)), _const(BAND))
+        return context.make_tuple(builder, result, _loop(builder, blocks, [_const(0), _const(0)], add))
+
+    return signature, codegen
+
+
+@intrinsic  # type: ignore[misc]
+def band_weights(
+    typing_context: Any,
+    weights: Any,
+    slopes: Any,
+    points: Any,
+    steep: Any,
+    first: Any,
+    count: Any,
+    base: Any,
+    sloped: Any,
+) -> Any:
+    """What linear interpolation at `count` points from points[first] on gives to pixels base ... base + 7, summed.
+
+    weights[j] = sum_i max(0, 1 - |points[i] - (base + j)|); its derivative slopes[j], if sloped, is sum_i steep[i],
+    minus it for the pixel below.
+    """
+    signature = types.void(weights, slopes, points, steep, types.int64, types.int64, points.dtype, types.boolean)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        weights_, slopes_, points_, steep_, first_, count_, base_, sloped_ = arguments
+        points_, steep_ = builder.gep(points_, [first_]), builder.gep(steep_, [first_])
         v = _band(builder, weights.dtype)
         lanes = ir.Constant(v.type, [float(lane) for lane in range(BAND)])
         pixels = builder.fadd(v.splat(base_), lanes)
         one = ir.Constant(v.type, [1.0] * BAND)
 
-        def add(i: Any, carried: list[Any]) -> list[Any]:
-            total, slope = carried
-            point = v.splat(builder.load(builder.gep(points_, [i])))
-            s = v.splat(builder.load(builder.gep(steep_, [i])))
-            distance = builder.fsub(point, pixels)
-            near = builder.fsub(one, _unary(builder, v, "fabs", distance))
+        def distance_of(i: Any) -> Any:
+            return builder.fsub(v.splat(builder.load(builder.gep(points_, [i]))), pixels)
+
+        def add_weight(i: Any, carried: list[Any]) -> list[Any]:
+            near = builder.fsub(one, _unary(builder, v, "fabs", distance_of(i)))
             inside = builder.fcmp_ordered(">", near, v.zero)
-            total = builder.fadd(total, builder.select(inside, near, v.zero))
+            return [builder.fadd(carried[0], builder.select(inside, near, v.zero))]
+
+        def add_slope(i: Any, carried: list[Any]) -> list[Any]:
+            distance = distance_of(i)
+            s = v.splat(builder.load(builder.gep(steep_, [i])))
             # The lower pixel, at a distance from 0 up to 1, loses what the upper one gains.
             lower = builder.fcmp_ordered(">=", distance, v.zero)
             signed = builder.select(lower, builder.fsub(v.zero, s), s)
@@ -335,14 +418,63 @@ def band_weights(typing_context: Any, weights: Any, slopes: Any, points: Any, st
                 builder.fcmp_ordered(">=", distance, builder.fsub(v.zero, one)),
                 builder.fcmp_ordered("<", distance, one),
             )
-            return [total, builder.fadd(slope, builder.select(at_either, signed, v.zero))]
+            return [builder.fadd(carried[0], builder.select(at_either, signed, v.zero))]
 
-        total, slope = _loop(builder, count_, [v.zero, v.zero], add)
-        v.store(total, weights_)
-        v.store(slope, slopes_)
+        # The slopes first: they may lie where `steep` does, as the weights may where `points` do.
+        with builder.if_then(sloped_):
+            v.store(_loop(builder, count_, [v.zero], add_slope)[0], slopes_)
+        v.store(_loop(builder, count_, [v.zero], add_weight)[0], weights_)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def _band_rows(
+    builder: Any,
+    v: _Vectors,
+    geometry: tuple[Any, Any, Any, Any, Any],
+    mask: Any,
+    carried: list[Any],
+    body: Callable[[Any, Any, list[Any]], tuple[Any, list[Any]]],
+) -> list[Any]:
+    """carried = body(i, eight pixels of row i, carried) for each row; body may give the pixels new values as well.
+
+    Masked loads are slow and masked stores slower, so whole vectors are read, whose lanes outside of the mask are to be
+    left aside and are written back as they were, unless they reach past the end of the plane.
+    """
+    plane, rows, count, width, room = geometry
+
+    def start_of(i: Any) -> Any:
+        return builder.mul(_place(builder, rows, i), width)
+
+    def all_rows(load: Callable[[Any], Any], store: Callable[[Any, Any, Any], None]) -> list[Any]:
+        def step(i: Any, carried: list[Any]) -> list[Any]:
+            row = v.offset(plane, start_of(i))
+            before = load(row)
+            after, carried = body(i, before, carried)
+            if after is not None:
+                store(after, before, row)
+            return carried
+
+        return _loop(builder, count, carried, step)
+
+    last = builder.add(start_of(builder.sub(count, _const(1))), _const(BAND))
+    with builder.if_else(builder.icmp_signed("<=", last, room)) as (inside, at_end):
+        with inside:
+            results = all_rows(v.load, lambda after, before, row: v.store(builder.select(mask, after, before), row))
+            end_inside = builder.block
+        with at_end:
+            masked = all_rows(
+                lambda row: v.masked_load(row, mask), lambda after, before, row: v.masked_store(after, row, mask)
+            )
+            end_masked = builder.block
+    merged = []
+    for result, other in zip(results, masked, strict=True):
+        phi = builder.phi(result.type)
+        phi.add_incoming(result, end_inside)
+        phi.add_incoming(other, end_masked)
+        merged.append(phi)
+    return merged
 
 
 @intrinsic  # type: ignore[misc]
@@ -354,39 +486,36 @@ def band_dots(
     y_slopes: Any,
     count: Any,
     width: Any,
+    room: Any,
     x_weights: Any,
     x_slopes: Any,
     columns: Any,
 ) -> Any:
-    """Sums over rows and columns of the plane: with both weights, with y's slopes, and with x's."""
+    """Sums over rows and columns of the plane: with both weights, with y's slopes, and with x's.
+
+    There is one row at least, in ascending order; the plane has `room` pixels. Eight weights can be read for x.
+    """
     number = types.int64
     result = types.UniTuple(plane.dtype, 3)
-    signature = result(plane, rows, y_weights, y_slopes, number, number, x_weights, x_slopes, number)
+    signature = result(plane, rows, y_weights, y_slopes, number, number, number, x_weights, x_slopes, number)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        plane_, rows_, y_weights_, y_slopes_, count_, width_, x_weights_, x_slopes_, columns_ = arguments
+        plane_, rows_, y_weights_, y_slopes_, count_, width_, room_, x_weights_, x_slopes_, columns_ = arguments
         v = _band(builder, plane.dtype)
         mask = v.first_lanes(columns_)
 
-        def add(i: Any, carried: list[Any]) -> list[Any]:
-            row = v.offset(plane_, builder.mul(_place(builder, rows_, i), width_))
-            values = v.masked_load(row, mask)
-            return [
+        def add(i: Any, values: Any, carried: list[Any]) -> tuple[Any, list[Any]]:
+            return None, [
                 v.fma(v.splat(builder.load(builder.gep(factors, [i]))), values, total)
                 for factors, total in zip((y_weights_, y_slopes_), carried, strict=True)
             ]
 
-        summed, sloped = _loop(builder, count_, [v.zero, v.zero], add)
-        along = v.masked_load(x_weights_, mask)
-        # A lane beyond the last column has 0 in both factors.
+        geometry = plane_, rows_, count_, width_, room_
+        summed, sloped = _band_rows(builder, v, geometry, mask, [v.zero, v.zero], add)
+        weights, slopes = v.load(x_weights_), v.load(x_slopes_)
+        products = [builder.fmul(*pair) for pair in ((summed, weights), (sloped, weights), (summed, slopes))]
         return context.make_tuple(
-            builder,
-            result,
-            [
-                v.sum(builder.fmul(summed, along)),
-                v.sum(builder.fmul(sloped, along)),
-                v.sum(builder.fmul(summed, v.masked_load(x_slopes_, mask))),
-            ],
+            builder, result, [v.sum(builder.select(mask, product, v.zero)) for product in products]
         )
 
     return signature, codegen
@@ -400,24 +529,24 @@ def band_sum(
     y_weights: Any,
     count: Any,
     width: Any,
+    room: Any,
     x_weights: Any,
     columns: Any,
 ) -> Any:
     """The first of `band_dots`."""
     number = types.int64
-    signature = plane.dtype(plane, rows, y_weights, number, number, x_weights, number)
+    signature = plane.dtype(plane, rows, y_weights, number, number, number, x_weights, number)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        plane_, rows_, y_weights_, count_, width_, x_weights_, columns_ = arguments
+        plane_, rows_, y_weights_, count_, width_, room_, x_weights_, columns_ = arguments
         v = _band(builder, plane.dtype)
         mask = v.first_lanes(columns_)
 
-        def add(i: Any, carried: list[Any]) -> list[Any]:
-            row = v.offset(plane_, builder.mul(_place(builder, rows_, i), width_))
-            return [v.fma(v.splat(builder.load(builder.gep(y_weights_, [i]))), v.masked_load(row, mask), carried[0])]
+        def add(i: Any, values: Any, carried: list[Any]) -> tuple[Any, list[Any]]:
+            return None, [v.fma(v.splat(builder.load(builder.gep(y_weights_, [i]))), values, carried[0])]
 
-        (summed,) = _loop(builder, count_, [v.zero], add)
-        return v.sum(builder.fmul(summed, v.masked_load(x_weights_, mask)))
+        (summed,) = _band_rows(builder, v, (plane_, rows_, count_, width_, room_), mask, [v.zero], add)
+        return v.sum(builder.select(mask, builder.fmul(summed, v.load(x_weights_)), v.zero))
 
     return signature, codegen
 
@@ -430,27 +559,24 @@ def band_scatter(
     y_weights: Any,
     count: Any,
     width: Any,
+    room: Any,
     x_weights: Any,
     columns: Any,
     grad: Any,
 ) -> Any:
-    """plane[row, column] += y_weights[row] * (x_weights[column] * grad)."""
+    """plane[row, column] += y_weights[row] * (x_weights[column] * grad), in a plane that nobody else writes to."""
     number = types.int64
-    signature = types.void(plane, rows, y_weights, number, number, x_weights, number, plane.dtype)
+    signature = types.void(plane, rows, y_weights, number, number, number, x_weights, number, plane.dtype)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        plane_, rows_, y_weights_, count_, width_, x_weights_, columns_, grad_ = arguments
+        plane_, rows_, y_weights_, count_, width_, room_, x_weights_, columns_, grad_ = arguments
         v = _band(builder, plane.dtype)
-        mask = v.first_lanes(columns_)
-        along = builder.fmul(v.masked_load(x_weights_, mask), v.splat(grad_))
+        along = builder.fmul(v.load(x_weights_), v.splat(grad_))
 
-        def add(i: Any, _: list[Any]) -> list[Any]:
-            row = v.offset(plane_, builder.mul(_place(builder, rows_, i), width_))
-            w = v.splat(builder.load(builder.gep(y_weights_, [i])))
-            v.masked_store(v.fma(w, along, v.masked_load(row, mask)), row, mask)
-            return []
+        def add(i: Any, values: Any, _: list[Any]) -> tuple[Any, list[Any]]:
+            return v.fma(v.splat(builder.load(builder.gep(y_weights_, [i]))), along, values), []
 
-        _loop(builder, count_, [], add)
+        _band_rows(builder, v, (plane_, rows_, count_, width_, room_), v.first_lanes(columns_), [], add)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -30,7 +30,7 @@ from pydeform.cpu._roi_common import (
     list_slopes,
     scale_of,
 )
-from pydeform.cpu._roi_largest import corners_of, largest_of_bin, list_candidates, pixel_of
+from pydeform.cpu._roi_largest import largest_of_bin, list_candidates, list_part
 from pydeform.cpu._simd import VECTOR_BYTES, at
 from pydeform.cpu._simd_roi import (
     BAND,
@@ -535,25 +535,22 @@ def _largest_backward(
                     entries,
                     places,
                     products,
+                    False,
                 )
-                # A short list of candidates is still there.
-                listed = entries[0, py] * entries[1, px] <= LISTED
+                is_short = entries[0, py] * entries[1, px] <= LISTED
                 grad_place = _grad_place(r, 0, row.before, row.width, i, g, p)
                 for c in range(row.channels):
-                    number = np.int64(winners[c])
-                    if number < 0:
+                    winner = np.int64(winners[c])
+                    if winner < 0:
                         continue
+                    if not is_short:  # else all candidates are still there
+                        list_part(py, px, winner, winner + 1, g, index, weights, entries, places, products)
+                        winner = 0
                     grad = grads[grad_place + c]
                     if not g.points:
-                        pixel = places[number] if listed else pixel_of(number, py, px, g, index, entries)
-                        grad_image[origin + np.int64(pixel) * row.width + c] += grad
-                        continue
-                    start = 4 * number
-                    if not listed:
-                        start = 0
-                        corners_of(number, py, px, g, index, weights, entries, places, products, 0)
-                    if places[start] >= 0:
-                        for k in range(start, start + 4):
+                        grad_image[origin + np.int64(places[winner]) * row.width + c] += grad
+                    elif places[4 * winner] >= 0:
+                        for k in range(4 * winner, 4 * winner + 4):
                             grad_image[origin + np.int64(places[k]) * row.width + c] += grad * products[0, k]
         _write_blocks(b, 0, 0, blocks, block, block + 1, grad_image, grad_input, g, p)
         finish(counters, 2)

@@ -252,6 +252,7 @@ def _largest(
                         entries,
                         places,
                         products,
+                        block > 0,
                     )
             for block in range(len(blocks)):
                 row = blocks[block]

@@ -38,13 +38,10 @@ def list_candidates(box: Any, boxes: Any, g: Any, index: Any, weights: Any, entr
 
 
 @inline
-def corners_of(
-    number: int, py: int, px: int, g: Any, index: Any, weights: Any, entries: Any, places: Any, products: Any, to: int
+def _corners(
+    i: int, j: int, py: int, px: int, g: Any, index: Any, weights: Any, places: Any, products: Any, to: int
 ) -> None:
-    """The four pixels and weights of candidate `number` of a bin, into entries to ... to + 3; -1 where it has none."""
-    columns = entries[1, px]
-    i = number // columns
-    j = number - i * columns
+    """Four pixels and weights of row i, column j of a bin's candidates, into to ... to + 3; -1 where it has none."""
     low_y, low_x = np.int64(index[0, py, i]), np.int64(index[1, px, j])
     if low_y < 0 or low_x < 0:
         for k in range(4):
@@ -60,10 +57,30 @@ def corners_of(
 
 
 @inline
-def pixel_of(number: int, py: int, px: int, g: Any, index: Any, entries: Any) -> int:
+def list_part(
+    py: int,
+    px: int,
+    first: int,
+    last: int,
+    g: Any,
+    index: Any,
+    weights: Any,
+    entries: Any,
+    places: Any,
+    products: Any,
+) -> None:
+    """Candidates [first, last) of a bin: a pixel each or, of points, four and their weights."""
     columns = entries[1, px]
-    i = number // columns
-    return np.int64(index[0, py, i]) * g.in_w + index[1, px, number - i * columns]
+    i = first // columns
+    j = first - i * columns
+    for n in range(last - first):
+        if g.points:
+            _corners(i, j, py, px, g, index, weights, places, products, 4 * n)
+        else:
+            places[n] = np.int64(index[0, py, i]) * g.in_w + index[1, px, j]
+        j += 1
+        if j == columns:
+            i, j = i + 1, 0
 
 
 @inline
@@ -82,8 +99,12 @@ def largest_of_bin(
     entries: Any,
     places: Any,
     products: Any,
+    is_listed: bool,
 ) -> None:
-    """out[c] for a block of channels, and which candidate it is in winners[c]; -1: none."""
+    """out[c] for a block of channels, and which candidate it is in winners[c]; -1: none.
+
+    With `is_listed` the places are those of the same bin in another block.
+    """
     real = boxes.dtype.type
     listed = entries[0, py] * entries[1, px] if state == SOUND else 0
     if listed == 0:
@@ -94,9 +115,9 @@ def largest_of_bin(
     vectors = width * boxes.itemsize // VECTOR_BYTES
     for first in range(0, listed, LISTED):
         last = min(first + LISTED, listed)
+        if not is_listed or listed > LISTED:
+            list_part(py, px, first, last, g, index, weights, entries, places, products)
         if g.points:
-            for i in range(first, last):
-                corners_of(i, py, px, g, index, weights, entries, places, products, 4 * (i - first))
             largest_point(
                 out,
                 at(winners, (0,)),
@@ -110,8 +131,6 @@ def largest_of_bin(
                 first > 0,
             )
         else:
-            for i in range(first, last):
-                places[i - first] = pixel_of(i, py, px, g, index, entries)
             largest_pixel(
                 out,
                 at(winners, (0,)),

@@ -17,7 +17,8 @@ from pydeform.cpu._simd import VECTOR_BYTES, at
 from pydeform.cpu._simd_roi import BAND
 from pydeform.cpu._threads import claim, finish, wait_for
 
-CHANNELS = 64  # of a block: vectors of sums that fit in registers
+CHANNELS = 256  # of a block of the copy: what a pixel has lies together, which is faster from the outer caches
+SHARED_CHANNELS = 64  # of a block whose gradients one thread adds up
 FEW_CHANNELS = 4  # of a class: below, a copy that puts channels last brings nothing
 LISTED = 512  # pixels of a bin in a list at a time
 TILE = 1 << 14  # numbers in a thread's tile of results
@@ -40,13 +41,14 @@ class RoiPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def blocks_of_class(per_class: int, lanes: int) -> tuple[Any, int]:
+def blocks_of_class(per_class: int, lanes: int, shared: bool) -> tuple[Any, int]:
     """The blocks of channels of one class, as equal as can be, and the width of all. `before`: that of earlier ones.
 
-    Two at least where channels allow it, as threads share them. Sums over channels go block by block, so what they are
+    If threads share them, two at least where channels allow it. Sums over channels go block by block, so what they are
     depends on the class alone.
     """
-    largest = CHANNELS if per_class >= 2 * CHANNELS else max(2 * lanes, round_up(-(-per_class // 2), lanes))
+    half = max(2 * lanes, round_up(-(-per_class // 2), lanes))
+    largest = min(half, SHARED_CHANNELS) if shared else CHANNELS
     count = -(-per_class // largest)
     size = -(-per_class // count)
     rows, before = [], 0

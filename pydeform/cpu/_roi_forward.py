@@ -40,7 +40,7 @@ def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
     if g.boxes:
         lanes = _roi_common.lanes_of(dtype)
         per_class = g.out_channels // g.classes
-        blocks, width = blocks_of_class(per_class, lanes)
+        blocks, width = blocks_of_class(per_class, lanes, shared=False)
         plan = RoiPlan(
             planes=int(_roi_common.prefers_planes(g) and not g.is_max),
             bands=int(per_class < _roi_common.FEW_CHANNELS),

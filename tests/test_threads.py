@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pydeform
@@ -85,6 +87,18 @@ def test_eight_threads_at_once(threads):
         worker.join(120)
         assert not worker.is_alive(), "still running: the threads wait for each other"
     assert not failures, failures
+
+
+def test_no_helper_keeps_the_memory_of_a_call(threads):
+    threads(2)
+    rng = np.random.default_rng(0)
+    shapes = ((1, 64, 40, 40), (1, 18, 40, 40), (64, 64, 3, 3))
+    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    for _ in range(20):
+        output = pydeform.deform_conv2d(*arrays, padding=1)
+        memory = weakref.ref(output.base)
+        del output
+        assert memory() is None
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

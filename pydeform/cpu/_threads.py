@@ -119,7 +119,15 @@ def new_counters(phases: int) -> Any:
     return np.zeros(2 * phases * _STRIDE, np.int64)
 
 
-_queue: queue.SimpleQueue[tuple[Kernel, int, tuple[Any, ...]]] = queue.SimpleQueue()
+class _Task:
+    """A helper's part of one call. Whoever pops `parts` has it: a helper to do it, or the caller to withdraw it."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = [parts]
+        self.left: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+
+_queue: queue.SimpleQueue[_Task] = queue.SimpleQueue()
 _helpers: list[int] = []  # thread ids, as the system numbers them
 _avoided = -1  # the processor that helpers keep off
 _lock = threading.Lock()
@@ -131,9 +139,15 @@ _current_processor = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.pla
 
 def _help() -> None:
     while True:
-        kernel, thread, arguments = _queue.get()
-        kernel.call(thread, *arguments)
-        del kernel, arguments  # hold no arrays while waiting
+        task = _queue.get()
+        with contextlib.suppress(IndexError):  # withdrawn
+            kernel, thread, arguments = task.parts.pop()
+            try:
+                kernel.call(thread, *arguments)
+            finally:
+                del kernel, arguments
+                task.left.put(None)
+        del task  # hold nothing while waiting
 
 
 def _reset_in_child() -> None:
@@ -147,14 +161,24 @@ if hasattr(os, "register_at_fork"):
 
 
 def run(kernel: Kernel, key: Any, threads: int, *arguments: Any) -> None:
-    """kernel(thread, *arguments) in the calling thread as number 0 and in up to threads - 1 helpers."""
+    """kernel(thread, *arguments) in the calling thread as number 0 and in up to threads - 1 helpers.
+
+    When it returns, no helper holds any of the arguments: else memory of a call would still be in use at the next one,
+    which would have to get its own from the system.
+    """
     kernel.prepare(key, (0, *arguments))
-    if threads > 1:
+    tasks = [_Task(kernel, thread, arguments) for thread in range(1, threads)]
+    if tasks:
         _start_helpers(threads - 1)
         _keep_helpers_off_this_processor()
-        for thread in range(1, threads):
-            _queue.put((kernel, thread, arguments))
+        for task in tasks:
+            _queue.put(task)
     kernel.call(0, *arguments)
+    for task in tasks:
+        try:
+            task.parts.pop()  # of a helper that is busy elsewhere
+        except IndexError:
+            task.left.get()
 
 
 def _start_helpers(count: int) -> None:

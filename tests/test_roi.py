@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import pydeform
+from pydeform.cpu import _roi_common
 from pydeform.testing import gradcheck
 from tests.cases.deform_conv2d import dtype_of
 from tests.cases.roi import CASES, DTYPE_CASES, expected, make, make_grad_output
@@ -1061,6 +1062,26 @@ def test_the_number_of_threads_changes_no_bit(threads, name, dtype):
     for count in (2, 3, 7):  # more than there are processors, too
         threads(count)
         assert_same_grads(solve_here(VARIANTS[name], dtype), want)
+
+
+@each_variant
+def test_slices_of_channels_change_no_bit(threads, monkeypatch, name):
+    """A large image is read a slice after the other, all in the same memory, which no thread overwrites too early."""
+    variant = wide(wide(VARIANTS[name]))
+    arrays, _ = problem(variant, "float32", corners=CORNERS * 9, batch=3, size=(13, 12))
+    forward = getattr(pydeform, variant.operator)
+    threads(1)
+    want = forward(**arrays, **variant.options)
+    monkeypatch.setattr(_roi_common, "SLICE_CHANNELS", 8)
+    monkeypatch.setattr(_roi_common, "SLICE_BYTES", 1)
+    _roi_common.slices_of_class.cache_clear()
+    try:
+        assert len(_roi_common.slices_of_class(variant.out_channels, 8, 1)[0]) == -(-variant.out_channels // 8)
+        for count in (1, 3):
+            threads(count)
+            assert_same_bits(forward(**arrays, **variant.options), want)
+    finally:
+        _roi_common.slices_of_class.cache_clear()
 
 
 def test_threads_at_once(threads):

@@ -79,7 +79,7 @@ def backward(
         per_class = g.out_channels // g.classes
         threads = _roi_common.threads_for(g, 1 + 2 * need_dots)
         groups = g.batch * _roi_common.cells_of(g) * g.classes
-        blocks, width = blocks_of_class(per_class, lanes, shared=True)
+        blocks, width = blocks_of_class(per_class, lanes)
         few = per_class < _roi_common.FEW_CHANNELS
         plan = BackwardPlan(
             planes=int(planes),
@@ -535,7 +535,6 @@ def _largest_backward(
                     entries,
                     places,
                     products,
-                    False,
                 )
                 is_short = entries[0, py] * entries[1, px] <= LISTED
                 grad_place = _grad_place(r, 0, row.before, row.width, i, g, p)

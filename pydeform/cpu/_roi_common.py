@@ -17,8 +17,9 @@ from pydeform.cpu._simd import VECTOR_BYTES, at
 from pydeform.cpu._simd_roi import BAND
 from pydeform.cpu._threads import claim, finish, wait_for
 
-CHANNELS = 256  # of a block of the copy: what a pixel has lies together, which is faster from the outer caches
-SHARED_CHANNELS = 64  # of a block whose gradients one thread adds up
+CHANNELS = 64  # of a block whose gradients one thread adds up
+SLICE_CHANNELS = 128  # at least, of those that the forward puts last at a time: each slice lists the bins anew
+SLICE_BYTES = 1 << 23  # at most, of an image, if there are more channels: what the caches keep while boxes read it
 FEW_CHANNELS = 4  # of a class: below, a copy that puts channels last brings nothing
 LISTED = 512  # pixels of a bin in a list at a time
 TILE = 1 << 14  # numbers in a thread's tile of results
@@ -40,23 +41,33 @@ class RoiPlan(NamedTuple):
     has_mask: int
 
 
-@functools.lru_cache(maxsize=64)
-def blocks_of_class(per_class: int, lanes: int, shared: bool) -> tuple[Any, int]:
-    """The blocks of channels of one class, as equal as can be, and the width of all. `before`: that of earlier ones.
+def _blocks(channels: int, largest: int, lanes: int) -> list[tuple[int, int, int]]:
+    """(first, channels, width) of blocks as equal as can be; the width is whole vectors."""
+    size = -(-channels // -(-channels // largest))
+    starts = range(0, channels, size)
+    return [(first, n := min(size, channels - first), round_up(n, lanes)) for first in starts]
 
-    If threads share them, two at least where channels allow it. Sums over channels go block by block, so what they are
+
+@functools.lru_cache(maxsize=64)
+def blocks_of_class(per_class: int, lanes: int) -> tuple[Any, int]:
+    """The blocks of channels of one class, and the width of all. `before`: that of earlier ones.
+
+    Two at least where channels allow it, as threads share them. Sums over channels go block by block, so what they are
     depends on the class alone.
     """
     half = max(2 * lanes, round_up(-(-per_class // 2), lanes))
-    largest = min(half, SHARED_CHANNELS) if shared else CHANNELS
-    count = -(-per_class // largest)
-    size = -(-per_class // count)
     rows, before = [], 0
-    for first in range(0, per_class, size):
-        channels = min(size, per_class - first)
-        rows.append((first, channels, round_up(channels, lanes), before))
-        before += rows[-1][2]
+    for row in _blocks(per_class, min(half, CHANNELS), lanes):
+        rows.append((*row, before))
+        before += row[-1]
     return table("first channels width before", rows), before
+
+
+@functools.lru_cache(maxsize=64)
+def slices_of_class(per_class: int, lanes: int, channel_bytes: int) -> tuple[Any, int]:
+    """The channels of a class that the forward puts last at a time, in the same place, and the largest width."""
+    blocks = _blocks(per_class, max(SLICE_CHANNELS, SLICE_BYTES // channel_bytes), lanes)
+    return table("first channels width before", [(*row, 0) for row in blocks]), blocks[0][-1]
 
 
 @functools.lru_cache(maxsize=64)

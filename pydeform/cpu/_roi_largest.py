@@ -99,12 +99,8 @@ def largest_of_bin(
     entries: Any,
     places: Any,
     products: Any,
-    is_listed: bool,
 ) -> None:
-    """out[c] for a block of channels, and which candidate it is in winners[c]; -1: none.
-
-    With `is_listed` the places are those of the same bin in another block.
-    """
+    """out[c] for a block of channels, and which candidate it is in winners[c]; -1: none."""
     real = boxes.dtype.type
     listed = entries[0, py] * entries[1, px] if state == SOUND else 0
     if listed == 0:
@@ -115,8 +111,7 @@ def largest_of_bin(
     vectors = width * boxes.itemsize // VECTOR_BYTES
     for first in range(0, listed, LISTED):
         last = min(first + LISTED, listed)
-        if not is_listed or listed > LISTED:
-            list_part(py, px, first, last, g, index, weights, entries, places, products)
+        list_part(py, px, first, last, g, index, weights, entries, places, products)
         if g.points:
             largest_point(
                 out,

@@ -8,12 +8,14 @@ every rounding is the same.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pydeform.cpu._simd import VECTOR_BYTES, _const, _loop, _Vectors
@@ -119,36 +121,29 @@ def primitives(vector_bytes: int) -> SimpleNamespace:
             grad_, image_, index_, *weights, count_, stride_, vectors_ = arguments
             v = vectors_of(builder, grad.dtype)
 
-            def of_vectors(size: int) -> Callable[[Any, list[Any]], list[Any]]:
-                def run(k: Any, dots: list[Any]) -> list[Any]:
-                    first = builder.mul(k, _const(size * v.lanes))
-                    places = [builder.add(first, _const(j * v.lanes)) for j in range(size)]
+            # The weights come last: what a pixel's channels add up to, lane by lane, serves all three.
+            totals = [cgutils.alloca_once_value(builder, v.zero) for _ in weights]
 
-                    def add(i: Any, sums: list[Any]) -> list[Any]:
-                        start = pixel(builder, v, image_, index_, i, stride_)
-                        values = [v.load(v.offset(start, p)) for p in places]
-                        ws = [v.splat(builder.load(builder.gep(weight, [i]))) for weight in weights]
-                        return [
-                            v.fma(w, value, sums[3 * j + n]) for j, value in enumerate(values) for n, w in enumerate(ws)
-                        ]
+            def run(first: Any, size: int) -> None:
+                places = [builder.mul(builder.add(first, _const(j)), _const(v.lanes)) for j in range(size)]
+                grads = [v.load(v.offset(grad_, p)) for p in places]
 
-                    sums = _loop(builder, count_, [v.zero] * (3 * size), add)
-                    for j, p in enumerate(places):
-                        g = v.load(v.offset(grad_, p))
-                        dots = [v.fma(g, sums[3 * j + n], dot) for n, dot in enumerate(dots)]
-                    return dots
+                def add(i: Any, dots: list[Any]) -> list[Any]:
+                    start = pixel(builder, v, image_, index_, i, stride_)
+                    sums = [v.zero] * min(size, 2)  # two at once, so that one addition does not wait for the other
+                    for j, (p, g) in enumerate(zip(places, grads, strict=True)):
+                        k = j % len(sums)
+                        sums[k] = v.fma(g, v.load(v.offset(start, p)), sums[k])
+                    lanes = functools.reduce(builder.fadd, sums)
+                    ws = [v.splat(builder.load(builder.gep(weight, [i]))) for weight in weights]
+                    return [v.fma(w, lanes, dot) for w, dot in zip(ws, dots, strict=True)]
 
-                return run
+                dots = _loop(builder, count_, [builder.load(total) for total in totals], add)
+                for dot, total in zip(dots, totals, strict=True):
+                    builder.store(dot, total)
 
-            # Pairs of vectors keep six sums in flight, which hides the time of an addition; then the odd one.
-            pairs = builder.sdiv(vectors_, _const(2))
-            dots = _loop(builder, pairs, [v.zero] * 3, of_vectors(2))
-            done = builder.mul(pairs, _const(2))
-            single = of_vectors(1)
-            dots = _loop(
-                builder, builder.sub(vectors_, done), dots, lambda k, carried: single(builder.add(done, k), carried)
-            )
-            return context.make_tuple(builder, result, [v.sum(dot) for dot in dots])
+            _in_runs(builder, vectors_, 8, run)
+            return context.make_tuple(builder, result, [v.sum(builder.load(total)) for total in totals])
 
         return signature, codegen
 

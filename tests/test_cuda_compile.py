@@ -46,11 +46,15 @@ def faults(resources, remarks, budget):
 def architectures(toolkit, instance):
     """All that the instance names, and the newest that this toolkit knows, which also runs what is for sm_90.
 
-    Of an older toolkit a sample of the instances, unless PYDEFORM_COMPILE_ALL is set: the whole takes minutes.
+    Unless PYDEFORM_COMPILE_ALL is set, since the whole takes minutes, an older toolkit compiles a sample: of the
+    templates in MAIN that, of all others for one architecture each.
     """
     listed = [name for name in instance.architectures if toolkit.supports(name)]
-    if toolkit is not TOOLKITS[-1] and instance not in SAMPLE and not os.environ.get("PYDEFORM_COMPILE_ALL"):
-        return []
+    if toolkit is not TOOLKITS[-1] and not os.environ.get("PYDEFORM_COMPILE_ALL"):
+        if instance not in SAMPLE:
+            return []
+        if not instance.expression.startswith(MAIN[instance.operator]):
+            return listed[:1]
     if "90" in instance.architectures:
         listed.append(str(toolkit.architectures[-1]))
     return list(dict.fromkeys(listed))

@@ -1038,16 +1038,17 @@ def test_every_run_has_the_same_bits(backend, name, dtype):
 
 
 @pytest.fixture
-def threads():
-    """set_num_threads for one test."""
+def threads(monkeypatch):
+    """set_num_threads for one test, in which no problem is too small for them."""
+    monkeypatch.setattr(_roi_common, "SERIAL_FLOPS", 0)
     before = pydeform.get_num_threads()
     yield pydeform.set_num_threads
     pydeform.set_num_threads(before)
 
 
 def solve_here(variant: Variant, dtype: str) -> dict[str, Any]:
-    """On the CPU, large enough for several threads to have work."""
-    variant = wide(variant)
+    """On the CPU, with several blocks of channels."""
+    variant = wide(wide(variant))
     arrays, grad_output = problem(variant, dtype, corners=CORNERS * 3, batch=3, size=(13, 12))
     output = getattr(pydeform, variant.operator)(**arrays, **variant.options)
     grads = getattr(pydeform, f"{variant.operator}_backward")(grad_output, **arrays, **variant.options)

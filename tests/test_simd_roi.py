@@ -211,12 +211,12 @@ def test_largest_point(width, dtype):
 
 def last_of_a_page(values):
     """A copy that ends where a page does, behind which lies one that nobody may touch."""
-    size = mmap.PAGESIZE
-    pages = mmap.mmap(-1, 2 * size)
+    size = -(-values.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = mmap.mmap(-1, size + mmap.PAGESIZE)
     address = np.frombuffer(pages, np.uint8).ctypes.data
     protect = ctypes.CDLL(None).mprotect
     protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    assert protect(address + size, size, 0) == 0
+    assert protect(address + size, mmap.PAGESIZE, 0) == 0
     copy = np.frombuffer(pages, values.dtype, len(values), offset=size - values.nbytes)
     copy[:] = values
     return copy

@@ -95,22 +95,27 @@ class _Cache(caching.FunctionCache):  # type: ignore[misc]
             say_once(f"a compiled kernel could not be kept: {error}")
 
 
+# Without Numba's runtime: kernels allocate nothing, and their callers hold all arrays, so nobody needs to count who
+# uses them, by atomic additions in the midst of loops.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
+
+
 def inline(function: Callable[..., Any]) -> Any:
     """A function called by kernels; compiled into them."""
-    return numba.njit(nogil=True, error_model="numpy")(function)
+    return numba.njit(**_OPTIONS)(function)
 
 
 def inline_always(function: Callable[..., Any]) -> Any:
     """The same for a small step in a hot loop: where a call would be left, its arrays and records are copied word by
     word, which takes longer than the step."""
-    return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)
+    return numba.njit(forceinline=True, **_OPTIONS)(function)
 
 
 class Kernel:
     """An entry point: a Numba function that runs without the GIL, compiled at its first call for a dtype."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.call = numba.njit(nogil=True, error_model="numpy")(function)
+        self.call = numba.njit(**_OPTIONS)(function)
         self._compiled: set[Any] = set()
 
     def prepare(self, key: Any, arguments: tuple[Any, ...]) -> None:

@@ -1,5 +1,7 @@
 """The SIMD primitives at every vector width, against NumPy, on pointers that are not aligned."""
 
+import functools
+
 import numpy as np
 import pytest
 from numba import njit
@@ -43,10 +45,9 @@ def test_width_follows_the_features_numba_compiles_for(monkeypatch, features, ex
     assert _simd.host_vector_bytes() == 64
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2, 7])
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_multiply_tile(simd, dtype, rng, depth, accumulate):
-    multiply_tile, rows, columns = simd.multiply_tile, simd.rows, 2 * simd.vector_bytes // dtype.itemsize
+@functools.cache
+def runs_multiply_tile(width):
+    multiply_tile, rows = WIDTHS[width].multiply_tile, WIDTHS[width].rows
 
     @njit
     def run(a, b, c, depth, accumulate):
@@ -62,12 +63,20 @@ def test_multiply_tile(simd, dtype, rng, depth, accumulate):
             at(b, (0, 1)),
             b.shape[1],
             depth,
-            at(c, (2 + rows_, 1)),
+            at(c, (2 + rows, 1)),
             c.shape[1],
             accumulate,
         )
 
-    rows_ = rows
+    return run
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 7])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_multiply_tile(simd, dtype, rng, depth, accumulate):
+    run = runs_multiply_tile(simd.vector_bytes)
+    rows, columns = simd.rows, 2 * simd.vector_bytes // dtype.itemsize
+
     a = rng.standard_normal((rows + 1, depth + 3)).astype(dtype)
     b = rng.standard_normal((depth + 1, columns + 5)).astype(dtype)
     c = rng.standard_normal((2 * rows + 3, columns + 3)).astype(dtype)
@@ -104,16 +113,9 @@ def test_blend(simd, dtype, rng, vectors):
     assert (out[1 + count :] == 99).all() and out[0] == 99
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4, 8, 21, 32])
-@pytest.mark.parametrize("scatter", [False, True])
-def test_blend_backward(simd, dtype, rng, channels, scatter):
-    blend_dots = simd.blend_dots_scatter if scatter else simd.blend_dots
-    width = channels + 4  # what stands right and left belongs to others
-    image, corners, weights = corners_of(rng, dtype, 5, width)
-    room = simd.vector_bytes // dtype.itemsize
-    grad = np.zeros(channels + room, dtype)
-    grad[:channels] = rng.standard_normal(channels)
-    image[:, channels + 2 :] = np.nan  # must not leak into the dots
+@functools.cache
+def runs_blend_dots(width, scatter):
+    blend_dots = WIDTHS[width].blend_dots_scatter if scatter else WIDTHS[width].blend_dots
 
     @njit
     def run(out, grad, image, grad_image, i, w, channels):
@@ -132,6 +134,20 @@ def test_blend_backward(simd, dtype, rng, channels, scatter):
             w[3],
             channels,
         )
+
+    return run
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 8, 21, 32])
+@pytest.mark.parametrize("scatter", [False, True])
+def test_blend_backward(simd, dtype, rng, channels, scatter):
+    run = runs_blend_dots(simd.vector_bytes, scatter)
+    width = channels + 4  # what stands right and left belongs to others
+    image, corners, weights = corners_of(rng, dtype, 5, width)
+    room = simd.vector_bytes // dtype.itemsize
+    grad = np.zeros(channels + room, dtype)
+    grad[:channels] = rng.standard_normal(channels)
+    image[:, channels + 2 :] = np.nan  # must not leak into the dots
 
     out = np.zeros(channels + room, dtype)
     grad_image = rng.standard_normal(image.shape).astype(dtype)

@@ -15,7 +15,7 @@ import numpy as np
 import pydeform
 from pydeform.testing import gradcheck
 
-CHANNELS = (2, 20)  # of a group: few and many go different ways on CUDA
+CHANNELS = (2, 20)  # of a group: few and many go different ways
 VECTORS = Path(__file__).parent / "data" / "vectors.npz"
 DTYPES = {
     "float64": np.dtype(np.float64),

@@ -1047,12 +1047,14 @@ def threads(monkeypatch):
 
 
 def solve_here(variant: Variant, dtype: str) -> dict[str, Any]:
-    """On the CPU, with several blocks of channels."""
-    variant = wide(wide(variant))
-    arrays, grad_output = problem(variant, dtype, corners=CORNERS * 3, batch=3, size=(13, 12))
-    output = getattr(pydeform, variant.operator)(**arrays, **variant.options)
-    grads = getattr(pydeform, f"{variant.operator}_backward")(grad_output, **arrays, **variant.options)
-    return {"output": output, **grads._asdict()}
+    """On the CPU, with few channels and with several blocks of them."""
+    results = {}
+    for name, v in ("few", variant), ("many", wide(wide(variant))):
+        arrays, grad_output = problem(v, dtype, corners=CORNERS * 3, batch=3, size=(13, 12))
+        output = getattr(pydeform, v.operator)(**arrays, **v.options)
+        grads = getattr(pydeform, f"{v.operator}_backward")(grad_output, **arrays, **v.options)
+        results |= {f"{name} {key}": value for key, value in {"output": output, **grads._asdict()}.items()}
+    return results
 
 
 @each_variant

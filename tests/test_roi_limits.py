@@ -135,6 +135,20 @@ def test_nothing_is_read_behind_the_input(channels, dtype):
     assert_same_grads(grads_again, grads)
 
 
+@pytest.mark.parametrize("operator", ["roi_align", "ps_roi_pool"])
+def test_more_columns_than_float32_can_count(operator):
+    """The last of 2**24 + 4 has no number of its own; the one that it is rounded to is not in the image."""
+    width = 2**24 + 4
+    image = np.zeros((1, 1, 2, width), np.float32)
+    image = last_of_a_page(image.ravel()).reshape(image.shape)
+    boxes = np.array([[0, width - 8, 0, width + 8, 1], [0, width - 4, 0, width, 1]], np.float32)
+    assert boxes[1, 3] == width and np.float32(width - 1) == width
+    output = getattr(pydeform, operator)(image, boxes, 1)
+    assert (output == 0).all()
+    grads = getattr(pydeform, f"{operator}_backward")(np.ones_like(output), image, boxes, 1)
+    assert grads.input[..., -6:].any() and not grads.input[..., :-30].any()
+
+
 def test_between_points_on_pixels_nothing_is_read():
     """Points at 0 and 4 of each axis, which are flat there: of pixels 1 to 3 not even NaN arrives."""
     image = np.arange(81.0).reshape(1, 1, 9, 9)

@@ -1,6 +1,7 @@
 """The SIMD primitives of RoI pooling at every vector width, against NumPy, on pointers that are not aligned."""
 
 import ctypes
+import functools
 import mmap
 
 import numpy as np
@@ -43,14 +44,9 @@ def test_module_exports_the_width_of_this_machine():
     assert _simd.VECTOR_BYTES in WIDTHS
 
 
-@pytest.mark.parametrize("vectors", [1, 7, 8, 21])
-@pytest.mark.parametrize("count", [0, 5])
-def test_weighted_sum(width, dtype, vectors, count):
+@functools.cache
+def runs_weighted_sum(width):
     weighted_sum = WIDTHS[width].weighted_sum
-    rng = np.random.default_rng(vectors)
-    stride = vectors * lanes_of(width, dtype) + 3
-    image, out = rng.standard_normal((6, stride)).astype(dtype), rng.standard_normal(stride).astype(dtype)
-    index, weights = a_list(rng, dtype, count, 6)
 
     @njit
     def run(out, image, index, weights, count, vectors, scale, accumulate):
@@ -60,6 +56,17 @@ def test_weighted_sum(width, dtype, vectors, count):
             *(count, stride, vectors, scale, accumulate),
         )
 
+    return run
+
+
+@pytest.mark.parametrize("vectors", [1, 7, 8, 21])
+@pytest.mark.parametrize("count", [0, 5])
+def test_weighted_sum(width, dtype, vectors, count):
+    run = runs_weighted_sum(width)
+    rng = np.random.default_rng(vectors)
+    stride = vectors * lanes_of(width, dtype) + 3
+    image, out = rng.standard_normal((6, stride)).astype(dtype), rng.standard_normal(stride).astype(dtype)
+    index, weights = a_list(rng, dtype, count, 6)
     for accumulate in (False, True):
         want, n = out.astype(np.float64), vectors * lanes_of(width, dtype)
         total = sum((float(w) * image[i, 1 : 1 + n].astype(float) for i, w in zip(index, weights[0], strict=True)), 0.0)
@@ -77,13 +84,9 @@ def test_weighted_sum(width, dtype, vectors, count):
         close(out, want, dtype)
 
 
-@pytest.mark.parametrize("vectors", [1, 2, 5])
-def test_weighted_dots(width, dtype, vectors):
+@functools.cache
+def runs_weighted_dots(width):
     weighted_dots = WIDTHS[width].weighted_dots
-    rng = np.random.default_rng(vectors)
-    n = vectors * lanes_of(width, dtype)
-    image, grad = rng.standard_normal((6, n + 1)).astype(dtype), rng.standard_normal(n + 2).astype(dtype)
-    index, weights = a_list(rng, dtype, 7, 6)
 
     @njit
     def run(grad, image, index, w, vectors):
@@ -92,6 +95,16 @@ def test_weighted_dots(width, dtype, vectors):
             *(index.shape[0], image.shape[1], vectors),
         )
 
+    return run
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 5])
+def test_weighted_dots(width, dtype, vectors):
+    run = runs_weighted_dots(width)
+    rng = np.random.default_rng(vectors)
+    n = vectors * lanes_of(width, dtype)
+    image, grad = rng.standard_normal((6, n + 1)).astype(dtype), rng.standard_normal(n + 2).astype(dtype)
+    index, weights = a_list(rng, dtype, 7, 6)
     want = weights.astype(float) @ image[index, 1 : 1 + n].astype(float) @ grad[1 : 1 + n].astype(float)
     close(run(grad, image, index, weights, vectors), want, dtype)
 
@@ -225,61 +238,103 @@ def last_of_a_page(values):
 # Bands ----------------------------------------------------------------------------------------------------------------
 
 
-def test_band_weights(dtype):
-    """Linear interpolation, and its derivative from the right, also at a pixel and at both ends of the band."""
-    points = np.array([3.25, 3.5, 4.0, 6.75, 10.0, 9.5], dtype)
-    steep = np.array([1, 1, 1, 0, 1, 1], dtype)
-    base = 3
-    want, slopes = np.zeros(BAND + 2), np.zeros(BAND + 2)
-    for point, s in zip(points.astype(float), steep, strict=True):
-        lower = int(point) - base
-        want[lower] += 1 - (point - int(point))
-        want[lower + 1] += point - int(point)
-        slopes[lower] -= s
-        slopes[lower + 1] += s
-
-    @njit
-    def run(weights, slopes, points, steep, base, sloped):
-        arrays = at(weights, (0,)), at(slopes, (0,)), at(points, (0,)), at(steep, (0,))
-        _simd_roi.band_weights(*arrays, 1, 6, base, sloped)
-
-    # The first is to be left out, and eight of each are written.
-    points, steep = (np.concatenate([[9], row, [9]], dtype=dtype) for row in (points, steep))
-    got, got_slopes = np.zeros(BAND, dtype), np.full(BAND, 7, dtype)
-    run(got, got_slopes, points, steep, dtype.type(base), False)
-    np.testing.assert_array_equal(got, want[:BAND])  # quarters are exact
-    assert (got_slopes == 7).all()
-    run(points, steep, points, steep, dtype.type(base), True)  # in place
-    np.testing.assert_array_equal(points[:BAND], want[:BAND])
-    np.testing.assert_array_equal(steep[:BAND], slopes[:BAND])
+def lists_by_hand(starts, sizes, samples, first_point, reach, highest, count_inside, flat):
+    """What `band_lists` says, point by point, in the dtype of `starts`: weights and slopes by pixel."""
+    real = starts.dtype.type
+    for start, size in zip(starts, sizes, strict=True):
+        points = real(samples or np.ceil(size))
+        weights, slopes, inside = {}, {}, 0
+        for i in range(int(points)):
+            y = start + (real(i) + real(first_point)) * size / points
+            if not -reach <= y <= highest + reach:
+                continue
+            inside += 1
+            place = min(max(y, real(0)), real(highest))
+            lower = int(place)
+            moves = not (y <= 0 or y >= highest or (flat and place == lower))
+            upper = lower + (lower < highest and not (flat and place == lower))
+            for pixel, weight, slope in ((lower, 1 - (place - lower), -moves), (upper, place - lower, moves)):
+                weights[pixel] = weights.get(pixel, 0) + weight * (pixel == lower or upper > lower)
+                slopes[pixel] = slopes.get(pixel, 0) + slope
+        yield weights, slopes, inside if count_inside else points
 
 
+@njit
+def run_band_lists(arrays, bins, numbers, count_inside, flat, sloped):
+    starts, sizes, index, weights, entries, counts = arrays
+    return _simd_roi.band_lists(
+        *(at(starts, (0,)), at(sizes, (0,)), at(index, (0, 0)), at(weights, (0, 0, 0)), at(entries, (0,))),
+        *(at(counts, (0,)), index.shape[1], bins, numbers[0], numbers[1], numbers[2], numbers[3]),
+        *(count_inside, flat, sloped),
+    )
+
+
+@pytest.mark.parametrize("index_type", ["int32", "int64"])
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("count", [1, 4, 8, 9, 17])
-def test_band_points(dtype, count, flat):
-    """Against the formula, point by point: clamped ones, some that do not count at either end, and one at a pixel."""
-    real, highest, reach = dtype.type, dtype.type(5), dtype.type(0.5)
-    start, first, first_point, bin_size, points = (real(x) for x in (-1.5, 1, 0.5, 6, 8))
+@pytest.mark.parametrize("samples", [0, 1, 4, 8])
+def test_band_lists(dtype, samples, flat, index_type):
+    """Bins in the middle, over either end, outside, and at pixels."""
+    first_point, reach, highest = (0.0, 0.5, 9) if flat else (0.5, 1.0, 9)
+    starts = np.array([0.3, 1.5, -1.75, 7.6, -3, 11, 4.25, 8], dtype)
+    sizes = np.array([0.7, 2, 3.5, 4, 1.5, 1, 0, 2.75], dtype)
+    if samples:
+        sizes = np.minimum(sizes, samples)
+    row = 11
+    numbers = tuple(map(dtype.type, (samples, first_point, reach, highest)))
+    for count_inside in (False, True):
+        index, weights = np.full((BAND, row), -7, index_type), np.full((BAND, 2, row), 7, dtype)
+        entries, counts = np.zeros(BAND, np.int64), np.zeros(BAND, dtype)
+        arrays = starts, sizes, index, weights, entries, counts
+        assert run_band_lists(arrays, BAND, numbers, count_inside, flat, False)
+        assert (weights[:, 1] == 7).all()
+        assert run_band_lists(arrays, BAND, numbers, count_inside, flat, True)
+        assert (weights[:, :, BAND:] == 7).all() and (index[:, BAND:] == -7).all()
+        by_hand = lists_by_hand(starts, sizes, samples, first_point, reach, highest, count_inside, flat)
+        for s, (wanted, slopes, count) in enumerate(by_hand):
+            n = entries[s]
+            pixels = range(index[s, 0], index[s, 0] + n)
+            assert n == (max(wanted) - min(wanted) + 1 if wanted else 0)
+            assert counts[s] == count
+            np.testing.assert_array_equal(index[s, :n], pixels)
+            close(weights[s, 0, :n], [wanted.get(pixel, 0) for pixel in pixels], dtype)
+            np.testing.assert_array_equal(weights[s, 1, :n], [slopes.get(pixel, 0) for pixel in pixels])
 
-    @njit
-    def run(places, steep, count, start, first, first_point, bin_size, points, reach, highest, flat, sloped):
-        return _simd_roi.band_points(
-            at(places, (0,)),
-            at(steep, (0,)),
-            *(start, first, first_point, bin_size, points, count, reach, highest, flat, sloped),
-        )
 
-    y = start + (first + np.arange(count, dtype=dtype) + first_point) * bin_size / points
-    moves = (y > 0) & (y < highest) & ~(flat & (y == np.floor(y)))
-    room = -(-count // BAND) * BAND
-    numbers = start, first, first_point, bin_size, points, reach, highest, flat
-    places, steep = np.zeros(room, dtype), np.full(room, 7, dtype)
-    found = run(places, steep, count, *numbers, False)
-    assert found == ((y < -reach).sum(), ((y >= -reach) & (y <= highest + reach)).sum())
-    np.testing.assert_array_equal(places[:count], y.clip(0, highest))
-    assert (steep == 7).all()
-    assert run(places, steep, count, *numbers, True) == found
-    np.testing.assert_array_equal(steep[:count], moves)
+def test_bins_that_band_lists_leaves_to_others(dtype):
+    """One that is too long, one whose points leave pixels out, one in descending order, and one of many points; beyond
+    the bins that were asked for it does not matter what there is."""
+    starts = np.array([1, 1, 5, 2, 1, 1, 1, 1], dtype)
+    sizes = np.array([2, 8.5, -1, 4.5, 3, 2, np.nan, -np.inf], dtype)
+    index, weights = np.zeros((BAND, 8), np.int32), np.zeros((BAND, 2, 8), dtype)
+    entries, counts = np.zeros(BAND, np.int64), np.zeros(BAND, dtype)
+    arrays = starts, sizes, index, weights, entries, counts
+
+    def listed(arrays, bins, samples):
+        numbers = tuple(map(dtype.type, (samples, 0, 0, 30)))
+        return run_band_lists(arrays, bins, numbers, False, False, False)
+
+    assert not listed(arrays, 6, 0)
+    np.testing.assert_array_equal(entries[:6] < 0, [False, True, True, False, False, False])
+    assert not listed(arrays, 6, 4)
+    np.testing.assert_array_equal(entries[:6] < 0, [False, True, True, True, False, False])
+    good = [0, 0, 4, 4, 5, 5, 6, 7]
+    arrays = starts[good], sizes[good], *arrays[2:]
+    assert listed(arrays, 6, 4)
+    assert not listed(arrays, 7, 4)
+    assert not listed(arrays, 6, 9)
+
+
+@njit
+def run_bands(plane, x0, width, rows, y, x, columns, room, grad):
+    first, count = at(plane, (x0,)), rows.shape[0]
+    dots = _simd_roi.band_dots(
+        *(first, at(rows, (0,)), at(y, (0, 0)), at(y, (1, 0)), count, width, room),
+        *(at(x, (0, 0)), at(x, (1, 0)), columns),
+    )
+    band = first, at(rows, (0,)), at(y, (0, 0)), count, width, room, at(x, (0, 0)), columns
+    total = _simd_roi.band_sum(*band)
+    _simd_roi.band_scatter(*band, grad)
+    return dots, total
 
 
 @pytest.mark.parametrize("end", ["plane", "page"])
@@ -301,24 +356,12 @@ def test_bands(dtype, columns, end):
     y, x = rng.standard_normal((2, 3)).astype(dtype), rng.standard_normal((2, BAND)).astype(dtype)
     x[:, columns:] = np.nan
 
-    @njit
-    def run(plane, rows, y, x, columns, room, grad):
-        first, count = at(plane, (x0,)), rows.shape[0]
-        dots = _simd_roi.band_dots(
-            *(first, at(rows, (0,)), at(y, (0, 0)), at(y, (1, 0)), count, width, room),
-            *(at(x, (0, 0)), at(x, (1, 0)), columns),
-        )
-        band = first, at(rows, (0,)), at(y, (0, 0)), count, width, room, at(x, (0, 0)), columns
-        total = _simd_roi.band_sum(*band)
-        _simd_roi.band_scatter(*band, grad)
-        return dots, total
-
     places = rows[:, None] * width + x0 + np.arange(columns)
     read = plane[places].astype(float)
     want = [y[i].astype(float) @ read @ x[j, :columns].astype(float) for i, j in ((0, 0), (1, 0), (0, 1))]
     after = plane.astype(np.float64)
     after[places] += 0.5 * np.outer(y[0], x[0, :columns])
-    dots, total = run(plane, rows, y, x, columns, room, dtype.type(0.5))
+    dots, total = run_bands(plane, x0, width, rows, y, x, columns, room, dtype.type(0.5))
     close(dots, want, dtype)
     close(total, want[0], dtype)
     np.testing.assert_allclose(plane, after, rtol=0, atol=50 * TOLERANCE[dtype.name], equal_nan=True)

@@ -10,34 +10,38 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform.cpu import _roi_common, _threads
+from pydeform.cpu import _roi_common, _roi_few, _threads
 from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, workspace
 from pydeform.cpu._channels_last import block_to_channels_first, pixel_parts, to_channels_last
 from pydeform.cpu._conv_common import pixel_dtype
 from pydeform.cpu._jit import Kernel, inline
-from pydeform.cpu._roi_bins import BROKEN, SOUND
+from pydeform.cpu._roi_bins import SOUND
 from pydeform.cpu._roi_common import (
     LISTED,
     bins_of,
+    bins_of_cell,
     blocks_of_class,
     box_of,
     convert_image,
     copy_origin,
-    is_run,
-    list_box,
-    list_moved,
+    entries_of,
+    find_boxes,
+    found_box,
+    list_of_box,
+    list_of_cell,
     list_pixels,
     list_slopes,
+    lists_of,
+    next_bin,
     scale_of,
+    slots_of,
+    write_moves,
 )
 from pydeform.cpu._roi_largest import largest_of_bin, list_candidates, list_part
 from pydeform.cpu._simd import VECTOR_BYTES, at
 from pydeform.cpu._simd_roi import (
     BAND,
-    band_dots,
-    band_scatter,
     plane_scatter,
-    plane_weighted_dots,
     scatter,
     weighted_dots,
 )
@@ -45,11 +49,9 @@ from pydeform.cpu._threads import claim, finish, wait_for
 
 
 class BackwardPlan(NamedTuple):
-    """All that kernels know beside the geometry. None of it changes a bit of any result but `bands`, which depends on
-    the channels of a class alone."""
+    """All that kernels know beside the geometry. None of it changes a bit of any result."""
 
     planes: int  # 1: the input's gradient is added up in its planes as they lie; 0: with channels last
-    bands: int  # 1: a class has few channels, each of which is read or written for itself, in its plane
     per_class: int  # channels of a class
     width: int  # of a class in a copy, blocks rounded up to vectors
     has_offset: int
@@ -66,59 +68,61 @@ def backward(
     dtype = compute_dtype(input.dtype)
     bins = bins_of(g)
     need_input, need_dots = "input" in needs, "offset" in needs or "mask" in needs
-    planes = bool(_roi_common.prefers_planes(g) and not g.is_max)
+    few, planes = _roi_common.has_few_channels(g), _roi_common.prefers_planes(g)
     shape = (g.batch, g.in_channels, g.in_h * g.in_w)
     # Zeros that are never touched cost nothing; with channels last every pixel is written.
-    make = np.zeros if planes or g.boxes == 0 else empty
+    make = np.zeros if few or planes or g.boxes == 0 else empty
     grad_input = make(shape if need_input else (0, 1, 1), dtype)
     has_dots = need_dots and g.boxes > 0
-    grad_offset = empty((g.boxes if need_dots else 0, g.classes, 2, g.part_h * g.part_w), dtype)
-    grad_mask = empty((g.boxes if need_dots else 0, g.classes, len(bins)), dtype)
-    if g.boxes and (need_input or need_dots):
+    boxes_with_dots = g.boxes if need_dots else 0
+    grad_moves = empty((boxes_with_dots if offset is not None else 0, g.classes, 2, len(bins)), dtype)
+    grad_mask = empty((boxes_with_dots, g.classes, len(bins)), dtype)
+    arguments = _roi_common.flat_arguments(input, boxes, offset, mask, g, dtype)
+    grad_output = contiguous(grad_output, dtype, (g.boxes, g.out_channels, len(bins)))
+    wanted = g.boxes > 0 and (need_input or need_dots)
+    if wanted and few:
+        given = offset is not None, mask is not None
+        _roi_few.backward(grad_output, arguments, grad_input, grad_moves, grad_mask, *given, g)
+    elif wanted:
         lanes = _roi_common.lanes_of(dtype)
         per_class = g.out_channels // g.classes
         threads = _roi_common.threads_for(g, 1 + 2 * need_dots)
         groups = g.batch * _roi_common.cells_of(g) * g.classes
         blocks, width = blocks_of_class(per_class, lanes)
-        few = per_class < _roi_common.FEW_CHANNELS
         plan = BackwardPlan(
             planes=int(planes),
-            bands=int(few),
             per_class=per_class,
             width=width,
             has_offset=int(offset is not None),
             has_mask=int(mask is not None),
             need_input=int(need_input),
             need_dots=int(has_dots),
-            copies=int((need_input and not planes) or (has_dots and not few)),
+            copies=int((need_input and not planes) or has_dots),
             # What a bin reads is listed once for each unit, so there are no more than keep the threads at work.
             blocks_of_unit=-(-len(blocks) // max(1, threads // groups)),
         )
-        arguments = _roi_common.flat_arguments(input, boxes, offset, mask, g, dtype)
         order, starts = _roi_common.by_image(arguments[1], g.batch)
-        most_bins, most_listed = max(g.pooled_h, g.pooled_w), _roi_common.most_listed(g)
         corners = 4 if g.is_max and g.points else 1
-        copied = (has_dots and not few) or g.is_max
+        copied = has_dots or g.is_max
         _threads.run(
             _largest_backward if g.is_max else _mean_backward,
             dtype.char + pixel_dtype(g).char,
             threads,
-            _threads.new_counters(3),
-            contiguous(grad_output, dtype, (g.boxes, g.out_channels, len(bins))),
+            _threads.new_counters(4),
+            grad_output,
             *arguments,
             order,
             starts,
             grad_input,
-            grad_offset,
+            grad_moves,
             grad_mask,
             *workspace(
+                ((g.boxes, 4), dtype),
+                ((g.boxes,), np.dtype(np.int64)),
                 ((_roi_common.copy_size(g, width) if copied else 0,), dtype),
                 ((_roi_common.copy_size(g, width) if need_input and not planes else 0,), dtype),
                 ((g.boxes * g.classes * width * (len(bins) + 1) if plan.copies else 0,), dtype),
-                ((threads, 2, most_bins, most_listed), pixel_dtype(g)),
-                ((threads, 2, most_bins, 2, most_listed), dtype),
-                ((threads, 2, most_bins), dtype),
-                ((threads, 2, most_bins), np.dtype(np.int64)),
+                *_roi_common.lists_of_threads(threads, g, dtype),
                 ((threads, corners * LISTED), pixel_dtype(g)),
                 ((threads, 3, corners * LISTED), dtype),
                 ((threads, max(blocks["width"])), np.dtype(f"i{dtype.itemsize}")),
@@ -131,11 +135,21 @@ def backward(
         )
     taken = {
         "input": (grad_input, (g.batch, g.in_channels, g.in_h, g.in_w)),
-        "offset": (grad_offset, (g.boxes, 2 * g.classes, g.part_h, g.part_w)),
+        "offset": (_by_part(grad_moves, bins, g), (g.boxes, 2 * g.classes, g.part_h, g.part_w)),
         "mask": (grad_mask.sum(axis=1), (g.boxes, 1, g.pooled_h, g.pooled_w)),
     }
     grads = [to_result(grad, input.dtype, shape) if name in needs else None for name, (grad, shape) in taken.items()]
     return tuple(grads)  # type: ignore[return-value]
+
+
+def _by_part(grad_moves: Any, bins: Any, g: Any) -> Any:
+    """What moves a bin is a cell of `offset`, which may move several: their gradients add up, in the bins' order."""
+    if (g.part_h, g.part_w) == (g.pooled_h, g.pooled_w):
+        return grad_moves
+    grad_offset = np.zeros((*grad_moves.shape[:3], g.part_h * g.part_w), grad_moves.dtype)
+    for i, part in enumerate(bins["part"]):
+        grad_offset[..., part] += grad_moves[..., i]
+    return grad_offset
 
 
 @inline
@@ -212,11 +226,14 @@ def _mean_backward(
     order: Any,
     starts: Any,
     grad_input: Any,
-    grad_offset: Any,
+    grad_moves: Any,
     grad_mask: Any,
+    extents: Any,
+    states: Any,
     image: Any,
     grad_image: Any,
     grads: Any,
+    all_starts: Any,
     all_index: Any,
     all_weights: Any,
     all_counts: Any,
@@ -230,11 +247,12 @@ def _mean_backward(
     g: Any,
     p: Any,
 ) -> None:
-    if p.need_dots and not p.bands:
+    find_boxes(counters, 3, boxes, extents, states, g)
+    if p.need_dots:
         convert_image(counters, 0, input, starts, image, blocks, g, p)
     if p.copies:
         _convert_grads(counters, grad_output, grads, bins, blocks, g, p)
-    index, weights, counts, entries = all_index[thread], all_weights[thread], all_counts[thread], all_entries[thread]
+    lists = lists_of(thread, all_starts, all_index, all_weights, all_counts, all_entries)
     places, products = all_places[thread], all_products[thread]
     cells = g.group_h * g.group_w
     of_class = -(-len(blocks) // p.blocks_of_unit)
@@ -255,14 +273,13 @@ def _mean_backward(
                 boxes,
                 offset,
                 mask,
-                grad_offset,
+                grad_moves,
                 grad_mask,
+                extents,
+                states,
                 image,
                 grads,
-                index,
-                weights,
-                counts,
-                entries,
+                lists,
                 places,
                 products,
                 bins,
@@ -280,73 +297,54 @@ def _mean_backward(
         last_block = min(first_block + p.blocks_of_unit, len(blocks))
         if not p.planes:
             _zero_blocks(b, cell, cls, blocks, first_block, last_block, grad_image, g, p)
-        # The bins that read this cell.
-        gy = cell // g.group_w
-        gx = cell - gy * g.group_w
-        first_y, last_y = -(-gy * g.pooled_h // g.group_h), -(-(gy + 1) * g.pooled_h // g.group_h)
-        first_x, last_x = -(-gx * g.pooled_w // g.group_w), -(-(gx + 1) * g.pooled_w // g.group_w)
-        for place in range(starts[b], starts[b + 1]):
-            r = order[place]
-            box = box_of(boxes, r, g)
-            if box[4] != SOUND:
-                continue
-            if not p.has_offset:
-                list_box(box, boxes, (first_y, first_x), (last_y, last_x), g, index, weights, counts, entries, False)
-            for py in range(first_y, last_y):
-                for px in range(first_x, last_x):
-                    i = py * g.pooled_w + px
-                    if p.has_offset and SOUND != list_moved(
-                        box, r, cls, bins[i], offset, boxes, g, index, weights, counts, entries, False
-                    ):
-                        continue
-                    scale = scale_of(SOUND, py, px, boxes, g, counts)
-                    if p.has_mask:
-                        scale *= mask[r, i]
-                    listed = entries[0, py] * entries[1, px]
-                    if p.bands and listed > 0 and is_run(px, index, entries):
-                        for c in range(cls * p.per_class, (cls + 1) * p.per_class):
-                            for k in range(0, entries[1, px], BAND):
-                                band_scatter(
-                                    at(grad_input, (b, c * cells + cell, index[1, px, k])),
-                                    at(index, (0, py, 0)),
-                                    at(weights, (0, py, 0, 0)),
-                                    entries[0, py],
-                                    g.in_w,
-                                    g.in_h * g.in_w - index[1, px, k],
-                                    at(weights, (1, px, 0, k)),
-                                    min(BAND, entries[1, px] - k),
-                                    grad_output[r, c, i] * scale,
-                                )
-                        continue
-                    for first in range(0, listed, LISTED):
-                        last = min(first + LISTED, listed)
-                        list_pixels(py, px, first, last, g, index, weights, entries, places, products)
-                        for block in range(first_block, last_block):
-                            row = blocks[block]
-                            if p.planes:
-                                channel = cls * p.per_class + row.first
-                                for c in range(channel, channel + row.channels):
-                                    plane_scatter(
-                                        at(grad_output, (r, c, i)),
-                                        at(grad_input, (b, c * cells + cell, 0)),
-                                        at(places, (0,)),
-                                        at(products, (0, 0)),
-                                        last - first,
-                                        1,
-                                        1,
-                                        scale,
-                                    )
-                            else:
-                                scatter(
-                                    at(grads, (_grad_place(r, cls, row.before, row.width, i, g, p),)),
-                                    at(grad_image, (copy_origin(b, cell, cls, row.before, g, p),)),
+        first, last = bins_of_cell(cell, g)
+        current = starts[b], first[0], first[1]
+        left = (starts[b + 1] - starts[b]) * (last[0] - first[0]) * (last[1] - first[1])
+        while left > 0:
+            count = list_of_cell(
+                current, left, first, last, cls, extents, states, order, offset, bins, lists, g, p, False
+            )
+            for slot in range(count):
+                place, py, px = current
+                r, i = order[place], py * g.pooled_w + px
+                current = next_bin(current, first, last)
+                sy, sx, state = slots_of(py, px, slot, states[r], lists, p)
+                if state != SOUND:
+                    continue
+                scale = scale_of(SOUND, sy, sx, boxes, lists, g)
+                if p.has_mask:
+                    scale *= mask[r, i]
+                listed = entries_of(state, sy, sx, lists)
+                for done in range(0, listed, LISTED):
+                    until = min(done + LISTED, listed)
+                    list_pixels(sy, sx, done, until, g, lists, places, products)
+                    for block in range(first_block, last_block):
+                        row = blocks[block]
+                        if p.planes:
+                            channel = cls * p.per_class + row.first
+                            for c in range(channel, channel + row.channels):
+                                plane_scatter(
+                                    at(grad_output, (r, c, i)),
+                                    at(grad_input, (b, c * cells + cell, 0)),
                                     at(places, (0,)),
                                     at(products, (0, 0)),
-                                    last - first,
-                                    row.width,
-                                    row.width * boxes.itemsize // VECTOR_BYTES,
+                                    until - done,
+                                    1,
+                                    1,
                                     scale,
                                 )
+                        else:
+                            scatter(
+                                at(grads, (_grad_place(r, cls, row.before, row.width, i, g, p),)),
+                                at(grad_image, (copy_origin(b, cell, cls, row.before, g, p),)),
+                                at(places, (0,)),
+                                at(products, (0, 0)),
+                                until - done,
+                                row.width,
+                                row.width * boxes.itemsize // VECTOR_BYTES,
+                                scale,
+                            )
+            left -= count
         if not p.planes:
             _write_blocks(b, cell, cls, blocks, first_block, last_block, grad_image, grad_input, g, p)
         finish(counters, 2)
@@ -363,14 +361,13 @@ def _dots_of_box(
     boxes: Any,
     offset: Any,
     mask: Any,
-    grad_offset: Any,
+    grad_moves: Any,
     grad_mask: Any,
+    extents: Any,
+    states: Any,
     image: Any,
     grads: Any,
-    index: Any,
-    weights: Any,
-    counts: Any,
-    entries: Any,
+    lists: Any,
     places: Any,
     products: Any,
     bins: Any,
@@ -379,70 +376,25 @@ def _dots_of_box(
     p: Any,
 ) -> None:
     """Eq. 8 and 9 for one box and class."""
-    real = boxes.dtype.type
-    zero = real(0)
-    cells = g.group_h * g.group_w
+    zero = boxes.dtype.type(0)
     b = np.int64(boxes[r, 0])
-    box = box_of(boxes, r, g)
-    for axis in range(2):
-        for part in range(grad_offset.shape[3]):
-            grad_offset[r, cls, axis, part] = 0
-    if not p.has_offset:
-        list_box(box, boxes, (0, 0), (g.pooled_h, g.pooled_w), g, index, weights, counts, entries, True)
-    for i in range(len(bins)):
-        bin_ = bins[i]
-        py, px = bin_.y, bin_.x
-        state = box[4]
-        if p.has_offset:
-            state = list_moved(box, r, cls, bin_, offset, boxes, g, index, weights, counts, entries, True)
-        scale = scale_of(state, py, px, boxes, g, counts)
-        listed = entries[0, py] * entries[1, px] if state == SOUND else 0
-        value, along_y, along_x = zero, zero, zero
-        if p.bands and listed > 0 and is_run(px, index, entries):
-            for c in range(cls * p.per_class, (cls + 1) * p.per_class):
-                for k in range(0, entries[1, px], BAND):
-                    dots = band_dots(
-                        at(input, (b, c * cells + bin_.cell, index[1, px, k])),
-                        at(index, (0, py, 0)),
-                        at(weights, (0, py, 0, 0)),
-                        at(weights, (0, py, 1, 0)),
-                        entries[0, py],
-                        g.in_w,
-                        g.in_h * g.in_w - index[1, px, k],
-                        at(weights, (1, px, 0, k)),
-                        at(weights, (1, px, 1, k)),
-                        min(BAND, entries[1, px] - k),
-                    )
-                    grad = grad_output[r, c, i]
-                    value += dots[0] * grad
-                    along_y += dots[1] * grad
-                    along_x += dots[2] * grad
-            listed = 0
-            summed = True
-        else:
-            summed = listed > 0
-        for first in range(0, listed, LISTED):
-            last = min(first + LISTED, listed)
-            list_pixels(py, px, first, last, g, index, weights, entries, places, products)
-            list_slopes(py, px, first, last, weights, entries, products)
-            for block in range(len(blocks)):
-                row = blocks[block]
-                if p.bands:
-                    channel = cls * p.per_class + row.first
-                    for c in range(channel, channel + row.channels):
-                        dots = plane_weighted_dots(
-                            at(grad_output, (r, c, i)),
-                            at(input, (b, c * cells + bin_.cell, 0)),
-                            at(places, (0,)),
-                            at(products, (0, 0)),
-                            at(products, (1, 0)),
-                            at(products, (2, 0)),
-                            last - first,
-                            1,
-                            1,
-                        )
-                        value, along_y, along_x = value + dots[0], along_y + dots[1], along_x + dots[2]
-                else:
+    box = found_box(extents, states, r)
+    step = BAND if p.has_offset else len(bins)
+    for chunk in range(0, len(bins), step):
+        count = min(step, len(bins) - chunk)
+        list_of_box(box, r, cls, chunk, count, boxes, offset, bins, lists, g, p, True)
+        for i in range(chunk, chunk + count):
+            bin_ = bins[i]
+            sy, sx, state = slots_of(bin_.y, bin_.x, i - chunk, box[4], lists, p)
+            scale = scale_of(state, sy, sx, boxes, lists, g)
+            listed = entries_of(state, sy, sx, lists)
+            value, along_y, along_x = zero, zero, zero
+            for done in range(0, listed, LISTED):
+                until = min(done + LISTED, listed)
+                list_pixels(sy, sx, done, until, g, lists, places, products)
+                list_slopes(sy, sx, done, until, lists, products)
+                for block in range(len(blocks)):
+                    row = blocks[block]
                     dots = weighted_dots(
                         at(grads, (_grad_place(r, cls, row.before, row.width, i, g, p),)),
                         at(image, (copy_origin(b, bin_.cell, cls, row.before, g, p),)),
@@ -450,23 +402,14 @@ def _dots_of_box(
                         at(products, (0, 0)),
                         at(products, (1, 0)),
                         at(products, (2, 0)),
-                        last - first,
+                        until - done,
                         row.width,
                         row.width * boxes.itemsize // VECTOR_BYTES,
                     )
                     value, along_y, along_x = value + dots[0], along_y + dots[1], along_x + dots[2]
-        if not summed and state != BROKEN:
-            scale = zero
-        grad_mask[r, cls, i] = value * scale
-        if p.has_offset:
-            if p.has_mask:
-                scale *= mask[r, i]
-            scale *= real(g.offset_scale)
-            # A broken size would do as well; but eq. 9 has NaN for both axes where one coordinate is NaN.
-            size_y = box[1] if state == SOUND else real(1)
-            size_x = box[3] if state == SOUND else real(1)
-            grad_offset[r, cls, 0, bin_.part] += along_x * scale * size_x
-            grad_offset[r, cls, 1, bin_.part] += along_y * scale * size_y
+            write_moves(
+                r, cls, i, state, listed, scale, value, along_y, along_x, extents, mask, grad_moves, grad_mask, g, p
+            )
 
 
 @Kernel
@@ -481,11 +424,14 @@ def _largest_backward(
     order: Any,
     starts: Any,
     grad_input: Any,
-    grad_offset: Any,
+    grad_moves: Any,
     grad_mask: Any,
+    extents: Any,
+    states: Any,
     image: Any,
     grad_image: Any,
     grads: Any,
+    all_starts: Any,
     all_index: Any,
     all_weights: Any,
     all_counts: Any,
@@ -501,7 +447,7 @@ def _largest_backward(
 ) -> None:
     convert_image(counters, 0, input, starts, image, blocks, g, p)
     _convert_grads(counters, grad_output, grads, bins, blocks, g, p)
-    index, weights, entries = all_index[thread], all_weights[thread], all_entries[thread]
+    lists = lists_of(thread, all_starts, all_index, all_weights, all_counts, all_entries)
     places, products, winners = all_places[thread], all_products[thread], all_winners[thread]
     values = all_values[thread]
     units = g.batch * len(blocks)
@@ -517,33 +463,31 @@ def _largest_backward(
             box = box_of(boxes, r, g)
             if box[4] != SOUND:
                 continue
-            list_candidates(box, boxes, g, index, weights, entries)
+            list_candidates(box, boxes, lists, g)
             for i in range(len(bins)):
-                py, px = bins[i].y, bins[i].x
+                sy, sx = bins[i].y, lists.of_axis + bins[i].x
                 largest_of_bin(
                     box[4],
-                    py,
-                    px,
+                    sy,
+                    sx,
                     at(values, (0,)),
                     winners,
                     at(image, (origin,)),
                     row.width,
                     boxes,
+                    lists,
                     g,
-                    index,
-                    weights,
-                    entries,
                     places,
                     products,
                 )
-                is_short = entries[0, py] * entries[1, px] <= LISTED
+                is_short = entries_of(SOUND, sy, sx, lists) <= LISTED
                 grad_place = _grad_place(r, 0, row.before, row.width, i, g, p)
                 for c in range(row.channels):
                     winner = np.int64(winners[c])
                     if winner < 0:
                         continue
                     if not is_short:  # else all candidates are still there
-                        list_part(py, px, winner, winner + 1, g, index, weights, entries, places, products)
+                        list_part(sy, sx, winner, winner + 1, boxes, g, lists, places, products)
                         winner = 0
                     grad = grads[grad_place + c]
                     if not g.points:

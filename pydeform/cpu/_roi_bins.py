@@ -11,10 +11,8 @@ import numpy as np
 
 from pydeform._roi_geometry import AFTER_SCALE, BEFORE_SCALE
 from pydeform.cpu._jit import inline_always
-from pydeform.cpu._simd_roi import BAND, band_points, band_weights
 
 SOUND, BROKEN, OUTSIDE = 0, 1, 2  # of a box or bin: as it should be, with a NaN, infinite
-SHORT = 32  # points on an axis of a bin whose weights may be computed pixel by pixel
 MANY_POINTS = 4096  # on an axis of a bin: of more, only those that can count are looked at
 
 
@@ -44,6 +42,14 @@ def _round(x: Any, boxes: Any) -> Any:
 
 
 @inline_always
+def rounded_down(n: int, boxes: Any) -> Any:
+    """n, or the largest number below it that there is: of float32 only every second one past 2**24."""
+    real = boxes.dtype.type
+    nearest = real(n)
+    return np.nextafter(nearest, real(0)) if np.int64(nearest) > n else nearest
+
+
+@inline_always
 def extent(boxes: Any, r: int, column: int, g: Any) -> tuple[Any, Any, int]:
     """Begin, size and state of box r along x (column 1) or y (2): eq. 1."""
     real = boxes.dtype.type
@@ -66,7 +72,7 @@ def pixels_read(
 ) -> tuple[int, Any]:
     """Eq. 4: entries in the list, and their number to divide by."""
     real = boxes.dtype.type
-    zero, limit = real(0), real(length - g.unread_pixels)
+    zero, limit = real(0), rounded_down(length - g.unread_pixels, boxes)
     start, stop = real(p) * bin_size, real(p + 1) * bin_size
     if g.bins_from_box:
         first, last = np.floor(start) + begin, np.ceil(stop) + begin
@@ -109,17 +115,7 @@ def _looked_at(start: Any, bin_size: Any, points: Any, length: int, boxes: Any, 
 
 @inline_always
 def points_read(
-    p: int,
-    begin: Any,
-    bin_size: Any,
-    move: Any,
-    length: int,
-    boxes: Any,
-    g: Any,
-    index: Any,
-    weights: Any,
-    slopes: Any,
-    sloped: bool,
+    start: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, weights: Any, slopes: Any
 ) -> tuple[int, Any]:
     """Eq. 3, as a list of pixels: entries in it, and the number of points to divide by.
 
@@ -127,41 +123,12 @@ def points_read(
     of pixels, without asking what the point before has read; it may take some entries more than it gives.
     """
     real = boxes.dtype.type
-    zero, one, highest = real(0), real(1), real(length - 1)
+    zero, one, highest = real(0), real(1), rounded_down(length - 1, boxes)
     first_point, lowest_counted, highest_counted = real(g.first_point), -real(g.reach), highest + real(g.reach)
     points = points_of(bin_size, boxes, g)
-    start = begin + real(p) * bin_size + move
     first, looked_at = _looked_at(start, bin_size, points, length, boxes, g)
     run = (zero <= bin_size) & (bin_size <= points)
     base, latest, n, inside = -1, -1, 0, 0
-    if run and looked_at <= SHORT:
-        # The points and their slopes go where the weights will be.
-        below, inside = band_points(
-            weights,
-            slopes,
-            start,
-            first,
-            first_point,
-            bin_size,
-            points,
-            looked_at,
-            real(g.reach),
-            highest,
-            g.flat_at_pixels != 0,
-            sloped,
-        )
-        if inside == 0:
-            return 0, zero if g.count_inside else points
-        base, final = np.int64(weights[below]), weights[below + inside - 1]
-        latest = np.int64(final)
-        above = (latest < length - 1) & ((g.flat_at_pixels == 0) | (final != real(latest)))
-        n = latest - base + (2 if above else 1)
-        if n <= BAND:
-            band_weights(weights, slopes, weights, slopes, below, inside, real(base), sloped)
-            for k in range(BAND):
-                index[k] = base + k
-            return n, real(inside) if g.count_inside else points
-        base, latest, n, inside = -1, -1, 0, 0
     above = False  # whether the pixel after the latest is read as well
     for i in range(looked_at):
         j = i if bin_size >= zero else looked_at - 1 - i
@@ -198,15 +165,14 @@ def points_read(
 
 
 @inline_always
-def points_listed(p: int, begin: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, parts: Any) -> int:
+def points_listed(start: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, parts: Any) -> int:
     """Eq. 3, point by point: the lower pixel, -1 for a point that does not count, and the part of the next one.
 
     Of points that do not count one stands for all before the first that does, and one for all after the last.
     """
     real = boxes.dtype.type
-    zero, highest, reach = real(0), real(length - 1), real(g.reach)
+    zero, highest, reach = real(0), rounded_down(length - 1, boxes), real(g.reach)
     points = points_of(bin_size, boxes, g)
-    start = begin + real(p) * bin_size
     first, looked_at = _looked_at(start, bin_size, points, length, boxes, g)
     n = 0
     if first > zero:

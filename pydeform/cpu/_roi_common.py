@@ -10,11 +10,11 @@ import numpy as np
 from pydeform._runtime import get_num_threads
 from pydeform.cpu._arrays import contiguous
 from pydeform.cpu._channels_last import pixel_parts, to_channels_last
-from pydeform.cpu._conv_common import SERIAL_FLOPS, round_up, table
+from pydeform.cpu._conv_common import SERIAL_FLOPS, pixel_dtype, round_up, table
 from pydeform.cpu._jit import inline, inline_always
-from pydeform.cpu._roi_bins import BROKEN, SHORT, SOUND, extent, pixels_read, points_read, state_of, worse
-from pydeform.cpu._simd import VECTOR_BYTES, at
-from pydeform.cpu._simd_roi import BAND
+from pydeform.cpu._roi_bins import BROKEN, SOUND, extent, pixels_read, points_read, rounded_down, state_of, worse
+from pydeform.cpu._simd import VECTOR_BYTES, advance, at
+from pydeform.cpu._simd_roi import BAND, band_lists
 from pydeform.cpu._threads import claim, finish, wait_for
 
 CHANNELS = 64  # of a block whose gradients one thread adds up
@@ -22,6 +22,7 @@ SLICE_CHANNELS = 128  # at least, of those that the forward puts last at a time:
 SLICE_BYTES = 1 << 23  # at most, of an image, if there are more channels: what the caches keep while boxes read it
 FEW_CHANNELS = 4  # of a class: below, a copy that puts channels last brings nothing
 LISTED = 512  # pixels of a bin in a list at a time
+BOXES_AT_ONCE = 256  # whose places a thread finds
 TILE = 1 << 14  # numbers in a thread's tile of results
 # For estimates of the work:
 TYPICAL_PIXELS = 16  # that a bin reads
@@ -29,16 +30,30 @@ LISTING = 300  # operations that it takes to list them
 
 
 class RoiPlan(NamedTuple):
-    """All that kernels know beside the geometry. None of it changes a bit of any result but `bands`, which depends on
-    the channels of a class alone."""
+    """All that kernels know beside the geometry. None of it changes a bit of any result."""
 
     planes: int  # 1: planes of the input are read as they lie; 0: copies with channels last are
-    bands: int  # 1: and in them neighbouring columns at a time, for each channel by itself
     per_class: int  # channels of a class
     width: int  # of a class in a copy, blocks rounded up to vectors
     tile_bins: int  # bins whose results are turned to channels first at once
     has_offset: int
     has_mask: int
+
+
+class Lists(NamedTuple):
+    """What a thread knows of the bins that it is at. Each has a slot for what it reads on one axis: those of y have the
+    first half of the numbers, those of x the other.
+
+    These are pointers, since indices of an array could be negative, which takes time to find out.
+    """
+
+    starts: Any  # of the bin along its axis; its size: `slots` after it
+    index: Any  # (slot, entry): pixels that the bin reads
+    weights: Any  # (slot, 0: weights and 1: their derivatives, entry)
+    counts: Any  # the number to divide by
+    entries: Any  # how many there are in index; 2 * of_axis after a slot of y: state of a bin that its offset moved
+    of_axis: int  # slots
+    row: int  # entries that a slot has room for
 
 
 def _blocks(channels: int, largest: int, lanes: int) -> list[tuple[int, int, int]]:
@@ -102,7 +117,7 @@ def most_listed(g: Any) -> int:
     longest = max(g.in_h, g.in_w)
     if g.points and g.is_max:
         return int(g.samples + 2 if g.samples else 2 * longest + 16)
-    return int(max(SHORT, (min(2 * g.samples, longest) if g.samples and g.points else longest) + BAND))
+    return int((min(2 * g.samples, longest) if g.samples and g.points else longest) + BAND)
 
 
 def by_image(boxes: Any, batch: int) -> tuple[Any, Any]:
@@ -115,19 +130,50 @@ def by_image(boxes: Any, batch: int) -> tuple[Any, Any]:
 def threads_for(g: Any, products: int) -> int:
     per_bin = products * (2 * TYPICAL_PIXELS * g.out_channels + LISTING * g.classes)
     flops = g.boxes * g.pooled_h * g.pooled_w * per_bin
-    if not prefers_planes(g):
+    if not (has_few_channels(g) or prefers_planes(g)):
         flops += products * g.batch * g.in_channels * g.in_h * g.in_w
     return 1 if flops < SERIAL_FLOPS else get_num_threads()
 
 
+def has_few_channels(g: Any) -> bool:
+    """A class, where bins are averaged: each channel is read in its plane, for itself."""
+    return bool(g.out_channels // g.classes < FEW_CHANNELS and not g.is_max)
+
+
 def prefers_planes(g: Any) -> bool:
-    """A class with few channels gains nothing from a copy, and for few boxes the copy would be most of the work."""
+    """For few boxes the copy would be most of the work."""
     reads = TYPICAL_PIXELS * g.boxes * g.pooled_h * g.pooled_w
-    return bool(g.out_channels // g.classes < FEW_CHANNELS or reads < g.batch * cells_of(g) * g.in_h * g.in_w)
+    return bool(reads < g.batch * cells_of(g) * g.in_h * g.in_w and not g.is_max)
 
 
 def lanes_of(dtype: Any) -> int:
     return VECTOR_BYTES // int(dtype.itemsize)
+
+
+def lists_of_threads(threads: int, g: Any, dtype: Any) -> tuple[tuple[tuple[int, ...], Any], ...]:
+    """Shapes and dtypes of `Lists`, for each thread."""
+    of_axis = round_up(max(g.pooled_h, g.pooled_w), BAND) + BAND  # eight are listed at once, from any one on
+    listed = most_listed(g)
+    return (
+        ((threads, 2, 2 * of_axis), dtype),
+        ((threads, 2 * of_axis, listed), pixel_dtype(g)),
+        ((threads, 2 * of_axis, 2, listed), dtype),
+        ((threads, 2 * of_axis), dtype),
+        ((threads, 3 * of_axis), np.dtype(np.int64)),
+    )
+
+
+@inline_always
+def lists_of(thread: int, starts: Any, index: Any, weights: Any, counts: Any, entries: Any) -> Lists:
+    return Lists(
+        at(starts, (thread, 0, 0)),
+        at(index, (thread, 0, 0)),
+        at(weights, (thread, 0, 0, 0)),
+        at(counts, (thread, 0)),
+        at(entries, (thread, 0)),
+        index.shape[1] // 2,
+        index.shape[2],
+    )
 
 
 def flat_arguments(input: Any, boxes: Any, offset: Any, mask: Any, g: Any, dtype: Any) -> tuple[Any, ...]:
@@ -148,37 +194,6 @@ def copy_origin(b: int, cell: int, cls: int, before: int, g: Any, p: Any) -> int
     return (((b * g.group_h * g.group_w + cell) * g.classes + cls) * p.width + before) * (g.in_h * g.in_w + 1)
 
 
-@inline_always
-def list_axis(
-    axis: int,
-    bin_: int,
-    begin: Any,
-    size: Any,
-    move: Any,
-    boxes: Any,
-    g: Any,
-    index: Any,
-    weights: Any,
-    counts: Any,
-    sloped: bool,
-) -> int:
-    """What bin number `bin_` of an axis (0: y, 1: x) reads, into row (axis, bin_); counts there. Gives the entries.
-
-    Derivatives of the weights are there only if `sloped`.
-    """
-    real = boxes.dtype.type
-    length = g.in_w if axis else g.in_h
-    bin_size = size / real(g.pooled_w if axis else g.pooled_h)
-    # Pointers: a slice of an array would be counted in and out, which takes longer than filling it.
-    row, weight, slope = at(index, (axis, bin_, 0)), at(weights, (axis, bin_, 0, 0)), at(weights, (axis, bin_, 1, 0))
-    if g.points:
-        n, count = points_read(bin_, begin, bin_size, move, length, boxes, g, row, weight, slope, sloped)
-    else:
-        n, count = pixels_read(bin_, begin, bin_size, length, boxes, g, row, weight, slope)
-    counts[axis, bin_] = count
-    return n
-
-
 @inline
 def box_of(boxes: Any, r: int, g: Any) -> tuple[Any, Any, Any, Any, int]:
     """begin and size along y, then along x, and the state."""
@@ -188,82 +203,229 @@ def box_of(boxes: Any, r: int, g: Any) -> tuple[Any, Any, Any, Any, int]:
 
 
 @inline
-def list_box(
-    box: Any,
-    boxes: Any,
-    first: Any,
-    last: Any,
-    g: Any,
-    index: Any,
-    weights: Any,
-    counts: Any,
-    entries: Any,
-    sloped: bool,
-) -> None:
-    """The bins first <= bin < last of each axis (y, x) of a box that nothing moves."""
-    begin_y, size_y, begin_x, size_x, state = box
-    zero = boxes.dtype.type(0)
-    if state == SOUND:
-        for axis in range(2):
-            begin, size = (begin_x, size_x) if axis else (begin_y, size_y)
-            for bin_ in range(first[axis], last[axis]):
-                entries[axis, bin_] = list_axis(axis, bin_, begin, size, zero, boxes, g, index, weights, counts, sloped)
+def find_boxes(counters: Any, phase: int, boxes: Any, extents: Any, states: Any, g: Any) -> None:
+    """A phase: `box_of` every box."""
+    units = -(-g.boxes // BOXES_AT_ONCE)
+    unit = claim(counters, phase)
+    while unit < units:
+        for r in range(unit * BOXES_AT_ONCE, min((unit + 1) * BOXES_AT_ONCE, g.boxes)):
+            box = box_of(boxes, r, g)
+            extents[r, 0], extents[r, 1], extents[r, 2], extents[r, 3], states[r] = box
+        finish(counters, phase)
+        unit = claim(counters, phase)
+    wait_for(counters, phase, units)
 
 
 @inline_always
-def list_moved(
-    box: Any,
-    r: int,
-    cls: int,
-    bin_: Any,
-    offset: Any,
-    boxes: Any,
-    g: Any,
-    index: Any,
-    weights: Any,
-    counts: Any,
-    entries: Any,
-    sloped: bool,
-) -> int:
-    """One bin, a row of `bins_table`, that its offset moves; gives its state."""
+def found_box(extents: Any, states: Any, r: int) -> tuple[Any, Any, Any, Any, int]:
+    return extents[r, 0], extents[r, 1], extents[r, 2], extents[r, 3], states[r]
+
+
+@inline_always
+def bins_of_cell(cell: int, g: Any) -> Any:
+    """first and last, each (row, column), of the bins first <= bin < last that read a cell's channels."""
+    gy = cell // g.group_w
+    gx = cell - gy * g.group_w
+    first = -(-gy * g.pooled_h // g.group_h), -(-gx * g.pooled_w // g.group_w)
+    last = -(-(gy + 1) * g.pooled_h // g.group_h), -(-(gx + 1) * g.pooled_w // g.group_w)
+    return first, last
+
+
+@inline_always
+def next_bin(current: Any, first: Any, last: Any) -> Any:
+    """(place of the box, row, column) of the bin after that, where each box has those first <= (row, column) < last."""
+    place, py, px = current
+    px += 1
+    if px == last[1]:
+        py, px = py + 1, first[1]
+    if py == last[0]:
+        place, py = place + 1, first[0]
+    return place, py, px
+
+
+@inline_always
+def lay_bins(box: Any, first: Any, last: Any, boxes: Any, lists: Any, g: Any) -> None:
+    """The bins first <= bin < last of each axis (y, x) of a box that nothing moves, into the slots of their numbers."""
+    begin_y, size_y, begin_x, size_x, _ = box
+    real = boxes.dtype.type
+    for axis in range(2):
+        begin, size = (begin_x, size_x) if axis else (begin_y, size_y)
+        bin_size = size / real(g.pooled_w if axis else g.pooled_h)
+        for bin_ in range(first[axis], last[axis]):
+            slot = axis * lists.of_axis + bin_
+            lists.starts[slot] = begin + real(bin_) * bin_size if g.points else begin
+            lists.starts[2 * lists.of_axis + slot] = bin_size
+
+
+@inline_always
+def move_bin(sy: int, box: Any, r: int, cls: int, bin_: Any, offset: Any, lists: Any, g: Any) -> None:
+    """A bin, which is a row of `bins_table`, where its offset moves it: into slot sy and its like of x."""
     begin_y, size_y, begin_x, size_x, state = box
+    real = offset.dtype.type
     offset_y, offset_x = offset[r, cls, 1, bin_.part], offset[r, cls, 0, bin_.part]
-    scale = boxes.dtype.type(g.offset_scale)
+    scale = real(g.offset_scale)
     move_y, move_x = offset_y * scale * size_y, offset_x * scale * size_x  # eq. 2
     if state != BROKEN:
         state = worse(state, state_of(offset_y, offset_x, move_y, move_x))
-    if state == SOUND:
-        for axis in range(2):
-            begin, size, move = (begin_x, size_x, move_x) if axis else (begin_y, size_y, move_y)
-            p = bin_.x if axis else bin_.y
-            entries[axis, p] = list_axis(axis, p, begin, size, move, boxes, g, index, weights, counts, sloped)
-    return state
+    sx, sizes = lists.of_axis + sy, 2 * lists.of_axis
+    lists.entries[2 * lists.of_axis + sy] = state
+    sound = state == SOUND
+    bin_h, bin_w = size_y / real(g.pooled_h), size_x / real(g.pooled_w)
+    lists.starts[sy] = begin_y + real(bin_.y) * bin_h + move_y if sound else real(0)
+    lists.starts[sx] = begin_x + real(bin_.x) * bin_w + move_x if sound else real(0)
+    lists.starts[sizes + sy] = bin_h if sound else real(0)
+    lists.starts[sizes + sx] = bin_w if sound else real(0)
 
 
 @inline_always
-def scale_of(state: int, py: int, px: int, boxes: Any, g: Any, counts: Any) -> Any:
+def slots_of(py: int, px: int, place: int, state: int, lists: Any, p: Any) -> tuple[int, int, int]:
+    """Slots (y, x) and the state of the bin in row py, column px, which is number `place` of those listed together."""
+    if p.has_offset:
+        return place, lists.of_axis + place, lists.entries[2 * lists.of_axis + place]
+    return py, lists.of_axis + px, state
+
+
+@inline_always
+def list_bins(first: Any, last: Any, boxes: Any, lists: Any, g: Any, sloped: bool) -> None:
+    """What the bins first <= bin < last of each axis (y, x) read, in whose slots are their starts and sizes.
+
+    Derivatives of the weights are there only if `sloped`.
+    """
+    real = boxes.dtype.type
+    in_lanes = g.points != 0 and g.samples <= BAND
+    for axis in range(2):
+        length = g.in_w if axis else g.in_h
+        for bin0 in range(first[axis], last[axis], BAND):
+            bins = min(BAND, last[axis] - bin0)
+            slot0 = axis * lists.of_axis + bin0
+            listed = False
+            if in_lanes:
+                listed = band_lists(
+                    advance(lists.starts, slot0),
+                    advance(lists.starts, 2 * lists.of_axis + slot0),
+                    advance(lists.index, slot0 * lists.row),
+                    advance(lists.weights, 2 * slot0 * lists.row),
+                    advance(lists.entries, slot0),
+                    advance(lists.counts, slot0),
+                    lists.row,
+                    bins,
+                    real(g.samples),
+                    real(g.first_point),
+                    real(g.reach),
+                    rounded_down(length - 1, boxes),
+                    g.count_inside != 0,
+                    g.flat_at_pixels != 0,
+                    sloped,
+                )
+            if listed:
+                continue
+            for slot in range(slot0, slot0 + bins):
+                if in_lanes and lists.entries[slot] >= 0:
+                    continue
+                index, weights = advance(lists.index, slot * lists.row), advance(lists.weights, 2 * slot * lists.row)
+                slopes = advance(weights, lists.row)
+                start, size = lists.starts[slot], lists.starts[2 * lists.of_axis + slot]
+                if g.points:
+                    n, count = points_read(start, size, length, boxes, g, index, weights, slopes)
+                else:
+                    bin_ = slot - axis * lists.of_axis
+                    n, count = pixels_read(bin_, start, size, length, boxes, g, index, weights, slopes)
+                lists.entries[slot], lists.counts[slot] = n, count
+
+
+@inline_always
+def list_of_box(
+    box: Any,
+    r: int,
+    cls: int,
+    chunk: int,
+    count: int,
+    boxes: Any,
+    offset: Any,
+    bins: Any,
+    lists: Any,
+    g: Any,
+    p: Any,
+    sloped: bool,
+) -> None:
+    """`list_bins` of a box: `count` of them from number `chunk` on, up to eight, or all if nothing moves them."""
+    first, last = (0, 0), (g.pooled_h, g.pooled_w)
+    if p.has_offset:
+        last = count, count
+        for slot in range(count):
+            move_bin(slot, box, r, cls, bins[chunk + slot], offset, lists, g)
+    elif box[4] == SOUND:
+        lay_bins(box, first, last, boxes, lists, g)
+    if p.has_offset or box[4] == SOUND:
+        list_bins(first, last, boxes, lists, g, sloped)
+
+
+@inline_always
+def list_of_cell(
+    current: Any,
+    left: int,
+    first: Any,
+    last: Any,
+    cls: int,
+    extents: Any,
+    states: Any,
+    order: Any,
+    offset: Any,
+    bins: Any,
+    lists: Any,
+    g: Any,
+    p: Any,
+    sloped: bool,
+) -> int:
+    """`list_bins` of some boxes, from `current` on: up to eight, or all of one box if nothing moves them. How many."""
+    count = (last[0] - first[0]) * (last[1] - first[1])
+    sound = True
+    if p.has_offset:
+        count = min(left, BAND)
+        for slot in range(count):
+            place, py, px = current
+            r = order[place]
+            move_bin(slot, found_box(extents, states, r), r, cls, bins[py * g.pooled_w + px], offset, lists, g)
+            current = next_bin(current, first, last)
+        first, last = (0, 0), (count, count)
+    else:
+        r = order[current[0]]
+        sound = states[r] == SOUND
+        if sound:
+            lay_bins(found_box(extents, states, r), first, last, extents, lists, g)
+    if sound:
+        list_bins(first, last, extents, lists, g, sloped)
+    return count
+
+
+@inline_always
+def scale_of(state: int, sy: int, sx: int, boxes: Any, lists: Any, g: Any) -> Any:
     """What the sum over a bin is multiplied by: 1/count; NaN for a broken bin."""
     real = boxes.dtype.type
     if state == BROKEN:
         return real(np.nan)
     if state != SOUND:
         return real(0)
-    count = counts[0, py] * counts[1, px]
+    count = lists.counts[sy] * lists.counts[sx]
     if g.points == 0 or g.least_count != 0:
         count = max(count, real(1))
     return real(1) / count
 
 
 @inline_always
-def list_pixels(
-    py: int, px: int, first: int, last: int, g: Any, index: Any, weights: Any, entries: Any, places: Any, products: Any
-) -> None:
+def entries_of(state: int, sy: int, sx: int, lists: Any) -> int:
+    """How many pixels a bin reads."""
+    return lists.entries[sy] * lists.entries[sx] if state == SOUND else 0
+
+
+@inline_always
+def list_pixels(sy: int, sx: int, first: int, last: int, g: Any, lists: Any, places: Any, products: Any) -> None:
     """Entries [first, last) of a bin's rows x columns: the pixels and A(row) * B(column)."""
-    columns = entries[1, px]
+    columns = lists.entries[sx]
     row = first // columns if first else 0
     column = first - row * columns
-    rows, row_weights = at(index, (0, py, 0)), at(weights, (0, py, 0, 0))
-    x, x_weights = at(index, (1, px, 0)), at(weights, (1, px, 0, 0))
+    rows, row_weights = advance(lists.index, sy * lists.row), advance(lists.weights, 2 * sy * lists.row)
+    x, x_weights = advance(lists.index, sx * lists.row), advance(lists.weights, 2 * sx * lists.row)
     place, product = at(places, (0,)), at(products, (0, 0))
     n = 0
     while n < last - first:
@@ -279,20 +441,20 @@ def list_pixels(
 
 
 @inline_always
-def is_run(px: int, index: Any, entries: Any) -> bool:
+def is_run(sx: int, lists: Any) -> bool:
     """Whether the columns of a bin are neighbours."""
-    n = entries[1, px]
-    return n > 0 and index[1, px, n - 1] - index[1, px, 0] == n - 1
+    n, columns = lists.entries[sx], advance(lists.index, sx * lists.row)
+    return n > 0 and columns[n - 1] - columns[0] == n - 1
 
 
 @inline_always
-def list_slopes(py: int, px: int, first: int, last: int, weights: Any, entries: Any, products: Any) -> None:
+def list_slopes(sy: int, sx: int, first: int, last: int, lists: Any, products: Any) -> None:
     """A'(row) * B(column) and A(row) * B'(column) beside what `list_pixels` lists."""
-    columns = entries[1, px]
+    columns = lists.entries[sx]
     row = first // columns if first else 0
     column = first - row * columns
-    y_weights, y_slopes = at(weights, (0, py, 0, 0)), at(weights, (0, py, 1, 0))
-    x_weights, x_slopes = at(weights, (1, px, 0, 0)), at(weights, (1, px, 1, 0))
+    y_weights, x_weights = advance(lists.weights, 2 * sy * lists.row), advance(lists.weights, 2 * sx * lists.row)
+    y_slopes, x_slopes = advance(y_weights, lists.row), advance(x_weights, lists.row)
     along_y, along_x = at(products, (1, 0)), at(products, (2, 0))
     for n in range(last - first):
         along_y[n] = y_slopes[row] * x_weights[column]
@@ -300,6 +462,40 @@ def list_slopes(py: int, px: int, first: int, last: int, weights: Any, entries: 
         column += 1
         if column == columns:
             row, column = row + 1, 0
+
+
+@inline_always
+def write_moves(
+    r: int,
+    cls: int,
+    i: int,
+    state: int,
+    listed: int,
+    scale: Any,
+    value: Any,
+    along_y: Any,
+    along_x: Any,
+    extents: Any,
+    mask: Any,
+    grad_moves: Any,
+    grad_mask: Any,
+    g: Any,
+    p: Any,
+) -> None:
+    """Eq. 8 and 9 of one bin, of which `value`, `along_y` and `along_x` are the sums, for what its offset moves."""
+    real = grad_mask.dtype.type
+    if listed == 0 and state != BROKEN:
+        scale = real(0)
+    grad_mask[r, cls, i] = value * scale
+    if p.has_offset:
+        if p.has_mask:
+            scale *= mask[r, i]
+        scale *= real(g.offset_scale)
+        # A broken size would do as well; but eq. 9 has NaN for both axes where one coordinate is NaN.
+        size_y = extents[r, 1] if state == SOUND else real(1)
+        size_x = extents[r, 3] if state == SOUND else real(1)
+        grad_moves[r, cls, 0, i] = along_x * scale * size_x
+        grad_moves[r, cls, 1, i] = along_y * scale * size_y
 
 
 @inline

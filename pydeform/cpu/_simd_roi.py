@@ -18,7 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydeform.cpu._simd import VECTOR_BYTES, _const, _loop, _Vectors
+from pydeform.cpu._simd import VECTOR_BYTES, _const, _loop, _shuffle, _Vectors
 
 AT_ONCE = (8, 4, 2, 1)  # vectors of sums in registers: each weight is loaded once for as many
 
@@ -287,7 +287,8 @@ def primitives(vector_bytes: int) -> SimpleNamespace:
     )
 
 
-# Bands: up to eight neighbouring pixels of a row, in eight lanes on every machine, so that sums have one order.
+# Bands: up to eight neighbouring pixels of a row, or eight bins, in eight lanes on every machine, so that sums have one
+# order.
 BAND = 8
 
 
@@ -299,127 +300,163 @@ def _unary(builder: Any, v: _Vectors, name: str, value: Any) -> Any:
     return builder.call(v._intrinsic(name, [v.type], v.type), [value])
 
 
+def _smaller(builder: Any, x: Any, y: Any) -> Any:
+    return builder.select(builder.fcmp_ordered("<", x, y), x, y)
+
+
+def _larger(builder: Any, x: Any, y: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """As many vectors as each has lanes: lane j of row i becomes lane i of row j, one bit of i and j at a time."""
+    n = len(rows)
+    distance = 1
+    while distance < n:
+        keep = [lane if not lane & distance else n + lane - distance for lane in range(n)]
+        swap = [lane + distance if not lane & distance else n + lane for lane in range(n)]
+        after = list(rows)
+        for i in range(n):
+            if not i & distance:
+                pair = rows[i], rows[i + distance]
+                after[i], after[i + distance] = (_shuffle(builder, *pair, lanes) for lanes in (keep, swap))
+        rows, distance = after, 2 * distance
+    return rows
+
+
 @intrinsic  # type: ignore[misc]
-def band_points(
+def band_lists(
     typing_context: Any,
-    places: Any,
-    steep: Any,
-    start: Any,
-    first: Any,
+    starts: Any,
+    sizes: Any,
+    index: Any,
+    weights: Any,
+    entries: Any,
+    counts: Any,
+    row: Any,
+    bins: Any,
+    samples: Any,
     first_point: Any,
-    bin_size: Any,
-    points: Any,
-    count: Any,
     reach: Any,
     highest: Any,
+    count_inside: Any,
     flat: Any,
     sloped: Any,
 ) -> Any:
-    """Points y_i = start + (first + i + first_point) * bin_size / points of a bin, in ascending order.
+    """What up to eight bins of an axis read by linear interpolation, a lane for each (docs/math/roi.md, eq. 3).
 
-    places[i] is y_i clamped to [0, highest], steep[i] (if sloped) whether it moves with y_i: 1 or 0; both are written
-    up to the next multiple of eight. Gives how many points are below -reach, and how many neither that nor above
-    highest + reach. With `flat` a point at a pixel is not steep.
+    Points of bin s are y_i = starts[s] + (i + first_point) * sizes[s] / points, where points is `samples` or, if that
+    is 0, ceil(sizes[s]). Those from -reach to highest + reach count, clamped to [0, highest]. The bin reads entries[s]
+    pixels: index[s * row], its neighbours after it, weighted by weights[2 * s * row + k]; (2 * s + 1) * row + k is the
+    derivative of that, if `sloped`. counts[s] is how many points count, or all of them without `count_inside`. With
+    `flat` a point at a pixel moves nothing, and the pixel above it is not read. Eight entries are written for each of
+    eight bins, also of fewer.
+
+    entries[s] = -1 says that none of this is so: more than eight points or pixels, points that are further than a pixel
+    apart, or in descending order. Gives whether none of the bins is like that.
     """
-    real, boolean = places.dtype, types.boolean
-    result = types.UniTuple(types.int64, 2)
-    signature = result(places, steep, real, real, real, real, real, types.int64, real, real, boolean, boolean)
+    real, number, boolean = starts.dtype, types.int64, types.boolean
+    signature = boolean(
+        *(starts, sizes, index, weights, entries, counts, number, number),
+        *(real, real, real, real, boolean, boolean, boolean),
+    )
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        places_, steep_, *numbers, count_, reach_, highest_, flat_, sloped_ = arguments
-        v = _band(builder, places.dtype)
-        start_, first_, first_point_, bin_size_, points_ = (v.splat(number) for number in numbers)
-        one = ir.Constant(v.type, [1.0] * BAND)
-        lanes = ir.Constant(v.type, [float(lane) for lane in range(BAND)])
-        lowest_counted = v.splat(builder.fneg(reach_))
-        highest_counted, highest_ = v.splat(builder.fadd(highest_, reach_)), v.splat(highest_)
-        mask = ir.VectorType(ir.IntType(1), BAND)
-        nowhere_flat = builder.select(flat_, ir.Constant(mask, [0] * BAND), ir.Constant(mask, [1] * BAND))
+        starts_, sizes_, index_, weights_, entries_, counts_, row_, bins_, *numbers = arguments
+        *numbers, count_inside_, flat_, sloped_ = numbers
+        v = _band(builder, starts.dtype)
+        samples_, first_point_, reach_, highest_ = (v.splat(number) for number in numbers)
+        start, size = v.load(starts_), v.load(sizes_)
+        constants = [ir.Constant(v.type, [float(j)] * BAND) for j in range(BAND + 1)]
+        one, eight = constants[1], constants[BAND]
+        nowhere = ir.Constant(v.type, [-1e30] * BAND)  # far from every pixel
+        ordered = builder.fcmp_ordered
+        masks = ir.VectorType(ir.IntType(1), BAND)
 
-        def number_of(lanes: Any) -> Any:
-            bits = builder.bitcast(lanes, ir.IntType(BAND))
-            return builder.zext(builder.ctpop(bits), ir.IntType(64))
+        def everywhere(flag: Any) -> Any:
+            return builder.select(flag, ir.Constant(masks, [1] * BAND), ir.Constant(masks, [0] * BAND))
 
-        def add(k: Any, carried: list[Any]) -> list[Any]:
-            below, inside = carried
-            i = builder.mul(k, _const(BAND))
-            number = builder.fadd(v.splat(builder.sitofp(i, v.element)), lanes)
-            number = builder.fadd(builder.fadd(first_, number), first_point_)
-            y = builder.fadd(start_, builder.fdiv(builder.fmul(number, bin_size_), points_))
-            exists = v.first_lanes(builder.sub(count_, i))
-            is_below = builder.fcmp_ordered("<", y, lowest_counted)
-            counted = builder.and_(
-                builder.fcmp_ordered(">=", y, lowest_counted), builder.fcmp_ordered("<=", y, highest_counted)
-            )
-            low, high = builder.fcmp_ordered("<=", y, v.zero), builder.fcmp_ordered(">=", y, highest_)
-            place = builder.select(high, highest_, builder.select(low, v.zero, y))
-            v.store(place, v.offset(places_, i))
+        flat_, count_inside_ = everywhere(flat_), everywhere(count_inside_)
+        points = builder.select(ordered(">", samples_, v.zero), samples_, _unary(builder, v, "ceil", size))
+        sound = builder.and_(
+            builder.and_(ordered(">=", size, v.zero), ordered("<=", size, points)), ordered("<=", points, eight)
+        )
+        most_points = v._intrinsic("vector.reduce.fmax", [v.type], v.element)
+        most = builder.call(most_points, [builder.select(sound, points, v.zero)])
+        most = builder.fptosi(most, ir.IntType(64))
+        places, steep = (cgutils.alloca_once(builder, v.type, size=_const(BAND)) for _ in range(2))
+        lowest_counted, highest_counted = builder.fneg(reach_), builder.fadd(highest_, reach_)
+
+        def add_point(i: Any, carried: list[Any]) -> list[Any]:
+            low, high, inside = carried
+            i_real = v.splat(builder.sitofp(i, v.element))
+            y = builder.fadd(i_real, first_point_)
+            y = builder.fadd(start, builder.fdiv(builder.fmul(y, size), points))
+            counted = builder.and_(ordered(">=", y, lowest_counted), ordered("<=", y, highest_counted))
+            counted = builder.and_(counted, ordered("<", i_real, points))
+            at_start, at_end = ordered("<=", y, v.zero), ordered(">=", y, highest_)
+            place = builder.select(at_end, highest_, builder.select(at_start, v.zero, y))
+            place_or_nowhere = builder.select(counted, place, nowhere)
+            builder.store(place_or_nowhere, builder.gep(places, [i]))
             with builder.if_then(sloped_):
-                between = builder.fcmp_ordered("!=", place, _unary(builder, v, "floor", place))
-                moves = builder.and_(builder.not_(builder.or_(low, high)), builder.or_(between, nowhere_flat))
-                v.store(builder.select(moves, one, v.zero), v.offset(steep_, i))
-            below = builder.add(below, number_of(builder.and_(is_below, exists)))
-            return [below, builder.add(inside, number_of(builder.and_(counted, exists)))]
+                at_pixel = builder.and_(flat_, ordered("==", place, _unary(builder, v, "floor", place)))
+                still = builder.or_(builder.or_(at_start, at_end), at_pixel)
+                builder.store(builder.select(still, v.zero, one), builder.gep(steep, [i]))
+            low = _smaller(builder, low, builder.select(counted, place, builder.fneg(nowhere)))
+            high = _larger(builder, high, place_or_nowhere)
+            return [low, high, builder.fadd(inside, builder.select(counted, one, v.zero))]
 
-        blocks = builder.sdiv(builder.add(count_, _const(BAND - 1)), _const(BAND))
-        return context.make_tuple(builder, result, _loop(builder, blocks, [_const(0), _const(0)], add))
+        low, high, inside = _loop(builder, most, [builder.fneg(nowhere), nowhere, v.zero], add_point)
+        some = ordered(">", inside, v.zero)
+        low, high = builder.select(some, low, v.zero), builder.select(some, high, v.zero)
+        base, latest = _unary(builder, v, "floor", low), _unary(builder, v, "floor", high)
+        at_last = builder.or_(ordered(">=", latest, highest_), builder.and_(flat_, ordered("==", high, latest)))
+        pixels = builder.fadd(builder.fsub(latest, base), builder.select(at_last, one, constants[2]))
+        pixels = builder.select(some, pixels, v.zero)
+        sound = builder.and_(sound, ordered("<=", pixels, eight))
+        base = builder.select(sound, base, v.zero)
+        found = builder.fptosi(builder.select(sound, pixels, builder.fneg(one)), ir.VectorType(ir.IntType(64), BAND))
+        builder.store(found, builder.bitcast(entries_, found.type.as_pointer())).align = 8
+        v.store(builder.select(count_inside_, inside, points), counts_)
 
-    return signature, codegen
+        index_type = ir.VectorType(ir.IntType(index.dtype.bitwidth), BAND)
+        first_pixels = builder.fptosi(base, index_type)
+        for s in range(BAND):
+            run = _shuffle(builder, first_pixels, first_pixels, [s] * BAND)
+            run = builder.add(run, ir.Constant(index_type, list(range(BAND))))
+            target = builder.gep(index_, [builder.mul(row_, _const(s))])
+            store = builder.store(run, builder.bitcast(target, index_type.as_pointer()))
+            store.align = index.dtype.bitwidth // 8
 
+        def store_rows(first: int, lanes: list[Any]) -> None:
+            for s, values in enumerate(_transposed(builder, lanes)):
+                v.store(values, v.offset(weights_, builder.mul(row_, _const(2 * s + first))))
 
-@intrinsic  # type: ignore[misc]
-def band_weights(
-    typing_context: Any,
-    weights: Any,
-    slopes: Any,
-    points: Any,
-    steep: Any,
-    first: Any,
-    count: Any,
-    base: Any,
-    sloped: Any,
-) -> Any:
-    """What linear interpolation at `count` points from points[first] on gives to pixels base ... base + 7, summed.
-
-    weights[j] = sum_i max(0, 1 - |points[i] - (base + j)|); its derivative slopes[j], if sloped, is sum_i steep[i],
-    minus it for the pixel below.
-    """
-    signature = types.void(weights, slopes, points, steep, types.int64, types.int64, points.dtype, types.boolean)
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        weights_, slopes_, points_, steep_, first_, count_, base_, sloped_ = arguments
-        points_, steep_ = builder.gep(points_, [first_]), builder.gep(steep_, [first_])
-        v = _band(builder, weights.dtype)
-        lanes = ir.Constant(v.type, [float(lane) for lane in range(BAND)])
-        pixels = builder.fadd(v.splat(base_), lanes)
-        one = ir.Constant(v.type, [1.0] * BAND)
-
-        def distance_of(i: Any) -> Any:
-            return builder.fsub(v.splat(builder.load(builder.gep(points_, [i]))), pixels)
+        def distances(i: Any) -> list[Any]:
+            place = builder.load(builder.gep(places, [i]))
+            return [builder.fsub(place, builder.fadd(base, pixel)) for pixel in constants[:BAND]]
 
         def add_weight(i: Any, carried: list[Any]) -> list[Any]:
-            near = builder.fsub(one, _unary(builder, v, "fabs", distance_of(i)))
-            inside = builder.fcmp_ordered(">", near, v.zero)
-            return [builder.fadd(carried[0], builder.select(inside, near, v.zero))]
+            near = [builder.fsub(one, _unary(builder, v, "fabs", distance)) for distance in distances(i)]
+            return [builder.fadd(w, _larger(builder, n, v.zero)) for w, n in zip(carried, near, strict=True)]
 
         def add_slope(i: Any, carried: list[Any]) -> list[Any]:
-            distance = distance_of(i)
-            s = v.splat(builder.load(builder.gep(steep_, [i])))
-            # The lower pixel, at a distance from 0 up to 1, loses what the upper one gains.
-            lower = builder.fcmp_ordered(">=", distance, v.zero)
-            signed = builder.select(lower, builder.fsub(v.zero, s), s)
-            # At a pixel the upper one has no weight, but a slope.
-            at_either = builder.and_(
-                builder.fcmp_ordered(">=", distance, builder.fsub(v.zero, one)),
-                builder.fcmp_ordered("<", distance, one),
-            )
-            return [builder.fadd(carried[0], builder.select(at_either, signed, v.zero))]
+            gain = builder.load(builder.gep(steep, [i]))
+            loss = builder.fsub(v.zero, gain)
+            after = []
+            for slope, distance in zip(carried, distances(i), strict=True):
+                # The lower pixel, at a distance from 0 up to 1, loses what the upper one gains. At a pixel the upper
+                # one has no weight, but a slope.
+                change = builder.select(ordered(">=", distance, v.zero), loss, gain)
+                near = builder.and_(ordered(">=", distance, builder.fneg(one)), ordered("<", distance, one))
+                after.append(builder.fadd(slope, builder.select(near, change, v.zero)))
+            return after
 
-        # The slopes first: they may lie where `steep` does, as the weights may where `points` do.
+        store_rows(0, _loop(builder, most, [v.zero] * BAND, add_weight))
         with builder.if_then(sloped_):
-            v.store(_loop(builder, count_, [v.zero], add_slope)[0], slopes_)
-        v.store(_loop(builder, count_, [v.zero], add_weight)[0], weights_)
-        return context.get_dummy_value()
+            store_rows(1, _loop(builder, most, [v.zero] * BAND, add_slope))
+        fails = builder.and_(v.first_lanes(bins_), builder.not_(sound))
+        return builder.icmp_unsigned("==", builder.bitcast(fails, ir.IntType(BAND)), ir.Constant(ir.IntType(BAND), 0))
 
     return signature, codegen
 

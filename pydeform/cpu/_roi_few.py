@@ -52,7 +52,7 @@ class FewPlan(NamedTuple):
 
     per_class: int  # channels of a class
     parts: int  # of an image's boxes, each for itself, where they write to different places and there are few planes
-    units: int  # at most, into which the planes are divided
+    units: int  # into which the planes, or their parts, are divided; some may be empty
     has_offset: int
     has_mask: int
     need_input: int

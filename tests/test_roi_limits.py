@@ -12,7 +12,7 @@ import pytest
 
 import pydeform
 from pydeform.cpu import _roi_bins, _roi_common
-from pydeform.cpu._simd_roi import BAND
+from pydeform.cpu._simd_bands import BAND
 from tests.conftest import Backend, assert_same_bits
 from tests.test_roi import CORNERS, IN_SIZE, Variant, assert_equals_oracle, assert_same_grads, problem, solve
 from tests.test_simd_roi import last_of_a_page

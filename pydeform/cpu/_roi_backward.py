@@ -39,12 +39,8 @@ from pydeform.cpu._roi_common import (
 )
 from pydeform.cpu._roi_largest import largest_of_bin, list_candidates, list_part
 from pydeform.cpu._simd import VECTOR_BYTES, at
-from pydeform.cpu._simd_roi import (
-    BAND,
-    plane_scatter,
-    scatter,
-    weighted_dots,
-)
+from pydeform.cpu._simd_bands import BAND
+from pydeform.cpu._simd_roi import plane_scatter, scatter, weighted_dots
 from pydeform.cpu._threads import claim, finish, wait_for
 
 

@@ -14,7 +14,7 @@ from pydeform.cpu._conv_common import SERIAL_FLOPS, pixel_dtype, round_up, table
 from pydeform.cpu._jit import inline, inline_always
 from pydeform.cpu._roi_bins import BROKEN, SOUND, extent, pixels_read, points_read, rounded_down, state_of, worse
 from pydeform.cpu._simd import VECTOR_BYTES, advance, at
-from pydeform.cpu._simd_roi import BAND, band_lists
+from pydeform.cpu._simd_bands import BAND, band_lists
 from pydeform.cpu._threads import claim, finish, wait_for
 
 CHANNELS = 64  # of a block whose gradients one thread adds up

@@ -31,15 +31,8 @@ from pydeform.cpu._roi_common import (
     write_moves,
 )
 from pydeform.cpu._simd import advance, at
-from pydeform.cpu._simd_roi import (
-    BAND,
-    band_dots,
-    band_scatter,
-    band_sum,
-    plane_scatter,
-    plane_weighted_dots,
-    plane_weighted_sum,
-)
+from pydeform.cpu._simd_bands import BAND, band_dots, band_scatter, band_sum
+from pydeform.cpu._simd_roi import plane_scatter, plane_weighted_dots, plane_weighted_sum
 from pydeform.cpu._threads import claim, finish, wait_for
 
 # Neighbouring bins of a box are neighbours in memory: threads that wrote them at the same time would wait for each

@@ -25,12 +25,6 @@ DTYPES = {
 }
 # Relative to the largest value, against float64 on the same numbers: rounding of sums, then of half types' results.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
-# What a system does at the border decides which of our rules its vectors follow.
-BOUNDARY = {
-    ("zeros", "floor"): "torchvision",
-    ("zeros", "strict"): "dcnv2",
-    ("mxnet_v1", "floor"): "dcnv1",
-}
 
 
 class Problem(NamedTuple):
@@ -145,21 +139,17 @@ def run(operator: str, p: Problem, backend: Backend, dtype: Any) -> dict[str, An
 
 
 def vectors(operator: str) -> Iterator[tuple[str, Problem, dict[str, Any], dict[str, Any]]]:
-    """(name, problem, expected results, meta) of each bundled vector; tests/vectors/README.md describes the file."""
+    """(name, problem, expected results, meta) of each bundled vector; tests/vectors/bundle.py describes the file."""
     with np.load(VECTORS) as file:
         arrays = dict(file)
     for name, place in json.loads(str(arrays.pop("same"))).items():
         arrays[name] = arrays[place]
     for name in sorted({key.rpartition("/")[0] for key in arrays if key.startswith(f"{operator}/")}):
         entries = {key.removeprefix(f"{name}/"): a for key, a in arrays.items() if key.startswith(f"{name}/")}
-        args, meta = json.loads(str(entries["args"])), json.loads(str(entries["meta"]))
-        rule = meta["semantics"]["border"], meta["semantics"].get("kink", "floor")
-        options = {key: args[key] for key in ("stride", "padding", "dilation")} | {"boundary": BOUNDARY[rule]}
-        inputs = {"input" if n == "x" else n: a for n, a in _named(entries, "in__").items()}
-        expected = {"output": entries["out__y"]} | {
-            f"gradient of {'input' if n == 'x' else n}": a for n, a in _named(entries, "gin__").items()
-        }
-        yield name, Problem(inputs, options, entries.get("gout__y")), expected, meta
+        options, meta = json.loads(str(entries["options"])), json.loads(str(entries["meta"]))
+        grads = {f"gradient of {n}": grad for n, grad in _named(entries, "gin__").items()}
+        problem = Problem(_named(entries, "in__"), options, entries.get("gout__output"))
+        yield name, problem, {"output": entries["out__output"], **grads}, meta
 
 
 def _named(entries: dict[str, Any], prefix: str) -> dict[str, Any]:

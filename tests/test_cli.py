@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import pydeform
 from pydeform import _progress, _selfcheck, cli
 from pydeform.bench import deform_conv2d as bench
 from pydeform.bench import timing
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_module_runs():
@@ -49,7 +52,10 @@ def test_check(capsys):
     assert {row[0] for row in rows} == set(_selfcheck.operators())
     assert {row[2] for row in rows} == set(_selfcheck.DTYPES)
     assert all(row[-1] == "ok" for row in rows)
-    assert "7 vectors" in "\n".join(lines)
+    counts = {row[0]: int(row[3]) for row in rows if row[4].startswith("vectors")}
+    assert counts.keys() == set(_selfcheck.operators()) - {"conv2d"} and min(counts.values()) >= 2
+    assert f"{counts['deform_conv2d']} of `deform_conv2d`" in README
+    assert f"{sum(counts.values()) - counts['deform_conv2d']} of the RoI operators" in README
 
 
 def spoil(monkeypatch, name, change):

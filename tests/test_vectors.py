@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +11,17 @@ import numpy as np
 import pytest
 
 import pydeform
+from pydeform import _selfcheck
 from tests.vectors import Vector, load
+from tests.vectors.bundle import BUNDLED
+from tests.vectors.calls import boundary_of, call_of, deform_conv2d_options
 
 VECTORS = {vector.name: vector for vector in load("deform_conv2d")}
-BUNDLED = Path(pydeform.__file__).parent / "data" / "vectors.npz"
+ROI = {vector.name: vector for vector in load("roi")}
 
 # README.md's tolerances of a float32 run against float64 results, and where rounding may cross a kink.
 FLOAT32 = (2e-4, 2e-5)
 FLOAT32_LEAVES_OUT = {"kink", "border", "composite"}
-
-
-def boundary_of(vector: Vector) -> str:
-    """The rule the system follows. Without `kink` it has no backward, and torchvision and dcnv2 are the same."""
-    semantics = vector.meta["semantics"]
-    if semantics["border"] == "mxnet_v1":
-        return "dcnv1"
-    assert semantics["border"] == "zeros"
-    return {"floor": "torchvision", "strict": "dcnv2"}[semantics.get("kink", "floor")]
-
-
-def options_of(vector: Vector) -> dict[str, Any]:
-    args = vector.args
-    if "onnx_op" in args and "kernel_shape" in args:  # the attributes of the node, with ONNX's defaults
-        top, left, bottom, right = args.get("pads", (0, 0, 0, 0))
-        stride, dilation = args.get("strides", (1, 1)), args.get("dilations", (1, 1))
-        padding: Any = ((top, bottom), (left, right))
-    else:
-        stride, padding, dilation = args["stride"], args["padding"], args["dilation"]
-    return {"stride": stride, "padding": padding, "dilation": dilation, "boundary": boundary_of(vector)}
 
 
 def run(backend: Any, vector: Vector, dtype: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -45,7 +30,7 @@ def run(backend: Any, vector: Vector, dtype: Any) -> tuple[np.ndarray, dict[str,
     grad_output = vector.grad_outputs.get("y")
     if grad_output is not None:
         grad_output = backend.array(grad_output.astype(dtype))
-    options = options_of(vector)
+    options = deform_conv2d_options(vector)
     if "composite" in vector.args:
         output, grads = run_with_offset_branch(sent, grad_output, options)
     else:
@@ -132,17 +117,30 @@ def test_derived_offset_of_the_composite_case(backend):
 
 
 def test_bundled_vectors_are_some_of_these():
-    """`pydeform check` uses them; every boundary rule and both versions are there."""
-    bundled = load(BUNDLED)
-    assert len(bundled) == 7
-    assert {boundary_of(vector) for vector in bundled} == {"torchvision", "dcnv2", "dcnv1"}
-    assert {"mask" in vector.inputs for vector in bundled} == {True, False}
-    for vector in bundled:
-        operator, _, stem = vector.name.partition("/")
-        assert operator == vector.meta["operator"] == "deform_conv2d"
-        original = VECTORS[stem]
-        assert (vector.args, vector.meta) == (original.args, original.meta)
-        for part in ("inputs", "outputs", "grad_outputs", "grads"):
-            for key, array in getattr(original, part).items():
-                np.testing.assert_array_equal(getattr(vector, part)[key], array)
-    assert BUNDLED.stat().st_size < 60_000
+    """`pydeform check` uses them: every operator, and of deform_conv2d every boundary rule and both versions."""
+    originals = {name: VECTORS[name] for name in BUNDLED["deform_conv2d"]}
+    originals |= {name: vector for name, vector in ROI.items() if name in BUNDLED["roi"]}
+    calls = {}
+    for name, vector in originals.items():
+        call = call_of(vector)
+        calls[f"{call.operator}/{name.rpartition('/')[2]}"] = call, vector
+    found = {}
+    for operator in {call.operator for call, _ in calls.values()}:
+        found |= {name: (problem, expected, meta) for name, problem, expected, meta in _selfcheck.vectors(operator)}
+    assert found.keys() == calls.keys() and len(found) == 24
+    for name, (problem, expected, meta) in found.items():
+        call, vector = calls[name]
+        assert json.dumps(problem.options) == json.dumps(call.options)
+        assert meta == {key: vector.meta[key] for key in meta}
+        want = {"output": vector.outputs["y"]} | {f"gradient of {n}": grad for n, grad in call.grads.items()}
+        for got, original in ((problem.arrays, call.arrays), (expected, want)):
+            assert got.keys() == original.keys()
+            for key, array in original.items():
+                np.testing.assert_array_equal(got[key], array)
+        assert (problem.grad_output is None) == (not vector.grad_outputs)
+    operators = Counter(call.operator for call, _ in calls.values())
+    assert set(operators) == set(_selfcheck.operators()) - {"conv2d"}  # for which no vectors exist
+    of_conv = [call for call, _ in calls.values() if call.operator == "deform_conv2d"]
+    assert {call.options["boundary"] for call in of_conv} == {"torchvision", "dcnv2", "dcnv1"}
+    assert {"mask" in call.arrays for call in of_conv} == {True, False}
+    assert (Path(pydeform.__file__).parent / "data" / "vectors.npz").stat().st_size < 150_000

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from tests.cases.roi import CASES, DTYPE_CASES, margin
 from tests.onnx_cases import node_cases
 from tests.reference import roi as reference
 from tests.vectors import Vector, load
+from tests.vectors.calls import Call, call_of, onnx_arrays, outside_api
 
 VECTORS = {vector.name: vector for vector in load("roi")}
 
@@ -27,88 +28,7 @@ FLOAT32 = (2e-4, 2e-5)
 FLOAT32_LEAVES_OUT = {"kink", "border", "malformed rois"}
 
 
-def outside_api(vector: Vector) -> str:
-    """Why pydeform has no such operator; empty: it has."""
-    if vector.meta["operator"] == "ps_roi_align" and vector.args.get("aligned") is False:
-        return "MXNet's ROIAlign can be position-sensitive without the half pixel"
-    if vector.args.get("mode") == "max" and "onnx_op" in vector.args:
-        return "ONNX's largest of single weighted pixels"
-    return ""
-
-
-# mmcv's own gradient of the offset, `offset`, is not the derivative of its forward; `offset_true` is.
-PARAMETERS = {"x": "input", "data": "input", "trans": "trans", "mask": "mask", "offset_true": "offset"}
-
 SUPPORTED = [name for name, vector in VECTORS.items() if not outside_api(vector)]
-
-
-class Call(NamedTuple):
-    """A vector in pydeform's terms."""
-
-    operator: str
-    arrays: dict[str, np.ndarray]
-    options: dict[str, Any]
-    grads: dict[str, np.ndarray]
-    channels: np.ndarray | None = None  # which channel of the vector's data each channel of the input is
-
-
-def call_of(vector: Vector) -> Call:
-    inputs, args = dict(vector.inputs), vector.args
-    options = {"spatial_scale": args.get("spatial_scale_effective", args["spatial_scale"])}
-    if "onnx_op" in args:
-        options |= {
-            "output_size": (args["output_height"], args["output_width"]),
-            "sampling_ratio": args["sampling_ratio"],
-            "aligned": {"half_pixel": True, "output_half_pixel": False}[args["coordinate_transformation_mode"]],
-        }
-        return Call("roi_align", onnx_arrays(*(inputs[name] for name in ("X", "rois", "batch_indices"))), options, {})
-    image = inputs["x"] if "x" in inputs else inputs["data"]
-    arrays = {"input": image, "boxes": inputs["rois"]}
-    grads = {PARAMETERS[name]: grad for name, grad in vector.grads.items() if name in PARAMETERS}
-    operator = vector.meta["operator"]
-    if operator == "psroi_pooling":
-        return psroi_pooling_call(vector, arrays, options, grads)
-    if operator == "deformable_psroi_pooling":
-        operator = "deform_psroi_pool"
-        names = ("output_dim", "pooled_size", "group_size", "sample_per_part")
-        options |= {name: args[name] for name in names}
-        options["part_size"] = args["part_size"] or args["pooled_size"]  # 0: as many
-        options["trans_std"] = args.get("trans_std_effective", args["trans_std"])
-        if not args["no_trans"]:
-            arrays["trans"] = inputs["trans"]
-    else:
-        options["output_size"] = tuple(args["output_size"])
-        if "sampling_ratio" in args:
-            options["sampling_ratio"] = args["sampling_ratio"]
-    if operator == "roi_align":
-        options |= {"aligned": args["aligned"], "mode": args.get("pool_mode", "avg")}
-    if operator == "deform_roi_pool":
-        options["gamma"] = args.get("gamma_effective", args["gamma"])
-        arrays |= {name: inputs[name] for name in ("offset", "mask") if name in inputs}
-    return Call(operator, arrays, options, grads)
-
-
-def psroi_pooling_call(
-    vector: Vector, arrays: dict[str, np.ndarray], options: dict[str, Any], grads: dict[str, np.ndarray]
-) -> Call:
-    """R-FCN's operator can have fewer groups than bins; pydeform's has as many, so every bin gets its own copy."""
-    args = vector.args
-    if "output_size" in args:
-        assert vector.name.startswith("psroi_pooling/torchvision")
-        options |= {"output_size": tuple(args["output_size"]), "convention": "torchvision"}
-        return Call("ps_roi_pool", arrays, options, grads)
-    pooled, group = args["pooled_size"], args["group_size"]
-    options |= {"output_size": pooled, "convention": "rfcn"}
-    if pooled == group:
-        return Call("ps_roi_pool", arrays, options, grads)
-    c, p, q = np.ogrid[: args["output_dim"], :pooled, :pooled]
-    channels = ((c * group + p * group // pooled) * group + q * group // pooled).reshape(-1)
-    arrays["input"] = arrays["input"][:, channels]
-    return Call("ps_roi_pool", arrays, options, grads, channels)
-
-
-def onnx_arrays(x: np.ndarray, rois: np.ndarray, batch_indices: np.ndarray) -> dict[str, np.ndarray]:
-    return {"input": x, "boxes": np.concatenate([batch_indices[:, None].astype(rois.dtype), rois], axis=1)}
 
 
 def of_data(call: Call, vector: Vector, grad_input: np.ndarray) -> np.ndarray:

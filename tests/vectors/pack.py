@@ -3,7 +3,7 @@
     python tests/vectors/pack.py FOLDER
 
 FOLDER holds one subfolder per operator with `<system>__<case>.npz` files (README.md describes their content).
-Written: tests/vectors/*.npz with all of them, and pydeform/data/vectors.npz, a few for `pydeform check`.
+Written: tests/vectors/*.npz.
 """
 
 import json
@@ -25,20 +25,6 @@ ARCHIVES = {
     ),
 }
 
-# Small, and between them: every boundary rule, both versions, groups, offset groups, asymmetric arguments, kinks,
-# far samples, an image of one row, forward-only producers.
-BUNDLED = {
-    "deform_conv2d": (
-        "mmcv-cudasrc-v2__mix_small",
-        "mxnet1.9.1-v1-cpu__mix_small_v1",
-        "onnxruntime1.31__h1_row_image",
-        "openvino2026.4-pad0__h1_row_image",
-        "paddle2.6.2__mix_small_v1",
-        "torchvision0.19csrc__half_offsets",
-        "torchvision0.19csrc__mix_small",
-    )
-}
-
 
 def read(path):
     """The arrays of one file; `args` and `meta` stay JSON strings."""
@@ -47,7 +33,6 @@ def read(path):
 
 
 def pack(source, root):
-    bundled = {}
     for archive, operators in ARCHIVES.items():
         every, count = {}, 0
         for operator in operators:
@@ -58,16 +43,13 @@ def pack(source, root):
             count += len(files)
             place = "" if len(operators) == 1 else f"{operator}/"
             every.update({f"{place}{stem}/{name}": a for stem, arrays in files.items() for name, a in arrays.items()})
-            for stem in BUNDLED.get(operator, ()):
-                bundled.update({f"{operator}/{stem}/{name}": array for name, array in files[stem].items()})
         write(root / "tests" / "vectors" / f"{archive}.npz", every, count)
-    write(root / "pydeform" / "data" / "vectors.npz", bundled, sum(map(len, BUNDLED.values())))
 
 
 def write(path, arrays, files):
     """Systems that ran the same case share its inputs: each array is stored once, `same` names the other places."""
     first, kept, same = {}, {}, {}
-    for name, array in arrays.items():
+    for name, array in ((name, np.asarray(entry)) for name, entry in arrays.items()):
         place = first.setdefault((array.dtype.str, array.shape, array.tobytes()), name)
         if place == name:
             kept[name] = array

@@ -1,0 +1,118 @@
+"""What each vector is in pydeform's terms: which operator, arrays, options and gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.vectors import Vector
+
+# mmcv's own gradient of the offset, `offset`, is not the derivative of its forward; `offset_true` is.
+PARAMETERS = {"x": "input", "data": "input", "trans": "trans", "mask": "mask", "offset_true": "offset"}
+
+
+def outside_api(vector: Vector) -> str:
+    """Why pydeform has no such operator; empty: it has."""
+    if vector.meta["operator"] == "ps_roi_align" and vector.args.get("aligned") is False:
+        return "MXNet's ROIAlign can be position-sensitive without the half pixel"
+    if vector.args.get("mode") == "max" and "onnx_op" in vector.args:
+        return "ONNX's largest of single weighted pixels"
+    return ""
+
+
+def boundary_of(vector: Vector) -> str:
+    """The rule the system follows. Without `kink` it has no backward, and torchvision and dcnv2 are the same."""
+    semantics = vector.meta["semantics"]
+    if semantics["border"] == "mxnet_v1":
+        return "dcnv1"
+    assert semantics["border"] == "zeros"
+    return {"floor": "torchvision", "strict": "dcnv2"}[semantics.get("kink", "floor")]
+
+
+def deform_conv2d_options(vector: Vector) -> dict[str, Any]:
+    args = vector.args
+    if "onnx_op" in args and "kernel_shape" in args:  # the attributes of the node, with ONNX's defaults
+        top, left, bottom, right = args.get("pads", (0, 0, 0, 0))
+        stride, dilation = args.get("strides", (1, 1)), args.get("dilations", (1, 1))
+        padding: Any = ((top, bottom), (left, right))
+    else:
+        stride, padding, dilation = args["stride"], args["padding"], args["dilation"]
+    return {"stride": stride, "padding": padding, "dilation": dilation, "boundary": boundary_of(vector)}
+
+
+class Call(NamedTuple):
+    """A vector in pydeform's terms: operator(**arrays, **options)."""
+
+    operator: str
+    arrays: dict[str, np.ndarray]
+    options: dict[str, Any]
+    grads: dict[str, np.ndarray]
+    channels: np.ndarray | None = None  # which channel of the vector's data each channel of the input is
+
+
+def call_of(vector: Vector) -> Call:
+    if vector.meta["operator"] == "deform_conv2d":
+        return deform_conv2d_call(vector)
+    inputs, args = dict(vector.inputs), vector.args
+    options = {"spatial_scale": args.get("spatial_scale_effective", args["spatial_scale"])}
+    if "onnx_op" in args:
+        options |= {
+            "output_size": (args["output_height"], args["output_width"]),
+            "sampling_ratio": args["sampling_ratio"],
+            "aligned": {"half_pixel": True, "output_half_pixel": False}[args["coordinate_transformation_mode"]],
+        }
+        return Call("roi_align", onnx_arrays(*(inputs[name] for name in ("X", "rois", "batch_indices"))), options, {})
+    image = inputs["x"] if "x" in inputs else inputs["data"]
+    arrays = {"input": image, "boxes": inputs["rois"]}
+    grads = {PARAMETERS[name]: grad for name, grad in vector.grads.items() if name in PARAMETERS}
+    operator = vector.meta["operator"]
+    if operator == "psroi_pooling":
+        return psroi_pooling_call(vector, arrays, options, grads)
+    if operator == "deformable_psroi_pooling":
+        operator = "deform_psroi_pool"
+        names = ("output_dim", "pooled_size", "group_size", "sample_per_part")
+        options |= {name: args[name] for name in names}
+        options["part_size"] = args["part_size"] or args["pooled_size"]  # 0: as many
+        options["trans_std"] = args.get("trans_std_effective", args["trans_std"])
+        if not args["no_trans"]:
+            arrays["trans"] = inputs["trans"]
+    else:
+        options["output_size"] = tuple(args["output_size"])
+        if "sampling_ratio" in args:
+            options["sampling_ratio"] = args["sampling_ratio"]
+    if operator == "roi_align":
+        options |= {"aligned": args["aligned"], "mode": args.get("pool_mode", "avg")}
+    if operator == "deform_roi_pool":
+        options["gamma"] = args.get("gamma_effective", args["gamma"])
+        arrays |= {name: inputs[name] for name in ("offset", "mask") if name in inputs}
+    return Call(operator, arrays, options, grads)
+
+
+def deform_conv2d_call(vector: Vector) -> Call:
+    arrays = {PARAMETERS.get(name, name): array for name, array in vector.inputs.items()}
+    grads = {PARAMETERS.get(name, name): grad for name, grad in vector.grads.items()}
+    return Call("deform_conv2d", arrays, deform_conv2d_options(vector), grads)
+
+
+def psroi_pooling_call(
+    vector: Vector, arrays: dict[str, np.ndarray], options: dict[str, Any], grads: dict[str, np.ndarray]
+) -> Call:
+    """R-FCN's operator can have fewer groups than bins; pydeform's has as many, so every bin gets its own copy."""
+    args = vector.args
+    if "output_size" in args:
+        assert vector.name.startswith("psroi_pooling/torchvision")
+        options |= {"output_size": tuple(args["output_size"]), "convention": "torchvision"}
+        return Call("ps_roi_pool", arrays, options, grads)
+    pooled, group = args["pooled_size"], args["group_size"]
+    options |= {"output_size": pooled, "convention": "rfcn"}
+    if pooled == group:
+        return Call("ps_roi_pool", arrays, options, grads)
+    c, p, q = np.ogrid[: args["output_dim"], :pooled, :pooled]
+    channels = ((c * group + p * group // pooled) * group + q * group // pooled).reshape(-1)
+    arrays["input"] = arrays["input"][:, channels]
+    return Call("ps_roi_pool", arrays, options, grads, channels)
+
+
+def onnx_arrays(x: np.ndarray, rois: np.ndarray, batch_indices: np.ndarray) -> dict[str, np.ndarray]:
+    return {"input": x, "boxes": np.concatenate([batch_indices[:, None].astype(rois.dtype), rois], axis=1)}

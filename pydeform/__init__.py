@@ -1,6 +1,6 @@
 """Deformable operators as plain functions of arrays: forward and analytic backward, on NumPy and CuPy."""
 
-from pydeform._runtime import get_num_threads, set_num_threads
+from pydeform._runtime import get_num_threads, num_threads, set_num_threads
 from pydeform._version import __version__
 from pydeform.ops.analysis import effective_dilation, sampling_locations
 from pydeform.ops.conv2d import Conv2dGrads, conv2d, conv2d_backward
@@ -32,6 +32,7 @@ __all__ = [
     "deform_roi_pool_backward",
     "effective_dilation",
     "get_num_threads",
+    "num_threads",
     "ps_roi_align",
     "ps_roi_align_backward",
     "ps_roi_pool",

@@ -45,6 +45,6 @@ $(BIN)/python:
 # packages bring files for other Pythons, which do not compile.
 $(VENV)/.installed-%: setup.cfg pyproject.toml | $(BIN)/python
 	@echo "installing pydeform[$*] into $(VENV) ..."
-	@$(PIP) --no-compile --editable '.[$*]'
+	@$(PIP) --no-compile --config-settings editable_mode=compat --editable '.[$*]'
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	@touch $@

@@ -94,7 +94,7 @@ def _take_torch(must_be: str, tensor: Any) -> Taken:
     if tensor.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{must_be} without requires_grad, got a tensor that autograd records: "
-            "call the operator of pydeform.torch, or pass tensor.detach()"
+            "pass tensor.detach(); gradients come from the operator's own _backward"
         )
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise TypeError(f"{must_be} a dense tensor, got layout {tensor.layout} and dtype {tensor.dtype}")
@@ -110,7 +110,7 @@ def _take_torch(must_be: str, tensor: Any) -> Taken:
     except UNREADABLE as error:  # fake tensors, tensors under vmap; float8 and other foreign dtypes
         raise TypeError(
             f"{must_be} a tensor whose memory NumPy can read, got {_type_name(tensor)} of dtype {tensor.dtype} "
-            f"(under torch.func or torch.compile call the operator of pydeform.torch): {error}"
+            f"(torch.func and torch.compile cannot trace the call): {error}"
         ) from None
     if tensor.dtype is torch.bfloat16:
         native = native.view(_bfloat16())
@@ -131,7 +131,8 @@ def _take_jax(must_be: str, array: Any) -> Taken:
     jax = sys.modules["jax"]
     if isinstance(array, jax.core.Tracer):
         raise TypeError(
-            f"{must_be} a concrete array, got a JAX tracer: under jit, grad or vmap call the operator of pydeform.jax"
+            f"{must_be} a concrete array, got a JAX tracer: "
+            "call the operator outside of jit, grad and vmap, or through jax.pure_callback"
         )
     devices = array.devices()
     if len(devices) > 1:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import importlib.metadata
 import os
 import platform
 import sys
@@ -13,14 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pydeform
+from pydeform._program import count, without_traceback
 
 # extra -> the modules that it brings
 EXTRAS = {
     "cuda12 or cuda13": ("cupy",),
     "torch": ("torch",),
     "jax": ("jax",),
-    "dask": ("dask", "distributed"),
-    "onnx": ("onnx",),
     "viz": ("matplotlib",),
     "demo": ("matplotlib", "sklearn", "tqdm"),
     "test": ("hypothesis", "matplotlib", "onnx", "onnxruntime", "pytest", "safetensors", "sklearn", "tqdm"),
@@ -32,7 +33,7 @@ WARMUP_DTYPES = ("float32", "float64")
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["demo"]:  # has options of its own
-        return demo(arguments[1:])
+        return without_traceback("pydeform demo", lambda: demo(arguments[1:]))
     parser = argparse.ArgumentParser(prog="pydeform", description="Deformable operators on NumPy and CuPy arrays.")
     parser.add_argument("--version", action="version", version=pydeform.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | check | bench | warmup | demo")
@@ -41,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser_check.set_defaults(run=check)
     parser_bench = commands.add_parser("bench", help="speed on this machine, beside the peers that are installed")
     parser_bench.add_argument("--quick", action="store_true", help="three small shapes only")
-    parser_bench.add_argument("--threads", type=int, default=pydeform.get_num_threads())
+    parser_bench.add_argument("--threads", type=count, default=pydeform.get_num_threads())
     parser_bench.set_defaults(run=bench)
     commands.add_parser("warmup", help="compile every kernel once").set_defaults(run=warmup)
     commands.add_parser("demo", help="train deformable networks on real digits; `pydeform demo --help`")
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
-    return run(options)
+    return without_traceback(f"pydeform {options.command}", lambda: run(options))
 
 
 def info(options: argparse.Namespace) -> int:
@@ -59,7 +60,7 @@ def info(options: argparse.Namespace) -> int:
         ("python", f"{platform.python_version()} {platform.python_implementation()}, {platform.platform()}"),
         *installed.items(),
         ("processor", f"{timing.cpu_name()}, {os.cpu_count()} cores, {' '.join(vector_features())}"),
-        ("threads", f"{threads} (change it with pydeform.set_num_threads or NUMBA_NUM_THREADS)"),
+        ("threads", f"{threads} (change it with pydeform.set_num_threads or OMP_NUM_THREADS)"),
         ("devices", ", ".join(devices())),
         ("cache", cache()),
         *((f"extra {name}", extra_state(modules)) for name, modules in EXTRAS.items()),
@@ -67,6 +68,13 @@ def info(options: argparse.Namespace) -> int:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:{width}}  {value}")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        stranger = importlib.metadata.version("pydeform")  # this distribution is pydeform-operators
+        print(
+            f"\nA distribution named pydeform, {stranger}, is installed as well: on the package index that is another "
+            "project.\nBoth write the folder pydeform: run `pip uninstall pydeform pydeform-operators`, "
+            "then install this one again."
+        )
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +96,85 @@ def test_warmup(capsys):
     captured = capsys.readouterr()
     assert "kernels ready in" in captured.out
     assert "warmup" in captured.err
+
+
+def test_info_tells_of_the_stranger(monkeypatch, capsys):
+    """The package index has another project of the module's name."""
+    known = {"pydeform-operators": "1.0", "numpy": "2.0"}
+
+    def version(name):
+        if name not in known:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert cli.main(["info"]) == 0
+    assert "another project" not in capsys.readouterr().out
+    known["pydeform"] = "0.5"
+    assert cli.main(["info"]) == 0
+    assert "A distribution named pydeform, 0.5, is installed as well" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two", "1.5", ""])
+def test_numbers_on_the_command_line(number, capsys):
+    for argv in (["bench", "--threads", number], ["demo", "--epochs", number], ["demo", "--seeds", number]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(argv)
+        assert stopped.value.code == 2
+        assert f"must be a whole number >= 1, got '{number}'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--seed", "-1"])
+    assert "must be a whole number >= 0, got '-1'" in capsys.readouterr().err
+
+
+def raising(error):
+    def run(*arguments, **options):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("argv", [["warmup"], ["check"], ["bench", "--quick"], ["demo", "--quick"]])
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (FileNotFoundError(2, "No such file or directory", "gone.txt"), 1, "gone.txt"),
+        (subprocess.CalledProcessError(3, "peer"), 1, "peer"),
+    ],
+)
+def test_what_a_user_does_or_lacks_is_one_line(monkeypatch, capsys, argv, error, status, said):
+    from pydeform import demo
+
+    monkeypatch.setattr(_progress, "progress", raising(error))
+    monkeypatch.setattr(bench, "run", raising(error))
+    monkeypatch.setattr(demo, "main", raising(error))
+    assert cli.main(argv) == status
+    message = capsys.readouterr().err
+    assert message.startswith(f"pydeform {argv[0]}: ") and said in message and message.count("\n") == 1
+
+
+def test_faults_of_ours_are_not_hidden(monkeypatch):
+    monkeypatch.setattr(_progress, "progress", raising(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["warmup"])
+
+
+def test_output_that_nobody_reads():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "pydeform", "info"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_file_gets_few_lines_and_a_terminal_a_bar(monkeypatch, capsys):
+    assert list(_progress.progress(range(100), "step")) == list(range(100))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"step {n}/100" for n in (1, *range(10, 101, 10))]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(_progress.progress(range(100), "step")) == list(range(100))
+    assert "\r" in capsys.readouterr().err
 
 
 def test_progress_without_tqdm(monkeypatch, capsys):

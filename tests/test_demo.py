@@ -37,12 +37,22 @@ def test_quick_writes_pictures_networks_and_numbers(quick):
     assert np.shape(result["networks"]["deformable v1"]["effective_dilation_by_layer_and_scale"]) == (1, 2, 5)
 
 
+def test_quick_does_not_touch_what_a_real_run_left(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("pydeform.demo.run.digits", lambda options: asked.append(options.output) or 0)
+    assert demo.main(["--quick"]) == demo.main([]) == demo.main(["--quick", "--output", "here"]) == 0
+    assert [str(folder) for folder in asked] == ["demo_output/quick", "demo_output", "here"]
+
+
 def test_the_same_result_twice(quick, tmp_path, capsys):
     assert demo.main(["--quick", "--seed", "3", "--output", str(tmp_path)]) == 0
     assert without_seconds(tmp_path) == without_seconds(quick)
     captured = capsys.readouterr()
     assert "effective dilation by object scale" in captured.out and "modulated v2" in captured.out
-    assert "seed 3" in captured.err  # progress goes to stderr
+    assert "10 % is guessing" in captured.out
+    # Progress goes to stderr, which is no terminal here: a line for each network, no bar.
+    assert [line.split(":")[0] for line in captured.err.splitlines()] == [f"{kind}, seed 3" for kind in networks.WIDTHS]
 
 
 def test_image_with_a_trained_and_with_a_seeded_network(quick, tmp_path, capsys):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import configparser
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import pydeform
-from pydeform import _selfcheck
+from pydeform import _selfcheck, cli
 
 ROOT = Path(__file__).parents[1]
 OPERATORS = _selfcheck.operators()
-EXTRAS = {"cuda12", "cuda13", "torch", "jax", "dask", "onnx", "viz", "demo", "test", "dev"}
+EXTRAS = {"cuda12", "cuda13", "torch", "jax", "viz", "demo", "test", "dev"}
 # Put together here, so that this file does not contain what it looks for.
 HOSTS = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("download", "pytorch", "org"))]
 FOLDERS = ["/" + name + "/" for name in ("root", "work", "tmp", "farm")]
@@ -32,15 +35,15 @@ def read(path: str) -> str:
     return (ROOT / path).read_text(encoding="utf-8")
 
 
-def tracked() -> list[Path]:
-    """Every text file that git knows or would take."""
+def tracked(binary: bool = False) -> list[Path]:
+    """Every text file that git knows or would take; with `binary` every file."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
     )
     if listed.returncode:
         pytest.skip("not a git checkout")
     names = [name for name in listed.stdout.decode().split("\0") if name]
-    paths = [ROOT / name for name in names if not name.endswith((".npz", ".png", ".jpg"))]
+    paths = [ROOT / name for name in names if binary or not name.endswith((".npz", ".png", ".jpg"))]
     return [path for path in paths if path.is_file()]
 
 
@@ -93,7 +96,7 @@ def test_extras():
     config = configparser.RawConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     assert EXTRAS == set(config["options.extras_require"])
-    assert "pydeform[demo,test]" in config["options.extras_require"]["dev"]
+    assert "pydeform-operators[demo,test]" in config["options.extras_require"]["dev"]
 
 
 def test_package_data_is_there():
@@ -119,15 +122,54 @@ def test_install_commands_have_a_path():
             assert not re.search(r"(pip|uv) (install|add) [^#`]*\bpydeform\b(?!/)", line), f"{path}: {line}"
 
 
+def test_no_text_names_what_is_not_there():
+    """Neither an error message nor a document sends its reader to a module, function or extra that does not exist."""
+    missing = set()
+    for path in (*(ROOT / "pydeform").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
+        for name in re.findall(r"\bpydeform\.([a-z_]\w*)", path.read_text(encoding="utf-8")):
+            if not hasattr(pydeform, name) and find_spec(f"pydeform.{name}") is None:
+                missing.add(f"{path.relative_to(ROOT)}: pydeform.{name}")
+    assert not missing
+    config = configparser.RawConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    named = {name for row in cli.EXTRAS for name in row.split(" or ")}
+    assert named <= set(config["options.extras_require"])
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_snippets_run(document, tmp_path):
     """Each document's blocks in one fresh process, one after the other, as a reader would paste them."""
-    blocks = SNIPPET.findall(read(document))
+    blocks = [b for b in SNIPPET.findall(read(document)) if "import torch" not in b or find_spec("torch")]
     assert blocks
     script = tmp_path / "snippets.py"
     script.write_text("\n".join(blocks), encoding="utf-8")
     done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_first_snippet_needs_only_what_is_installed_with_us():
+    """Not even what the demo brings."""
+    first = SNIPPET.findall(read("README.md"))[0]
+    foreign = ("torch", "jax", "cupy", "matplotlib", "sklearn", "tqdm", "onnx", "threadpoolctl")
+    program = f"import sys; sys.modules.update(dict.fromkeys({foreign}))\n{first}"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_source_distribution_has_every_file(tmp_path):
+    """What a clone has, it has: so that it can test itself, too."""
+    pytest.importorskip("setuptools", "77")
+    files = {path.relative_to(ROOT) for path in tracked(binary=True)}
+    for file in files:
+        (tmp_path / "source" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / "source" / file)
+    program = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "source", check=True, capture_output=True)
+    (archive,) = tmp_path.glob("pydeform_operators-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {Path(*Path(member.name).parts[1:]) for member in tar if member.isfile()}
+    assert files <= packed
+    generated = {path for path in packed - files if "pydeform_operators.egg-info" not in path.parts}
+    assert generated == {Path("PKG-INFO")}
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md"])

@@ -129,7 +129,7 @@ def test_torch_gradients_are_not_lost_in_silence():
 
     tensor = torch.ones(3, requires_grad=True)
     for recorded in (tensor, tensor * 2, torch.nn.Parameter(torch.ones(2))):
-        refused(recorded, r"without requires_grad.*pydeform\.torch.*tensor\.detach\(\)")
+        refused(recorded, r"without requires_grad.*tensor\.detach\(\).*_backward")
     assert address(native(tensor.detach())[0]) == tensor.data_ptr()
     with torch.no_grad():  # the caller said that nothing is to be recorded
         array, back = native(tensor)
@@ -149,10 +149,8 @@ def test_torch_tensors_without_plain_memory_are_refused():
     refused(torch.ones(2, device="meta"), "on the CPU or a CUDA device, got device meta")
     refused(torch.ones(2).to(torch.float8_e4m3fn), "a tensor whose memory NumPy can read, .* torch.float8_e4m3fn")
     with FakeTensorMode():
-        refused(torch.ones(2), r"a tensor whose memory NumPy can read, got .*FakeTensor.*pydeform\.torch")
-    torch.vmap(lambda row: refused(row, r"a tensor whose memory NumPy can read.*pydeform\.torch") or row)(
-        torch.ones(2, 2)
-    )
+        refused(torch.ones(2), r"a tensor whose memory NumPy can read, got .*FakeTensor.*torch\.compile")
+    torch.vmap(lambda row: refused(row, r"a tensor whose memory NumPy can read.*torch\.func") or row)(torch.ones(2, 2))
 
 
 @needs_torch
@@ -202,7 +200,7 @@ def test_jax_tracers_are_refused():
     import jax
 
     for transform in (jax.jit, jax.vmap, jax.grad):
-        transform(lambda x: refused(x, r"a concrete array, got a JAX tracer.*pydeform\.jax") or x.sum())(
+        transform(lambda x: refused(x, r"a concrete array, got a JAX tracer.*jax\.pure_callback") or x.sum())(
             1.0 if transform is jax.grad else jax.numpy.ones(3)
         )
 

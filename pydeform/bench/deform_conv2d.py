@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import pydeform
+from pydeform._program import count, without_traceback
 from pydeform.bench import timing
 
 
@@ -312,9 +313,9 @@ def report(results: dict[str, Any], what: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pydeform.bench.deform_conv2d")
-    parser.add_argument("--threads", type=int, default=pydeform.get_num_threads())
+    parser.add_argument("--threads", type=count, default=pydeform.get_num_threads())
     parser.add_argument("--shapes", default=",".join(SHAPES), type=shape_names)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=count, default=7)
     options = parser.parse_args(argv)
     pydeform.set_num_threads(options.threads)
     results = {name: measure(name, options.threads, options.rounds) for name in options.shapes}
@@ -340,4 +341,4 @@ def run(threads: int, shapes: list[str], rounds: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(without_traceback("benchmark", main))

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import pydeform
+from pydeform._program import count, without_traceback
 from pydeform.bench import timing
 
 PEERS = ("onnxruntime", "openvino", "torchvision")
@@ -258,9 +259,9 @@ def problem_names(text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pydeform.bench.roi")
-    parser.add_argument("--threads", type=int, default=pydeform.get_num_threads())
+    parser.add_argument("--threads", type=count, default=pydeform.get_num_threads())
     parser.add_argument("--problems", default=",".join(PROBLEMS), type=problem_names)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=count, default=7)
     options = parser.parse_args(argv)
     pydeform.set_num_threads(options.threads)
     results = {name: measure(name, options.threads, options.rounds) for name in options.problems}
@@ -278,4 +279,4 @@ def run(threads: int, problems: list[str], rounds: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(without_traceback("benchmark", main))

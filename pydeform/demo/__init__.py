@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from pydeform._program import count
+
+OUTPUT = Path("demo_output")
 NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo with these command line arguments; returns the exit status."""
     options = _parser().parse_args(argv)
+    # What --quick learns is worth nothing: it must not take the place of a real run's networks and pictures.
+    options.output = options.output or (OUTPUT / "quick" if options.quick else OUTPUT)
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         print(
@@ -38,11 +44,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Train three networks of equal size (plain, deformable v1, modulated v2) on handwritten digits of "
         "many sizes; print accuracy, time and effective dilation; draw where they sample.",
     )
-    parser.add_argument("--epochs", type=_count, default=None, help="passes over the digits (default: 12)")
-    parser.add_argument("--seeds", type=_count, default=None, help="how often to train each network (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
+    parser.add_argument("--epochs", type=count, default=None, help="passes over the digits (default: 12)")
+    parser.add_argument("--seeds", type=count, default=None, help="how often to train each network (default: 3)")
+    parser.add_argument(
+        "--seed", type=functools.partial(count, least=0), default=0, help="the first seed (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="a few digits, one epoch, one seed: does it run?")
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help=f"default: {OUTPUT}, and {OUTPUT / 'quick'} for --quick"
+    )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--image",
@@ -57,10 +67,3 @@ def _parser() -> argparse.ArgumentParser:
         help="instead of training, move the parts of a box, class by class, on two photographs of scikit-learn",
     )
     return parser
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -54,8 +55,9 @@ def train(kind: str, seed: int, epochs: int, digits: data.Digits, test: TestSet)
     steps = max(count // BATCH, 1)
     losses, accuracies, seconds = [], [], 0.0
     once = TestSet(*(array[: len(array) // COPIES] for array in test))
-    with tqdm(total=epochs * steps, desc=f"{kind}, seed {seed}", unit="step", leave=True) as bar:
-        for _epoch in range(epochs):
+    name = f"{kind}, seed {seed}"
+    with tqdm(total=epochs * steps, desc=name, unit="step", leave=True, disable=None) as bar:
+        for epoch in range(epochs):
             start, total = time.perf_counter(), 0.0
             order = stream.permutation(count)
             for step in range(steps):
@@ -65,13 +67,16 @@ def train(kind: str, seed: int, epochs: int, digits: data.Digits, test: TestSet)
                 loss, grad = softmax_cross_entropy(logits, digits.train_y[batch])
                 network.zero_grads()
                 backprop(grad)
-                optimiser.step(LR * 0.5 * (1 + np.cos(np.pi * bar.n / bar.total)))
+                optimiser.step(LR * 0.5 * (1 + np.cos(np.pi * (epoch * steps + step) / (epochs * steps))))
                 total += loss
                 bar.update()
             seconds += time.perf_counter() - start
             losses.append(total / steps)
             accuracies.append(accuracy(network, once))
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}, test {100 * accuracies[-1]:.1f} %")
+            reached = f"loss {losses[-1]:.3f}, test {100 * accuracies[-1]:.1f} %"
+            bar.set_postfix_str(reached)
+    if bar.disable:  # stderr is no terminal, where the bar would fill a file
+        print(f"{name}: {reached}", file=sys.stderr, flush=True)
     return Run(network, losses, accuracies, accuracy(network, test), seconds)
 
 

@@ -1,0 +1,121 @@
+"""What the results of one random problem must be: the oracle's, and the same bits however they are computed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+import pydeform
+from tests import conftest
+from tests.fuzz.problems import Problem
+from tests.reference import conv2d, deform_conv2d, roi
+from tests.test_deform_conv2d import LAYOUTS, Guard
+
+
+def check(problem: Problem, rng: np.random.Generator, backend: conftest.Backend) -> None:
+    """Raises AssertionError, or whatever an operator raised."""
+    arrays, grad_output = problem.arrays, problem.grad_output
+    with Guard(grad_output, *arrays.values()):
+        results = solve(problem, backend, arrays, grad_output)
+    compare(problem, results)
+    if backend.on_cpu:
+        odd = {name: _layout(rng, a) for name, a in arrays.items()}
+        odd_grad = _layout(rng, grad_output)
+        with Guard(odd_grad, *odd.values()), _otherwise(rng):
+            again = solve(problem, backend, odd, odd_grad)
+        same_bits(again, results, "in other layouts, on threads, in poisoned memory")
+    else:
+        again = solve(problem, backend, arrays, grad_output, deterministic=True)
+        same_bits(again, solve(problem, backend, arrays, grad_output, deterministic=True), "on another run")
+
+
+def solve(
+    problem: Problem, backend: conftest.Backend, arrays: dict[str, Any], grad_output: Any, **options: Any
+) -> dict[str, Any]:
+    """The output and every gradient, as NumPy arrays."""
+    sent = {name: backend.array(a) for name, a in arrays.items()}
+    output = getattr(pydeform, problem.operator)(**sent, **problem.options)
+    backward = getattr(pydeform, f"{problem.operator}_backward")
+    grads = backward(backend.array(grad_output), **sent, **problem.options, **options)._asdict()
+    return {"output": backend.numpy(output)} | {name: backend.numpy(grad) for name, grad in grads.items()}
+
+
+def compare(problem: Problem, results: dict[str, Any]) -> None:
+    """With the oracle, in all that it can tell of this problem."""
+    if "output" in problem.beyond_oracle:
+        return
+    for name, want in oracle(problem).items():
+        if want is None:
+            assert results[name] is None, f"{name} should be None"
+        elif name not in problem.beyond_oracle:
+            _assert_close(results[name], want, problem, name)
+
+
+def _assert_close(got: Any, want: Any, problem: Problem, name: str) -> None:
+    if problem.slack and got.dtype.name == problem.dtype:
+        wrong = ~(abs(got - want) <= problem.slack)
+        got = np.where(wrong, got, want).astype(got.dtype)
+    conftest.assert_close(got, want, problem.dtype, name)
+
+
+def oracle(problem: Problem) -> dict[str, Any]:
+    arrays, options, grad_output = problem.arrays, problem.options, problem.grad_output
+    with np.errstate(all="ignore"):
+        if problem.operator in ("conv2d", "deform_conv2d"):
+            reference = {"conv2d": conv2d, "deform_conv2d": deform_conv2d}[problem.operator]
+            arguments = {**arrays, **options}
+            return {"output": reference.forward(**arguments), **reference.backward(grad_output, **arguments)}
+        forward, backward = (getattr(roi, name) for name in (problem.operator, f"{problem.operator}_backward"))
+        return {"output": forward(**arrays, **options), **backward(grad_output, **arrays, **options)}
+
+
+def same_bits(got: dict[str, Any], want: dict[str, Any], what: str) -> None:
+    for name, array in want.items():
+        if array is None:
+            assert got[name] is None, name
+        else:
+            conftest.assert_same_bits(got[name], array, f"{name} {what}")
+
+
+def _layout(rng: np.random.Generator, array: Any) -> Any:
+    if array is None or rng.random() < 0.5:
+        return array
+    return LAYOUTS[rng.integers(len(LAYOUTS))](array)
+
+
+class _Poisoned:
+    """numpy, whose new memory holds what nobody may read."""
+
+    def __init__(self, byte: int | None, rng: np.random.Generator) -> None:
+        self._byte, self._rng = byte, rng
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def empty(self, shape: Any, dtype: Any = float) -> Any:
+        array = np.empty(shape, dtype)
+        if array.nbytes:
+            bytes_ = array.reshape(-1).view(np.uint8)
+            bytes_[...] = self._rng.integers(0, 256, bytes_.size) if self._byte is None else self._byte
+        return array
+
+
+@contextlib.contextmanager
+def _otherwise(rng: np.random.Generator) -> Iterator[None]:
+    """Several threads however small the problem, and memory full of NaN, of zeros or of anything."""
+    from pydeform.cpu import _arrays, _conv_common, _roi_common
+
+    places = ((_arrays, "np", _Poisoned([0xFF, 0, None][rng.integers(3)], rng)),)
+    places += tuple((module, "SERIAL_FLOPS", 0) for module in (_conv_common, _roi_common))
+    before = [getattr(module, name) for module, name, _ in places]
+    for module, name, value in places:
+        setattr(module, name, value)
+    try:
+        with pydeform.num_threads(int(rng.integers(1, 5))):
+            yield
+    finally:
+        for (module, name, _), value in zip(places, before, strict=True):
+            setattr(module, name, value)

@@ -1,0 +1,248 @@
+"""Random problems for every operator, and how much of their results a float64 oracle can tell.
+
+Most coordinates are dyadic numbers, on which every dtype computes exactly: so results in float32 and half types can be
+compared with a float64 oracle even where a sample lies on a kink. Coordinates of other kinds (any real number, one
+rounding beside an integer) are for float64, or leave out the gradients that may take the kink's other side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.cases.deform_conv2d import dtype_of
+from tests.test_roi import Variant
+from tests.test_roi import problem as roi_problem
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+HALF_TYPES = ("float16", "bfloat16")
+
+
+class Problem(NamedTuple):
+    operator: str
+    arrays: dict[str, Any]
+    grad_output: Any
+    options: dict[str, Any]
+    dtype: str
+    kind: str  # of its coordinates
+    beyond_oracle: frozenset[str] = frozenset()  # results that the oracle cannot tell; of others it tells everything
+    slack: float = 0.0  # absolute, beyond the tolerance of the dtype
+
+
+def draw(rng: np.random.Generator, operators: tuple[str, ...]) -> Problem:
+    operator = str(rng.choice(operators))
+    return MAKERS[operator](rng, operator)
+
+
+def _some(rng: np.random.Generator, *choices: Any) -> Any:
+    return choices[rng.integers(len(choices))]
+
+
+def _eighths(rng: np.random.Generator, *shape: int, most: int = 2) -> Any:
+    return rng.integers(-8 * most, 8 * most + 1, shape) / 8
+
+
+def _far(rng: np.random.Generator, count: int, dtype: str) -> Any:
+    """Numbers that no image reaches, and others that arithmetic may stumble over. All exact in `dtype`."""
+    largest = {"float64": 1000, "float32": 126, "float16": 15, "bfloat16": 126}[dtype]
+    smallest = {"float64": -1070, "float32": -140, "float16": -24, "bfloat16": -130}[dtype]
+    powers = 2.0 ** rng.integers(5, largest + 1, count)
+    tiny = 2.0 ** rng.integers(smallest, max(smallest + 10, -100) if dtype != "float16" else -20, count)
+    special = rng.choice([0.0, np.nan, np.inf, float(np.finfo(np.float16).max)], count)
+    kind = rng.integers(0, 4, count)
+    found = np.choose(kind, [powers, tiny if dtype != "float16" else powers, special, powers])
+    return found * rng.choice([-1.0, 1.0], count)
+
+
+def _place(rng: np.random.Generator, array: Any, values: Callable[[int], Any]) -> None:
+    """Some of the elements become `values(how many)`."""
+    if array.size:
+        count = int(rng.integers(1, max(2, array.size // 4)))
+        array.flat[rng.integers(0, array.size, count)] = values(count)
+
+
+def _poison(rng: np.random.Generator, arrays: dict[str, Any]) -> str:
+    """One element of one array becomes NaN or infinite."""
+    names = [name for name, a in arrays.items() if a is not None and a.size and name not in ("boxes",)]
+    if not names:
+        return ""
+    name = _some(rng, *names)
+    arrays[name].flat[rng.integers(arrays[name].size)] = _some(rng, np.nan, np.inf, -np.inf)
+    return name
+
+
+# Convolution ---------------------------------------------------------------------------------------------------------
+
+
+def _conv_sizes(rng: np.random.Generator) -> dict[str, Any]:
+    """Of at most some thousand products, which is what a loop in Python takes in some milliseconds."""
+    while True:
+        groups, offset_groups = _some(rng, 1, 1, 2, 3), _some(rng, 1, 1, 2, 3)
+        per_group = _some(rng, 1, 2, 3, 5, 17)
+        in_channels = groups * per_group
+        if _some(rng, True, False):
+            in_channels = math.lcm(in_channels, offset_groups)
+        else:
+            offset_groups = _some(rng, *[n for n in range(1, in_channels + 1) if in_channels % n == 0])
+        kernel = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+        size = int(rng.integers(1, 9)), int(rng.integers(1, 9))
+        stride, dilation = (tuple(map(int, rng.integers(1, 4, 2))) for _ in range(2))
+        padding: Any = tuple((int(rng.integers(0, 3)), int(rng.integers(0, 3))) for _ in range(2))
+        out = [
+            (n + sum(p) - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(size, padding, dilation, kernel, stride, strict=True)
+        ]
+        batch = _some(rng, 0, 1, 1, 2, 3)
+        if min(out) >= 1 and batch * in_channels * math.prod(kernel) * math.prod(out) <= 1500:
+            break
+    return {
+        "batch": batch,
+        "in_channels": in_channels,
+        "out_channels": groups * _some(rng, 1, 2, 3, 9),
+        "groups": groups,
+        "offset_groups": offset_groups,
+        "kernel": kernel,
+        "size": size,
+        "out": tuple(out),
+        "options": {"stride": stride, "padding": padding, "dilation": dilation},
+    }
+
+
+def _convolution(rng: np.random.Generator, operator: str) -> Problem:
+    s = _conv_sizes(rng)
+    dtype = _some(rng, *DTYPES)
+    options = dict(s["options"])
+    arrays: dict[str, Any] = {
+        "input": _eighths(rng, s["batch"], s["in_channels"], *s["size"]),
+        "weight": _eighths(rng, s["out_channels"], s["in_channels"] // s["groups"], *s["kernel"]),
+        "bias": _some(rng, None, _eighths(rng, s["out_channels"])),
+    }
+    kind, beyond, slack = "plain", frozenset[str](), 0.0
+    if operator == "conv2d":
+        options["groups"] = s["groups"]
+    else:
+        taps = s["offset_groups"] * math.prod(s["kernel"])
+        kind = _some(rng, "exact", "exact", "far", "ulp", "real")
+        if kind == "real" or (kind == "ulp" and dtype in HALF_TYPES):
+            dtype = "float64"
+        arrays["offset"] = _offsets(rng, kind, dtype, (s["batch"], 2 * taps, *s["out"]))
+        arrays["mask"] = _some(rng, None, _eighths(rng, s["batch"], taps, *s["out"]))
+        options["boundary"] = _some(rng, "torchvision", "dcnv2", "dcnv1")
+        if kind == "ulp" and dtype == "float32":
+            # Beside an integer float32 may round a sample onto it: nearly the same value, but another slope; with
+            # dcnv1's jump at the border another value as well.
+            beyond, slack = frozenset({"offset"}), 1e-3
+            if options["boundary"] == "dcnv1":
+                options["boundary"] = "torchvision"
+    grad_output = _eighths(rng, s["batch"], s["out_channels"], *s["out"])
+    arrays = {name: None if a is None else a.astype(dtype_of(dtype)) for name, a in arrays.items()}
+    grad_output = grad_output.astype(dtype_of(dtype))
+    return Problem(operator, arrays, grad_output, options, dtype, kind, beyond, slack)
+
+
+def _offsets(rng: np.random.Generator, kind: str, dtype: str, shape: tuple[int, ...]) -> Any:
+    if kind == "real":
+        return rng.uniform(-4, 4, shape)
+    whole = rng.integers(-4, 5, shape).astype(float)
+    if kind == "ulp":
+        steps, toward = rng.integers(0, 3, shape), rng.choice([-np.inf, np.inf], shape)
+        offset = whole.astype(dtype)
+        for step in range(2):
+            offset = np.where(steps > step, np.nextafter(offset, toward.astype(dtype)), offset)
+        return offset
+    offset = whole + rng.integers(0, 8, shape) / 8 * rng.integers(0, 2, shape)
+    if kind == "far":
+        _place(rng, offset, lambda count: _far(rng, count, dtype))
+    return offset
+
+
+# RoI operators -------------------------------------------------------------------------------------------------------
+
+POINTS = ("roi_align", "ps_roi_align", "deform_roi_pool")  # whose boxes may say how many points they read
+
+
+def _variant(rng: np.random.Generator, operator: str, exact: bool) -> Variant:
+    few = (1, 2, 4) if exact else (1, 2, 3, 5)
+    options: dict[str, Any] = {"spatial_scale": _some(rng, 0.25, 0.5, 1.0, 2.0) if exact else rng.uniform(0.1, 2)}
+    classes, channels = 1, _some(rng, 1, 2, 5, 9)
+    if operator == "deform_psroi_pool":
+        classes = _some(rng, 1, 1, 2, 3)
+        channels = classes * _some(rng, 1, 2, 5)
+        options |= {"output_dim": channels, "pooled_size": _some(rng, *few), "group_size": _some(rng, 1, 2, 3)}
+        options |= {"sample_per_part": _some(rng, *few), "trans_std": _some(rng, 0.0, 0.125, 1.0)}
+        options["part_size"] = _some(rng, None, 1, 3)
+    else:
+        options["output_size"] = _some(rng, *few), _some(rng, *few)
+    if operator in POINTS:
+        options["sampling_ratio"] = _some(rng, *few) if exact else _some(rng, 0, 0, 1, 3)
+    if operator == "roi_align":
+        options |= {"aligned": _some(rng, True, False), "mode": _some(rng, "avg", "avg", "max")}
+    if operator == "ps_roi_pool":
+        options["convention"] = _some(rng, "torchvision", "rfcn")
+    if operator == "deform_roi_pool":
+        options["gamma"] = _some(rng, 0.0, 0.125, 1.0)
+    return Variant(operator, options, channels, classes, _some(rng, True, False), _some(rng, True, False))
+
+
+def _roi(rng: np.random.Generator, operator: str) -> Problem:
+    kind = _some(rng, "exact", "exact", "far", "real", "hostile")
+    dtype = "float64" if kind in ("far", "real") else _some(rng, *DTYPES)
+    variant = _variant(rng, operator, exact=kind in ("exact", "far"))
+    most = 64 if kind == "hostile" else 9  # an oracle takes its time
+    size = int(rng.integers(1, most + 1)), int(rng.integers(1, most + 1))
+    batch, count = _some(rng, 1, 1, 2, 3), _some(rng, 0, 1, 2, 4)
+    corners = rng.integers(-4 * 8, 8 * 13, (count, 4)) / 8
+    if kind == "real":
+        corners = rng.uniform(-4, 12, (count, 4))
+    arrays, grad_output = roi_problem(variant, "float64", corners, batch, size, int(rng.integers(1 << 30)))
+    if kind == "far":  # powers of two, so that boxes stay exact
+        _place(rng, arrays["boxes"][:, 1:], lambda n: _signed(rng, 2.0 ** rng.integers(3, 40, n)))
+    if kind == "hostile":
+        arrays["boxes"][:, 1:] = _hostile_boxes(rng, arrays["boxes"][:, 1:], dtype)
+        if arrays.get(variant.offset_name) is not None:
+            _place(rng, arrays[variant.offset_name], lambda n: _hostile(rng, n, dtype))
+    with np.errstate(over="ignore"):
+        arrays = {name: None if a is None else a.astype(dtype_of(dtype)) for name, a in arrays.items()}
+    beyond = frozenset({"output", *arrays}) if kind == "hostile" else frozenset[str]()
+    return Problem(operator, arrays, grad_output.astype(dtype_of(dtype)), variant.options, dtype, kind, beyond)
+
+
+def _signed(rng: np.random.Generator, values: Any) -> Any:
+    return values * rng.choice([-1.0, 1.0], len(values))
+
+
+def _hostile_boxes(rng: np.random.Generator, corners: Any, dtype: str) -> Any:
+    """Single corners, or whole boxes around the image: those have points inside, far from one another."""
+    far = _hostile(rng, corners.size, dtype).reshape(corners.shape)
+    around = np.sort(far.reshape(-1, 2, 2), axis=1).reshape(corners.shape)  # x1 <= x2 and y1 <= y2, NaN last
+    both_sides = np.where(np.arange(4) < 2, -1, 1) * abs(around)
+    way = rng.integers(0, 3, (len(corners), 1))
+    single = np.where(rng.random(corners.shape) < 0.4, far, corners)
+    return np.where(way == 0, single, np.where(way == 1, around, both_sides))
+
+
+def _hostile(rng: np.random.Generator, count: int, dtype: str) -> Any:
+    """Of every magnitude that the dtype has, its largest included, NaN and infinite."""
+    import ml_dtypes
+
+    limits = ml_dtypes.finfo(dtype_of(dtype))
+    least, most = np.log2(float(limits.tiny)), np.log2(float(limits.max))
+    # More often from where numbers lie a pixel apart to where an index no longer holds them.
+    exponents = np.where(rng.random(count) < 0.5, rng.uniform(least, most, count), rng.uniform(3, min(most, 64), count))
+    special = rng.choice([np.nan, np.inf, float(limits.max), 0.0, 2.0**23, 2.0**24 + 1, 2.0**31, 2.0**53], count)
+    return _signed(rng, np.where(rng.random(count) < 0.5, 2.0**exponents, special))
+
+
+MAKERS: dict[str, Callable[[np.random.Generator, str], Problem]] = {
+    "conv2d": _convolution,
+    "deform_conv2d": _convolution,
+    "roi_pool": _roi,
+    "roi_align": _roi,
+    "ps_roi_pool": _roi,
+    "ps_roi_align": _roi,
+    "deform_roi_pool": _roi,
+    "deform_psroi_pool": _roi,
+}

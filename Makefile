@@ -1,6 +1,8 @@
 # make demo    watch a deformable network learn on real data
 # make test    lint, types, tests
 # make bench   time every operator against the peers that are installed
+# make fuzz    MINUTES=10: random problems of every operator against the float64 oracles, fresh seeds
+# make mutants SAMPLE=10: plant that many small faults in each part of the source and see whether the tests notice; long
 # make gpu     on a machine with a GPU: tests, sanitizers, benchmarks; installs nothing, takes PYTHON as it is
 # make clean   remove the environment and whatever was built
 #
@@ -8,10 +10,12 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+MINUTES ?= 1
+SAMPLE ?= 10
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test bench gpu clean
+.PHONY: demo test bench fuzz mutants gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -27,6 +31,12 @@ test: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_deform_conv2d.py
 	$(BIN)/python benchmarks/bench_roi.py
+
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.mutants --sample $(SAMPLE)
 
 # The CuPy that fits the driver, and the PyTorch to compare with, are the machine's.
 gpu:

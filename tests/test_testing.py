@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+import pydeform
+from pydeform import _selfcheck
 from pydeform.testing import gradcheck, off_integers
 
 
@@ -659,6 +661,25 @@ def test_right(name, seed):
         assert 24 <= len(report.kinked["x"]) <= ZEROS.size - report.unchecked["x"] < ZEROS.size
     else:
         assert sum(report.unchecked.values()) == UNCHECKED.get(name, 0)
+
+
+def test_zero_offsets_where_every_sample_lies_on_a_kink():
+    """The first step of every training. A wrong element that was not sampled is found there, too."""
+    problem = _selfcheck.problem("deform_conv2d")
+    arguments = {**problem.arrays, **problem.options, "offset": np.zeros_like(problem.arrays["offset"])}
+    wrong = None
+
+    def backward(grad, **arguments):
+        grads = pydeform.deform_conv2d_backward(grad, **arguments)
+        if wrong is not None:
+            grads.offset[wrong] += 0.5 + abs(grads.offset).max()  # outside of any two slopes
+        return grads
+
+    report = gradcheck(pydeform.deform_conv2d, backward, arguments)
+    assert report.kinked["offset"] and not any(report.unchecked.values())
+    wrong = next(i for i in np.ndindex(arguments["offset"].shape) if i not in report.checked["offset"])
+    with pytest.raises(AssertionError, match=r"offset\[{}\]: analytic".format(", ".join(map(str, wrong)))):
+        gradcheck(pydeform.deform_conv2d, backward, arguments)
 
 
 def test_off_integers():

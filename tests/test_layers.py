@@ -41,7 +41,7 @@ def check_gradients(layer, x, **options):
 
     def backward(grad_y, x, **values):
         layer.zero_grads()
-        grad_x = run(x, values)[1](grad_y)
+        grad_x = run(x, values)[1](grad_y).copy()  # Flatten's is a view of grad_y
         return {"x": grad_x, **{name: grad.copy() for name, grad in layer.grads.items()}}
 
     arguments = {"x": x, **{name: param.copy() for name, param in layer.params.items()}}

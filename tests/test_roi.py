@@ -886,7 +886,7 @@ def test_deform_roi_pool_has_the_right_hand_derivative(backend):
     forward, backward = checked(backend, "deform_roi_pool", options, {**arrays, "mask": None})
     gradcheck(forward, backward, {"offset": offset}, wrt=("offset",), side="right", elements=offset.size)
     with pytest.raises(AssertionError, match="offset"):
-        gradcheck(forward, backward, {"offset": offset}, side="left", elements=offset.size)
+        gradcheck(forward, backward, {"offset": offset}, wrt=("offset",), side="left", elements=offset.size)
 
 
 def test_deform_roi_pool_is_flat_where_it_reads_the_nearest_pixel(backend):

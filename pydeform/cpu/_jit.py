@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding.ffi
 import numba
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.typing.typeof import typeof
 
+from pydeform import _background
 from pydeform.cpu._kernel_cache import KernelCache, cache_directory, say_once
 
-_lock = threading.RLock()
+_background.hold_at_fork(global_compiler_lock, llvmlite.binding.ffi.lib._lock)
 
 # Without Numba's runtime: kernels allocate nothing, and their callers hold all arrays, so nobody needs to count who
 # uses them, by atomic additions in the midst of loops.
@@ -39,30 +40,22 @@ class Kernel:
 
     def prepare(self, key: Any, arguments: tuple[Any, ...]) -> None:
         """Compile for the types of `arguments`, or load from disk; `key` stands for those types."""
-        if key in self._compiled:
+        if key not in self._compiled:
+            _background.complete(lambda: self._compile(key, arguments), self._say_compiling)
+
+    def _compile(self, key: Any, arguments: tuple[Any, ...]) -> None:
+        if key in self._compiled:  # by another thread, meanwhile
             return
-        with _lock:
-            if key in self._compiled:
-                return
-            function = self.call.py_func
-            folder = cache_directory()
-            # Kernels of others (tests, say) are not kept: nobody would see an edit in their sources.
-            if not self._compiled and folder is not None and function.__module__.startswith("pydeform."):
-                self.call._cache = KernelCache(function, folder)
-            with _announced():
-                self.call.compile(tuple(typeof(argument) for argument in arguments))
-            self._compiled.add(key)
+        function = self.call.py_func
+        folder = cache_directory()
+        # Kernels of others (tests, say) are not kept: nobody would see an edit in their sources.
+        if not self._compiled and folder is not None and function.__module__.startswith("pydeform."):
+            self.call._cache = KernelCache(function, folder)
+        self.call.compile(tuple(typeof(argument) for argument in arguments))
+        self._compiled.add(key)
 
-
-@contextlib.contextmanager
-def _announced() -> Iterator[None]:
-    """Say what is going on when it takes longer than a second."""
-    where = cache_directory()
-    kept = f"kept in {where}" if where else "not kept: no writable cache folder"
-    timer = threading.Timer(1.0, say_once, [f"compiling kernels for this machine ({kept})"])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    def _say_compiling(self) -> None:
+        if self.call.stats.cache_misses.keys() - self.call.overloads:  # not loading, nor waiting for another kernel
+            where = cache_directory()
+            kept = f"kept in {where}" if where else "not kept: no writable cache folder"
+            say_once(f"compiling kernels for this machine ({kept})")

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pydeform import _background
+
 
 def backend_for(op: str, module: str, arrays: dict[str, Any]) -> ModuleType:
     """The twin of operator `op` in the file `module` of the backend that all `arrays` belong to."""
@@ -29,6 +31,10 @@ def backend_for(op: str, module: str, arrays: dict[str, Any]) -> ModuleType:
 
 @functools.cache
 def _twin(op: str, package: str, module: str) -> ModuleType:
+    return _background.complete(functools.partial(_import, op, package, module))
+
+
+def _import(op: str, package: str, module: str) -> ModuleType:
     if importlib.util.find_spec(f"pydeform.{package}.{module}") is None:
         raise NotImplementedError(f"{op}: not available on {package} yet")
     return importlib.import_module(f"pydeform.{package}.{module}")

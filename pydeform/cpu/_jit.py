@@ -2,98 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
-import os
-import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding.ffi
 import numba
-from numba.core import caching, config
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.typing.typeof import typeof
 
-_SOURCES = Path(__file__).parent
-_lock = threading.RLock()
-_said: set[str] = set()
+from pydeform import _background
+from pydeform.cpu._kernel_cache import KernelCache, cache_directory, say_once
 
-
-def say_once(text: str) -> None:
-    """One line on stderr, the first time only."""
-    if text not in _said:
-        _said.add(text)
-        print(f"pydeform: {text}", file=sys.stderr, flush=True)
-
-
-@functools.cache
-def source_digest() -> str:
-    """Changes with any kernel source: Numba alone would not see an edit in a function that a kernel calls."""
-    digest = hashlib.sha256()
-    for path in sorted(_SOURCES.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-@functools.cache
-def cache_directory() -> Path | None:
-    """Where compiled kernels are kept; None where nothing can be written."""
-    if config.CACHE_DIR:
-        root = Path(config.CACHE_DIR)
-    elif sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA", Path.home())) / "pydeform"
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pydeform"
-    # One folder for each installed copy: two versions side by side do not overwrite each other.
-    folder = root / ("kernels_" + hashlib.sha256(str(_SOURCES).encode()).hexdigest()[:16])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        say_once(f"no compiled kernels are kept, {folder} is not writable: every process compiles them again")
-        return None
-    return folder
-
-
-class _Locator:
-    """Tells Numba's cache the folder and when its content is out of date."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    @classmethod
-    def from_function(cls, function: Callable[..., Any], _file: str) -> _Locator:
-        return cls(function)
-
-    def ensure_cache_path(self) -> None:
-        os.makedirs(self.get_cache_path(), exist_ok=True)
-
-    def get_cache_path(self) -> str:
-        return str(cache_directory())
-
-    def get_source_stamp(self) -> str:
-        return source_digest()
-
-    def get_disambiguator(self) -> str:
-        return "kernel"
-
-
-class _CacheImpl(caching.CompileResultCacheImpl):  # type: ignore[misc]
-    _locator_classes = (_Locator,)
-
-
-class _Cache(caching.FunctionCache):  # type: ignore[misc]
-    _impl_class = _CacheImpl
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        try:
-            super().save_overload(sig, data)
-        except OSError as error:  # a full disk is no reason to fail
-            say_once(f"a compiled kernel could not be kept: {error}")
-
+_background.hold_at_fork(global_compiler_lock, llvmlite.binding.ffi.lib._lock)
 
 # Without Numba's runtime: kernels allocate nothing, and their callers hold all arrays, so nobody needs to count who
 # uses them, by atomic additions in the midst of loops.
@@ -120,27 +40,22 @@ class Kernel:
 
     def prepare(self, key: Any, arguments: tuple[Any, ...]) -> None:
         """Compile for the types of `arguments`, or load from disk; `key` stands for those types."""
-        if key in self._compiled:
+        if key not in self._compiled:
+            _background.complete(lambda: self._compile(key, arguments), self._say_compiling)
+
+    def _compile(self, key: Any, arguments: tuple[Any, ...]) -> None:
+        if key in self._compiled:  # by another thread, meanwhile
             return
-        with _lock:
-            if key in self._compiled:
-                return
-            if not self._compiled and cache_directory() is not None:
-                self.call._cache = _Cache(self.call.py_func)
-            with _announced():
-                self.call.compile(tuple(typeof(argument) for argument in arguments))
-            self._compiled.add(key)
+        function = self.call.py_func
+        folder = cache_directory()
+        # Kernels of others (tests, say) are not kept: nobody would see an edit in their sources.
+        if not self._compiled and folder is not None and function.__module__.startswith("pydeform."):
+            self.call._cache = KernelCache(function, folder)
+        self.call.compile(tuple(typeof(argument) for argument in arguments))
+        self._compiled.add(key)
 
-
-@contextlib.contextmanager
-def _announced() -> Iterator[None]:
-    """Say what is going on when it takes longer than a second."""
-    where = cache_directory()
-    kept = f"kept in {where}" if where else "not kept: no writable cache folder"
-    timer = threading.Timer(1.0, say_once, [f"compiling kernels for this machine ({kept})"])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    def _say_compiling(self) -> None:
+        if self.call.stats.cache_misses.keys() - self.call.overloads:  # not loading, nor waiting for another kernel
+            where = cache_directory()
+            kept = f"kept in {where}" if where else "not kept: no writable cache folder"
+            say_once(f"compiling kernels for this machine ({kept})")

@@ -168,17 +168,19 @@ def run(kernel: Kernel, key: Any, threads: int, *arguments: Any) -> None:
     """
     kernel.prepare(key, (0, *arguments))
     tasks = [_Task(kernel, thread, arguments) for thread in range(1, threads)]
-    if tasks:
-        _start_helpers(threads - 1)
-        _keep_helpers_off_this_processor()
+    try:
+        if tasks:
+            _start_helpers(threads - 1)
+            _keep_helpers_off_this_processor()
+            for task in tasks:
+                _queue.put(task)
+        kernel.call(0, *arguments)
+    finally:  # whatever interrupts it
         for task in tasks:
-            _queue.put(task)
-    kernel.call(0, *arguments)
-    for task in tasks:
-        try:
-            task.parts.pop()  # of a helper that is busy elsewhere
-        except IndexError:
-            task.left.get()
+            try:
+                task.parts.pop()  # of a helper that is busy elsewhere
+            except IndexError:
+                task.left.get()
 
 
 def _start_helpers(count: int) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pydeform.cpu import _conv_common, _threads
 from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, workspace
 from pydeform.cpu._channels_last import PIXELS, block_to_channels_first, pixel_parts, to_channels_last
@@ -34,10 +32,11 @@ from pydeform.cpu._simd import (
     multiply_tile,
     sum_values,
 )
-from pydeform.cpu._threads import advance_counter, claim, finish, wait_for, wait_until
+from pydeform.cpu._threads import advance_counter, claim, finish, own_counters, wait_for, wait_until
 
 POSITIONS = 96  # of a tile: its columns, their gradient and that of the output stay in the second-level cache
 WEIGHT_COPIES = 16 << 20  # bytes for partial weight gradients, one for each range of images
+PROGRESS = own_counters(3)  # and on, (image, block): taps of tiles whose part of the dots a block has added
 
 
 class BackwardPlan(NamedTuple):
@@ -96,14 +95,14 @@ def backward(
             need_weight=int("weight" in needs),
             need_bias=int("bias" in needs),
         )
-        threads = threads_for(g, 3)
+        parts = -(-g.in_h * g.in_w // PIXELS)
+        threads = threads_for(g, 3, max(g.batch * parts, splits * len(blocks), g.out_channels))
         image_size = channels_last_size(g) + lanes
         _threads.run(
             _backward,
             dtype.char + pixel_dtype.char,
             threads,
-            _threads.new_counters(3),
-            np.zeros((g.batch, len(blocks)), np.int64),
+            _threads.new_counters(3, g.batch * len(blocks)),
             contiguous(grad_output, dtype, (g.batch, g.out_channels, positions_out)),
             *flat_arguments(input, offset, weight, bias, mask, g, dtype),
             grad_input,
@@ -141,7 +140,6 @@ def backward(
 def _backward(
     thread: int,
     counters: Any,
-    progress: Any,
     grad_output: Any,
     input: Any,
     offset: Any,
@@ -243,7 +241,7 @@ def _backward(
                     )
                     if p.need_dots and previous >= 0:
                         # Sums over channels go from block to block: this one adds where the one before has been.
-                        wait_until(progress, b * len(blocks) + previous, tile * taps + tap + 1)
+                        wait_until(counters, PROGRESS + b * len(blocks) + previous, tile * taps + tap + 1)
                     if p.need_dots:
                         _add_offset_gradient(
                             blending,
@@ -255,7 +253,7 @@ def _backward(
                             previous >= 0,
                             has_mask,
                         )
-                        advance_counter(progress, b * len(blocks) + block)
+                        advance_counter(counters, PROGRESS + b * len(blocks) + block)
                     if p.need_weight and p.depthwise:
                         # partial[c] += sum_i grad_output[c, i] * columns[i, c]
                         _sum_channels(
@@ -415,14 +413,12 @@ def _add_offset_gradient(
 
 @inline
 def _scale_channels(grads: Any, scale: Any, target: Any, row: int, count: int, channels: int) -> None:
-    """target[i, c] = grads[i, c] * scale[c], and zeros behind: the vectors that read it end after the last channel."""
+    """target[i, c] = grads[i, c] * scale[c]."""
     for i in range(count):
         first = advance(grads, i * row)
         second = advance(target, i * row)
         for c in range(channels):
             second[c] = first[c] * scale[c]
-        for c in range(channels, row):
-            second[c] = 0
 
 
 @inline
@@ -454,9 +450,10 @@ def _pack_backward(weight: Any, packed: Any, block: Any, g: Any, p: Any) -> None
         for c in range(width):
             row = packed_at + (c // panel * out_channels + o) * panel + c % panel
             for tap in range(taps):
-                value = (
-                    weight[block.first_out + o, channel - block.first_in + c, tap] if c < channels else packed[0] * 0
-                )
+                if c < channels:
+                    value = weight[block.first_out + o, channel - block.first_in + c, tap]
+                else:
+                    value = weight.dtype.type(0)
                 packed[row + tap * width * out_channels] = value
 
 

@@ -48,8 +48,8 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
         pixel_dtype = _conv_common.pixel_dtype(g)
         lanes = VECTOR_BYTES // dtype.itemsize
         blocks, entries, chunks, depth, panels, packed_size = _forward_steps(g, 2 * lanes)
-        threads = threads_for(g, 1)
         positions = out_positions = g.out_h * g.out_w
+        threads = threads_for(g, 1, g.batch * -(-positions // (4 * ROWS)))
         tiles = -(-positions // POSITIONS)
         if threads > 1:  # enough tiles for all; no sum depends on where a tile ends
             tiles = max(tiles, min(-(-4 * threads // g.batch), -(-positions // (4 * ROWS))))
@@ -63,7 +63,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
             has_offset=int(offset is not None),
             has_mask=int(mask is not None),
         )
-        threads = min(threads, max(g.batch * plan.tiles, 1))
+        threads = min(threads, g.batch * plan.tiles)
         _threads.run(
             _forward,
             dtype.char + pixel_dtype.char,

@@ -139,7 +139,8 @@ def _announced() -> Iterator[None]:
     kept = f"kept in {where}" if where else "not kept: no writable cache folder"
     timer = threading.Timer(1.0, say_once, [f"compiling kernels for this machine ({kept})"])
     timer.daemon = True
-    timer.start()
+    with contextlib.suppress(RuntimeError, OSError):  # no thread for a message is no reason to fail
+        timer.start()
     try:
         yield
     finally:

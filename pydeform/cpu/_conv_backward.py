@@ -20,7 +20,7 @@ from pydeform.cpu._conv_common import (
     threads_for,
 )
 from pydeform.cpu._jit import Kernel, inline
-from pydeform.cpu._sampling import locate_tap, lowest_coordinate, tile_origins
+from pydeform.cpu._sampling import blend_infinite, locate_tap, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import (
     ROWS,
     VECTOR_BYTES,
@@ -200,7 +200,7 @@ def _backward(
                         for i in range(count):
                             tile_grad[thread, o, i] = grad_output[b, row.first_out + o, start + i]
                 for tap in range(taps):
-                    locate_tap(
+                    is_infinite = locate_tap(
                         offset, mask, b, og, tap, start, count, low, base, corner, blending, g, has_offset, has_mask
                     )
                     if (p.need_input | p.need_dots) and p.depthwise:
@@ -239,6 +239,17 @@ def _backward(
                         channels,
                         p,
                     )
+                    if is_infinite:
+                        blend_infinite(
+                            at(tile_columns, (thread, 0, 0, 0)),
+                            p.width,
+                            at(image, (origin,)),
+                            corner,
+                            blending,
+                            at(mask, (b, og, tap, start)),
+                            count,
+                            channels,
+                        )
                     if p.need_dots and previous >= 0:
                         # Sums over channels go from block to block: this one adds where the one before has been.
                         wait_until(counters, PROGRESS + b * len(blocks) + previous, tile * taps + tap + 1)
@@ -251,6 +262,7 @@ def _backward(
                             at(grad_mask, (b, og, tap, start)),
                             count,
                             previous >= 0,
+                            row.is_last != 0,
                             has_mask,
                         )
                         advance_counter(counters, PROGRESS + b * len(blocks) + block)
@@ -389,9 +401,21 @@ def _sample_backward(
 
 @inline
 def _add_offset_gradient(
-    weights: Any, mask: Any, grad_y: Any, grad_x: Any, grad_mask: Any, count: int, add: bool, has_mask: bool
+    weights: Any,
+    mask: Any,
+    grad_y: Any,
+    grad_x: Any,
+    grad_mask: Any,
+    count: int,
+    add: bool,
+    is_last: bool,
+    has_mask: bool,
 ) -> None:
-    """Eq. 3 and 4 from the dots of the column gradient with the four corners."""
+    """Eq. 3 and 4 from the dots of the column gradient with the four corners.
+
+    The mask multiplies what each block adds; an infinite one the whole sum, which may be finite where parts are not.
+    """
+    one = weights.dtype.type(1)
     for i in range(count):
         ly, lx = weights[4, i], weights[5, i]
         d00, d01, d10, d11 = weights[6, i], weights[7, i], weights[8, i], weights[9, i]
@@ -399,13 +423,18 @@ def _add_offset_gradient(
         y = hx * (d10 - d00) + lx * (d11 - d01)
         x = hy * (d01 - d00) + ly * (d11 - d10)
         value = hy * (hx * d00 + lx * d01) + ly * (hx * d10 + lx * d11)
-        if has_mask:
-            y *= mask[i]
-            x *= mask[i]
+        m = mask[i] if has_mask else one
+        is_finite = m - m == 0
+        part = m if is_finite else one
+        y *= part
+        x *= part
         if add:
             y += grad_y[i]
             x += grad_x[i]
             value += grad_mask[i]
+        whole = one if is_finite or not is_last else m
+        y *= whole
+        x *= whole
         grad_y[i] = y
         grad_x[i] = x
         grad_mask[i] = value
@@ -483,7 +512,8 @@ def _reduce_weight(partial: Any, grad_weight: Any, blocks: Any, o: int, g: Any, 
 @functools.lru_cache(maxsize=64)
 def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int, int]:
     """The blocks of channels, the elements of a partial weight gradient and of packed, the largest width of a block,
-    and the rows of a tile of the output's gradient. `previous` is the block before in the same offset group, or -1.
+    and the rows of a tile of the output's gradient. `previous` is the block before in the same offset group, or -1;
+    `is_last` says that none follows in it.
     """
     taps = g.kernel_h * g.kernel_w
     outs, ins = g.out_channels // g.groups, g.in_channels // g.groups
@@ -501,5 +531,6 @@ def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int, int]:
         packed_size += taps * width * (1 if is_depthwise(g) else outs)
         weight_size += taps * width * (1 if is_depthwise(g) else rows)
     width = max(row[5] for row in rows_of)
-    names = "first_out first_in og channel channels width previous packed_at partial_at"
+    names = "first_out first_in og channel channels width previous packed_at partial_at is_last"
+    rows_of = [(*row, int(number in latest.values())) for number, row in enumerate(rows_of)]
     return table(names, rows_of), weight_size, packed_size, width, width if is_depthwise(g) else rows

@@ -4,7 +4,6 @@ equations say, and no others: whatever kernels multiply by zero on the way stays
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,12 @@ CASES = {
     "kernel of 1": Case(2, 6, 3, 4, 5, (1, 1), groups=1, offset_groups=3),
     "kernel of 1, groups": Case(1, 12, 3, 4, 6, (1, 1), groups=3, offset_groups=2),
 }
-PLANTED = ("input", "weight", "bias", "mask", "grad_output")
+PLANTED = [
+    (argument, value)
+    for argument in ("input", "weight", "bias", "mask", "grad_output")
+    for value in (np.nan, np.inf, -np.inf)
+    if argument == "mask" or value != -np.inf
+]
 BOUNDARY = {"between pixels": "torchvision", "on pixels": "dcnv2"}  # the rule that has no slope at -1, where S is 0
 
 
@@ -94,12 +98,13 @@ def check(backend: Any, dtype: str, *of_planted: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
-@pytest.mark.parametrize("argument", PLANTED)
+@pytest.mark.parametrize(("argument", "value"), PLANTED)
 @pytest.mark.parametrize("where", BOUNDARY)
 @pytest.mark.parametrize("name", CASES)
 def test_one_number_that_is_not_finite(backend, name, where, argument, value):
-    places = (0.0, 0.6, 1.0) if backend.on_cpu else (0.6,)
-    for place in places if math.isinf(value) or backend.on_cpu else places[:1]:
-        for dtype in ("float64", "float32") if backend.on_cpu else ("float64",):
-            check(backend, dtype, name, where, argument, place, value)
+    check(backend, "float64", name, where, argument, 0.6, value)
+    if backend.on_cpu:
+        for place in 0.0, 0.6, 1.0:
+            check(backend, "float32", name, where, argument, place, value)
+    elif argument == "mask":
+        check(backend, "float16", name, where, argument, 0.0, value)

@@ -28,7 +28,7 @@ from pydeform.cpu._jit import Kernel, say_once
 _STRIDE = 8  # counters lie a cache line apart
 _CLAIMED, _FINISHED = 0, 1
 _FAR = 1 << 62  # more units than any phase has
-# More threads than processors save nothing, but each has a workspace. Eight find races on small machines, too.
+# Each thread has a workspace, and more threads than processors save nothing. Eight are no burden on any machine.
 _MOST_THREADS = max(2 * (os.cpu_count() or 1), 8)
 _INT = ir.IntType(64)
 _HAS_YIELD = hasattr(os, "sched_yield")

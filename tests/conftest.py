@@ -7,6 +7,8 @@ import importlib.util
 import os
 import shutil
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -166,3 +168,54 @@ def _on_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
             monkeypatch.setattr(_conv_common, "DIRECT_CHANNELS", most_channels)
     if name.endswith("_tiles"):
         monkeypatch.setattr("tests.conftest._tolerance", TOLERANCE_OF_TILES)
+
+
+class _Shared:
+    """A kernel that notes which threads are at work on a call and, if `together`, starts when all of them are."""
+
+    def __init__(self, kernel: Any, threads: int, together: bool, helped: list[int]) -> None:
+        self.prepare = kernel.prepare
+        self._kernel, self._helped = kernel, helped
+        self._start = threading.Barrier(threads) if together else None
+
+    def call(self, thread: int, *arguments: Any) -> None:
+        if self._start is not None:
+            self._start.wait(60)
+        if thread:
+            self._helped.append(thread)
+        self._kernel.call(thread, *arguments)
+
+
+class Threads:
+    """set_num_threads of a test in which no problem is too small for threads."""
+
+    def __init__(self, run: Callable[..., None]) -> None:
+        self.together = True  # each call has all of its threads at work at once; not where calls share the helpers
+        self.helped: list[int] = []
+        self._run = run
+
+    def __call__(self, count: int) -> None:
+        import pydeform
+
+        pydeform.set_num_threads(count)
+
+    def run(self, kernel: Any, key: Any, threads: int, *arguments: Any) -> None:
+        import pydeform
+
+        assert threads > 1 or pydeform.get_num_threads() == 1, f"{kernel.call.__name__} runs on one thread"
+        self._run(_Shared(kernel, threads, self.together, self.helped), key, threads, *arguments)
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
+    import pydeform
+    from pydeform.cpu import _conv_common, _roi_common, _threads
+
+    for module in _conv_common, _roi_common:
+        monkeypatch.setattr(module, "SERIAL_FLOPS", 0)
+    threads = Threads(_threads.run)
+    monkeypatch.setattr(_threads, "run", threads.run)
+    before = pydeform.get_num_threads()
+    yield threads
+    pydeform.set_num_threads(before)
+    assert threads.helped, "no helper had a part in this test of threads"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pydeform
-from pydeform.cpu import _roi_common, _threads
+from pydeform.cpu import _conv_common, _roi_common, _threads
 from pydeform.cpu._jit import Kernel
 from pydeform.cpu._simd import at
 from tests.cases.deform_conv2d import ARRAYS, CASES, make, make_grad_output
@@ -61,7 +61,8 @@ def _everything(operator: str, names: Any, arrays: dict[str, Any], grad_output: 
 
 def _check(monkeypatch: Any, operator: str, *of_problem: Any) -> None:
     """The same bits behind fences."""
-    monkeypatch.setattr(_roi_common, "SERIAL_FLOPS", 0)  # on several threads, too
+    for module in _conv_common, _roi_common:
+        monkeypatch.setattr(module, "SERIAL_FLOPS", 0)  # on several threads, too
     want = list(_everything(operator, *of_problem))
     with monkeypatch.context() as patch:
         patch.setattr(_threads, "run", _run_fenced(_threads.run))

@@ -57,6 +57,8 @@ def cupy(monkeypatch):
 class Producer:
     """A CUDA array of some library, which remembers each exchange: (stream asked for, device that was current)."""
 
+    memory = _interop.CUDA
+
     def __init__(self, values, number=0):
         self.host, self.number, self.asked = np.asarray(values), number, []
 
@@ -65,7 +67,7 @@ class Producer:
         return dlpack.to_capsule(self.host, self.number, max_version)
 
     def __dlpack_device__(self):
-        return _interop.CUDA, self.number
+        return self.memory, self.number
 
 
 class Imported:
@@ -178,7 +180,9 @@ def test_the_exchange_is_on_the_device_of_the_array(library, cupy):
     assert cupy.cuda.Device().id == 0
 
 
-def test_arrays_of_a_library_without_streams_of_its_own(library, cupy, launches, waits):
+@pytest.mark.parametrize("kind", [_interop.CUDA, _interop.CUDA_MANAGED])
+def test_arrays_of_a_library_without_streams_of_its_own(library, cupy, launches, waits, monkeypatch, kind):
+    monkeypatch.setattr(Producer, "memory", kind)
     with cupy.cuda.Stream() as stream:
         result = pydeform.conv2d(**arrays(Producer))
     assert type(result) is Imported and result.values.ravel().tolist() == list(range(8))
@@ -193,8 +197,10 @@ def test_bfloat16_of_any_library_goes_both_ways(library, launches, place):
     assert np.array_equal(result.values, given["input"].host)
 
 
-def test_lent_memory_is_held_until_the_device_is_done_with_it(library, cupy, launches, monkeypatch):
+@pytest.mark.parametrize("kind", [_interop.CUDA, _interop.CUDA_MANAGED])
+def test_lent_memory_is_held_until_the_device_is_done_with_it(library, cupy, launches, monkeypatch, kind):
     """The library may use it again as soon as we let go, whatever kernels still read it."""
+    monkeypatch.setattr(Producer, "memory", kind)
     done = []
     monkeypatch.setattr(cupy.cuda.Event, "done", property(lambda event: bool(done)))
     given = arrays(Producer)

@@ -1037,15 +1037,6 @@ def test_every_run_has_the_same_bits(backend, name, dtype):
         assert_same_grads(run_backward(backend, variant.operator, grad_output, arrays, asked.options), grads)
 
 
-@pytest.fixture
-def threads(monkeypatch):
-    """set_num_threads for one test, in which no problem is too small for them."""
-    monkeypatch.setattr(_roi_common, "SERIAL_FLOPS", 0)
-    before = pydeform.get_num_threads()
-    yield pydeform.set_num_threads
-    pydeform.set_num_threads(before)
-
-
 def solve_here(variant: Variant, dtype: str) -> dict[str, Any]:
     """On the CPU, with few channels and with several blocks of them."""
     results = {}
@@ -1089,6 +1080,7 @@ def test_slices_of_channels_change_no_bit(threads, monkeypatch, name):
 
 def test_threads_at_once(threads):
     """Each Python thread has its own problem and solves it several times, starting together."""
+    threads.together = False
     threads(1)
     want = [solve_here(variant, "float32") for variant in VARIANTS.values()]
     threads(2)

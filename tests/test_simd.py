@@ -145,7 +145,7 @@ def test_blend_backward(simd, dtype, rng, channels, scatter):
     width = channels + 4  # what stands right and left belongs to others
     image, corners, weights = corners_of(rng, dtype, 5, width)
     room = simd.vector_bytes // dtype.itemsize
-    grad = np.zeros(channels + room, dtype)
+    grad = np.full(channels + room, np.inf, dtype)  # behind the channels, nor may these
     grad[:channels] = rng.standard_normal(channels)
     image[:, channels + 2 :] = np.nan  # must not leak into the dots
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 
 import pydeform
+from pydeform.cpu import _conv_common, _jit, _roi_common, _threads
 from tests.cases.deform_conv2d import ARRAYS, Case, make, make_grad_output
 from tests.conftest import assert_same_bits
+from tests.test_waits import PROBLEMS as PROBLEMS_OF_KERNELS
 
 ROOT = Path(pydeform.__file__).parents[1]
 
@@ -45,14 +48,6 @@ def assert_same_results(got, want):
             assert_same_bits(got[name], want[name], name)
 
 
-@pytest.fixture
-def threads():
-    """set_num_threads for one test."""
-    before = pydeform.get_num_threads()
-    yield pydeform.set_num_threads
-    pydeform.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
 def test_the_number_of_threads_changes_no_bit(threads, dtype):
     threads(1)
@@ -67,6 +62,7 @@ def test_the_number_of_threads_changes_no_bit(threads, dtype):
 
 def test_eight_threads_at_once(threads):
     """Each Python thread works on its own problem, several times, starting together."""
+    threads.together = False
     threads(1)
     want = [solve(case, "float32") for case in PROBLEMS]
     threads(2)
@@ -101,6 +97,141 @@ def test_no_helper_keeps_the_memory_of_a_call(threads):
         assert memory() is None
 
 
+# How many threads, and what becomes of errors ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_helpers(monkeypatch):
+    """As after the start of a process; no problem is too small for threads, of which a call may have eight."""
+    monkeypatch.setattr(_threads, "_helpers", [])
+    monkeypatch.setattr(_threads, "_queue", queue.SimpleQueue())
+    monkeypatch.setattr(_conv_common, "SERIAL_FLOPS", 0)
+    monkeypatch.setattr(_roi_common, "SERIAL_FLOPS", 0)
+    monkeypatch.setattr(_threads, "get_num_threads", lambda: 8)
+
+
+@pytest.mark.parametrize("name", PROBLEMS_OF_KERNELS)
+def test_a_million_threads_take_no_more_memory_than_there_is_work_and_processors(monkeypatch, no_helpers, name):
+    asked = []
+
+    def look(kernel, key, threads, *arguments):
+        asked.append((threads, sum(a.nbytes for a in arguments if isinstance(a, np.ndarray))))
+
+    monkeypatch.setattr(_threads, "run", look)
+    PROBLEMS_OF_KERNELS[name][1]()
+    monkeypatch.setattr(_threads, "get_num_threads", lambda: 10**6)
+    PROBLEMS_OF_KERNELS[name][1]()
+    (few, some_bytes), (many, more_bytes) = asked
+    assert 1 < few <= 8
+    assert few <= many <= max(8, 2 * os.cpu_count())
+    assert more_bytes < some_bytes * many / few + 1
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_no_more_threads_than_units_of_work(monkeypatch, no_helpers, backward):
+    asked = []
+    monkeypatch.setattr(_threads, "run", lambda kernel, key, threads, *arguments: asked.append(threads))
+    x = np.ones((1, 1, 2, 2), np.float32)
+    box, boxes = np.array([[0, 0, 0, 1, 1]], np.float32), {"output_size": 1, "sampling_ratio": 1}
+    deep = np.ones((1, 5, 2, 2), np.float32)
+    if backward:
+        pydeform.conv2d_backward(x, x, np.ones((1, 1, 1, 1), np.float32))
+        pydeform.roi_align_backward(x[..., :1, :1], x, box, **boxes)
+        pydeform.roi_align_backward(deep[..., :1, :1], deep, box, **boxes)
+    else:
+        pydeform.conv2d(x, np.ones((1, 1, 1, 1), np.float32))
+        pydeform.roi_align(x, box, **boxes)
+        pydeform.roi_align(deep, box, **boxes)
+    assert asked == [1, 1, 1]
+
+
+@pytest.mark.parametrize("there_are", [0, 1, 3])
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), OSError(11, "temporarily unavailable")])
+def test_fewer_helpers_than_asked_for_will_do(monkeypatch, capsys, no_helpers, error, there_are):
+    start, started, calls = threading.Thread.start, [], []
+
+    def start_some(thread):
+        if thread.name == "pydeform":
+            if len(started) == there_are:
+                raise error
+            started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    monkeypatch.setattr(_jit, "_said", set())
+    monkeypatch.setattr(_threads, "get_num_threads", lambda: 1)
+    want = [solve(case, "float32") for case in PROBLEMS[:2]]
+    monkeypatch.setattr(_threads, "get_num_threads", lambda: 8)
+    for case, results in zip(PROBLEMS[:2], want, strict=True):
+        assert_same_results(solve(case, "float32"), results)
+    assert len(_threads._helpers) == len(started) == there_are
+    assert [line for line in capsys.readouterr().err.splitlines() if "compiling" not in line] == [
+        f"pydeform: a helper thread could not be started, calls do with fewer: {error}"
+    ]
+    run_all = _threads.run
+    monkeypatch.setattr(_threads, "run", lambda kernel, *rest: calls.append(rest) or run_all(kernel, *rest))
+    solve(PROBLEMS[1], "float32")
+    assert {rest[1] for rest in calls} == {8}  # of which there are not so many
+    if there_are == 0:
+        assert _threads._queue.empty()  # nobody would ever empty it
+
+
+def test_compiling_needs_no_thread(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with _jit._announced():
+        pass
+
+
+@_jit.Kernel
+def _do_nothing(thread, counters, units):
+    unit = _threads.claim(counters, 0)
+    while unit < units:
+        _threads.finish(counters, 0)
+        unit = _threads.claim(counters, 0)
+    _threads.wait_for(counters, 0, units)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_an_error_in_one_thread_is_raised_and_leaves_no_other_waiting(no_helpers, bad, error):
+    """The thread has claimed a unit that nobody will ever finish."""
+    together, outcome = threading.Barrier(3), []
+
+    class Broken:
+        prepare = _do_nothing.prepare
+
+        @staticmethod
+        def call(thread, counters, units):
+            if thread == bad:
+                counters[0] += 1
+            together.wait(30)
+            if thread == bad:
+                raise error("broken")
+            _do_nothing.call(thread, counters, units)
+
+    def work():
+        try:
+            _threads.run(Broken, "n", 3, _threads.new_counters(1), 100)
+        except BaseException as caught:
+            outcome.append(caught)
+
+    for _ in range(2):  # helpers outlive an error
+        outcome.clear()
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        worker.join(60)
+        assert not worker.is_alive(), "still waiting for who has failed"
+        assert [type(caught) for caught in outcome] == [error]
+        together.reset()
+    counters = _threads.new_counters(1)
+    _threads.run(_do_nothing, "n", 3, counters, 100)
+    assert counters[_threads._FINISHED * _threads._STRIDE] == 100
+    assert len(_threads._helpers) == 2
+
+
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A new interpreter that finds this pydeform and these tests."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -118,13 +249,17 @@ FIRST_USE_BY_THREADS_THEN_FORK = """
 import faulthandler, os, signal, sys, threading
 faulthandler.dump_traceback_later(120, exit=True)
 import numpy as np, pydeform
+from pydeform.cpu import _conv_common, _threads
+_conv_common.SERIAL_FLOPS = 0
 from tests.test_threads import PROBLEMS, assert_same_results, solve
 
 def child(want):
     signal.alarm(60)  # a child that hangs dies of it
     try:
+        assert not _threads._helpers
         for case, results in zip(PROBLEMS[:3], want):
             assert_same_results(solve(case, "float32"), results)
+        assert _threads._helpers
     except BaseException as error:
         print("child:", repr(error), file=sys.stderr, flush=True)
         os._exit(1)
@@ -150,6 +285,7 @@ for _ in range(2):
         child(want)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert_same_results(solve(PROBLEMS[1], "float32"), want[1])  # and the parent goes on
+assert _threads._helpers
 print("all the same")
 """
 
@@ -170,7 +306,9 @@ def test_fork_while_other_threads_compute():
 import faulthandler, os, signal, threading
 faulthandler.dump_traceback_later(120, exit=True)
 import pydeform
+from pydeform.cpu import _conv_common, _threads
 from tests.test_threads import PROBLEMS, assert_same_results, solve
+_conv_common.SERIAL_FLOPS = 0
 pydeform.set_num_threads(2)
 want = solve(PROBLEMS[0], "float32")
 stop = threading.Event()
@@ -188,7 +326,7 @@ for _ in range(8):
             assert_same_results(solve(PROBLEMS[0], "float32"), want)
         except BaseException:
             os._exit(1)
-        os._exit(0)
+        os._exit(0 if _threads._helpers else 2)
     codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 stop.set()
 [w.join() for w in workers]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pydeform.cpu import _conv_common, _threads
 from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, workspace
 from pydeform.cpu._channels_last import PIXELS, block_to_channels_first, pixel_parts, to_channels_last
@@ -22,7 +20,7 @@ from pydeform.cpu._conv_common import (
     threads_for,
 )
 from pydeform.cpu._jit import Kernel, inline
-from pydeform.cpu._sampling import locate_tap, lowest_coordinate, tile_origins
+from pydeform.cpu._sampling import blend_infinite, locate_tap, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import (
     ROWS,
     VECTOR_BYTES,
@@ -34,10 +32,11 @@ from pydeform.cpu._simd import (
     multiply_tile,
     sum_values,
 )
-from pydeform.cpu._threads import advance_counter, claim, finish, wait_for, wait_until
+from pydeform.cpu._threads import advance_counter, claim, finish, own_counters, wait_for, wait_until
 
 POSITIONS = 96  # of a tile: its columns, their gradient and that of the output stay in the second-level cache
 WEIGHT_COPIES = 16 << 20  # bytes for partial weight gradients, one for each range of images
+PROGRESS = own_counters(3)  # and on, (image, block): taps of tiles whose part of the dots a block has added
 
 
 class BackwardPlan(NamedTuple):
@@ -96,14 +95,14 @@ def backward(
             need_weight=int("weight" in needs),
             need_bias=int("bias" in needs),
         )
-        threads = threads_for(g, 3)
+        parts = -(-g.in_h * g.in_w // PIXELS)
+        threads = threads_for(g, 3, max(g.batch * parts, splits * len(blocks), g.out_channels))
         image_size = channels_last_size(g) + lanes
         _threads.run(
             _backward,
             dtype.char + pixel_dtype.char,
             threads,
-            _threads.new_counters(3),
-            np.zeros((g.batch, len(blocks)), np.int64),
+            _threads.new_counters(3, g.batch * len(blocks)),
             contiguous(grad_output, dtype, (g.batch, g.out_channels, positions_out)),
             *flat_arguments(input, offset, weight, bias, mask, g, dtype),
             grad_input,
@@ -141,7 +140,6 @@ def backward(
 def _backward(
     thread: int,
     counters: Any,
-    progress: Any,
     grad_output: Any,
     input: Any,
     offset: Any,
@@ -202,7 +200,7 @@ def _backward(
                         for i in range(count):
                             tile_grad[thread, o, i] = grad_output[b, row.first_out + o, start + i]
                 for tap in range(taps):
-                    locate_tap(
+                    is_infinite = locate_tap(
                         offset, mask, b, og, tap, start, count, low, base, corner, blending, g, has_offset, has_mask
                     )
                     if (p.need_input | p.need_dots) and p.depthwise:
@@ -241,9 +239,20 @@ def _backward(
                         channels,
                         p,
                     )
+                    if is_infinite:
+                        blend_infinite(
+                            at(tile_columns, (thread, 0, 0, 0)),
+                            p.width,
+                            at(image, (origin,)),
+                            corner,
+                            blending,
+                            at(mask, (b, og, tap, start)),
+                            count,
+                            channels,
+                        )
                     if p.need_dots and previous >= 0:
                         # Sums over channels go from block to block: this one adds where the one before has been.
-                        wait_until(progress, b * len(blocks) + previous, tile * taps + tap + 1)
+                        wait_until(counters, PROGRESS + b * len(blocks) + previous, tile * taps + tap + 1)
                     if p.need_dots:
                         _add_offset_gradient(
                             blending,
@@ -253,9 +262,10 @@ def _backward(
                             at(grad_mask, (b, og, tap, start)),
                             count,
                             previous >= 0,
+                            row.is_last != 0,
                             has_mask,
                         )
-                        advance_counter(progress, b * len(blocks) + block)
+                        advance_counter(counters, PROGRESS + b * len(blocks) + block)
                     if p.need_weight and p.depthwise:
                         # partial[c] += sum_i grad_output[c, i] * columns[i, c]
                         _sum_channels(
@@ -391,9 +401,21 @@ def _sample_backward(
 
 @inline
 def _add_offset_gradient(
-    weights: Any, mask: Any, grad_y: Any, grad_x: Any, grad_mask: Any, count: int, add: bool, has_mask: bool
+    weights: Any,
+    mask: Any,
+    grad_y: Any,
+    grad_x: Any,
+    grad_mask: Any,
+    count: int,
+    add: bool,
+    is_last: bool,
+    has_mask: bool,
 ) -> None:
-    """Eq. 3 and 4 from the dots of the column gradient with the four corners."""
+    """Eq. 3 and 4 from the dots of the column gradient with the four corners.
+
+    The mask multiplies what each block adds; an infinite one the whole sum, which may be finite where parts are not.
+    """
+    one = weights.dtype.type(1)
     for i in range(count):
         ly, lx = weights[4, i], weights[5, i]
         d00, d01, d10, d11 = weights[6, i], weights[7, i], weights[8, i], weights[9, i]
@@ -401,13 +423,18 @@ def _add_offset_gradient(
         y = hx * (d10 - d00) + lx * (d11 - d01)
         x = hy * (d01 - d00) + ly * (d11 - d10)
         value = hy * (hx * d00 + lx * d01) + ly * (hx * d10 + lx * d11)
-        if has_mask:
-            y *= mask[i]
-            x *= mask[i]
+        m = mask[i] if has_mask else one
+        is_finite = m - m == 0
+        part = m if is_finite else one
+        y *= part
+        x *= part
         if add:
             y += grad_y[i]
             x += grad_x[i]
             value += grad_mask[i]
+        whole = one if is_finite or not is_last else m
+        y *= whole
+        x *= whole
         grad_y[i] = y
         grad_x[i] = x
         grad_mask[i] = value
@@ -415,14 +442,12 @@ def _add_offset_gradient(
 
 @inline
 def _scale_channels(grads: Any, scale: Any, target: Any, row: int, count: int, channels: int) -> None:
-    """target[i, c] = grads[i, c] * scale[c], and zeros behind: the vectors that read it end after the last channel."""
+    """target[i, c] = grads[i, c] * scale[c]."""
     for i in range(count):
         first = advance(grads, i * row)
         second = advance(target, i * row)
         for c in range(channels):
             second[c] = first[c] * scale[c]
-        for c in range(channels, row):
-            second[c] = 0
 
 
 @inline
@@ -454,9 +479,10 @@ def _pack_backward(weight: Any, packed: Any, block: Any, g: Any, p: Any) -> None
         for c in range(width):
             row = packed_at + (c // panel * out_channels + o) * panel + c % panel
             for tap in range(taps):
-                value = (
-                    weight[block.first_out + o, channel - block.first_in + c, tap] if c < channels else packed[0] * 0
-                )
+                if c < channels:
+                    value = weight[block.first_out + o, channel - block.first_in + c, tap]
+                else:
+                    value = weight.dtype.type(0)
                 packed[row + tap * width * out_channels] = value
 
 
@@ -486,7 +512,8 @@ def _reduce_weight(partial: Any, grad_weight: Any, blocks: Any, o: int, g: Any, 
 @functools.lru_cache(maxsize=64)
 def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int, int]:
     """The blocks of channels, the elements of a partial weight gradient and of packed, the largest width of a block,
-    and the rows of a tile of the output's gradient. `previous` is the block before in the same offset group, or -1.
+    and the rows of a tile of the output's gradient. `previous` is the block before in the same offset group, or -1;
+    `is_last` says that none follows in it.
     """
     taps = g.kernel_h * g.kernel_w
     outs, ins = g.out_channels // g.groups, g.in_channels // g.groups
@@ -504,5 +531,6 @@ def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int, int]:
         packed_size += taps * width * (1 if is_depthwise(g) else outs)
         weight_size += taps * width * (1 if is_depthwise(g) else rows)
     width = max(row[5] for row in rows_of)
-    names = "first_out first_in og channel channels width previous packed_at partial_at"
+    names = "first_out first_in og channel channels width previous packed_at partial_at is_last"
+    rows_of = [(*row, int(number in latest.values())) for number, row in enumerate(rows_of)]
     return table(names, rows_of), weight_size, packed_size, width, width if is_depthwise(g) else rows

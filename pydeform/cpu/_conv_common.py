@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pydeform._runtime import get_num_threads
+from pydeform.cpu import _threads
 from pydeform.cpu._arrays import contiguous
 
 CHANNELS = 64  # of a block, sampled together
@@ -28,11 +28,11 @@ def pixel_dtype(g: Any) -> Any:
     return np.dtype(np.int32 if g.in_h * g.in_w < 2**31 - 1 else np.int64)
 
 
-def threads_for(g: Any, products: int) -> int:
+def threads_for(g: Any, products: int, units: int) -> int:
     taps = g.kernel_h * g.kernel_w
     per_output = 2 * products * (g.out_channels // g.groups) + 16
     flops = per_output * g.batch * g.out_h * g.out_w * g.in_channels * taps
-    return 1 if flops < SERIAL_FLOPS else get_num_threads()
+    return 1 if flops < SERIAL_FLOPS else _threads.threads_for(units)
 
 
 def flat_arguments(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, dtype: Any) -> tuple[Any, ...]:

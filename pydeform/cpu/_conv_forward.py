@@ -20,7 +20,7 @@ from pydeform.cpu._conv_common import (
     threads_for,
 )
 from pydeform.cpu._jit import Kernel, inline
-from pydeform.cpu._sampling import locate_tap, lowest_coordinate, tile_origins
+from pydeform.cpu._sampling import blend_infinite, locate_tap, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import ROWS, VECTOR_BYTES, advance, at, blend, multiply_tile
 from pydeform.cpu._threads import claim, finish, wait_for
 
@@ -48,8 +48,8 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
         pixel_dtype = _conv_common.pixel_dtype(g)
         lanes = VECTOR_BYTES // dtype.itemsize
         blocks, entries, chunks, depth, panels, packed_size = _forward_steps(g, 2 * lanes)
-        threads = threads_for(g, 1)
         positions = out_positions = g.out_h * g.out_w
+        threads = threads_for(g, 1, g.batch * -(-positions // (4 * ROWS)))
         tiles = -(-positions // POSITIONS)
         if threads > 1:  # enough tiles for all; no sum depends on where a tile ends
             tiles = max(tiles, min(-(-4 * threads // g.batch), -(-positions // (4 * ROWS))))
@@ -63,7 +63,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
             has_offset=int(offset is not None),
             has_mask=int(mask is not None),
         )
-        threads = min(threads, max(g.batch * plan.tiles, 1))
+        threads = min(threads, g.batch * plan.tiles)
         _threads.run(
             _forward,
             dtype.char + pixel_dtype.char,
@@ -149,7 +149,7 @@ def _forward(
         start = (unit - b * p.tiles) * p.positions
         count = min(p.positions, length - start)
         tile_origins(start, count, base, g)
-        at_tap, at_group = -1, -1
+        at_tap, at_group, is_infinite = -1, -1, False
         for chunk in range(len(chunks)):
             product = chunks[chunk]
             depth = product.depth
@@ -157,7 +157,7 @@ def _forward(
                 entry = entries[e]
                 if entry.tap != at_tap or entry.og != at_group:
                     at_tap, at_group = entry.tap, entry.og
-                    locate_tap(
+                    is_infinite = locate_tap(
                         offset,
                         mask,
                         b,
@@ -189,6 +189,11 @@ def _forward(
                         blending[2, i],
                         blending[3, i],
                         vectors,
+                    )
+                if is_infinite:
+                    here = at(mask, (b, at_group, at_tap, start))
+                    blend_infinite(
+                        at(tile_columns, (0, column)), p.row, source, corner, blending, here, count, channels
                     )
             if p.depthwise:
                 for e in range(product.first_entry, product.last_entry):

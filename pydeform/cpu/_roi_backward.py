@@ -12,7 +12,7 @@ import numpy as np
 
 from pydeform.cpu import _roi_common, _roi_few, _threads
 from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, workspace
-from pydeform.cpu._channels_last import block_to_channels_first, pixel_parts, to_channels_last
+from pydeform.cpu._channels_last import PIXELS, block_to_channels_first, pixel_parts, to_channels_last
 from pydeform.cpu._conv_common import pixel_dtype
 from pydeform.cpu._jit import Kernel, inline
 from pydeform.cpu._roi_bins import SOUND
@@ -82,9 +82,11 @@ def backward(
     elif wanted:
         lanes = _roi_common.lanes_of(dtype)
         per_class = g.out_channels // g.classes
-        threads = _roi_common.threads_for(g, 1 + 2 * need_dots)
         groups = g.batch * _roi_common.cells_of(g) * g.classes
         blocks, width = blocks_of_class(per_class, lanes)
+        units = groups * len(blocks) * need_input + g.boxes * g.classes * need_dots
+        parts = -(-g.in_h * g.in_w // PIXELS)
+        threads = _roi_common.threads_for(g, 1 + 2 * need_dots, max(units, g.batch * parts))
         plan = BackwardPlan(
             planes=int(planes),
             per_class=per_class,

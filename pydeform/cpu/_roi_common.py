@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform._runtime import get_num_threads
+from pydeform.cpu import _threads
 from pydeform.cpu._arrays import contiguous
 from pydeform.cpu._channels_last import pixel_parts, to_channels_last
 from pydeform.cpu._conv_common import SERIAL_FLOPS, pixel_dtype, round_up, table
@@ -127,12 +127,12 @@ def by_image(boxes: Any, batch: int) -> tuple[Any, Any]:
     return order, np.searchsorted(index[order], np.arange(batch + 1))
 
 
-def threads_for(g: Any, products: int) -> int:
+def threads_for(g: Any, products: int, units: int) -> int:
     per_bin = products * (2 * TYPICAL_PIXELS * g.out_channels + LISTING * g.classes)
     flops = g.boxes * g.pooled_h * g.pooled_w * per_bin
     if not (has_few_channels(g) or prefers_planes(g)):
         flops += products * g.batch * g.in_channels * g.in_h * g.in_w
-    return 1 if flops < SERIAL_FLOPS else get_num_threads()
+    return 1 if flops < SERIAL_FLOPS else _threads.threads_for(units)
 
 
 def has_few_channels(g: Any) -> bool:

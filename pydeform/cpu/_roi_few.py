@@ -78,7 +78,7 @@ def _workspace(threads: int, g: Any, dtype: Any) -> Any:
 
 
 def forward(arguments: tuple[Any, ...], output: Any, has_offset: bool, has_mask: bool, g: Any) -> None:
-    threads = _roi_common.threads_for(g, 1)
+    threads = _roi_common.threads_for(g, 1, g.boxes * _roi_common.cells_of(g) * g.classes)
     _threads.run(
         _mean_of_few,
         output.dtype.char + pixel_dtype(g).char,
@@ -105,7 +105,8 @@ def backward(
     g: Any,
 ) -> None:
     """Adds to grad_input, and writes grad_moves (box, class, axis, bin) and grad_mask; an empty one is not wanted."""
-    threads = _roi_common.threads_for(g, 1 + 2 * bool(len(grad_mask)))
+    units = (g.batch * bool(len(grad_input)) + g.boxes * bool(len(grad_mask))) * _roi_common.cells_of(g) * g.classes
+    threads = _roi_common.threads_for(g, 1 + 2 * bool(len(grad_mask)), units)
     _threads.run(
         _few_backward,
         grad_output.dtype.char + pixel_dtype(g).char,

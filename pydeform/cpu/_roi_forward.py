@@ -55,7 +55,7 @@ def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
             has_offset=int(offset is not None),
             has_mask=int(mask is not None),
         )
-        threads = min(_roi_common.threads_for(g, 1), g.boxes * g.classes)
+        threads = _roi_common.threads_for(g, 1, g.boxes * g.classes)
         corners = 4 if g.is_max and g.points else 1
         _threads.run(
             _largest if g.is_max else _mean,

@@ -12,7 +12,7 @@ import numpy as np
 
 from pydeform._geometry import BOUNDARIES
 from pydeform.cpu._jit import inline
-from pydeform.cpu._simd import at
+from pydeform.cpu._simd import advance, at, sum_values
 
 DCNV2, DCNV1 = BOUNDARIES.index("dcnv2"), BOUNDARIES.index("dcnv1")
 
@@ -140,8 +140,11 @@ def locate_tap(
     g: Any,
     has_offset: bool,
     has_mask: bool,
-) -> None:
-    """Corners, weights (rows 0-3 of `weights`) and positions within the cell (rows 4, 5) of one tap of a tile."""
+) -> bool:
+    """Corners, weights (rows 0-3 of `weights`) and positions within the cell (rows 4, 5) of one tap of a tile.
+
+    True: some masks may be infinite; what is blended with such weights needs `blend_infinite`.
+    """
     shift_y = tap // g.kernel_w * g.dilation_h
     shift_x = tap % g.kernel_w * g.dilation_w
     if has_offset:
@@ -161,3 +164,26 @@ def locate_tap(
         )
     else:
         locate_plain(base, shift_y, shift_x, count, g, corner, weights)
+    total = sum_values(at(mask, (b, og, tap, start)), count if has_mask else 0)
+    return bool(total - total != 0)
+
+
+@inline
+def blend_infinite(
+    columns: Any, row: int, image: Any, corner: Any, weights: Any, mask: Any, count: int, channels: int
+) -> None:
+    """columns[i, c] = mask[i] * S where the mask is infinite. As a part of the weights it would make NaN of an S that
+    has a corner without weight or a pixel of 0."""
+    one = weights.dtype.type(1)
+    for i in range(count):
+        m = mask[i]
+        if m - m == 0:
+            continue
+        out = advance(columns, i * row)
+        i0, i1 = corner[0, i] * channels, corner[1, i] * channels
+        i2, i3 = corner[2, i] * channels, corner[3, i] * channels
+        ly, lx = weights[4, i], weights[5, i]
+        hy, hx = one - ly, one - lx
+        for c in range(channels):
+            above = hy * (hx * image[i0 + c] + lx * image[i1 + c])
+            out[c] = m * (above + ly * (hx * image[i2 + c] + lx * image[i3 + c]))

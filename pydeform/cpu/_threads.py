@@ -14,6 +14,7 @@ import os
 import queue
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -21,10 +22,14 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pydeform.cpu._jit import Kernel
+from pydeform._runtime import get_num_threads
+from pydeform.cpu._jit import Kernel, say_once
 
 _STRIDE = 8  # counters lie a cache line apart
 _CLAIMED, _FINISHED = 0, 1
+_FAR = 1 << 62  # more units than any phase has
+# Each thread has a workspace, and more threads than processors save nothing. Eight are no burden on any machine.
+_MOST_THREADS = max(2 * (os.cpu_count() or 1), 8)
 _INT = ir.IntType(64)
 _HAS_YIELD = hasattr(os, "sched_yield")
 
@@ -115,8 +120,18 @@ def wait_until(typing_context: Any, counters: Any, index: Any, value: Any) -> An
     return types.void(counters, types.int64, types.int64), codegen
 
 
-def new_counters(phases: int) -> Any:
-    return np.zeros(2 * phases * _STRIDE, np.int64)
+def own_counters(phases: int) -> int:
+    """Index of the first of a kernel's own counters, behind those of its phases."""
+    return 2 * phases * _STRIDE
+
+
+def new_counters(phases: int, own: int = 0) -> Any:
+    return np.zeros(own_counters(phases) + own, np.int64)
+
+
+def threads_for(units: int) -> int:
+    """Threads of a call that has so many units of work to share."""
+    return max(1, min(get_num_threads(), units, _MOST_THREADS))
 
 
 class _Task:
@@ -124,7 +139,15 @@ class _Task:
 
     def __init__(self, *parts: Any) -> None:
         self.parts = [parts]
-        self.left: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.left: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def end(self) -> BaseException | None:
+        """Withdraw, or wait for the helper; the error that it met."""
+        try:
+            self.parts.pop()  # of a helper that is busy elsewhere
+        except IndexError:
+            return self.left.get()
+        return None
 
 
 _queue: queue.SimpleQueue[_Task] = queue.SimpleQueue()
@@ -137,16 +160,27 @@ _FEW_PROCESSORS = 8
 _current_processor = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
 
 
+def _take_part(kernel: Any, thread: int, counters: Any, arguments: tuple[Any, ...]) -> None:
+    try:
+        kernel.call(thread, counters, *arguments)
+    except BaseException:
+        counters[...] = _FAR  # what this thread has claimed nobody finishes: no other waits for it, nor claims more
+        raise
+
+
 def _help() -> None:
     while True:
         task = _queue.get()
         with contextlib.suppress(IndexError):  # withdrawn
-            kernel, thread, arguments = task.parts.pop()
+            parts = task.parts.pop()
+            error: BaseException | None = None
             try:
-                kernel.call(thread, *arguments)
-            finally:
-                del kernel, arguments
-                task.left.put(None)
+                _take_part(*parts)
+            except BaseException as caught:  # the caller's to raise
+                error = caught
+            del parts
+            task.left.put(error)
+            del error
         del task  # hold nothing while waiting
 
 
@@ -160,39 +194,47 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset_in_child)
 
 
-def run(kernel: Kernel, key: Any, threads: int, *arguments: Any) -> None:
-    """kernel(thread, *arguments) in the calling thread as number 0 and in up to threads - 1 helpers.
+def run(kernel: Kernel, key: Any, threads: int, counters: Any, *arguments: Any) -> None:
+    """kernel(thread, counters, *arguments) in the calling thread as number 0 and in up to threads - 1 helpers.
 
     When it returns, no helper holds any of the arguments: else memory of a call would still be in use at the next one,
-    which would have to get its own from the system.
+    which would have to get its own from the system. An error in one thread ends the others' work, and is raised here.
     """
-    kernel.prepare(key, (0, *arguments))
-    tasks = [_Task(kernel, thread, arguments) for thread in range(1, threads)]
+    kernel.prepare(key, (0, counters, *arguments))
+    helpers = _start_helpers(threads - 1) if threads > 1 else 0
+    tasks = [_Task(kernel, thread, counters, arguments) for thread in range(1, helpers + 1)]
+    if tasks:
+        _keep_helpers_off_this_processor()
     try:
-        if tasks:
-            _start_helpers(threads - 1)
-            _keep_helpers_off_this_processor()
-            for task in tasks:
-                _queue.put(task)
-        kernel.call(0, *arguments)
-    finally:  # whatever interrupts it
         for task in tasks:
-            try:
-                task.parts.pop()  # of a helper that is busy elsewhere
-            except IndexError:
-                task.left.get()
+            _queue.put(task)
+        _take_part(kernel, 0, counters, arguments)
+    finally:
+        errors = [task.end() for task in tasks]
+    for error in errors:
+        if error is not None:
+            raise error
 
 
-def _start_helpers(count: int) -> None:
+def _start_helpers(count: int) -> int:
+    """How many there are, up to `count`. Where the system gives no more, calls do with those there are."""
     global _avoided
-    if len(_helpers) >= count:
-        return
-    with _lock:
-        while len(_helpers) < count:
-            helper = threading.Thread(target=_help, name="pydeform", daemon=True)
-            helper.start()
-            _helpers.append(cast(int, helper.native_id))
-        _avoided = -1
+    if len(_helpers) < count:
+        with _lock, _fewer_will_do():
+            while len(_helpers) < count:
+                helper = threading.Thread(target=_help, name="pydeform", daemon=True)
+                helper.start()
+                _helpers.append(cast(int, helper.native_id))
+                _avoided = -1
+    return min(count, len(_helpers))
+
+
+@contextlib.contextmanager
+def _fewer_will_do() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        say_once(f"a helper thread could not be started, calls do with fewer: {error}")
 
 
 def _keep_helpers_off_this_processor() -> None:

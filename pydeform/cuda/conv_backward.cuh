@@ -304,7 +304,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 #pragma unroll
     for (int i = 0; i < TASKS; i++)
       *reinterpret_cast<uint4*>(b_tiles + (int)(s & 1) * B_BYTES + target + i * ROWS * B_CHUNKS * 16) =
-          blend<T, I, READS>(spots[((int)(s % 3) * slots + slot) * DEPTH + row + i * ROWS], corner[i]);
+          blend<T, I, READS>(spots[((int)(s % 3) * slots + slot) * DEPTH + row + i * ROWS], corner[i],
+                             [&]() { return place.valid ? c.unit - place.within : 0; });
   };
 
   A acc[P::MI][P::NJ][4] = {};

@@ -28,14 +28,15 @@ template <class T> PYDEFORM_DEVICE Compute<T> direct_pixel(const T* image, int c
   return corner < 0 ? (Compute<T>)0 : to_float(image[corner]);
 }
 
-// mask * S of eq. 2 for one channel.
+// mask * S of eq. 2 for one channel. w: corner weights times m unless that is infinite.
 template <class T, bool DEFORMED>
-PYDEFORM_DEVICE Compute<T> direct_value(const T* image, const Sample<Compute<T>>& s, const Compute<T> (&w)[4]) {
+PYDEFORM_DEVICE Compute<T> direct_value(const T* image, const Sample<Compute<T>>& s, const Compute<T> (&w)[4],
+                                        Compute<T> m) {
   if constexpr (!DEFORMED) return direct_pixel(image, s.corner[0]);
   Compute<T> value = w[0] * direct_pixel(image, s.corner[0]);
 #pragma unroll
   for (int j = 1; j < 4; j++) value += w[j] * direct_pixel(image, s.corner[j]);
-  return value;
+  return is_infinite(m) ? m * value : value;
 }
 
 // Forward, eq. 1.
@@ -62,12 +63,12 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
     for (int tap = 0; tap < taps; tap++) {
       A m, w[4];
       const Sample<A> s = direct_sample<T, I, DEFORMED>(offsets, pixel, og, tap, m, g);
-      corner_weights(w, s.y, s.x, m);
+      corner_weights(w, s.y, s.x, is_infinite(m) ? (A)1 : m);
       const T* image = input + ((I)b * g.in_channels + c) * in_pixels;
       const T* factor = weight + ((I)o * per_group + (c - first)) * taps + tap;
 #pragma unroll 1  // registers for more threads serve these loads better
       for (int q = c; q < end; q++, image += in_pixels, factor += taps)
-        sum += to_float(*factor) * direct_value<T, DEFORMED>(image, s, w);
+        sum += to_float(*factor) * direct_value<T, DEFORMED>(image, s, w, m);
     }
     c = end;
   }
@@ -201,10 +202,10 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
     const OutputPixel pixel(n, g);
     A m, w[4];
     const Sample<A> s = direct_sample<T, I, DEFORMED>(offsets, pixel, og, tap, m, g);
-    corner_weights(w, s.y, s.x, m);
+    corner_weights(w, s.y, s.x, is_infinite(m) ? (A)1 : m);
     const T* image = input + ((I)pixel.b * g.in_channels + c) * in_pixels;
     const T grad = grad_output[((I)pixel.b * g.out_channels + o) * out_pixels + pixel.p];
-    sum += to_float(grad) * direct_value<T, DEFORMED>(image, s, w);
+    sum += to_float(grad) * direct_value<T, DEFORMED>(image, s, w, m);
   }
   sum = direct_block_sum(sum);
   if (threadIdx.x == 0) grad_weight[blockIdx.x] = from_float<T>(sum);

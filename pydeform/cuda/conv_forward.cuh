@@ -9,7 +9,7 @@
 constexpr int PLAIN = 0, DEFORMED = 1, ADJOINT = 2;
 
 template <class A, class I, int READS>
-struct Tap {  // corner: first chunk of the pixel, or of the zeros behind the last
+struct Tap {  // corner: first chunk of the pixel, or of the zeros behind the last; weight: or (mask, y, x) if infinite
   I corner[READS == DEFORMED ? 4 : 1];
   A weight[READS == DEFORMED ? 4 : 1];
 };
@@ -50,6 +50,11 @@ PYDEFORM_DEVICE Tap<Compute<T>, I, READS> locate_tap(const Offsets<T, I>& offset
 #pragma unroll
     for (int k = 0; k < 4; k++) t.corner[k] = s.corner[k] < 0 ? zeros : (start + s.corner[k]) * chunks;
     corner_weights(t.weight, s.y, s.x, m);
+    if (is_infinite(m)) {
+      t.weight[0] = m;
+      t.weight[1] = s.y;
+      t.weight[2] = s.x;
+    }
   } else {
     int y = pixel.row + shift_y, x = pixel.column + shift_x;
     bool inside = true;
@@ -79,20 +84,30 @@ template <class T, class I, int READS> PYDEFORM_DEVICE Tap<Compute<T>, I, READS>
   return t;
 }
 
-// The 16 bytes of channels of one sample, from those of its corners.
-template <class T, class I, int READS>
-PYDEFORM_DEVICE uint4 blend(const Tap<Compute<T>, I, READS>& t, const uint4 (&corner)[READS == DEFORMED ? 4 : 1]) {
+// The 16 bytes of channels of one sample, from those of its corners. Of an infinite mask times the zeros behind the
+// channels that exist, which `count_channels` counts, zeros stay.
+template <class T, class I, int READS, class Count>
+PYDEFORM_DEVICE uint4 blend(const Tap<Compute<T>, I, READS>& t, const uint4 (&corner)[READS == DEFORMED ? 4 : 1],
+                            Count count_channels) {
   if constexpr (READS != DEFORMED) {
     return corner[0];
   } else {
     constexpr int E = 16 / sizeof(T);
+    const Compute<T> m = t.weight[0];
+    Compute<T> w[4] = {t.weight[0], t.weight[1], t.weight[2], t.weight[3]};
+    if (is_infinite(m)) corner_weights(w, t.weight[1], t.weight[2], (Compute<T>)1);
     Compute<T> sum[E];
 #pragma unroll
     for (int k = 0; k < 4; k++) {
       Compute<T> v[E];
       unpack<T>(v, corner[k]);
 #pragma unroll
-      for (int e = 0; e < E; e++) sum[e] = k ? sum[e] + t.weight[k] * v[e] : t.weight[0] * v[e];
+      for (int e = 0; e < E; e++) sum[e] = k ? sum[e] + w[k] * v[e] : w[0] * v[e];
+    }
+    if (is_infinite(m)) {
+      const int channels = count_channels();
+#pragma unroll
+      for (int e = 0; e < E; e++) sum[e] = e < channels ? m * sum[e] : (Compute<T>)0;
     }
     return pack<T>(sum);
   }
@@ -181,11 +196,15 @@ __global__ void __launch_bounds__(P::THREADS, 1)
     if (gathered.next(g)) enter_block();
   };
   int stored = 0;  // place of the taps
-  auto store_samples = [&](int stage, const uint4(&corner)[TASKS][CORNERS]) {
+  auto store_samples = [&](int s, int stage, const uint4(&corner)[TASKS][CORNERS]) {
+    auto count_channels = [&]() {
+      const Place place(group, s / (g.kernel_h * g.kernel_w) * P::DEPTH + column * P::E, c);
+      return place.valid ? c.unit - place.within : 0;
+    };
 #pragma unroll
     for (int i = 0; i < TASKS; i++)
       P::put(a_tiles + stage * A_BYTES + own + i * ROWS * P::ROW,
-             blend<T, I, READS>(points[stored * slots * P::BM + i * ROWS], corner[i]));
+             blend<T, I, READS>(points[stored * slots * P::BM + i * ROWS], corner[i], count_channels));
     stored = stored == 2 ? 0 : stored + 1;
   };
 
@@ -196,7 +215,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   load_weight(0);
   __syncthreads();
   gather(corner);
-  store_samples(0, corner);
+  store_samples(first, 0, corner);
   if (first + 1 < end) gather(corner);
   cp_async_wait<0>();
   P::ready();
@@ -206,7 +225,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   for (int left = end - first; left > 0; left--) {
     if (left > 1) load_weight(stage ^ 1);
     P::issue(acc, a_tiles + stage * A_BYTES, b_tiles + stage * B_BYTES);
-    if (left > 1) store_samples(stage ^ 1, corner);
+    if (left > 1) store_samples(end - left + 1, stage ^ 1, corner);
     if (left > 2) gather(corner);  // on its way during the rest of this step and the next product
     if (left > 3) locate_step();
     cp_async_wait<0>();

@@ -16,6 +16,8 @@ template <class T> using Compute = typename ComputeOf<T>::type;
 
 PYDEFORM_DEVICE float round_down(float v) { return floorf(v); }
 PYDEFORM_DEVICE double round_down(double v) { return floor(v); }
+PYDEFORM_DEVICE bool is_infinite(float v) { return fabsf(v) > 0x1.fffffep127f; }
+PYDEFORM_DEVICE bool is_infinite(double v) { return fabs(v) > 0x1.fffffffffffffp1023; }
 
 // A sample with a coordinate below this one is outside; at and above it the corners decide.
 template <class A> PYDEFORM_DEVICE A lowest_coordinate(int boundary);
@@ -58,7 +60,8 @@ template <class A> PYDEFORM_DEVICE Sample<A> locate(A y, A x, const Geometry& g)
   return s;
 }
 
-// Weights of the four corners, times m.
+// Weights of the four corners, times m. With an infinite m they make NaN of a sample that has a corner without weight or
+// a pixel of 0: such a sample is multiplied by m after it is made, with weights times 1.
 template <class A> PYDEFORM_DEVICE void corner_weights(A (&w)[4], A y, A x, A m) {
   const A above = ((A)1 - y) * m, below = y * m, left = (A)1 - x;
   w[0] = above * left;

@@ -57,6 +57,9 @@ CASES = {
     # Several blocks of channels, whole vectors and a rest: two blocks in one offset group, sums from block to block.
     "channel_blocks": Case(2, 150, 3, 4, 5, (1, 2), padding=((0, 0), (1, 0)), groups=1, offset_groups=1),
     "depthwise_blocks": Case(2, 146, 3, 5, 146, (2, 1), padding=((1, 0), (0, 0)), groups=146, offset_groups=2),
+    # One tap: only the offset group tells one sample from the next.
+    "kernel_of_1": Case(2, 6, 5, 4, 7, (1, 1), offset_groups=3),
+    "kernel_of_1_groups": Case(1, 36, 4, 5, 6, (1, 1), groups=3, offset_groups=4, mask=False),
     "channel_multiplier": Case(1, 5, 4, 6, 15, (2, 2), groups=5, mask=False),
     "batch_0": Case(0, 3, 5, 6, 4, (2, 3)),
 }

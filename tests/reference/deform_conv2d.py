@@ -171,10 +171,11 @@ def backward(grad_output, input, offset, weight, bias, mask, stride, padding, di
             grad_column += grad_output[b, o, oy, ox] * weight[o, c_in_group, ky, kx]
             grad_weight[o, c_in_group, ky, kx] += grad_output[b, o, oy, ox] * m * point.value
         grad_mask[b, og, ky, kx, oy, ox] += grad_column * point.value
-        grad_offset[b, og, ky, kx, 0, oy, ox] += grad_column * m * point.dy
-        grad_offset[b, og, ky, kx, 1, oy, ox] += grad_column * m * point.dx
+        grad_offset[b, og, ky, kx, 0, oy, ox] += grad_column * point.dy
+        grad_offset[b, og, ky, kx, 1, oy, ox] += grad_column * point.dx
         for row, column, share in point.pixels:
             grad_input[b, c, row, column] += grad_column * m * share
+    grad_offset *= mask[:, :, :, :, None]  # the mask times the sum over channels: an infinite one times 0 is NaN
     return {
         "input": grad_input,
         "offset": grad_offset.reshape(shapes[0]),

@@ -1,0 +1,308 @@
+"""Kernels wait for the work of other threads wherever they need it. x86 and luck hide a wait that is missing, so here
+another thread has claimed work and does not finish it: the kernel must wait for as long as that takes."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from numba import types
+
+import pydeform
+from pydeform.cpu import _arrays, _conv_backward, _roi_common, _threads
+from pydeform.cpu._jit import Kernel, inline
+from tests.cases.deform_conv2d import Case, make, make_grad_output
+from tests.conftest import assert_same_bits
+from tests.test_roi import VARIANTS, problem, wide
+
+FOLDER = Path(_threads.__file__).parent
+MODULES = [importlib.import_module(f"pydeform.cpu.{path.stem}") for path in sorted(FOLDER.glob("_*.py"))[1:]]
+FAR = 1 << 40  # units: more than any phase has
+PAUSE = 0.1  # seconds that a kernel gets to go on although it should wait: one that waits right is never too slow
+
+
+# Problems that enter every phase of the kernels -------------------------------------------------------------------
+
+
+def convolve(case: Case) -> None:
+    arrays = make(case, "float32")
+    pydeform.deform_conv2d(**arrays, **case.options)
+
+
+def convolve_backward(case: Case) -> None:
+    arrays, grad_output = make(case, "float32"), make_grad_output(case, "float32")
+    pydeform.deform_conv2d_backward(grad_output, **arrays, **case.options)
+
+
+def pool(name: str, channels: Callable[[Any], Any]) -> None:
+    variant = channels(VARIANTS[name])
+    arrays, _ = problem(variant, "float32")
+    getattr(pydeform, variant.operator)(**arrays, **variant.options)
+
+
+def pool_backward(name: str, channels: Callable[[Any], Any]) -> None:
+    variant = channels(VARIANTS[name])
+    arrays, grad_output = problem(variant, "float32", corners=CROWD)
+    getattr(pydeform, f"{variant.operator}_backward")(grad_output, **arrays, **variant.options)
+
+
+def as_it_is(variant: Any) -> Any:
+    return variant
+
+
+CROWD = [(0.625, 1.375, 4.875, 4.125), (-1.75, 2.25, 3.125, 7.375)] * 20  # boxes for which a copy of the image pays
+DENSE = Case(2, 40, 11, 13, 18, (3, 3), padding=((1, 1), (1, 1)), groups=1, offset_groups=1)
+DEPTHWISE = Case(2, 140, 12, 11, 140, (2, 2), groups=140, offset_groups=2)
+
+# Name, the kernel that it runs, the problem.
+PROBLEMS = {
+    "dense": ("_forward", functools.partial(convolve, DENSE)),
+    "depthwise": ("_forward", functools.partial(convolve, DEPTHWISE)),
+    "dense backward": ("_backward", functools.partial(convolve_backward, DENSE)),
+    "depthwise backward": ("_backward", functools.partial(convolve_backward, DEPTHWISE)),
+    "mean": ("_mean", functools.partial(pool, "deform_roi_pool", wide)),
+    "largest pixel": ("_largest", functools.partial(pool, "roi_pool", wide)),
+    "largest point": ("_largest", functools.partial(pool, "roi_align_max", wide)),
+    "few": ("_mean_of_few", functools.partial(pool, "roi_align_aligned", as_it_is)),
+    "mean backward": ("_mean_backward", functools.partial(pool_backward, "deform_roi_pool", wide)),
+    "largest backward": ("_largest_backward", functools.partial(pool_backward, "roi_pool", wide)),
+    "few backward": ("_few_backward", functools.partial(pool_backward, "deform_psroi_pool_parts", as_it_is)),
+}
+UNUSED = {"_largest_backward": {3}}  # phases that a kernel has no work for
+
+
+class Call(NamedTuple):
+    kernel: Kernel
+    arguments: tuple[Any, ...]  # without the number of the thread
+
+    def fresh(self) -> Call:
+        """With arrays of its own: as they were before the first call."""
+        return self._replace(arguments=tuple(a.copy() if isinstance(a, np.ndarray) else a for a in self.arguments))
+
+    @property
+    def counters(self) -> np.ndarray:
+        return self.arguments[0]
+
+    def run(self, thread: int, counters: np.ndarray | None = None) -> None:
+        self.kernel.call(thread, self.counters if counters is None else counters, *self.arguments[1:])
+
+
+@pytest.fixture(params=PROBLEMS)
+def call(request, monkeypatch) -> Call:
+    """What a problem would call, with a workspace and results full of NaN."""
+    name, run = PROBLEMS[request.param]
+    calls = []
+
+    def poisoned(*parts: Any, make: Any = _arrays.workspace) -> Any:
+        arrays = make(*parts)
+        for array in arrays:
+            array.view(np.uint8)[...] = 0xFF
+        return arrays
+
+    def keep(kernel: Kernel, key: Any, threads: int, *arguments: Any) -> None:
+        kernel.prepare(key, (0, *arguments))
+        assert threads == 2
+        calls.append(Call(kernel, tuple(a.copy() if isinstance(a, np.ndarray) else a for a in arguments)))
+
+    for module in MODULES:
+        for attribute, value in (("workspace", poisoned), ("SERIAL_FLOPS", 0)):
+            if hasattr(module, attribute):
+                monkeypatch.setattr(module, attribute, value)
+    monkeypatch.setattr(_roi_common, "SLICE_CHANNELS", 8)  # several slices, which take turns in the same memory
+    monkeypatch.setattr(_roi_common, "SLICE_BYTES", 1)
+    monkeypatch.setattr(_threads, "run", keep)
+    monkeypatch.setattr(_threads, "get_num_threads", lambda: 2)
+    _roi_common.slices_of_class.cache_clear()
+    try:
+        run()
+    finally:
+        _roi_common.slices_of_class.cache_clear()
+    (call,) = calls
+    assert call.kernel.call.__name__ == name
+    return call
+
+
+def claimed(phase: int) -> int:
+    return 2 * phase * _threads._STRIDE + _threads._CLAIMED * _threads._STRIDE
+
+
+def finished(phase: int) -> int:
+    return 2 * phase * _threads._STRIDE + _threads._FINISHED * _threads._STRIDE
+
+
+def phases_of(call: Call) -> list[int]:
+    """Those in which a plain run has something to do."""
+    alone = call.fresh()
+    alone.run(0)
+    phases = [p for p in range(phases_with_room(call)) if alone.counters[finished(p)]]
+    assert set(range(phases_with_room(call))) - set(phases) == UNUSED.get(call.kernel.call.__name__, set())
+    return phases
+
+
+def phases_with_room(call: Call) -> int:
+    return 3 if call.kernel is _conv_backward._backward else call.counters.size // _threads.own_counters(1)
+
+
+class Running:
+    """A call in a thread."""
+
+    def __init__(self, call: Call) -> None:
+        self._errors: list[BaseException] = []
+        self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
+        self._thread.start()
+
+    def _run(self, call: Call) -> None:
+        try:
+            call.run(0)
+        except BaseException as error:
+            self._errors.append(error)
+
+    def reach(self, condition: Callable[[], bool]) -> None:
+        """Come to where it should wait, and stay there."""
+        until = time.monotonic() + 60
+        while not condition():
+            assert self._thread.is_alive(), f"the kernel has ended: {self._errors}"
+            assert time.monotonic() < until, "the kernel does not come to where it should wait"
+            self._thread.join(0.001)
+        self._thread.join(PAUSE)
+        assert self._thread.is_alive(), "the kernel does not wait for what another thread has claimed"
+
+    def end(self) -> None:
+        self._thread.join(60)
+        assert not self._thread.is_alive(), "the kernel waits although all is done"
+        assert not self._errors, self._errors
+
+
+def test_a_kernel_waits_for_every_phase(call):
+    """All units of a phase are another thread's, which begins when the kernel waits; the results are those of one."""
+    want = call.fresh()
+    want.run(0)
+    for phase in phases_of(call):
+        got = call.fresh()
+        got.counters[claimed(phase)] = FAR
+        running = Running(got)
+        running.reach(lambda got=got, phase=phase: got.counters[claimed(phase)] > FAR)
+        others = np.full_like(got.counters, FAR)  # the other phases: all claimed, all finished
+        others[[claimed(phase), finished(phase)]] = 0
+        others[_threads.own_counters(phases_with_room(call)) :] = 0
+        got.run(1, others)
+        assert others[finished(phase)] == want.counters[finished(phase)] > 0
+        got.counters[finished(phase)] = others[finished(phase)]
+        running.end()
+        names = argument_names(call)
+        assert RESULTS.intersection(names)
+        for name, a, b in zip(names, got.arguments[1:], want.arguments[1:], strict=True):
+            if name in RESULTS:
+                assert_same_bits(a, b, f"{name} where phase {phase} is another thread's")
+
+
+def argument_names(call: Call) -> tuple[str, ...]:
+    """Behind the thread and the counters."""
+    code = call.kernel.call.py_func.__code__
+    return code.co_varnames[2 : code.co_argcount]
+
+
+RESULTS = {"output", "grad_input", "grad_offset", "grad_moves", "grad_mask", "grad_weight", "grad_bias"}
+
+
+@pytest.mark.parametrize("call", ["dense backward", "depthwise backward"], indirect=True)
+def test_sums_over_blocks_wait_for_the_block_before(call):
+    """The first block is another thread's. It says how far it has come, and what it has left is there to add to."""
+    geometry, plan = call.arguments[-2:]
+    blocks = call.arguments[-3]
+    taps = geometry.kernel_h * geometry.kernel_w
+    assert list(blocks["previous"][:2]) == [-1, 0] and plan.splits == geometry.batch > 1 and plan.tiles > 1
+    got = call.fresh()
+    own, units = _threads.own_counters(3), plan.splits * len(blocks)
+    progress = got.counters[own:]  # of the first image's blocks
+    offsets = got.arguments[1 + argument_names(call).index("grad_offset")]
+    got.counters[claimed(1)] = 1
+    running = Running(got)
+    for step in range(plan.tiles * taps):
+        running.reach(lambda step=step: got.counters[claimed(1)] > 1 and progress[1] >= step)
+        assert progress[1] == step and got.counters[finished(1)] == 0
+        tile, tap = divmod(step, taps)
+        offsets[0, 0, tap, :, tile * plan.positions : (tile + 1) * plan.positions] = 1e6
+        progress[0] += 1
+    running.reach(lambda: got.counters[claimed(1)] == units + 1 and got.counters[finished(1)] == units - 1)
+    got.counters[finished(1)] += 1
+    running.end()
+    assert (offsets[0, 0] > 1e5).all() and (offsets[0, 0] != 1e6).mean() > 0.8
+
+
+# No kernel, phase or order is forgotten ---------------------------------------------------------------------------
+
+
+def test_every_kernel_is_here():
+    kernels = {name for module in MODULES for name, value in vars(module).items() if isinstance(value, Kernel)}
+    assert kernels == {kernel for kernel, _ in PROBLEMS.values()}
+
+
+def calls_in_functions() -> dict[str, dict[str, list[str]]]:
+    """By function: what each primitive of threads is called with, without the counters."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for path in FOLDER.glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                for node in ast.walk(function):
+                    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in PRIMITIVES:
+                        of_function = found.setdefault(function.name, {name: [] for name in PRIMITIVES})
+                        of_function[node.func.id].append(ast.unparse(node.args[1]))
+    return found
+
+
+PRIMITIVES = ("claim", "finish", "wait_for", "advance_counter", "wait_until")
+
+
+def test_every_phase_is_claimed_finished_and_waited_for():
+    """`wait_until` is tested above for one kernel: whoever calls it elsewhere writes that test for it."""
+    functions = calls_in_functions()
+    assert len(functions) > 8
+    for name, calls in functions.items():
+        assert set(calls["claim"]) == set(calls["finish"]) == set(calls["wait_for"]), name
+        assert len(calls["wait_for"]) == len(set(calls["wait_for"])), name
+    assert {name for name, calls in functions.items() if calls["wait_until"] or calls["advance_counter"]} == {
+        "_backward"
+    }
+
+
+ORDERS = {
+    "claim": (_threads.claim, 0, "count"),
+    "finish": (_threads.finish, 0, "count"),
+    "wait_for": (_threads.wait_for, 1, "wait"),
+    "advance_counter": (_threads.advance_counter, 0, "count"),
+    "wait_until": (_threads.wait_until, 1, "wait"),
+}
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_memory_orders(name):
+    """Who waits for a unit sees what was written before it was finished, on machines that order less than x86, too."""
+    primitive, values, kind = ORDERS[name]
+    if values:
+        function = inline(lambda counters, index, value: primitive(counters, index, value))
+    else:
+        function = inline(lambda counters, index: primitive(counters, index))
+    function.compile((types.int64[::1], *[types.int64] * (1 + values)))
+    (text,) = function.inspect_llvm().values()
+    orders = re.findall(r"\b(acq_rel|acquire|release|seq_cst|monotonic|unordered)\b", text)
+    counted = re.findall(r"atomicrmw add (?:i64\*|ptr) \S+ i64 1 acq_rel", text)
+    waited = re.findall(r"load atomic i64, (?:i64\*|ptr) \S+ acquire, align 8", text)
+    assert orders == (["acq_rel"] * len(counted) if kind == "count" else ["acquire"] * len(waited))
+    assert len(counted if kind == "count" else waited) > 0
+
+
+def test_atomics_are_written_in_one_place():
+    written = {
+        path.name for path in FOLDER.glob("*.py") if re.search(r"atomic_rmw|load_atomic|cmpxchg", path.read_text())
+    }
+    assert written == {"_threads.py"}

@@ -208,6 +208,47 @@ def test_every_architecture_reads_float32_offsets(emulated, capability, half, de
     assert_same_numbers(results[1], results[0], half, ("offset",))
 
 
+# At and beside what decides where a point lies, and of every magnitude; most of them are no numbers of a half type.
+SPECIAL = (np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, -0.0, -1.0, np.nextafter(np.float32(-1), np.float32(0)))
+SPECIAL += (2.0**23, 2.0**24 + 2, 2.0**31, 2.0**31 - 128, -(2.0**31), 2.0**53, 2.0**63)
+
+
+@pytest.mark.parametrize("operator", ["deform_conv2d", "deform_roi_pool", "deform_psroi_pool"])
+@each_half
+def test_coordinates_that_only_float32_has_give_its_numbers(backend, operator, half):
+    """Half data are float32 data once they are read, so the results are those of float32, rounded."""
+    rng = np.random.default_rng(8)
+    arrays, options, coordinates = special_problem(operator, rng)
+    arrays = {n: a if n in coordinates else a.astype(dtype_of(half)) for n, a in arrays.items()}
+    output = getattr(pydeform, operator)(**arrays, **options)
+    grad_output = rng.integers(-8, 9, output.shape).astype(dtype_of(half))
+    got = solve(backend, operator, arrays, grad_output, options)
+    wide = {name: array.astype(np.float32) for name, array in arrays.items()}
+    want = solve(backend, operator, wide, grad_output.astype(np.float32), options)
+    assert np.isnan(want["output"]).any() and np.isfinite(want["output"]).any()
+    for name, array in want.items():
+        assert_close(got[name], array.astype(float), "float32" if name in coordinates else half, name)
+
+
+def special_problem(operator: str, rng: Any) -> tuple[dict[str, np.ndarray], dict[str, Any], tuple[str, ...]]:
+    """float32 arrays, options, and which arrays are coordinates: a special one here and there."""
+    if operator == "deform_conv2d":
+        shapes = {"input": (1, 2, 5, 6), "offset": (1, 2, 5, 6), "weight": (2, 2, 1, 1), "mask": (1, 1, 5, 6)}
+        options: dict[str, Any] = {}
+    else:
+        name = "offset" if operator == "deform_roi_pool" else "trans"
+        shapes = {"input": (1, 2, 5, 6), "boxes": (24, 5), name: (24, 2, 1, 1), "mask": (24, 1, 1, 1)}
+        psroi = {"output_dim": 2, "pooled_size": 1, "sample_per_part": 2, "trans_std": 0.25}
+        options = {"output_size": 1, "sampling_ratio": 2} if operator == "deform_roi_pool" else psroi
+    arrays = {name: (rng.integers(-24, 25, shape) / 8).astype(np.float32) for name, shape in shapes.items()}
+    coordinates = tuple(name for name in COORDINATES if name in arrays)
+    for name in coordinates:
+        arrays[name].flat[7 : 7 + 3 * len(SPECIAL) : 3] = np.resize(SPECIAL, len(arrays[name].flat[7 : 7 + 48 : 3]))
+    if "boxes" in arrays:
+        arrays["boxes"][:, 0] = 0
+    return arrays, options, coordinates
+
+
 # Batch indices --------------------------------------------------------------------------------------------------------
 
 

@@ -17,8 +17,11 @@ def check_present(op: str, arrays: dict[str, Any], *names: str) -> None:
             raise TypeError(f"{op}: {name} must be an array, got None")
 
 
-def check_dtypes(op: str, arrays: dict[str, Any]) -> None:
-    """Every array present has one and the same native float dtype; `arrays` is in the order of the arguments."""
+def check_dtypes(op: str, arrays: dict[str, Any], coordinates: Sequence[str] = ()) -> None:
+    """Every array present has one and the same native float dtype; `arrays` is in the order of the arguments.
+
+    Arrays named in `coordinates` may be float32 beside half types, in which pixels past 256 or 2,048 have no numbers.
+    """
     first: Any = None
     for name, array in arrays.items():
         if array is None:
@@ -29,7 +32,10 @@ def check_dtypes(op: str, arrays: dict[str, Any]) -> None:
                 raise TypeError(f"{op}: {name} must have dtype {', '.join(FLOAT_DTYPES)}, got {dtype}")
             first, first_name = dtype, name
         elif dtype is not first and dtype != first:
-            raise TypeError(f"{op}: {name} must have the dtype of {first_name}, {first}, got {dtype}")
+            or_float32 = name in coordinates and first.itemsize == 2
+            if not (or_float32 and dtype.isnative and dtype.name == "float32"):
+                expected = f"the dtype of {first_name}, {first}" + (", or float32" if or_float32 else "")
+                raise TypeError(f"{op}: {name} must have {expected}, got {dtype}")
 
 
 @functools.cache

@@ -132,7 +132,10 @@ def backward(
         "bias": (grad_bias, (g.out_channels,)),
         "mask": (grad_mask, (g.batch, g.offset_groups * taps, g.out_h, g.out_w)),
     }
-    grads = [to_result(grad, input.dtype, shape) if name in needs else None for name, (grad, shape) in taken.items()]
+    grads = [
+        to_result(grad, (offset if name == "offset" else input).dtype, shape) if name in needs else None
+        for name, (grad, shape) in taken.items()
+    ]
     return tuple(grads)  # type: ignore[return-value]
 
 

@@ -136,7 +136,10 @@ def backward(
         "offset": (_by_part(grad_moves, bins, g), (g.boxes, 2 * g.classes, g.part_h, g.part_w)),
         "mask": (grad_mask.sum(axis=1), (g.boxes, 1, g.pooled_h, g.pooled_w)),
     }
-    grads = [to_result(grad, input.dtype, shape) if name in needs else None for name, (grad, shape) in taken.items()]
+    grads = [
+        to_result(grad, (offset if name == "offset" else input).dtype, shape) if name in needs else None
+        for name, (grad, shape) in taken.items()
+    ]
     return tuple(grads)  # type: ignore[return-value]
 
 

@@ -20,6 +20,7 @@ from pydeform.cuda._conv_common import (
     corner_bytes,
     index_type,
     integer,
+    own_types,
     pixels,
     round_up,
     taps,
@@ -96,7 +97,7 @@ def _by_tiles(
     need_samples = offset is not None and any(grads[name] is not None for name in ("input", "offset", "mask"))
     if not need_samples and grads["weight"] is None:
         return
-    key = (operator, input.dtype.name, device(), allow_tf32)
+    key = (operator, input.dtype.name, device(), allow_tf32, own_types(input, offset))
     packed = partial = None
     whole = plan_of(g, *key)
     for part in images_at_a_time(g, plan_of(g._replace(batch=1), *key).image_bytes):
@@ -125,18 +126,21 @@ class Parts(NamedTuple):
 
 
 @functools.lru_cache(maxsize=PLANS)
-def plan_of(g: Any, operator: str, dtype: str, on: Device, allow_tf32: bool) -> Plan:
-    return Plan(g, operator, dtype, on, allow_tf32)
+def plan_of(g: Any, operator: str, dtype: str, on: Device, allow_tf32: bool, offset_type: str) -> Plan:
+    return Plan(g, operator, dtype, on, allow_tf32, offset_type)
 
 
 class Plan:
-    """The backward of one geometry, with everything decided but the arrays; launches are made when first needed."""
+    """The backward of one geometry, with everything decided but the arrays; launches are made when first needed.
+
+    `offset_type` is of `own_types`.
+    """
 
     KEPT = 64  # launches of a kind, one for each chunk of a deterministic backward
 
-    def __init__(self, g: Any, operator: str, dtype: str, on: Device, allow_tf32: bool) -> None:
+    def __init__(self, g: Any, operator: str, dtype: str, on: Device, allow_tf32: bool, offset_type: str = "") -> None:
         group_outputs = g.out_channels // g.groups
-        self.g, self.operator, self.dtype, self.on = g, operator, dtype, on
+        self.g, self.operator, self.dtype, self.on, self.offset_type = g, operator, dtype, on, offset_type
         self.data_product = _conv_common.data_product(dtype, on.capability, allow_tf32)
         self.weight_product = _conv_common.weight_product(dtype, on.capability, group_outputs, allow_tf32)
         # One layout for both: their tiles have equally many input channels.
@@ -221,7 +225,7 @@ class Plan:
         shared = self._shared_data(self.slots, self.index)
         return Launch(
             self.operator,
-            f"backward_data<{p.expression}, {self.index}, {'true' if store else 'false'}>",
+            f"backward_data<{p.expression}, {self.index}, {'true' if store else 'false'}{self.offset_type}>",
             (ceil_div(count, p.rows) * some,),
             p.threads,
             *(self.g, self.channels, np.int32(self.padded_outputs), np.int32(self.slots)),
@@ -260,7 +264,7 @@ class Plan:
         index = index_type(size) if self.index == "int" else self.index
         return Launch(
             self.operator,
-            f"backward_weight<{p.expression}, {index}, {reads}>",
+            f"backward_weight<{p.expression}, {index}, {reads}{self.offset_type}>",
             (self._weight_tiles, slices),
             p.threads,
             *(self.g, self.channels, np.int32(self.padded_outputs)),

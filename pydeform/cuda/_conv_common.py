@@ -170,6 +170,18 @@ def index_type(*sizes: int) -> str:
     return "int" if max(sizes) <= INT32_ELEMENTS else "long long"
 
 
+def own_types(data: Any, *coordinates: Any) -> str:
+    """The last template arguments of a kernel: types of its coordinates, where one is wider than that of its data.
+
+    None stands for an array that is absent. Kernels read both types, since a copy of all offsets in float32 would cost
+    those who have them in half precision.
+    """
+    types = [C_TYPES[(data if array is None else array).dtype.name] for array in coordinates]
+    while types and types[-1] == C_TYPES[data.dtype.name]:
+        types.pop()
+    return "".join(f", {c}" for c in types)
+
+
 def slices(tiles: int, steps: int, processors: int, shortest: int) -> int:
     """Into how many parts the sum of a tile is cut, so that a problem of few tiles still fills the device."""
     return max(1, min(processors // max(tiles, 1), steps // shortest))

@@ -19,6 +19,7 @@ from pydeform.cuda._conv_common import (
     compute_dtype,
     index_type,
     integer,
+    own_types,
     pixels,
     taps,
 )
@@ -35,7 +36,7 @@ def forward(operator: str, input: Any, offset: Any, weight: Any, bias: Any, mask
     index = index_type(input.size, output.size, *_size(offset))
     _launch(
         operator,
-        f"forward_direct<{C_TYPES[input.dtype.name]}, {index}, {_deformed(offset)}>",
+        f"forward_direct<{C_TYPES[input.dtype.name]}, {index}, {_deformed(input, offset)}>",
         output.size,
         (input, offset, weight, bias, mask, output, geometry(g)),
     )
@@ -82,7 +83,7 @@ def weight_gradient(
     index = index_type(input.size, grad_output.size, *_size(offset))
     _launch(
         operator,
-        f"weight_direct<{C_TYPES[input.dtype.name]}, {index}, {_deformed(offset)}>",
+        f"weight_direct<{C_TYPES[input.dtype.name]}, {index}, {_deformed(input, offset)}>",
         grad_weight.size * THREADS,
         (grad_output, input, offset, mask, grad_weight, geometry(g)),
     )
@@ -166,7 +167,7 @@ class _Data(NamedTuple):
         types = f"{C_TYPES[self.input.dtype.name]}, {index}"
         _launch(
             self.operator,
-            f"backward_data_direct<{types}, {'true' if store else 'false'}>",
+            f"backward_data_direct<{types}, {'true' if store else 'false'}{own_types(self.input, self.offset)}>",
             g.offset_groups * some * count,
             (
                 *(self.grad_output, self.input, self.offset, self.weight, self.mask),
@@ -199,8 +200,8 @@ def _launch(operator: str, expression: str, threads: int, arguments: tuple[Any, 
     launch(kernel(operator, expression), (ceil_div(threads, THREADS),), THREADS, arguments)
 
 
-def _deformed(offset: Any) -> str:
-    return "false" if offset is None else "true"
+def _deformed(input: Any, offset: Any) -> str:
+    return "false" if offset is None else "true" + own_types(input, offset)
 
 
 def _size(array: Any) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from pydeform.cuda._conv_common import (
     corner_bytes,
     index_type,
     integer,
+    own_types,
     pixels,
     taps,
 )
@@ -60,7 +61,7 @@ def by_tiles(
     allow_tf32: bool,
 ) -> None:
     """Into `output`. `reads` is PLAIN, DEFORMED, or ADJOINT with a geometry from `swapped`."""
-    key = (input.dtype.name, device(), allow_tf32 and input.dtype == np.float32)
+    key = (input.dtype.name, device(), allow_tf32 and input.dtype == np.float32, own_types(input, offset))
     packed = None
     for part in images_at_a_time(g, tiles_of(operator, reads, g._replace(batch=1), *key).image_bytes):
         tiles = tiles_of(operator, reads, g._replace(batch=part.stop - part.start), *key)
@@ -84,14 +85,16 @@ def part_of(array: Any, part: slice) -> Any:
 
 
 @functools.lru_cache(maxsize=PLANS)
-def tiles_of(operator: str, reads: int, g: Any, dtype: str, on: Device, allow_tf32: bool) -> Tiles:
-    return Tiles(operator, reads, g, dtype, on, allow_tf32)
+def tiles_of(operator: str, reads: int, g: Any, dtype: str, on: Device, allow_tf32: bool, offset_type: str) -> Tiles:
+    return Tiles(operator, reads, g, dtype, on, allow_tf32, offset_type)
 
 
 class Tiles:
-    """One convolution by tiles, with everything decided but the arrays."""
+    """One convolution by tiles, with everything decided but the arrays. `offset_type` is of `own_types`."""
 
-    def __init__(self, operator: str, reads: int, g: Any, dtype: str, on: Device, allow_tf32: bool) -> None:
+    def __init__(
+        self, operator: str, reads: int, g: Any, dtype: str, on: Device, allow_tf32: bool, offset_type: str = ""
+    ) -> None:
         group_outputs = g.out_channels // g.groups
         self.operator, self.reads, self.g, self.dtype = operator, reads, g, np.dtype(_conv_common.DTYPES[dtype])
         self.product = p = _conv_common.forward_product(dtype, on.capability, group_outputs, allow_tf32)
@@ -114,7 +117,7 @@ class Tiles:
         shared = self._shared(slots, index)
         self._forward = Launch(
             operator,
-            f"forward<{p.expression}, {index}, {reads}>",
+            f"forward<{p.expression}, {index}, {reads}{offset_type}>",
             (tiles, self._slices),
             p.threads,
             *(g, c, np.int32(self._tiles_n), np.int32(slots)),

@@ -7,7 +7,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from pydeform.cuda._conv_common import C_TYPES, ceil_div, index_type, pixels
+from pydeform.cuda._conv_common import C_TYPES, ceil_div, index_type, own_types, pixels
 from pydeform.cuda._launch import geometry, kernel, launch
 
 THREADS = 256
@@ -45,8 +45,9 @@ def accumulate(
     ids = cupy.empty((samples,), np.int32)
     _launch(f"fill_bins<{types}>", samples, (offset, counts, starts, ids, *chunk))
     _launch(f"sort_bins<{index}>", bins, (starts, ids, integer(bins)))
+    data = offset if mask is None else mask
     _launch(
-        f"gather_bins<{types}>",
+        f"gather_bins<{C_TYPES[data.dtype.name]}, {index}{own_types(data, offset)}>",
         32 * images * g.offset_groups * g.in_h * g.in_w,
         (
             *(columns, offset, mask, starts, ids, accumulator, geometry(g)),

@@ -71,6 +71,7 @@ def _expressions(deformed: bool) -> Iterator[tuple[str, tuple[str, ...], int]]:
                         yield f"backward_data<{data.expression}, int, {store}>", some, _budget(data)
     if deformed:
         yield from _long()
+        yield from _float_offsets()
 
 
 def _long() -> Iterator[tuple[str, tuple[str, ...], int]]:
@@ -83,6 +84,22 @@ def _long() -> Iterator[tuple[str, tuple[str, ...], int]]:
         yield f"backward_weight<{weight.expression}, long long, {DEFORMED}>", architectures, 255
         data = data_product(dtype, capability, False)
         yield f"backward_data<{data.expression}, long long, true>", architectures, 255
+
+
+def _float_offsets() -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Of the kernels for float32 offsets beside half types, which only read and write these another way, a sample."""
+    for dtype, capability in (("float16", 90), ("bfloat16", 80), ("float16", 75)):
+        architectures = CAPABILITIES[capability][-1:]
+        forward = forward_product(dtype, capability, OUTPUTS[0], False)
+        yield f"forward<{forward.expression}, int, {DEFORMED}, float>", architectures, _budget(forward)
+        weight = weight_product(dtype, capability, OUTPUTS[0], False)
+        yield f"backward_weight<{weight.expression}, int, {DEFORMED}, float>", architectures, _budget(weight)
+        data = data_product(dtype, capability, False)
+        for store in ("false", "true"):
+            yield f"backward_data<{data.expression}, int, {store}, float>", architectures, _budget(data)
+    names = [f"{name}_direct<bf16, int, true, float>" for name in ("forward", "weight", "backward_data")]
+    for name in (*names, "backward_data_direct<bf16, int, false, float>", "gather_bins<bf16, int, float>"):
+        yield name, EVERY[-1:], 96
 
 
 def _helpers(dtype: str, c: str, deformed: bool) -> Iterator[tuple[str, tuple[str, ...], int]]:
@@ -116,6 +133,15 @@ def _roi() -> Iterator[tuple[str, tuple[str, ...], int]]:
             yield f"{name}<{c}, int>", EVERY[:1] if dtype == "float16" else newest, 128 if wide else 96
         for points in ("false", "true"):
             yield f"pool_largest<{c}, int, {points}>", newest, 96
+    # Boxes and offsets in float32 beside a half type, one or both.
+    yield "pool_bins<f16, int, float>", EVERY[-1:], 80
+    yield "pool_bins<bf16, int, float, float>", EVERY[-1:], 80
+    yield "bin_gradients<bf16, int, float, float>", EVERY[-1:], 80
+    for reads in ("0", "1", "2"):
+        yield f"input_gradient<bf16, int, {reads}, float, float>", EVERY[-1:], 128
+    direct = ("pool_direct<bf16, int", "bin_gradients_direct<bf16, int", "box_bounds<bf16, int")
+    for name in (*direct, "pool_largest<bf16, int, false", "pool_largest<bf16, int, true"):
+        yield f"{name}, float, float>", EVERY[-1:], 96
     for c in ("f16", "double"):
         for name in ("pool_bins<{}, long long>", "bin_gradients<{}, long long>", "input_gradient<{}, long long, 0>"):
             yield name.format(c), EVERY[-1:], 255 if c == "double" else 128

@@ -29,11 +29,11 @@ PYDEFORM_DEVICE void add_anywhere(double* p, const Chunk<double>& c, double w) {
 // Owner: a block has BM output pixels of [first, first + count) and one tap, all channels: it alone writes their
 // grad_offset and grad_mask. The input's gradient is added to by atomics; or, STORE, the column gradient is written to
 // `sums` as columns[tap - tap0][pixel - first][channel] for conv_gather.cuh, without any.
-template <class P, class I, bool STORE>
+template <class P, class I, bool STORE, class TOffset = typename P::T>
 __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1)
     backward_data(const typename P::T* __restrict__ gradient, const typename P::T* __restrict__ image,
-                  const typename P::T* __restrict__ offset, const typename P::T* __restrict__ mask,
-                  const typename P::T* __restrict__ weight, typename P::T* __restrict__ grad_offset,
+                  const TOffset* __restrict__ offset, const typename P::T* __restrict__ mask,
+                  const typename P::T* __restrict__ weight, TOffset* __restrict__ grad_offset,
                   typename P::T* __restrict__ grad_mask, typename P::Acc* __restrict__ sums, Geometry g, Channels c,
                   int padded_outputs, int slots, I first, I count, int tap0, int taps) {
   using T = typename P::T;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
   const int steps = padded_outputs / P::DEPTH, memory = g.groups * c.units * c.pitch;
   const I chunks = memory / E, zeros = (I)g.batch * g.in_h * g.in_w * chunks;
   const bool dots = grad_offset || grad_mask;
-  const Offsets<T, I> offsets{offset, mask};
+  const Offsets<T, I, TOffset> offsets{offset, mask};
 
   const I m = m0 + tid % P::BM;  // the pixel whose sampling points this thread locates
   const OutputPixel pixel(m < end ? m : first, g);
@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
         const I b = at / pixels, p = at - b * pixels, k = ((I)b * g.offset_groups + og) * kernel + tap;
         if (grad_mask) grad_mask[k * pixels + p] = from_float<T>(value);
         if (grad_offset) {
-          grad_offset[2 * k * pixels + p] = from_float<T>(t.m * along_y);
-          grad_offset[(2 * k + 1) * pixels + p] = from_float<T>(t.m * along_x);
+          grad_offset[2 * k * pixels + p] = from_float<TOffset>(t.m * along_y);
+          grad_offset[(2 * k + 1) * pixels + p] = from_float<TOffset>(t.m * along_x);
         }
       }
 #pragma unroll
@@ -228,10 +228,10 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
 // Gradient of the weight (eq. 6): grad_output times samples, summed over pixels.
 // Owner: a block has BM outputs of a group x BN input channels of it at one tap, over slice blockIdx.y of the pixels.
 // Writes partial[slice][tap][output][channel]; `add`: adds to what is there. No atomics.
-template <class P, class I, int READS>
+template <class P, class I, int READS, class TOffset = typename P::T>
 __global__ void __launch_bounds__(P::THREADS, 1)
     backward_weight(const typename P::T* __restrict__ gradient, const typename P::T* __restrict__ image,
-                    const typename P::T* __restrict__ offset, const typename P::T* __restrict__ mask,
+                    const TOffset* __restrict__ offset, const typename P::T* __restrict__ mask,
                     typename P::Acc* __restrict__ partial, Geometry g, Channels c, int padded_outputs, int tiles_o,
                     int slots, int add) {
   using T = typename P::T;
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   const I first = (I)((long long)steps * blockIdx.y / gridDim.y),
           end = (I)((long long)steps * (blockIdx.y + 1) / gridDim.y);
   const I chunks = (I)g.groups * c.units * c.pitch / E;
-  const Offsets<T, I> offsets{offset, mask};
+  const Offsets<T, I, TOffset> offsets{offset, mask};
 
   auto locate_step = [&](I s) {
     for (int i = tid; i < DEPTH * slots; i += P::THREADS) {

@@ -10,9 +10,9 @@ constexpr int DIRECT_THREADS = 256;
 constexpr int DIRECT_BLOCKS = 2;  // on a multiprocessor: left to itself, ptxas spills in order to fit in four
 
 // The sample of one tap and its mask. Without offsets only the first corner is there, with weight 1.
-template <class T, class I, bool DEFORMED>
-PYDEFORM_DEVICE Sample<Compute<T>> direct_sample(const Offsets<T, I>& offsets, const OutputPixel& pixel, int og,
-                                                 int tap, Compute<T>& m, const Geometry& g) {
+template <class T, class I, bool DEFORMED, class TOffset>
+PYDEFORM_DEVICE Sample<Compute<T>> direct_sample(const Offsets<T, I, TOffset>& offsets, const OutputPixel& pixel,
+                                                 int og, int tap, Compute<T>& m, const Geometry& g) {
   if constexpr (DEFORMED) {
     return offsets.sample(pixel.b, og, tap, pixel.p, pixel.row, pixel.column, m, g);
   } else {
@@ -42,9 +42,9 @@ PYDEFORM_DEVICE Compute<T> direct_value(const T* image, const Sample<Compute<T>>
 // Forward, eq. 1.
 // Owner: one thread per (b, o, p), neighbours on neighbouring p.
 // Reads the samples of o's group; bias and mask may be null. Writes its output element.
-template <class T, class I, bool DEFORMED>
+template <class T, class I, bool DEFORMED, class TOffset = T>
 __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
-    forward_direct(const T* __restrict__ input, const T* __restrict__ offset, const T* __restrict__ weight,
+    forward_direct(const T* __restrict__ input, const TOffset* __restrict__ offset, const T* __restrict__ weight,
                    const T* __restrict__ bias, const T* __restrict__ mask, T* __restrict__ output, Geometry g) {
   using A = Compute<T>;
   const I i = (I)blockIdx.x * DIRECT_THREADS + threadIdx.x;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
   const int taps = g.kernel_h * g.kernel_w;
   const int per_group = g.in_channels / g.groups, per_offset = g.in_channels / g.offset_groups;
   const int first = o / (g.out_channels / g.groups) * per_group, last = first + per_group;
-  const Offsets<T, I> offsets{offset, mask};
+  const Offsets<T, I, TOffset> offsets{offset, mask};
   A sum = bias ? to_float(bias[o]) : (A)0;
   for (int c = first; c < last;) {
     const int og = c / per_offset, end = min(last, (og + 1) * per_offset);  // channels that share their samples
@@ -80,12 +80,13 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
 // neighbouring p side by side. Reads grad_output and weight of the groups of og's channels. Writes its grad_offset
 // pair and grad_mask. STORE: writes its column gradients, without mask, into columns (taps, count, C) for
 // conv_gather.cuh; else adds its parts to accumulator (N, C, H, W), in no order. A result that is null is not wanted.
-template <class T, class I, bool STORE>
+template <class T, class I, bool STORE, class TOffset = T>
 __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
-    backward_data_direct(const T* __restrict__ grad_output, const T* __restrict__ input, const T* __restrict__ offset,
-                         const T* __restrict__ weight, const T* __restrict__ mask, T* __restrict__ grad_offset,
-                         T* __restrict__ grad_mask, Compute<T>* __restrict__ accumulator,
-                         Compute<T>* __restrict__ columns, Geometry g, I first, I count, int tap0, int taps) {
+    backward_data_direct(const T* __restrict__ grad_output, const T* __restrict__ input,
+                         const TOffset* __restrict__ offset, const T* __restrict__ weight, const T* __restrict__ mask,
+                         TOffset* __restrict__ grad_offset, T* __restrict__ grad_mask,
+                         Compute<T>* __restrict__ accumulator, Compute<T>* __restrict__ columns, Geometry g, I first,
+                         I count, int tap0, int taps) {
   using A = Compute<T>;
   const I i = (I)blockIdx.x * DIRECT_THREADS + threadIdx.x;
   if (i >= count * taps * g.offset_groups) return;
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
   const I n = i - part * count;
   const OutputPixel pixel(first + n, g);
   A m, w[4], dots[4] = {};
-  const Sample<A> s = direct_sample<T, I, true>(Offsets<T, I>{offset, mask}, pixel, og, tap, m, g);
+  const Sample<A> s = direct_sample<T, I, true>(Offsets<T, I, TOffset>{offset, mask}, pixel, og, tap, m, g);
   corner_weights(w, s.y, s.x, m);
   const I out_pixels = (I)g.out_h * g.out_w, in_pixels = (I)g.in_h * g.in_w;
   const int all_taps = g.kernel_h * g.kernel_w;
@@ -126,8 +127,8 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
   dots_of_corners(dots, s.y, s.x, value, along_y, along_x);
   const I k = ((I)pixel.b * g.offset_groups + og) * all_taps + tap;
   if (grad_offset) {
-    grad_offset[2 * k * out_pixels + pixel.p] = from_float<T>(m * along_y);
-    grad_offset[(2 * k + 1) * out_pixels + pixel.p] = from_float<T>(m * along_x);
+    grad_offset[2 * k * out_pixels + pixel.p] = from_float<TOffset>(m * along_y);
+    grad_offset[(2 * k + 1) * out_pixels + pixel.p] = from_float<TOffset>(m * along_x);
   }
   if (grad_mask) grad_mask[k * out_pixels + pixel.p] = from_float<T>(value);
 }
@@ -185,9 +186,9 @@ template <class A> PYDEFORM_DEVICE A direct_block_sum(A value) {
 // Owner: one block per (o, channel of o's group, tap); its threads take every 256th output pixel of all images.
 // Reads grad_output of o and the samples of one channel and tap.
 // Writes one element of grad_weight (O, C/groups, K).
-template <class T, class I, bool DEFORMED>
+template <class T, class I, bool DEFORMED, class TOffset = T>
 __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
-    weight_direct(const T* __restrict__ grad_output, const T* __restrict__ input, const T* __restrict__ offset,
+    weight_direct(const T* __restrict__ grad_output, const T* __restrict__ input, const TOffset* __restrict__ offset,
                   const T* __restrict__ mask, T* __restrict__ grad_weight, Geometry g) {
   using A = Compute<T>;
   const int taps = g.kernel_h * g.kernel_w, per_group = g.in_channels / g.groups;
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
   const int c = o / (g.out_channels / g.groups) * per_group + row % per_group;
   const int og = c / (g.in_channels / g.offset_groups);
   const I out_pixels = (I)g.out_h * g.out_w, in_pixels = (I)g.in_h * g.in_w;
-  const Offsets<T, I> offsets{offset, mask};
+  const Offsets<T, I, TOffset> offsets{offset, mask};
   A sum = 0;
   for (I n = threadIdx.x; n < g.batch * out_pixels; n += DIRECT_THREADS) {
     const OutputPixel pixel(n, g);

@@ -37,9 +37,10 @@ struct Cursor {
 };
 
 // `row` and `column` are those of the tap in the kernel.
-template <class T, class I, int READS>
-PYDEFORM_DEVICE Tap<Compute<T>, I, READS> locate_tap(const Offsets<T, I>& offsets, const OutputPixel& pixel, int og,
-                                                     int tap, int row, int column, const Geometry& g, I chunks) {
+template <class T, class I, int READS, class TOffset>
+PYDEFORM_DEVICE Tap<Compute<T>, I, READS> locate_tap(const Offsets<T, I, TOffset>& offsets, const OutputPixel& pixel,
+                                                     int og, int tap, int row, int column, const Geometry& g,
+                                                     I chunks) {
   using A = Compute<T>;
   Tap<A, I, READS> t;
   const I image = (I)g.in_h * g.in_w, zeros = g.batch * image * chunks, start = pixel.b * image;
@@ -122,9 +123,9 @@ PYDEFORM_DEVICE void load_corners(uint4 (&corner)[CORNERS], const T* __restrict_
 // Owner: a block has BM output pixels x BN output channels of a group, of slice blockIdx.y of the steps.
 // Reads the channels-last image and the packed weight; writes its part of output, or of the partial sums.
 // No atomics: the same bits on each run.
-template <class P, class I, int READS>
+template <class P, class I, int READS, class TOffset = typename P::T>
 __global__ void __launch_bounds__(P::THREADS, 1)
-    forward(const typename P::T* __restrict__ image, const typename P::T* __restrict__ offset,
+    forward(const typename P::T* __restrict__ image, const TOffset* __restrict__ offset,
             const typename P::T* __restrict__ mask, const typename P::T* __restrict__ weight,
             const typename P::T* __restrict__ bias, typename P::T* __restrict__ output,
             typename P::Acc* __restrict__ partial, Geometry g, Channels c, int tiles_n, int slots) {
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   const int first = (int)((long long)steps * blockIdx.y / gridDim.y),
             end = (int)((long long)steps * (blockIdx.y + 1) / gridDim.y);
   const I chunks = (I)g.groups * c.units * c.pitch / P::E;
-  const Offsets<T, I> offsets{offset, mask};
+  const Offsets<T, I, TOffset> offsets{offset, mask};
 
   // Each thread locates the taps of one pixel of the tile, for one slot or more: a slot is a unit along the depth.
   const I m = m0 + tid % P::BM;

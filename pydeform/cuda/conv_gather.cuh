@@ -119,9 +119,9 @@ __global__ void __launch_bounds__(GATHER_THREADS)
 // Eq. 5: accumulator (N, H, W, channels) += sum of mask * corner weight * columns (taps, count, channels).
 // Owner: one warp per (image of the chunk, og, input pixel), its lanes on the memory channels of og. Reads the samples
 // of the four cells around the pixel, which the lanes locate 32 at a time and pass around. Writes its channels there.
-template <class T, class I>
+template <class T, class I, class TOffset = T>
 __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS)
-    gather_bins(const Compute<T>* __restrict__ columns, const T* __restrict__ offset, const T* __restrict__ mask,
+    gather_bins(const Compute<T>* __restrict__ columns, const TOffset* __restrict__ offset, const T* __restrict__ mask,
                 const I* __restrict__ starts, const int* __restrict__ ids, Compute<T>* __restrict__ accumulator,
                 Geometry g, int channels, int images, I first, I count, int tap0) {
   using A = Compute<T>;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS)
   const int p = (int)(warp - slot * in_pixels), y = p / g.in_w, x = p - y * g.in_w;
   const int b = (int)(first / ((I)g.out_h * g.out_w)) + slot / g.offset_groups;
   const int width = channels / g.offset_groups;
-  const Offsets<T, I> offsets{offset, mask};
+  const Offsets<T, I, TOffset> offsets{offset, mask};
   for (int q0 = 0; q0 < width; q0 += 32 * LANE_CHANNELS) {
     const int q = q0 + lane;
     A sum[LANE_CHANNELS] = {};

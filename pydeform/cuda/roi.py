@@ -16,7 +16,16 @@ import numpy as np
 
 from pydeform._roi_geometry import RoiGeometry
 from pydeform.cuda import _conv_common
-from pydeform.cuda._conv_common import C_TYPES, COPIES, MOST_CELLS, ceil_div, compute_dtype, index_type, round_up
+from pydeform.cuda._conv_common import (
+    C_TYPES,
+    COPIES,
+    MOST_CELLS,
+    ceil_div,
+    compute_dtype,
+    index_type,
+    own_types,
+    round_up,
+)
 from pydeform.cuda._conv_forward import contiguous, to_channels_last
 from pydeform.cuda._launch import geometry, kernel, launch
 
@@ -43,7 +52,9 @@ def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
         if g.is_max:
             _largest(input, boxes, offset, mask, g, output, None)
         elif _is_direct(g):
-            _launch("pool_direct", input, g, output.size, (input, boxes, offset, mask, output, geometry(g)), offset)
+            arguments = (input, boxes, offset, mask, output, geometry(g))
+            suffix = own_types(input, boxes, offset)
+            _launch("pool_direct", input, g, output.size, arguments, offset, suffix=suffix)
         else:
             _forward_by_warps(input, boxes, offset, mask, g, output)
         return output
@@ -122,7 +133,7 @@ def _forward_by_warps(input: Any, boxes: Any, offset: Any, mask: Any, g: RoiGeom
     for copy, images in _copies(input, g, pitch):
         index = index_type(copy.size, output.size, _size(offset))
         launch(
-            kernel(OPERATOR, f"pool_bins<{C_TYPES[input.dtype.name]}, {index}>"),
+            kernel(OPERATOR, f"pool_bins<{C_TYPES[input.dtype.name]}, {index}{own_types(input, boxes, offset)}>"),
             (blocks,),
             THREADS,
             (
@@ -143,7 +154,7 @@ def _largest(input: Any, boxes: Any, offset: Any, mask: Any, g: RoiGeometry, out
         (input, boxes, offset, mask, output, winners, geometry(g)),
         offset,
         winners,
-        suffix=", true" if g.points else ", false",
+        suffix=(", true" if g.points else ", false") + own_types(input, boxes, offset),
     )
 
 
@@ -152,7 +163,8 @@ def _input_gradient(
 ) -> None:
     """Eq. 7."""
     bounds = cupy.empty((BOUNDS, g.boxes), np.int32)
-    _launch("box_bounds", input, g, 32 * g.boxes, (boxes, offset, bounds, geometry(g)), offset)
+    own = own_types(input, boxes, offset)
+    _launch("box_bounds", input, g, 32 * g.boxes, (boxes, offset, bounds, geometry(g)), offset, suffix=own)
     reads, winners = MEAN, None
     if g.is_max:
         reads = LARGEST_POINT if g.points else LARGEST_PIXEL
@@ -163,7 +175,7 @@ def _input_gradient(
     tiles = ceil_div(g.in_h, TILE[0]) * ceil_div(g.in_w, TILE[1])
     index = index_type(input.size, grads.size, _size(offset), _size(winners))
     launch(
-        kernel(OPERATOR, f"input_gradient<{C_TYPES[input.dtype.name]}, {index}, {reads}>"),
+        kernel(OPERATOR, f"input_gradient<{C_TYPES[input.dtype.name]}, {index}, {reads}{own}>"),
         (g.batch * tiles * ceil_div(g.in_channels, threads),),
         threads,
         (grads, boxes, offset, mask, bounds, winners, grad_input, geometry(g), np.int32(pitch)),
@@ -183,14 +195,13 @@ def _bin_gradients(
 ) -> None:
     """Eq. 8 and 9: for each bin and class, then summed."""
     count = g.boxes * g.pooled_h * g.pooled_w * g.classes
-    dtype = compute_dtype(input.dtype)
+    dtype, own = compute_dtype(input.dtype), own_types(input, boxes, offset)
     offsets = None if grad_offset is None else cupy.empty((count, 2), dtype)
     masks = None if grad_mask is None else cupy.empty((count,), dtype)
     if _is_direct(g):
         arrays = (grads, input, boxes, offset, mask, offsets, masks)
-        _launch(
-            "bin_gradients_direct", input, g, count, (*arrays, geometry(g), np.int32(pitch)), offset, grads, offsets
-        )
+        arguments = (*arrays, geometry(g), np.int32(pitch))
+        _launch("bin_gradients_direct", input, g, count, arguments, offset, grads, offsets, suffix=own)
     else:
         lanes = _lanes(pitch, input)
         for copy, images in _copies(input, g, pitch):
@@ -204,19 +215,20 @@ def _bin_gradients(
                     *(geometry(g), geometry(images), np.int32(pitch), np.int32(lanes)),
                 ),
                 *(offset, grads, offsets, copy),
+                suffix=own,
             )
     if grad_offset is not None:
-        _launch("offset_gradient", input, g, grad_offset.size, (offsets, grad_offset, geometry(g)), offsets)
+        _launch("offset_gradient", grad_offset, g, grad_offset.size, (offsets, grad_offset, geometry(g)), offsets)
     if grad_mask is not None:
         _launch("mask_gradient", input, g, grad_mask.size, (masks, grad_mask, geometry(g)), masks)
 
 
 def _launch(
-    name: str, input: Any, g: RoiGeometry, threads: int, arguments: tuple[Any, ...], *arrays: Any, suffix: str = ""
+    name: str, data: Any, g: RoiGeometry, threads: int, arguments: tuple[Any, ...], *arrays: Any, suffix: str = ""
 ) -> None:
-    """So many threads. `arrays`: those in which the kernel counts places, besides the input and the output."""
-    index = index_type(input.size, _outputs(g), *map(_size, arrays))
-    expression = f"{name}<{C_TYPES[input.dtype.name]}, {index}{suffix}>"
+    """So many threads, of a kernel for the type of `data`. `arrays`: in which it counts places, as in an output."""
+    index = index_type(data.size, _outputs(g), *map(_size, arrays))
+    expression = f"{name}<{C_TYPES[data.dtype.name]}, {index}{suffix}>"
     launch(kernel(OPERATOR, expression), (ceil_div(threads, THREADS),), THREADS, arguments)
 
 

@@ -13,9 +13,10 @@ constexpr int MEAN = 0, LARGEST_PIXEL = 1, LARGEST_POINT = 2;
 // The pixels that the bins of a box read: bounds (BOUNDS, R) are the image, -1 if none is read, then the first row, the
 // last and one, the first column, the last and one.
 // Owner: one warp per box, its lanes on bins. Reads the box's offsets; offset may be null.
-template <class T, class I>
+template <class T, class I, class TBoxes = T, class TOffset = T>
 __global__ void __launch_bounds__(ROI_THREADS, 2)
-    box_bounds(const T* __restrict__ boxes, const T* __restrict__ offset, int* __restrict__ bounds, RoiGeometry g) {
+    box_bounds(const TBoxes* __restrict__ boxes, const TOffset* __restrict__ offset, int* __restrict__ bounds,
+               RoiGeometry g) {
   using A = Compute<T>;
   const int r = blockIdx.x * ROI_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (r >= g.boxes) return;
@@ -24,7 +25,7 @@ __global__ void __launch_bounds__(ROI_THREADS, 2)
   int y0 = g.in_h, y1 = 0, x0 = g.in_w, x1 = 0;
   for (int label = 0; label < g.classes; label++) {
     for (int place = lane; place < bins; place += 32) {
-      const Bin<A> bin = read_bin<T, I>(box, offset, r, place, label, g);
+      const Bin<A> bin = read_bin<TOffset, I>(box, offset, r, place, label, g);
       if (bin.y.low >= bin.y.high || bin.x.low >= bin.x.high) continue;
       y0 = min(y0, bin.y.low), y1 = max(y1, bin.y.high);
       x0 = min(x0, bin.x.low), x1 = max(x1, bin.x.high);
@@ -107,9 +108,9 @@ PYDEFORM_DEVICE void add_largest(A (&sum)[TILE_H * TILE_W], const int* winner, i
 // Owner: a block has TILE_H x TILE_W pixels of one image and a run of blockDim.x channels, one channel a thread, in the
 // order (group, class, channel of the class). Its threads look for boxes that reach the tile, each warp lists the bins of
 // one of them, and all add these up, in the order of boxes and bins.
-template <class T, class I, int READS>
+template <class T, class I, int READS, class TBoxes = T, class TOffset = T>
 __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 2)
-    input_gradient(const T* __restrict__ grads, const T* __restrict__ boxes, const T* __restrict__ offset,
+    input_gradient(const T* __restrict__ grads, const TBoxes* __restrict__ boxes, const TOffset* __restrict__ offset,
                    const T* __restrict__ mask, const int* __restrict__ bounds,
                    const typename WinnerOf<READS == LARGEST_POINT, Compute<T>>::type* __restrict__ winners,
                    T* __restrict__ grad_input, RoiGeometry g, int pitch) {
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 2)
         Entry entry;
         entry.reads = 0;
         if (own >= 0 && item < labels * bins && bin_unit >= unit0 && bin_unit <= unit1) {
-          const Bin<A> bin = read_bin<T, I>(warp_boxes[warp], offset, own, place, bin_label, g);
+          const Bin<A> bin = read_bin<TOffset, I>(warp_boxes[warp], offset, own, place, bin_label, g);
           if (bin.y.low < y0 + TILE_H && bin.y.high > y0 && bin.x.low < x0 + TILE_W && bin.x.high > x0) {
             A slope_y[TILE_H], slope_x[TILE_W];
             const unsigned rows = weights_of<TILE_H>(bin.y, y0, entry.y, slope_y, g);
@@ -239,10 +240,10 @@ PYDEFORM_DEVICE void put_gradients(const AnyBin& bin, const RoiBox<A>& box, A va
 
 // Per bin and class, offsets (R, bins, classes, 2), x first, and masks (R, bins, classes); either may be null.
 // Owner: one warp per (r, bin, class), `lanes` lanes on the chunks of a pixel of the channels-last copy, as pool_bins.
-template <class T, class I>
+template <class T, class I, class TBoxes = T, class TOffset = T>
 __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 2 : 3)
-    bin_gradients(const T* __restrict__ grads, const T* __restrict__ image, const T* __restrict__ boxes,
-                  const T* __restrict__ offset, const T* __restrict__ mask, Compute<T>* __restrict__ offsets,
+    bin_gradients(const T* __restrict__ grads, const T* __restrict__ image, const TBoxes* __restrict__ boxes,
+                  const TOffset* __restrict__ offset, const T* __restrict__ mask, Compute<T>* __restrict__ offsets,
                   Compute<T>* __restrict__ masks, RoiGeometry g, RoiImages images, int pitch, int lanes) {
   using A = Compute<T>;
   constexpr int E = 16 / sizeof(T);
@@ -258,7 +259,7 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 2 : 3)
   const int lane = threadIdx.x % 32, chunk = lane % lanes, sub = lane / lanes, at_once = 32 / lanes;
   const I memory = (I)g.group_h * g.group_w * g.classes * pitch;
   WarpBin<A> bin;
-  bin.template read<T, I>(axes, box, offset, r, place, label, g);
+  bin.template read<TOffset, I>(axes, box, offset, r, place, label, g);
   const int unit = group_of_bin(place, g) * g.classes + label;
   const T* const source = image + (I)(box.image - images.first) * g.in_h * g.in_w * memory + (I)unit * pitch;
   RoiSlope<A>*const rows = taps + threadIdx.x / 32 * 32, *const columns = rows + 16;
@@ -305,18 +306,18 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 2 : 3)
 
 // The same on the input as it is (N, C, H, W), for classes of few channels.
 // Owner: one thread per (r, bin, class).
-template <class T, class I>
+template <class T, class I, class TBoxes = T, class TOffset = T>
 __global__ void __launch_bounds__(ROI_THREADS, 2)
-    bin_gradients_direct(const T* __restrict__ grads, const T* __restrict__ input, const T* __restrict__ boxes,
-                         const T* __restrict__ offset, const T* __restrict__ mask, Compute<T>* __restrict__ offsets,
-                         Compute<T>* __restrict__ masks, RoiGeometry g, int pitch) {
+    bin_gradients_direct(const T* __restrict__ grads, const T* __restrict__ input, const TBoxes* __restrict__ boxes,
+                         const TOffset* __restrict__ offset, const T* __restrict__ mask,
+                         Compute<T>* __restrict__ offsets, Compute<T>* __restrict__ masks, RoiGeometry g, int pitch) {
   using A = Compute<T>;
   const int bins = g.pooled_h * g.pooled_w, per_class = g.out_channels / g.classes;
   const I at = (I)blockIdx.x * ROI_THREADS + threadIdx.x, pair = at / g.classes;
   if (at >= (I)g.boxes * bins * g.classes) return;
   const int label = (int)(at - pair * g.classes), r = (int)(pair / bins), place = (int)(pair - (I)r * bins);
   const RoiBox<A> box = read_box(boxes, r, g);
-  const Bin<A> bin = read_bin<T, I>(box, offset, r, place, label, g);
+  const Bin<A> bin = read_bin<TOffset, I>(box, offset, r, place, label, g);
   A value = 0, along_y = 0, along_x = 0;
   for (int c = 0; c < per_class; c++) {
     const A grad = to_float(grads[at * pitch + c]);

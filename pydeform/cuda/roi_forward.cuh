@@ -3,6 +3,7 @@
 // The copy's pixels have a unit of channels for each (group, class), each of `pitch` channels, a multiple of 16 bytes: a
 // bin of one class reads one unit of each of its pixels. An image has fewer than 2^31 pixels; I is the type for places
 // in whole arrays. The weights are separable, so a warp makes two lists, of rows and of columns, and reads their product.
+// TBoxes and TOffset are the types of boxes and offset: T, or float where T is a half type, with the same Compute.
 #pragma once
 #include "product.cuh"
 #include "roi_bins.cuh"
@@ -82,9 +83,9 @@ struct RoiImages {
 // Owner: a block has one box, `lanes` 16-byte chunks of the channels of one class, and `span` bins, a warp one bin at a
 // time: `lanes` lanes on the chunks of a pixel, 32 / lanes pixels at once. Results are turned in shared memory
 // (lanes * 16 * span bytes), so that bins, which lie side by side, are written together.
-template <class T, class I>
+template <class T, class I, class TBoxes = T, class TOffset = T>
 __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 3)
-    pool_bins(const T* __restrict__ image, const T* __restrict__ boxes, const T* __restrict__ offset,
+    pool_bins(const T* __restrict__ image, const TBoxes* __restrict__ boxes, const TOffset* __restrict__ offset,
               const T* __restrict__ mask, T* __restrict__ output, RoiGeometry g, RoiImages images, int pitch, int lanes,
               int span) {
   using A = Compute<T>;
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 3)
   RoiTap<A>*const rows = taps + threadIdx.x / 32 * 32, *const columns = rows + 16;
   for (int k = threadIdx.x / 32; k < some; k += ROI_WARPS) {
     WarpBin<A> bin;
-    bin.template read<T, I>(axes, box, offset, r, bin0 + k, label, g);
+    bin.template read<TOffset, I>(axes, box, offset, r, bin0 + k, label, g);
     const int unit = group_of_bin(bin0 + k, g) * g.classes + label;
     const T* const source =
         image + (I)(box.image - images.first) * g.in_h * g.in_w * memory + (I)unit * pitch + channel;
@@ -199,9 +200,9 @@ PYDEFORM_DEVICE void read_all(const T* plane, const Bin<A>& bin, const RoiGeomet
 
 // The same on the input as it is (N, C, H, W), for classes of few channels.
 // Owner: one thread per (r, c, bin), neighbours on neighbouring bins.
-template <class T, class I>
+template <class T, class I, class TBoxes = T, class TOffset = T>
 __global__ void __launch_bounds__(ROI_THREADS, 2)
-    pool_direct(const T* __restrict__ input, const T* __restrict__ boxes, const T* __restrict__ offset,
+    pool_direct(const T* __restrict__ input, const TBoxes* __restrict__ boxes, const TOffset* __restrict__ offset,
                 const T* __restrict__ mask, T* __restrict__ output, RoiGeometry g) {
   using A = Compute<T>;
   const I i = (I)blockIdx.x * ROI_THREADS + threadIdx.x;
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(ROI_THREADS, 2)
   const I row = i / bins;
   const int place = (int)(i - row * bins), r = (int)(row / g.out_channels), c = (int)(row - (I)r * g.out_channels);
   const RoiBox<A> box = read_box(boxes, r, g);
-  const Bin<A> bin = read_bin<T, I>(box, offset, r, place, c / (g.out_channels / g.classes), g);
+  const Bin<A> bin = read_bin<TOffset, I>(box, offset, r, place, c / (g.out_channels / g.classes), g);
   A sum = 0, along_y = 0, along_x = 0;
   read_all(plane_of<T, I>(input, box.image, c, place, g), bin, g, sum, along_y, along_x);
   output[i] = from_float<T>(mask_of<T, I>(mask, r, place, g) * (sum / bin.count));
@@ -228,9 +229,9 @@ template <class A> struct WinnerOf<true, A> {
   using type = A;
 };
 
-template <class T, class I, bool POINTS>
+template <class T, class I, bool POINTS, class TBoxes = T, class TOffset = T>
 __global__ void __launch_bounds__(ROI_THREADS, 2)
-    pool_largest(const T* __restrict__ input, const T* __restrict__ boxes, const T* __restrict__ offset,
+    pool_largest(const T* __restrict__ input, const TBoxes* __restrict__ boxes, const TOffset* __restrict__ offset,
                  const T* __restrict__ mask, T* __restrict__ output,
                  typename WinnerOf<POINTS, Compute<T>>::type* __restrict__ winners, RoiGeometry g) {
   using A = Compute<T>;
@@ -241,7 +242,7 @@ __global__ void __launch_bounds__(ROI_THREADS, 2)
   const I row = i / bins;
   const int place = (int)(i - row * bins), r = (int)(row / g.out_channels), c = (int)(row - (I)r * g.out_channels);
   const RoiBox<A> box = read_box(boxes, r, g);
-  const Bin<A> bin = read_bin<T, I>(box, offset, r, place, c / (g.out_channels / g.classes), g);
+  const Bin<A> bin = read_bin<TOffset, I>(box, offset, r, place, c / (g.out_channels / g.classes), g);
   const T* const plane = plane_of<T, I>(input, box.image, c, place, g);
   bool found = false;
   A best = 0;

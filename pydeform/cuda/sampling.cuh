@@ -78,10 +78,11 @@ template <class A> PYDEFORM_DEVICE void dots_of_corners(const A (&d)[4], A y, A 
   along_x = above * (d[1] - d[0]) + y * (d[3] - d[2]);
 }
 
-// The sampling point of output pixel (oy, ox), and where its numbers lie.
-template <class T, class I> struct Offsets {
-  const T* __restrict__ offset;  // (N, offset_groups, K, 2, P)
-  const T* __restrict__ mask;    // (N, offset_groups, K, P), or null: 1 everywhere
+// The sampling point of output pixel (oy, ox), and where its numbers lie. Where a kernel has a type TOffset, that is the
+// type of offset and of its gradient: T, or float where T is a half type, with the same Compute.
+template <class T, class I, class TOffset = T> struct Offsets {
+  const TOffset* __restrict__ offset;  // (N, offset_groups, K, 2, P)
+  const T* __restrict__ mask;          // (N, offset_groups, K, P), or null: 1 everywhere
 
   // p is the output pixel within its image, (y, x) where the tap would read it without an offset.
   PYDEFORM_DEVICE Sample<Compute<T>> at(int b, int og, int tap, int p, int y, int x, Compute<T>& m,

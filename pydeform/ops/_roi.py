@@ -9,14 +9,17 @@ import numpy as np
 
 from pydeform import _backend, _checks, _interop, _roi_geometry
 
+MANTISSA_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}  # with the one that is not stored
+
 
 def check_arrays(op: str, arrays: dict[str, Any]) -> None:
-    """Those that must be there are, all in one dtype."""
+    """Those that must be there are, all in one dtype, but boxes and offsets may be float32 beside half types."""
     for name in ("grad_output", "input", "boxes"):
         if name in arrays:
             _checks.check_present(op, arrays, name)
     forward_first = {name: array for name, array in arrays.items() if name != "grad_output"}
-    _checks.check_dtypes(op, {**forward_first, "grad_output": arrays.get("grad_output")})
+    data_first = {**forward_first, "grad_output": arrays.get("grad_output")}
+    _checks.check_dtypes(op, data_first, coordinates=("boxes", "offset", "trans"))
 
 
 def integer(op: str, name: str, value: Any, minimum: int = 1) -> int:
@@ -66,7 +69,17 @@ def _four(arrays: dict[str, Any]) -> list[Any]:
 
 
 def _check_batch_index(op: str, boxes: Any, batch: int) -> None:
-    """On the CPU; on CUDA, where looking would wait for the device, such a box gives NaN."""
+    """On the CPU; on CUDA, where looking would wait for the device, such a box gives NaN.
+
+    On both, the dtype of boxes must tell every image, and the number after the last, from its neighbours.
+    """
+    most = 2 ** MANTISSA_BITS[boxes.dtype.name]
+    if batch > most:
+        instead = "float32 boxes" if boxes.dtype.itemsize == 2 else "fewer images"
+        raise ValueError(
+            f"{op}: boxes must have a dtype that counts N = {batch} images, got {boxes.dtype}, which counts to {most}: "
+            f"pass {instead}"
+        )
     if not isinstance(boxes, np.ndarray) or boxes.size == 0:
         return
     index = boxes[:, 0].astype(np.float64)

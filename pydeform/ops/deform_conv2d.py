@@ -50,7 +50,8 @@ def deform_conv2d(
     Parameters
     ----------
     input : array (N, C, H, W), float64, float32, float16 or bfloat16, as every other array
-    offset : array (N, 2*offset_groups*K, out_h, out_w), in input pixels; C is a multiple of offset_groups
+    offset : array (N, 2*offset_groups*K, out_h, out_w), in input pixels; C is a multiple of offset_groups.
+        Beside float16 or bfloat16 it may be float32
     weight : array (O, C/groups, kernel_h, kernel_w); both groups and offset_groups follow from the shapes
     bias : array (O,), optional
     stride, dilation : int or one per axis
@@ -115,7 +116,8 @@ def deform_conv2d_backward(
     deterministic : on CUDA, the same bits of grad.input on every run, without float atomics; all else has them always,
         and on the CPU everything
 
-    Returns   DeformConv2dGrads, of the kind, device and dtype of `grad_output`
+    Returns   DeformConv2dGrads, of the kind, device and dtype of `grad_output`;
+              that of offset has the dtype of `offset`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
     Notes     Where an offset puts a sample on a row or column of pixels the image has a kink: the offset's gradient is
               the derivative from the right (towards larger coordinates), at exactly -1 what `boundary` says. A NaN
@@ -160,7 +162,7 @@ def _geometry_of(
 ) -> _geometry.Conv2dGeometry:
     _checks.check_present(op, arrays, "input", "offset", "weight")
     present = arrays if grad_output is None else {**arrays, "grad_output": grad_output}
-    _checks.check_dtypes(op, present)
+    _checks.check_dtypes(op, present, coordinates=("offset",))
     g = _geometry.conv2d_geometry(
         op,
         arrays["input"],

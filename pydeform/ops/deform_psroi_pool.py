@@ -52,9 +52,11 @@ def deform_psroi_pool(
     Parameters
     ----------
     input : array (N, output_dim*group_size**2, H, W), float64, float32, float16 or bfloat16, as every other array
-    boxes : array (R, 5), rows [batch index, x1, y1, x2, y2], in pixels of an image spatial_scale times smaller
+    boxes : array (R, 5), rows [batch index, x1, y1, x2, y2], in pixels of an image spatial_scale times smaller.
+        Beside float16 or bfloat16 they may be float32, and must be for more images than these count, 2048 or 256
     trans : array (R, 2*classes, part_size, part_size): channel 2*class moves x, 2*class + 1 y, in units of trans_std
-        times the box; output_dim is a multiple of classes. None: no offsets (the `no_trans` of other systems)
+        times the box; output_dim is a multiple of classes. None: no offsets (the `no_trans` of other systems).
+        Beside float16 or bfloat16 it may be float32
     output_dim : channels of the result
     pooled_size, group_size : bins on each axis; groups of channels on each axis
     part_size : offsets on each axis; None: pooled_size
@@ -109,7 +111,8 @@ def deform_psroi_pool_backward(
     needs : names of the gradients to compute, say ("input", "trans"); None computes all
     deterministic : accepted as by the other backwards; this one has the same bits on every run, always
 
-    Returns   DeformPsroiPoolGrads, of the kind, device and dtype of `grad_output`
+    Returns   DeformPsroiPoolGrads, of the kind, device and dtype of `grad_output`;
+              that of trans has the dtype of `trans`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
     Notes     How many points a mean is over counts as constant. On the axis on which a point lies exactly on a row or
               column of pixels, or beyond the first or last, its derivative is 0, as in MXNet: the interpolation there

@@ -47,8 +47,10 @@ def deform_roi_pool(
     Parameters
     ----------
     input : array (N, C, H, W), float64, float32, float16 or bfloat16, as every other array
-    boxes : array (R, 5), rows [batch index, x1, y1, x2, y2], in pixels of an image spatial_scale times smaller
-    offset : array (R, 2, output_h, output_w), optional: channel 0 moves x, channel 1 y, in units of gamma times the box
+    boxes : array (R, 5), rows [batch index, x1, y1, x2, y2], in pixels of an image spatial_scale times smaller.
+        Beside float16 or bfloat16 they may be float32, and must be for more images than these count, 2048 or 256
+    offset : array (R, 2, output_h, output_w), optional: channel 0 moves x, channel 1 y, in units of gamma times the
+        box. Beside float16 or bfloat16 it may be float32
     output_size : int, or (output_h, output_w)
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
     sampling_ratio : points of a bin on each axis; 0 and -1: adaptive
@@ -100,7 +102,8 @@ def deform_roi_pool_backward(
     needs : names of the gradients to compute, say ("input", "offset"); None computes all
     deterministic : accepted as by the other backwards; this one has the same bits on every run, always
 
-    Returns   DeformRoiPoolGrads, of the kind, device and dtype of `grad_output`
+    Returns   DeformRoiPoolGrads, of the kind, device and dtype of `grad_output`;
+              that of offset has the dtype of `offset`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
     Notes     The offset's gradient is the derivative of the forward: from the right where a point lies on a row or
               column of pixels, 0 from the last one on and up to and on the first, where a point reads the nearest pixel

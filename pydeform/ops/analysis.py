@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np  # on CuPy arrays its functions call CuPy's
 
-from pydeform import _checks, _interop
+from pydeform import _checks, _geometry, _interop
 
 OFFSET_SHAPE = "(N, 2*offset_groups*kernel_h*kernel_w, out_h, out_w)"
 
@@ -54,12 +54,14 @@ def sampling_locations(offset: Any, kernel_size: Any, stride: Any = 1, padding: 
     before = [pair[0] for pair in _checks.padding_pairs(op, padding, (1, 1), kernel, (1, 1), dilations)]
     taps = _taps(op, arrays["offset"], kernel)
     batch, groups, _, _, _, *out = taps.shape
+    ends = [(n - 1) * s + (k - 1) * d for n, s, k, d in zip(out, strides, kernel, dilations, strict=True)]
+    _geometry.check_taps(op, before, ends, taps.dtype)
     with back:
         locations = np.moveaxis(taps, 4, -1).astype(_compute_dtype(taps), order="C", copy=True)
         for axis in (0, 1):
-            tap = np.arange(kernel[axis], dtype=locations.dtype, like=locations) * dilations[axis]
-            pixel = np.arange(out[axis], dtype=locations.dtype, like=locations) * strides[axis] - before[axis]
-            grid = tap[:, None, None, None] + pixel[:, None]  # (kernel, 1, out, 1): rows
+            tap = np.arange(kernel[axis], dtype=np.int64, like=locations) * dilations[axis]
+            pixel = np.arange(out[axis], dtype=np.int64, like=locations) * strides[axis] - before[axis]
+            grid = (tap[:, None, None, None] + pixel[:, None]).astype(locations.dtype)  # (kernel, 1, out, 1): rows
             locations[..., axis] += grid if axis == 0 else grid.swapaxes(0, 1).swapaxes(2, 3)
         shape = (batch, groups, kernel[0] * kernel[1], *out, 2)
         return back(locations.astype(taps.dtype, copy=False).reshape(shape))

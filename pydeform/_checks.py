@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import operator as _operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
+
+from pydeform._types import Needs
 
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 MOST = 2**31 - 1  # of an option, and of rows and columns: kernels hold them, and where taps read, in ints of 32 bits
@@ -175,7 +177,7 @@ def padding_pairs(
     return tuple(pairs)
 
 
-def needed(op: str, needs: Iterable[str] | None, arrays: dict[str, Any]) -> frozenset[str]:
+def needed(op: str, needs: Needs, arrays: dict[str, Any]) -> frozenset[str]:
     """The names of the gradients to compute: those asked for whose argument is present."""
     if isinstance(needs, str) or not (needs is None or isinstance(needs, Collection)):
         raise TypeError(f"{op}: needs must be a tuple of names from {', '.join(arrays)}, got {shown(needs)}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pydeform import _checks
+from pydeform._types import Int
 
 BOUNDARIES = ("torchvision", "dcnv2", "dcnv1")
 # How far from pixel 0 a deformable tap may be before its offset moves it: what is added to must be exact.
@@ -44,7 +45,7 @@ def conv2d_geometry(
     padding: Any,
     dilation: Any,
     *,
-    groups: int | None = None,
+    groups: Int | None = None,
     offset: Any = None,
     mask: Any = None,
     boundary: str = "torchvision",

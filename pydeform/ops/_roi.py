@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from pydeform import _backend, _checks, _interop, _roi_geometry
+from pydeform._types import Needs
 
 
 def check_arrays(op: str, arrays: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ def backward(
     arrays: dict[str, Any],
     back: _interop.Back,
     g: _roi_geometry.RoiGeometry,
-    needs: Iterable[str] | None,
+    needs: Needs,
     deterministic: bool,
 ) -> dict[str, Any]:
     """The fields of the operator's Grads. `arrays`: grad_output, then those of the forward."""

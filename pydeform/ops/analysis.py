@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np  # on CuPy arrays its functions call CuPy's
 
 from pydeform import _checks, _geometry, _interop
+from pydeform._types import Array, Padding, Size
 
+DType = TypeVar("DType", bound="np.dtype[Any]")
 OFFSET_SHAPE = "(N, 2*offset_groups*kernel_h*kernel_w, out_h, out_w)"
 
 
-def sampling_locations(offset: Any, kernel_size: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Any:
+# An array's type may name its axes, of which the result has others.
+@overload
+def sampling_locations(
+    offset: np.ndarray[Any, DType], kernel_size: Size, stride: Size = 1, padding: Padding = 0, dilation: Size = 1
+) -> np.ndarray[Any, DType]: ...
+@overload
+def sampling_locations(
+    offset: Array, kernel_size: Size, stride: Size = 1, padding: Padding = 0, dilation: Size = 1
+) -> Array: ...
+def sampling_locations(
+    offset: Any, kernel_size: Size, stride: Size = 1, padding: Padding = 0, dilation: Size = 1
+) -> Any:
     """Where `deform_conv2d` samples its input, in pixels.
 
         location[b, og, k, oy, ox] = (oy*stride_h - pad_h + ky*dilation_h + dy,
@@ -67,7 +80,7 @@ def sampling_locations(offset: Any, kernel_size: Any, stride: Any = 1, padding: 
         return back(locations.astype(taps.dtype, copy=False).reshape(shape))
 
 
-def effective_dilation(offset: Any, kernel_size: Any, dilation: Any = 1) -> Any:
+def effective_dilation(offset: Array, kernel_size: Size, dilation: Size = 1) -> Array:
     """How far apart the taps of a deformable convolution stand: the dilation of a plain one that is as wide.
 
         mean over pairs (k, k') of adjacent taps of |p[k'] - p[k]|,   p[k] = (ky*dilation_h + dy, kx*dilation_w + dx)

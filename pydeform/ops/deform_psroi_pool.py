@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pydeform import _checks, _interop, _roi_geometry
+from pydeform._types import AnyArray, Array, Int, Needs, Number
 from pydeform.ops import _roi
 
 
@@ -24,19 +24,19 @@ class DeformPsroiPoolGrads(NamedTuple):
 
 
 def deform_psroi_pool(
-    input: Any,
-    boxes: Any,
-    trans: Any = None,
+    input: Array,
+    boxes: AnyArray,
+    trans: AnyArray | None = None,
     *,
-    output_dim: int,
-    pooled_size: int,
-    group_size: int = 1,
-    part_size: int | None = None,
-    sample_per_part: int = 1,
-    trans_std: float = 0.0,
-    spatial_scale: float = 1.0,
-    mask: Any = None,
-) -> Any:
+    output_dim: Int,
+    pooled_size: Int,
+    group_size: Int = 1,
+    part_size: Int | None = None,
+    sample_per_part: Int = 1,
+    trans_std: Number = 0.0,
+    spatial_scale: Number = 1.0,
+    mask: AnyArray | None = None,
+) -> Array:
     """Mean of points in each bin of each box, every bin moved by an offset and reading channels of its own.
 
         output[r, c, py, px] = mask[r, 0, py, px] * mean over iy, ix of input[b, k](y, x)
@@ -84,20 +84,20 @@ def deform_psroi_pool(
 
 
 def deform_psroi_pool_backward(
-    grad_output: Any,
-    input: Any,
-    boxes: Any,
-    trans: Any = None,
+    grad_output: AnyArray,
+    input: AnyArray,
+    boxes: AnyArray,
+    trans: AnyArray | None = None,
     *,
-    output_dim: int,
-    pooled_size: int,
-    group_size: int = 1,
-    part_size: int | None = None,
-    sample_per_part: int = 1,
-    trans_std: float = 0.0,
-    spatial_scale: float = 1.0,
-    mask: Any = None,
-    needs: Iterable[str] | None = None,
+    output_dim: Int,
+    pooled_size: Int,
+    group_size: Int = 1,
+    part_size: Int | None = None,
+    sample_per_part: Int = 1,
+    trans_std: Number = 0.0,
+    spatial_scale: Number = 1.0,
+    mask: AnyArray | None = None,
+    needs: Needs = None,
     deterministic: bool = False,
 ) -> DeformPsroiPoolGrads:
     """Gradients of `deform_psroi_pool`, computed from its arguments alone: d sum(grad_output * output) / d argument.
@@ -136,13 +136,13 @@ def deform_psroi_pool_backward(
 def _geometry_of(
     op: str,
     arrays: dict[str, Any],
-    output_dim: int,
-    pooled_size: int,
-    group_size: int,
-    part_size: int | None,
-    sample_per_part: int,
-    trans_std: float,
-    spatial_scale: float,
+    output_dim: Int,
+    pooled_size: Int,
+    group_size: Int,
+    part_size: Int | None,
+    sample_per_part: Int,
+    trans_std: Number,
+    spatial_scale: Number,
 ) -> _roi_geometry.RoiGeometry:
     _roi.check_arrays(op, arrays)
     pooled = (_roi.integer(op, "pooled_size", pooled_size),) * 2

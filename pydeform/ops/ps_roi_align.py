@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pydeform import _interop, _roi_geometry
+from pydeform._types import AnyArray, Array, Int, Needs, Number, Size
 from pydeform.ops import _roi
 
 
@@ -21,7 +21,9 @@ class PsRoiAlignGrads(NamedTuple):
     boxes: Any
 
 
-def ps_roi_align(input: Any, boxes: Any, output_size: Any, spatial_scale: float = 1.0, sampling_ratio: int = -1) -> Any:
+def ps_roi_align(
+    input: Array, boxes: AnyArray, output_size: Size, spatial_scale: Number = 1.0, sampling_ratio: Int = -1
+) -> Array:
     """Mean of points in each bin, where each bin reads channels of its own.
 
         output[r, c, py, px] = mean over iy, ix of input[b, (c*output_h + py)*output_w + px](y, x)
@@ -59,14 +61,14 @@ def ps_roi_align(input: Any, boxes: Any, output_size: Any, spatial_scale: float 
 
 
 def ps_roi_align_backward(
-    grad_output: Any,
-    input: Any,
-    boxes: Any,
-    output_size: Any,
-    spatial_scale: float = 1.0,
-    sampling_ratio: int = -1,
+    grad_output: AnyArray,
+    input: AnyArray,
+    boxes: AnyArray,
+    output_size: Size,
+    spatial_scale: Number = 1.0,
+    sampling_ratio: Int = -1,
     *,
-    needs: Iterable[str] | None = None,
+    needs: Needs = None,
     deterministic: bool = False,
 ) -> PsRoiAlignGrads:
     """Gradient of `ps_roi_align`, computed from its arguments alone: d sum(grad_output * output) / d input.
@@ -96,7 +98,7 @@ def ps_roi_align_backward(
 
 
 def _geometry_of(
-    op: str, arrays: dict[str, Any], output_size: Any, spatial_scale: float, sampling_ratio: int
+    op: str, arrays: dict[str, Any], output_size: Size, spatial_scale: Number, sampling_ratio: Int
 ) -> _roi_geometry.RoiGeometry:
     _roi.check_arrays(op, arrays)
     pooled = _roi.pair(op, "output_size", output_size)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pydeform import _checks, _interop, _roi_geometry
+from pydeform._types import AnyArray, Array, Int, Mode, Needs, Number, Size
 from pydeform.ops import _roi
 
 MODES = ("avg", "max")
@@ -24,15 +24,15 @@ class RoiAlignGrads(NamedTuple):
 
 
 def roi_align(
-    input: Any,
-    boxes: Any,
-    output_size: Any,
-    spatial_scale: float = 1.0,
-    sampling_ratio: int = -1,
+    input: Array,
+    boxes: AnyArray,
+    output_size: Size,
+    spatial_scale: Number = 1.0,
+    sampling_ratio: Int = -1,
     aligned: bool = False,
     *,
-    mode: str = "avg",
-) -> Any:
+    mode: Mode = "avg",
+) -> Array:
     """Mean, or maximum, of points in each bin of each box.
 
         output[r, c, py, px] = mean over iy, ix of input[b, c](y, x)
@@ -73,16 +73,16 @@ def roi_align(
 
 
 def roi_align_backward(
-    grad_output: Any,
-    input: Any,
-    boxes: Any,
-    output_size: Any,
-    spatial_scale: float = 1.0,
-    sampling_ratio: int = -1,
+    grad_output: AnyArray,
+    input: AnyArray,
+    boxes: AnyArray,
+    output_size: Size,
+    spatial_scale: Number = 1.0,
+    sampling_ratio: Int = -1,
     aligned: bool = False,
     *,
-    mode: str = "avg",
-    needs: Iterable[str] | None = None,
+    mode: Mode = "avg",
+    needs: Needs = None,
     deterministic: bool = False,
 ) -> RoiAlignGrads:
     """Gradient of `roi_align`, computed from its arguments alone: d sum(grad_output * output) / d input.
@@ -114,9 +114,9 @@ def roi_align_backward(
 def _geometry_of(
     op: str,
     arrays: dict[str, Any],
-    output_size: Any,
-    spatial_scale: float,
-    sampling_ratio: int,
+    output_size: Size,
+    spatial_scale: Number,
+    sampling_ratio: Int,
     aligned: bool,
     mode: str,
 ) -> _roi_geometry.RoiGeometry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator as _operator
 from collections.abc import Collection, Sequence
@@ -87,19 +88,24 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool) or ("bool" in str(getattr(value, "dtype", "")) and getattr(value, "ndim", 0) == 0)
 
 
-def _items(value: Any) -> Sequence[Any] | None:
-    """`value` where it has items, as a list, a tuple or an array of one axis or more has; None: it must be a number.
+def _items(value: Any, most: int) -> tuple[Any, ...] | None:
+    """What a list, a tuple, or an array of one axis or more has, not much more than `most`; None: it must be a number.
 
-    Texts, sets, dicts and iterators, which may have no end, have none that count.
+    Texts, sets, dicts and iterators, which may have no end, have no items that count.
     """
-    if isinstance(value, str | bytes | bytearray):
-        return None
+    if type(value) is tuple:
+        return value
     ndim = getattr(value, "ndim", None)
-    return value if isinstance(value, Sequence) or (isinstance(ndim, int) and ndim > 0) else None
+    has_axes = isinstance(value, Sequence) or (isinstance(ndim, int) and ndim > 0)
+    if not has_axes or isinstance(value, str | bytes | bytearray | memoryview):
+        return None
+    return tuple(itertools.islice(value, most + 1))
 
 
 def _as_int(op: str, name: str, item: Any, minimum: int, expected: str, value: Any) -> int:
     """`item` of the argument `value` as an int."""
+    if type(item) is int and minimum <= item <= MOST:
+        return item
     if _is_bool(item):
         raise ValueError(f"{op}: {name} must be {expected}, got {shown(value)}")
     try:
@@ -115,6 +121,8 @@ def _as_int(op: str, name: str, item: Any, minimum: int, expected: str, value: A
 
 def number(op: str, name: str, value: Any, *, positive: bool = False, dtype: Any = None) -> float:
     """A finite real number as a float. `dtype`: of the data, which may be computed in float32."""
+    if type(value) is float and 0 < value <= FLOAT32_MAX:  # the usual case is a quick one
+        return value
     expected = "a finite number" + (" > 0" if positive else "")
     try:
         if isinstance(value, bool) or not _is_number(value):
@@ -133,8 +141,10 @@ def number(op: str, name: str, value: Any, *, positive: bool = False, dtype: Any
 
 def per_axis(op: str, name: str, value: Any, axes: int, minimum: int) -> tuple[int, ...]:
     """An int, or a sequence or array of one int per axis, as a tuple of `axes` ints not below `minimum`."""
+    if type(value) is int and minimum <= value <= MOST:  # the usual case is a quick one
+        return (value,) * axes
     expected = f"an int >= {minimum}" + (f" or {axes} of them" if axes > 1 else "")
-    items = _items(value)
+    items = _items(value, axes)
     if items is None:
         return (_as_int(op, name, value, minimum, expected, value),) * axes
     if len(items) != axes:
@@ -152,6 +162,8 @@ def padding_pairs(
 ) -> tuple[tuple[int, int], ...]:
     """(before, after) for each axis. "same" gives ceil(size / stride) outputs; an odd pixel goes after the image."""
     axes = len(sizes)
+    if type(padding) is int and 0 <= padding <= MOST:
+        return ((padding,) * 2,) * axes
     expected = f"an int >= 0, {axes} of them, {axes} (before, after) pairs, or 'same'"
     if isinstance(padding, str):
         if padding != "same":
@@ -161,14 +173,14 @@ def padding_pairs(
             for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)
         ]
         return tuple((total // 2, total - total // 2) for total in totals)
-    items = _items(padding)
+    items = _items(padding, axes)
     if items is None:
         return ((_as_int(op, "padding", padding, 0, expected, padding),) * 2,) * axes
     if len(items) != axes:
         raise ValueError(f"{op}: padding must be {expected}, got {shown(padding)}")
     pairs = []
     for item in items:
-        pair = _items(item)
+        pair = _items(item, 2)
         if pair is not None and len(pair) != 2:
             raise ValueError(f"{op}: padding must be {expected}, got {shown(padding)}")
         sides = (item, item) if pair is None else pair
@@ -179,9 +191,9 @@ def padding_pairs(
 
 def needed(op: str, needs: Needs, arrays: dict[str, Any]) -> frozenset[str]:
     """The names of the gradients to compute: those asked for whose argument is present."""
-    if isinstance(needs, str) or not (needs is None or isinstance(needs, Collection)):
+    wanted = arrays if needs is None else needs
+    if isinstance(needs, str) or not isinstance(wanted, Collection) or getattr(needs, "ndim", 1) == 0:
         raise TypeError(f"{op}: needs must be a tuple of names from {', '.join(arrays)}, got {shown(needs)}")
-    wanted = tuple(arrays) if needs is None else tuple(needs)
     for name in wanted:
         if not isinstance(name, str) or name not in arrays:
             raise ValueError(f"{op}: needs must name gradients among {', '.join(arrays)}, got {shown(name)}")

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pydeform import _checks
-from pydeform._types import Int
 
 BOUNDARIES = ("torchvision", "dcnv2", "dcnv1")
 # How far from pixel 0 a deformable tap may be before its offset moves it: what is added to must be exact.
@@ -45,7 +44,7 @@ def conv2d_geometry(
     padding: Any,
     dilation: Any,
     *,
-    groups: Int | None = None,
+    groups: int | None = None,
     offset: Any = None,
     mask: Any = None,
     boundary: str = "torchvision",
@@ -69,7 +68,6 @@ def conv2d_geometry(
             )
         groups = in_channels // group_channels
     else:
-        (groups,) = _checks.per_axis(op, "groups", groups, 1, 1)
         if in_channels % groups:
             raise ValueError(f"{op}: groups must divide the {in_channels} channels of input, got {groups}")
         _checks.check_shape(

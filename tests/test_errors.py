@@ -181,6 +181,7 @@ CONV: list[tuple[dict[str, Any], type[Exception], str]] = [
     *scalars("groups", "an int >= 1"),
     *too_large("groups"),
     ({"groups": 0}, ValueError, "groups must be an int >= 1, got 0"),
+    ({"groups": None}, TypeError, "groups must be an int >= 1, got None"),
     ({"groups": 5}, ValueError, "groups must divide the 12 channels of input, got 5"),
     ({"groups": 3}, ValueError, f"weight must have shape {WEIGHT} = (4, 4, 3, 2), got (4, 6, 3, 2)"),
 ]
@@ -301,6 +302,11 @@ BACKWARD: list[tuple[dict[str, Any], type[Exception], str]] = [
 def needs_errors(names: str) -> list[tuple[dict[str, Any], type[Exception], str]]:
     return [
         ({"needs": "input"}, TypeError, f"needs must be a tuple of names from {names}, got 'input'"),
+        (
+            {"needs": Unsent(np.array("input"))},
+            TypeError,
+            f"needs must be a tuple of names from {names}, got array('input', dtype='<U5')",
+        ),
         ({"needs": 5}, TypeError, f"needs must be a tuple of names from {names}, got 5"),
         (
             {"needs": itertools.repeat("input")},
@@ -390,6 +396,21 @@ def test_arrays_of_two_devices_are_named():
     text = "deform_conv2d: all arrays must be on one device, got input is numpy, weight is cupy"
     with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
         _backend.backend_for("deform_conv2d", "deform_conv2d", {"input": zeros(1), "mask": None, "weight": on_gpu})
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+def test_sequences_without_an_end(name):
+    class Endless(list[int]):
+        def __iter__(self) -> Any:
+            return itertools.repeat(1)
+
+        def __repr__(self) -> str:
+            return "Endless()"
+
+    with pytest.raises(ValueError, match=rf"^conv2d: {name} must be .*, got Endless\(\)$"):
+        pydeform.conv2d(**{**good_conv(), name: Endless()})
+    with pytest.raises(TypeError, match=rf"^conv2d: {name} must be .*, got <memory at "):
+        pydeform.conv2d(**{**good_conv(), name: memoryview(b"\1\1")})
 
 
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation"])

@@ -133,8 +133,9 @@ def _geometry_of(
     _checks.check_present(op, arrays, "input", "weight")
     present = arrays if grad_output is None else {**arrays, "grad_output": grad_output}
     _checks.check_dtypes(op, present)
+    (count,) = _checks.per_axis(op, "groups", groups, 1, 1)
     g = _geometry.conv2d_geometry(
-        op, arrays["input"], arrays["weight"], arrays["bias"], stride, padding, dilation, groups=groups
+        op, arrays["input"], arrays["weight"], arrays["bias"], stride, padding, dilation, groups=count
     )
     if grad_output is not None:
         _geometry.check_grad_output(op, grad_output, g)

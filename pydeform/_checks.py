@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator as _operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from pydeform._types import Needs
+
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
+MOST = 2**31 - 1  # of an option, and of rows and columns: kernels hold them, and where taps read, in ints of 32 bits
+MOST_BYTES = 2**63 - 1  # of an array
+FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
+LONGEST_TEXT = 200  # of what came, in an error
 
 
 def check_present(op: str, arrays: dict[str, Any], *names: str) -> None:
@@ -53,48 +60,101 @@ def check_shape(op: str, name: str, array: Any, formula: str, expected: Sequence
         raise ValueError(f"{op}: {name} must have shape {formula} = {tuple(expected)}, got {tuple(array.shape)}")
 
 
+def check_result(op: str, formula: str, shape: Sequence[int], itemsize: int) -> None:
+    """NumPy and CuPy can address it, in float32 at least. Axes of length 0 do not count, as to them."""
+    if math.prod(max(n, 1) for n in shape) * max(itemsize, 4) > MOST_BYTES:
+        raise ValueError(f"{op}: the result must have less than 2**63 bytes, got shape {formula} = {tuple(shape)}")
+
+
 def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """What came, for an error's text: no value may spoil it by being long or having no text."""
+    try:
+        text = repr(value)
+    except Exception:  # of an int with more digits than Python prints, or of anything else
+        return f"a value of type {type(value).__qualname__}"
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}..."
+
+
+def _is_number(value: Any) -> bool:
+    """Not a text, nor an array that has axes or holds something else, which float() or index() might take as well."""
+    dtype = str(getattr(value, "dtype", "int"))  # a library's own, whose text names the kind
+    return (
+        not isinstance(value, str | bytes | bytearray)
+        and getattr(value, "ndim", 0) == 0
+        and ("int" in dtype or "float" in dtype)
+    )
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or ("bool" in str(getattr(value, "dtype", "")) and getattr(value, "ndim", 0) == 0)
+
+
+def _items(value: Any, most: int) -> tuple[Any, ...] | None:
+    """What a list, a tuple, or an array of one axis or more has, not much more than `most`; None: it must be a number.
+
+    Texts, sets, dicts and iterators, which may have no end, have no items that count.
+    """
+    if type(value) is tuple:
+        return value
+    ndim = getattr(value, "ndim", None)
+    has_axes = isinstance(value, Sequence) or (isinstance(ndim, int) and ndim > 0)
+    if not has_axes or isinstance(value, str | bytes | bytearray | memoryview):
+        return None
+    return tuple(itertools.islice(value, most + 1))
 
 
 def _as_int(op: str, name: str, item: Any, minimum: int, expected: str, value: Any) -> int:
     """`item` of the argument `value` as an int."""
+    if type(item) is int and minimum <= item <= MOST:
+        return item
+    if _is_bool(item):
+        raise ValueError(f"{op}: {name} must be {expected}, got {shown(value)}")
     try:
         number = _operator.index(item)
-    except TypeError:
-        raise TypeError(f"{op}: {name} must be {expected}, got {value!r}") from None
-    if isinstance(item, bool) or number < minimum:
-        raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
+    except Exception:  # each library has its own for an array that is no int, or whose value nobody knows
+        raise TypeError(f"{op}: {name} must be {expected}, got {shown(value)}") from None
+    if number < minimum:
+        raise ValueError(f"{op}: {name} must be {expected}, got {shown(value)}")
+    if number > MOST:
+        raise ValueError(f"{op}: {name} must be at most {MOST}, got {shown(value)}")
     return number
 
 
-def number(op: str, name: str, value: Any, *, positive: bool = False) -> float:
-    """A finite real number as a float."""
+def number(op: str, name: str, value: Any, *, positive: bool = False, dtype: Any = None) -> float:
+    """A finite real number as a float. `dtype`: of the data, which may be computed in float32."""
+    if type(value) is float and 0 < value <= FLOAT32_MAX:  # the usual case is a quick one
+        return value
     expected = "a finite number" + (" > 0" if positive else "")
-    if isinstance(value, str | bytes | bool):
-        raise TypeError(f"{op}: {name} must be {expected}, got {value!r}")
     try:
+        if isinstance(value, bool) or not _is_number(value):
+            raise TypeError
         converted = float(value)
-    except TypeError:
-        raise TypeError(f"{op}: {name} must be {expected}, got {value!r}") from None
     except OverflowError:
         converted = math.inf
+    except Exception:  # as above
+        raise TypeError(f"{op}: {name} must be {expected}, got {shown(value)}") from None
     if not math.isfinite(converted) or (positive and converted <= 0):
-        raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
+        raise ValueError(f"{op}: {name} must be {expected}, got {shown(value)}")
+    if dtype is not None and dtype.name != "float64" and abs(converted) > FLOAT32_MAX:
+        raise ValueError(f"{op}: {name} must be finite in float32, got {shown(value)}")
     return converted
 
 
 def per_axis(op: str, name: str, value: Any, axes: int, minimum: int) -> tuple[int, ...]:
-    """An int, or one int per axis, as a tuple of `axes` ints not below `minimum`."""
+    """An int, or a sequence or array of one int per axis, as a tuple of `axes` ints not below `minimum`."""
+    if type(value) is int and minimum <= value <= MOST:  # the usual case is a quick one
+        return (value,) * axes
     expected = f"an int >= {minimum}" + (f" or {axes} of them" if axes > 1 else "")
-    if isinstance(value, str):
-        raise TypeError(f"{op}: {name} must be {expected}, got {value!r}")
-    if not isinstance(value, Iterable):
+    items = _items(value, axes)
+    if items is None:
         return (_as_int(op, name, value, minimum, expected, value),) * axes
-    items = tuple(value)
     if len(items) != axes:
-        raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
+        raise ValueError(f"{op}: {name} must be {expected}, got {shown(value)}")
     return tuple(_as_int(op, name, item, minimum, expected, value) for item in items)
 
 
@@ -108,36 +168,39 @@ def padding_pairs(
 ) -> tuple[tuple[int, int], ...]:
     """(before, after) for each axis. "same" gives ceil(size / stride) outputs; an odd pixel goes after the image."""
     axes = len(sizes)
+    if type(padding) is int and 0 <= padding <= MOST:
+        return ((padding,) * 2,) * axes
     expected = f"an int >= 0, {axes} of them, {axes} (before, after) pairs, or 'same'"
     if isinstance(padding, str):
         if padding != "same":
-            raise ValueError(f"{op}: padding must be {expected}, got {padding!r}")
+            raise ValueError(f"{op}: padding must be {expected}, got {shown(padding)}")
         totals = [
             max((-(-size // s) - 1) * s + d * (k - 1) + 1 - size, 0)
             for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)
         ]
         return tuple((total // 2, total - total // 2) for total in totals)
-    if not isinstance(padding, Iterable):
+    items = _items(padding, axes)
+    if items is None:
         return ((_as_int(op, "padding", padding, 0, expected, padding),) * 2,) * axes
-    items = tuple(padding)
     if len(items) != axes:
-        raise ValueError(f"{op}: padding must be {expected}, got {padding!r}")
+        raise ValueError(f"{op}: padding must be {expected}, got {shown(padding)}")
     pairs = []
     for item in items:
-        pair = tuple(item) if isinstance(item, Iterable) and not isinstance(item, str) else (item, item)
-        if len(pair) != 2:
-            raise ValueError(f"{op}: padding must be {expected}, got {padding!r}")
-        before, after = (_as_int(op, "padding", side, 0, expected, padding) for side in pair)
+        pair = _items(item, 2)
+        if pair is not None and len(pair) != 2:
+            raise ValueError(f"{op}: padding must be {expected}, got {shown(padding)}")
+        sides = (item, item) if pair is None else pair
+        before, after = (_as_int(op, "padding", side, 0, expected, padding) for side in sides)
         pairs.append((before, after))
     return tuple(pairs)
 
 
-def needed(op: str, needs: Iterable[str] | None, arrays: dict[str, Any]) -> frozenset[str]:
+def needed(op: str, needs: Needs, arrays: dict[str, Any]) -> frozenset[str]:
     """The names of the gradients to compute: those asked for whose argument is present."""
-    if isinstance(needs, str):
-        raise TypeError(f"{op}: needs must be a tuple of names from {', '.join(arrays)}, got {needs!r}")
-    wanted = tuple(arrays) if needs is None else tuple(needs)
+    wanted = arrays if needs is None else needs
+    if isinstance(needs, str) or not isinstance(wanted, Collection) or getattr(needs, "ndim", 1) == 0:
+        raise TypeError(f"{op}: needs must be a tuple of names from {', '.join(arrays)}, got {shown(needs)}")
     for name in wanted:
-        if name not in arrays:
-            raise ValueError(f"{op}: needs must name gradients among {', '.join(arrays)}, got {name!r}")
+        if not isinstance(name, str) or name not in arrays:
+            raise ValueError(f"{op}: needs must name gradients among {', '.join(arrays)}, got {shown(name)}")
     return frozenset(name for name in wanted if arrays[name] is not None)

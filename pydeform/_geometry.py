@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pydeform import _checks
 
 BOUNDARIES = ("torchvision", "dcnv2", "dcnv1")
+# How far from pixel 0 a deformable tap may be before its offset moves it: what is added to must be exact.
+FARTHEST = {"float32": 2**24, "float64": _checks.MOST}
 
 
 class Conv2dGeometry(NamedTuple):
@@ -65,7 +68,6 @@ def conv2d_geometry(
             )
         groups = in_channels // group_channels
     else:
-        (groups,) = _checks.per_axis(op, "groups", groups, 1, 1)
         if in_channels % groups:
             raise ValueError(f"{op}: groups must divide the {in_channels} channels of input, got {groups}")
         _checks.check_shape(
@@ -97,8 +99,20 @@ def conv2d_geometry(
             f"got ({in_h + pad_h + after_h}, {in_w + pad_w + after_w}) with padding"
         )
 
+    padded = (in_h + pad_h + after_h, in_w + pad_w + after_w)
+    if max(padded) > _checks.MOST:
+        raise ValueError(
+            f"{op}: input must have at most {_checks.MOST} rows and columns with padding, got {padded} of them"
+        )
+    _checks.check_result(op, "(N, O, out_h, out_w)", (batch, out_channels, out_h, out_w), input.dtype.itemsize)
+
     offset_groups = 1
     if offset is not None:
+        ends = [
+            (out_h - 1) * stride_h + (kernel_h - 1) * dilation_h,
+            (out_w - 1) * stride_w + (kernel_w - 1) * dilation_w,
+        ]
+        check_taps(op, (pad_h, pad_w), ends, input.dtype)
         taps = kernel_h * kernel_w
         formula = "(N, 2*offset_groups*kernel_h*kernel_w, out_h, out_w)"
         mask_formula = "(N, offset_groups*kernel_h*kernel_w, out_h, out_w)"
@@ -132,6 +146,18 @@ def conv2d_geometry(
         offset_groups=offset_groups,
         boundary=BOUNDARIES.index(boundary),
     )
+
+
+def check_taps(op: str, before: Sequence[int], ends: Sequence[int], dtype: Any) -> None:
+    """Coordinates can tell where all taps are. `before`: padding; `ends`: from the first tap to the last, each axis."""
+    coordinate = "float64" if dtype.itemsize == 8 else "float32"
+    farthest = FARTHEST[coordinate]
+    for axis, pad, end in zip("yx", before, ends, strict=True):
+        if pad > farthest or end - pad > farthest:
+            raise ValueError(
+                f"{op}: taps must be within {farthest} pixels of the first one, as far as {coordinate} coordinates are "
+                f"exact, got {axis} from {-pad} to {end - pad}"
+            )
 
 
 def check_grad_output(op: str, grad_output: Any, g: Conv2dGeometry) -> None:

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 from pydeform import _checks
 
+# Points on each axis of a bin. The weights of those near a pixel are added up: of so many, float32 loses 2**-11 at the
+# worst; of 2**24, what is added would count for nothing.
+MOST_SAMPLES = 2**13
 EXACT, AFTER_SCALE, BEFORE_SCALE = 0, 1, 2  # when the corners of a box are rounded, half away from zero
 NO_LEAST_SIZE = -math.inf
 
@@ -171,6 +174,9 @@ def roi_geometry(
             f"got {tuple(input.shape)}"
         )
     out_channels = in_channels // cells
+    if pooled[0] * pooled[1] > _checks.MOST:
+        raise ValueError(f"{op}: a box must have at most {_checks.MOST} bins, got {pooled[0]} * {pooled[1]}")
+    _checks.check_result(op, "(R, C, pooled_h, pooled_w)", (count, out_channels, *pooled), input.dtype.itemsize)
     part = pooled if part is None else part
     if offset is not None:
         classes = _check_offset(op, offset_name, offset, count, part, classes, out_channels)
@@ -191,7 +197,7 @@ def roi_geometry(
         part_h=part[0],
         part_w=part[1],
         classes=classes or 1,
-        spatial_scale=_checks.number(op, "spatial_scale", spatial_scale, positive=True),
+        spatial_scale=_checks.number(op, "spatial_scale", spatial_scale, positive=True, dtype=input.dtype),
         offset_scale=offset_scale,
         **rules._asdict(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import pydeform
-from tests.test_errors import DTYPES, cases, check, needs_errors, sent, zeros
+from tests.test_errors import DTYPES, Unsent, cases, check, needs_errors, scalars, sent, too_large, zeros
 from tests.test_roi import OPERATORS
 
 # What is changed of a good call -> error and text, which follows the operator's name.
@@ -57,22 +58,39 @@ def of_input_dtype(name: str, array: np.ndarray) -> Rows:
 
 def positive_int(name: str) -> Rows:
     return [
-        ({name: value}, error, f"{name} must be an int >= 1, got {value!r}")
-        for value, error in (
-            (0, ValueError),
-            (-1, ValueError),
-            (True, ValueError),
-            (1.0, TypeError),
-            ("7", TypeError),
-            ((2, 3), ValueError),
-        )
+        *scalars(name, "an int >= 1"),
+        *too_large(name),
+        *(
+            ({name: value}, error, f"{name} must be an int >= 1, got {value!r}")
+            for value, error in (
+                (0, ValueError),
+                (-1, ValueError),
+                (True, ValueError),
+                (1.0, TypeError),
+                ("7", TypeError),
+                ((2, 3), ValueError),
+            )
+        ),
     ]
+
+
+def too_many_samples(name: str) -> Rows:
+    return [({name: value}, ValueError, f"{name} must be at most 8192, got {value}") for value in (8193, 2**31 - 1)]
 
 
 def finite(name: str, values: Any = (np.nan, np.inf, -np.inf), expected: str = "a finite number") -> Rows:
     return [
         *(({name: value}, ValueError, f"{name} must be {expected}, got {value!r}") for value in values),
         *(({name: value}, TypeError, f"{name} must be {expected}, got {value!r}") for value in ("x", None, True, 1j)),
+        *(
+            ({name: value}, TypeError, f"{name} must be {expected}, got {value!r}")
+            for value in (
+                *(b"1", np.True_, np.complex64(1), (1.0,), {1.0}, np.timedelta64(1, "s")),
+                *(Unsent(np.array(a)) for a in ([1.0], True, 1j, "1")),
+            )
+        ),
+        ({name: 10**400}, ValueError, f"{name} must be {expected}, got 1{'0' * 199}..."),
+        ({name: 1e39}, ValueError, f"{name} must be finite in float32, got 1e+39"),
     ]
 
 
@@ -104,25 +122,49 @@ ALL: Rows = [
 ]
 
 OUTPUT_SIZE: Rows = [
-    ({"output_size": value}, error, f"output_size must be {POOLED}, got {value!r}")
-    for value, error in (
-        (0, ValueError),
-        (-1, ValueError),
-        (True, ValueError),
-        ((2, 0), ValueError),
-        ((1, 2, 3), ValueError),
-        ((2,), ValueError),
-        ((), ValueError),
-        ("7", TypeError),
-        (2.0, TypeError),
-        ((2, 3.0), TypeError),
-        (None, TypeError),
-    )
+    *scalars("output_size", POOLED),
+    *too_large("output_size"),
+    ({"output_size": (2, 2**31)}, ValueError, "output_size must be at most 2147483647, got (2, 2147483648)"),
+    *(
+        ({"output_size": value}, error, f"output_size must be {POOLED}, got {value!r}")
+        for value, error in (
+            (0, ValueError),
+            (-1, ValueError),
+            (True, ValueError),
+            ((2, 0), ValueError),
+            ((1, 2, 3), ValueError),
+            ((2,), ValueError),
+            ((), ValueError),
+            ("7", TypeError),
+            (2.0, TypeError),
+            ((2, 3.0), TypeError),
+            (None, TypeError),
+            ({2, 3}, TypeError),
+            ({2: 3, 3: 2}, TypeError),
+            (itertools.count(1), TypeError),
+        )
+    ),
+]
+MANY_BINS: Rows = [
+    ({"output_size": 2**16}, ValueError, "a box must have at most 2147483647 bins, got 65536 * 65536"),
 ]
 
 SAMPLING_RATIO: Rows = [
-    ({"sampling_ratio": value}, error, f"sampling_ratio must be an int >= -1, got {value!r}")
-    for value, error in ((-2, ValueError), (True, ValueError), (1.5, TypeError), ("2", TypeError), (None, TypeError))
+    *too_many_samples("sampling_ratio"),
+    *too_large("sampling_ratio"),
+    *(
+        ({"sampling_ratio": value}, error, f"sampling_ratio must be an int >= -1, got {value!r}")
+        for value, error in (
+            (-2, ValueError),
+            (-(2**63) - 1, ValueError),
+            (True, ValueError),
+            (1.5, TypeError),
+            ("2", TypeError),
+            (None, TypeError),
+            (Unsent(np.array(True)), ValueError),
+            (Unsent(np.array(2.0)), TypeError),
+        )
+    ),
 ]
 
 GROUPS: Rows = [
@@ -151,9 +193,10 @@ def mask_errors(shape: tuple[int, ...], *wrong: tuple[int, ...]) -> Rows:
 
 TRANS = "(R, 2*classes, part_size, part_size)"
 OWN: dict[str, Rows] = {
-    "roi_pool": OUTPUT_SIZE,
+    "roi_pool": [*OUTPUT_SIZE, *MANY_BINS],
     "roi_align": [
         *OUTPUT_SIZE,
+        *MANY_BINS,
         *SAMPLING_RATIO,
         *(
             ({"mode": value}, ValueError, f"mode must be one of 'avg', 'max', got {value!r}")
@@ -171,6 +214,7 @@ OWN: dict[str, Rows] = {
     "ps_roi_align": [*OUTPUT_SIZE, *GROUPS, *SAMPLING_RATIO],
     "deform_roi_pool": [
         *OUTPUT_SIZE,
+        *MANY_BINS,
         *SAMPLING_RATIO,
         *finite("gamma"),
         *of_input_dtype("offset", zeros(5, 2, 2, 3)),
@@ -199,6 +243,8 @@ OWN: dict[str, Rows] = {
             ({name: None}, TypeError, f"{name} must be an int >= 1, got None")
             for name in ("output_dim", "pooled_size", "group_size", "sample_per_part")
         ),
+        *too_many_samples("sample_per_part"),
+        ({"pooled_size": 2**16}, ValueError, "a box must have at most 2147483647 bins, got 65536 * 65536"),
         *finite("trans_std"),
         (
             {"input": zeros(2, 15, 7, 9)},
@@ -293,6 +339,18 @@ def test_the_unchanged_calls_are_good(backend, operator):
     assert [None if g is None else g.shape for g in grads] == [
         None if name == "boxes" else arguments[name].shape for name in OPERATORS[operator]
     ]
+
+
+@pytest.mark.parametrize("operator", ["roi_pool", "roi_align", "deform_roi_pool"])
+def test_more_bytes_than_an_array_has(operator):
+    """Boxes that take no memory ask for a result that no memory can hold: said before anything is counted."""
+    arguments = {**good(operator), "boxes": np.broadcast_to(zeros(1, 5), (2**40, 5)), "output_size": (2**10, 2**10)}
+    arguments = {name: a for name, a in arguments.items() if name not in ("offset", "mask")}
+    text = (
+        f"the result must have less than 2**63 bytes, got shape (R, C, pooled_h, pooled_w) = ({2**40}, 4, 1024, 1024)"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{operator}: {text}')}$"):
+        getattr(pydeform, operator)(**arguments)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

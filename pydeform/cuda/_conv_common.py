@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from pydeform import _checks
 from pydeform._geometry import Conv2dGeometry
 
 C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
@@ -140,6 +141,19 @@ def check_size(op: str, g: Conv2dGeometry) -> None:
                 f"{op}: an image of the {what} must have (height + 1) * (width + 1) <= {MOST_CELLS} on CUDA, "
                 f"got {height + 1} * {width + 1} = {(height + 1) * (width + 1)}"
             )
+    weights = g.in_channels // g.groups * g.kernel_h * g.kernel_w
+    if weights > _checks.MOST:
+        raise ValueError(
+            f"{op}: weight must have C/groups * kernel_h * kernel_w <= {_checks.MOST} on CUDA, got {weights}"
+        )
+    check_fields(op, g)
+
+
+def check_fields(op: str, g: Any) -> None:
+    """The integers of a geometry fit into those of its struct."""
+    for name, value in g._asdict().items():
+        if isinstance(value, int) and value > _checks.MOST:
+            raise ValueError(f"{op}: {name} must be at most {_checks.MOST} on CUDA, got {value}")
 
 
 def is_direct(g: Conv2dGeometry) -> bool:

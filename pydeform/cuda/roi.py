@@ -95,6 +95,7 @@ def _check_size(g: RoiGeometry) -> None:
             f"RoI operators: an image of the input must have (height + 1) * (width + 1) <= {MOST_CELLS} on CUDA, "
             f"got {g.in_h + 1} * {g.in_w + 1} = {(g.in_h + 1) * (g.in_w + 1)}"
         )
+    _conv_common.check_fields("RoI operators", g)
 
 
 def _is_direct(g: RoiGeometry) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from pydeform import _backend, _checks, _interop, _roi_geometry
+from pydeform._types import Needs
 
 MANTISSA_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}  # with the one that is not stored
 
@@ -24,6 +24,13 @@ def check_arrays(op: str, arrays: dict[str, Any]) -> None:
 
 def integer(op: str, name: str, value: Any, minimum: int = 1) -> int:
     (number,) = _checks.per_axis(op, name, value, 1, minimum)
+    return number
+
+
+def samples(op: str, name: str, value: Any, minimum: int = 1) -> int:
+    number = integer(op, name, value, minimum)
+    if number > _roi_geometry.MOST_SAMPLES:
+        raise ValueError(f"{op}: {name} must be at most {_roi_geometry.MOST_SAMPLES}, got {_checks.shown(value)}")
     return number
 
 
@@ -45,7 +52,7 @@ def backward(
     arrays: dict[str, Any],
     back: _interop.Back,
     g: _roi_geometry.RoiGeometry,
-    needs: Iterable[str] | None,
+    needs: Needs,
     deterministic: bool,
 ) -> dict[str, Any]:
     """The fields of the operator's Grads. `arrays`: grad_output, then those of the forward."""

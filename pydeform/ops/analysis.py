@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np  # on CuPy arrays its functions call CuPy's
 
-from pydeform import _checks, _interop
+from pydeform import _checks, _geometry, _interop
+from pydeform._types import Array, Padding, Size
 
+DType = TypeVar("DType", bound="np.dtype[Any]")
 OFFSET_SHAPE = "(N, 2*offset_groups*kernel_h*kernel_w, out_h, out_w)"
 
 
-def sampling_locations(offset: Any, kernel_size: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Any:
+# An array's type may name its axes, of which the result has others.
+@overload
+def sampling_locations(
+    offset: np.ndarray[Any, DType], kernel_size: Size, stride: Size = 1, padding: Padding = 0, dilation: Size = 1
+) -> np.ndarray[Any, DType]: ...
+@overload
+def sampling_locations(
+    offset: Array, kernel_size: Size, stride: Size = 1, padding: Padding = 0, dilation: Size = 1
+) -> Array: ...
+def sampling_locations(
+    offset: Any, kernel_size: Size, stride: Size = 1, padding: Padding = 0, dilation: Size = 1
+) -> Any:
     """Where `deform_conv2d` samples its input, in pixels.
 
         location[b, og, k, oy, ox] = (oy*stride_h - pad_h + ky*dilation_h + dy,
@@ -54,18 +67,20 @@ def sampling_locations(offset: Any, kernel_size: Any, stride: Any = 1, padding: 
     before = [pair[0] for pair in _checks.padding_pairs(op, padding, (1, 1), kernel, (1, 1), dilations)]
     taps = _taps(op, arrays["offset"], kernel)
     batch, groups, _, _, _, *out = taps.shape
+    ends = [(n - 1) * s + (k - 1) * d for n, s, k, d in zip(out, strides, kernel, dilations, strict=True)]
+    _geometry.check_taps(op, before, ends, taps.dtype)
     with back:
         locations = np.moveaxis(taps, 4, -1).astype(_compute_dtype(taps), order="C", copy=True)
         for axis in (0, 1):
-            tap = np.arange(kernel[axis], dtype=locations.dtype, like=locations) * dilations[axis]
-            pixel = np.arange(out[axis], dtype=locations.dtype, like=locations) * strides[axis] - before[axis]
-            grid = tap[:, None, None, None] + pixel[:, None]  # (kernel, 1, out, 1): rows
+            tap = np.arange(kernel[axis], dtype=np.int64, like=locations) * dilations[axis]
+            pixel = np.arange(out[axis], dtype=np.int64, like=locations) * strides[axis] - before[axis]
+            grid = (tap[:, None, None, None] + pixel[:, None]).astype(locations.dtype)  # (kernel, 1, out, 1): rows
             locations[..., axis] += grid if axis == 0 else grid.swapaxes(0, 1).swapaxes(2, 3)
         shape = (batch, groups, kernel[0] * kernel[1], *out, 2)
         return back(locations.astype(taps.dtype, copy=False).reshape(shape))
 
 
-def effective_dilation(offset: Any, kernel_size: Any, dilation: Any = 1) -> Any:
+def effective_dilation(offset: Array, kernel_size: Size, dilation: Size = 1) -> Array:
     """How far apart the taps of a deformable convolution stand: the dilation of a plain one that is as wide.
 
         mean over pairs (k, k') of adjacent taps of |p[k'] - p[k]|,   p[k] = (ky*dilation_h + dy, kx*dilation_w + dx)

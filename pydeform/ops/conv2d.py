@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pydeform import _backend, _checks, _geometry, _interop
+from pydeform._types import AnyArray, Array, Int, Needs, Padding, Size
 
 
 class Conv2dGrads(NamedTuple):
@@ -24,16 +24,16 @@ class Conv2dGrads(NamedTuple):
 
 
 def conv2d(
-    input: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+    input: Array,
+    weight: AnyArray,
+    bias: AnyArray | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: Int = 1,
     *,
     allow_tf32: bool = False,
-) -> Any:
+) -> Array:
     """Plain convolution, as networks mean it (a correlation): what `deform_conv2d` computes at zero offset.
 
         output[b, o, oy, ox] = bias[o] + sum over c, ky, kx of weight[o, c, ky, kx] * input[b, c, y, x]
@@ -73,16 +73,16 @@ def conv2d(
 
 
 def conv2d_backward(
-    grad_output: Any,
-    input: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+    grad_output: AnyArray,
+    input: AnyArray,
+    weight: AnyArray,
+    bias: AnyArray | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: Int = 1,
     *,
-    needs: Iterable[str] | None = None,
+    needs: Needs = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
 ) -> Conv2dGrads:
@@ -122,13 +122,20 @@ def conv2d_backward(
 
 
 def _geometry_of(
-    op: str, arrays: dict[str, Any], stride: Any, padding: Any, dilation: Any, groups: int, grad_output: Any = None
+    op: str,
+    arrays: dict[str, Any],
+    stride: Size,
+    padding: Padding,
+    dilation: Size,
+    groups: Int,
+    grad_output: Any = None,
 ) -> _geometry.Conv2dGeometry:
     _checks.check_present(op, arrays, "input", "weight")
     present = arrays if grad_output is None else {**arrays, "grad_output": grad_output}
     _checks.check_dtypes(op, present)
+    (count,) = _checks.per_axis(op, "groups", groups, 1, 1)
     g = _geometry.conv2d_geometry(
-        op, arrays["input"], arrays["weight"], arrays["bias"], stride, padding, dilation, groups=groups
+        op, arrays["input"], arrays["weight"], arrays["bias"], stride, padding, dilation, groups=count
     )
     if grad_output is not None:
         _geometry.check_grad_output(op, grad_output, g)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pydeform import _backend, _checks, _geometry, _interop
+from pydeform._types import AnyArray, Array, Boundary, Needs, Padding, Size
 
 
 class DeformConv2dGrads(NamedTuple):
@@ -26,18 +26,18 @@ class DeformConv2dGrads(NamedTuple):
 
 
 def deform_conv2d(
-    input: Any,
-    offset: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    mask: Any = None,
+    input: Array,
+    offset: AnyArray,
+    weight: AnyArray,
+    bias: AnyArray | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    mask: AnyArray | None = None,
     *,
-    boundary: str = "torchvision",
+    boundary: Boundary = "torchvision",
     allow_tf32: bool = False,
-) -> Any:
+) -> Array:
     """Convolve with taps moved by offsets (deformable convolution v1; v2 when `mask` is given).
 
         output[b, o, oy, ox] = bias[o] + sum over c, k of weight[o, c, k] * mask[b, og, k, oy, ox] * input[b, c](y, x)
@@ -89,18 +89,18 @@ def deform_conv2d(
 
 
 def deform_conv2d_backward(
-    grad_output: Any,
-    input: Any,
-    offset: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    mask: Any = None,
+    grad_output: AnyArray,
+    input: AnyArray,
+    offset: AnyArray,
+    weight: AnyArray,
+    bias: AnyArray | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    mask: AnyArray | None = None,
     *,
-    boundary: str = "torchvision",
-    needs: Iterable[str] | None = None,
+    boundary: Boundary = "torchvision",
+    needs: Needs = None,
     deterministic: bool = False,
     allow_tf32: bool = False,
 ) -> DeformConv2dGrads:
@@ -158,7 +158,13 @@ def deform_conv2d_backward(
 
 
 def _geometry_of(
-    op: str, arrays: dict[str, Any], stride: Any, padding: Any, dilation: Any, boundary: str, grad_output: Any = None
+    op: str,
+    arrays: dict[str, Any],
+    stride: Size,
+    padding: Padding,
+    dilation: Size,
+    boundary: str,
+    grad_output: Any = None,
 ) -> _geometry.Conv2dGeometry:
     _checks.check_present(op, arrays, "input", "offset", "weight")
     present = arrays if grad_output is None else {**arrays, "grad_output": grad_output}

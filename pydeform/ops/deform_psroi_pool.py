@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pydeform import _checks, _interop, _roi_geometry
+from pydeform._types import AnyArray, Array, Int, Needs, Number
 from pydeform.ops import _roi
 
 
@@ -24,19 +24,19 @@ class DeformPsroiPoolGrads(NamedTuple):
 
 
 def deform_psroi_pool(
-    input: Any,
-    boxes: Any,
-    trans: Any = None,
+    input: Array,
+    boxes: AnyArray,
+    trans: AnyArray | None = None,
     *,
-    output_dim: int,
-    pooled_size: int,
-    group_size: int = 1,
-    part_size: int | None = None,
-    sample_per_part: int = 1,
-    trans_std: float = 0.0,
-    spatial_scale: float = 1.0,
-    mask: Any = None,
-) -> Any:
+    output_dim: Int,
+    pooled_size: Int,
+    group_size: Int = 1,
+    part_size: Int | None = None,
+    sample_per_part: Int = 1,
+    trans_std: Number = 0.0,
+    spatial_scale: Number = 1.0,
+    mask: AnyArray | None = None,
+) -> Array:
     """Mean of points in each bin of each box, every bin moved by an offset and reading channels of its own.
 
         output[r, c, py, px] = mask[r, 0, py, px] * mean over iy, ix of input[b, k](y, x)
@@ -60,7 +60,7 @@ def deform_psroi_pool(
     output_dim : channels of the result
     pooled_size, group_size : bins on each axis; groups of channels on each axis
     part_size : offsets on each axis; None: pooled_size
-    sample_per_part : points of a bin on each axis
+    sample_per_part : points of a bin on each axis, at most 8192
     trans_std : the size of an offset of 1, as a part of the box
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
     mask : array (R, 1, pooled_size, pooled_size), optional; used as given, without a sigmoid
@@ -86,20 +86,20 @@ def deform_psroi_pool(
 
 
 def deform_psroi_pool_backward(
-    grad_output: Any,
-    input: Any,
-    boxes: Any,
-    trans: Any = None,
+    grad_output: AnyArray,
+    input: AnyArray,
+    boxes: AnyArray,
+    trans: AnyArray | None = None,
     *,
-    output_dim: int,
-    pooled_size: int,
-    group_size: int = 1,
-    part_size: int | None = None,
-    sample_per_part: int = 1,
-    trans_std: float = 0.0,
-    spatial_scale: float = 1.0,
-    mask: Any = None,
-    needs: Iterable[str] | None = None,
+    output_dim: Int,
+    pooled_size: Int,
+    group_size: Int = 1,
+    part_size: Int | None = None,
+    sample_per_part: Int = 1,
+    trans_std: Number = 0.0,
+    spatial_scale: Number = 1.0,
+    mask: AnyArray | None = None,
+    needs: Needs = None,
     deterministic: bool = False,
 ) -> DeformPsroiPoolGrads:
     """Gradients of `deform_psroi_pool`, computed from its arguments alone: d sum(grad_output * output) / d argument.
@@ -139,13 +139,13 @@ def deform_psroi_pool_backward(
 def _geometry_of(
     op: str,
     arrays: dict[str, Any],
-    output_dim: int,
-    pooled_size: int,
-    group_size: int,
-    part_size: int | None,
-    sample_per_part: int,
-    trans_std: float,
-    spatial_scale: float,
+    output_dim: Int,
+    pooled_size: Int,
+    group_size: Int,
+    part_size: Int | None,
+    sample_per_part: Int,
+    trans_std: Number,
+    spatial_scale: Number,
 ) -> _roi_geometry.RoiGeometry:
     _roi.check_arrays(op, arrays)
     pooled = (_roi.integer(op, "pooled_size", pooled_size),) * 2
@@ -156,13 +156,13 @@ def _geometry_of(
         _roi_geometry.DEFORM_PSROI_POOL,
         pooled,
         spatial_scale,
-        samples=_roi.integer(op, "sample_per_part", sample_per_part),
+        samples=_roi.samples(op, "sample_per_part", sample_per_part),
         group=(_roi.integer(op, "group_size", group_size),) * 2,
         output_dim=_roi.integer(op, "output_dim", output_dim),
         offset_name="trans",
         offset=arrays["trans"],
         part=pooled if part_size is None else (_roi.integer(op, "part_size", part_size),) * 2,
-        offset_scale=_checks.number(op, "trans_std", trans_std),
+        offset_scale=_checks.number(op, "trans_std", trans_std, dtype=arrays["input"].dtype),
         classes=None,
         mask=arrays["mask"],
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pydeform import _checks, _interop, _roi_geometry
+from pydeform._types import AnyArray, Array, Int, Needs, Number, Size
 from pydeform.ops import _roi
 
 
@@ -24,15 +24,15 @@ class DeformRoiPoolGrads(NamedTuple):
 
 
 def deform_roi_pool(
-    input: Any,
-    boxes: Any,
-    offset: Any = None,
-    output_size: Any = 7,
-    spatial_scale: float = 1.0,
-    sampling_ratio: int = 0,
-    gamma: float = 0.1,
-    mask: Any = None,
-) -> Any:
+    input: Array,
+    boxes: AnyArray,
+    offset: AnyArray | None = None,
+    output_size: Size = 7,
+    spatial_scale: Number = 1.0,
+    sampling_ratio: Int = 0,
+    gamma: Number = 0.1,
+    mask: AnyArray | None = None,
+) -> Array:
     """Mean of points in each bin of each box, every bin moved by an offset.
 
         output[r, c, py, px] = mask[r, 0, py, px] * mean over iy, ix of input[b, c](y, x)
@@ -53,7 +53,7 @@ def deform_roi_pool(
         box. Beside float16 or bfloat16 it may be float32
     output_size : int, or (output_h, output_w)
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
-    sampling_ratio : points of a bin on each axis; 0 and -1: adaptive
+    sampling_ratio : points of a bin on each axis, at most 8192; 0 and -1: adaptive
     gamma : the size of an offset of 1, as a part of the box
     mask : array (R, 1, output_h, output_w), optional; used as given, without a sigmoid
 
@@ -80,17 +80,17 @@ def deform_roi_pool(
 
 
 def deform_roi_pool_backward(
-    grad_output: Any,
-    input: Any,
-    boxes: Any,
-    offset: Any = None,
-    output_size: Any = 7,
-    spatial_scale: float = 1.0,
-    sampling_ratio: int = 0,
-    gamma: float = 0.1,
-    mask: Any = None,
+    grad_output: AnyArray,
+    input: AnyArray,
+    boxes: AnyArray,
+    offset: AnyArray | None = None,
+    output_size: Size = 7,
+    spatial_scale: Number = 1.0,
+    sampling_ratio: Int = 0,
+    gamma: Number = 0.1,
+    mask: AnyArray | None = None,
     *,
-    needs: Iterable[str] | None = None,
+    needs: Needs = None,
     deterministic: bool = False,
 ) -> DeformRoiPoolGrads:
     """Gradients of `deform_roi_pool`, computed from its arguments alone: d sum(grad_output * output) / d argument.
@@ -127,7 +127,7 @@ def deform_roi_pool_backward(
 
 
 def _geometry_of(
-    op: str, arrays: dict[str, Any], output_size: Any, spatial_scale: float, sampling_ratio: int, gamma: float
+    op: str, arrays: dict[str, Any], output_size: Size, spatial_scale: Number, sampling_ratio: Int, gamma: Number
 ) -> _roi_geometry.RoiGeometry:
     _roi.check_arrays(op, arrays)
     return _roi_geometry.roi_geometry(
@@ -137,8 +137,8 @@ def _geometry_of(
         _roi_geometry.DEFORM_ROI_POOL,
         _roi.pair(op, "output_size", output_size),
         spatial_scale,
-        samples=_roi.integer(op, "sampling_ratio", sampling_ratio, -1),
+        samples=_roi.samples(op, "sampling_ratio", sampling_ratio, -1),
         offset=arrays["offset"],
-        offset_scale=_checks.number(op, "gamma", gamma),
+        offset_scale=_checks.number(op, "gamma", gamma, dtype=arrays["input"].dtype),
         mask=arrays["mask"],
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pydeform import _interop, _roi_geometry
+from pydeform._types import AnyArray, Array, Int, Needs, Number, Size
 from pydeform.ops import _roi
 
 
@@ -21,7 +21,9 @@ class PsRoiAlignGrads(NamedTuple):
     boxes: Any
 
 
-def ps_roi_align(input: Any, boxes: Any, output_size: Any, spatial_scale: float = 1.0, sampling_ratio: int = -1) -> Any:
+def ps_roi_align(
+    input: Array, boxes: AnyArray, output_size: Size, spatial_scale: Number = 1.0, sampling_ratio: Int = -1
+) -> Array:
     """Mean of points in each bin, where each bin reads channels of its own.
 
         output[r, c, py, px] = mean over iy, ix of input[b, (c*output_h + py)*output_w + px](y, x)
@@ -38,7 +40,7 @@ def ps_roi_align(input: Any, boxes: Any, output_size: Any, spatial_scale: float 
         Beside float16 or bfloat16 they may be float32, and must be for more images than these count, 2048 or 256
     output_size : int, or (output_h, output_w)
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
-    sampling_ratio : points of a bin on each axis; 0 and -1: adaptive
+    sampling_ratio : points of a bin on each axis, at most 8192; 0 and -1: adaptive
 
     Returns   array (R, C, output_h, output_w) of the kind, device and dtype of `input`
     Raises    ValueError (a shape, option or, on the CPU, batch index does not fit), TypeError (kind, dtype or device)
@@ -60,14 +62,14 @@ def ps_roi_align(input: Any, boxes: Any, output_size: Any, spatial_scale: float 
 
 
 def ps_roi_align_backward(
-    grad_output: Any,
-    input: Any,
-    boxes: Any,
-    output_size: Any,
-    spatial_scale: float = 1.0,
-    sampling_ratio: int = -1,
+    grad_output: AnyArray,
+    input: AnyArray,
+    boxes: AnyArray,
+    output_size: Size,
+    spatial_scale: Number = 1.0,
+    sampling_ratio: Int = -1,
     *,
-    needs: Iterable[str] | None = None,
+    needs: Needs = None,
     deterministic: bool = False,
 ) -> PsRoiAlignGrads:
     """Gradient of `ps_roi_align`, computed from its arguments alone: d sum(grad_output * output) / d input.
@@ -97,7 +99,7 @@ def ps_roi_align_backward(
 
 
 def _geometry_of(
-    op: str, arrays: dict[str, Any], output_size: Any, spatial_scale: float, sampling_ratio: int
+    op: str, arrays: dict[str, Any], output_size: Size, spatial_scale: Number, sampling_ratio: Int
 ) -> _roi_geometry.RoiGeometry:
     _roi.check_arrays(op, arrays)
     pooled = _roi.pair(op, "output_size", output_size)
@@ -108,6 +110,6 @@ def _geometry_of(
         _roi_geometry.PS_ROI_ALIGN,
         pooled,
         spatial_scale,
-        samples=_roi.integer(op, "sampling_ratio", sampling_ratio, -1),
+        samples=_roi.samples(op, "sampling_ratio", sampling_ratio, -1),
         group=pooled,
     )

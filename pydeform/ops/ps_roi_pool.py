@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pydeform import _checks, _interop, _roi_geometry
+from pydeform._types import AnyArray, Array, Convention, Needs, Number, Size
 from pydeform.ops import _roi
 
 CONVENTIONS = tuple(_roi_geometry.PS_ROI_POOL)
@@ -24,8 +24,13 @@ class PsRoiPoolGrads(NamedTuple):
 
 
 def ps_roi_pool(
-    input: Any, boxes: Any, output_size: Any, spatial_scale: float = 1.0, *, convention: str = "torchvision"
-) -> Any:
+    input: Array,
+    boxes: AnyArray,
+    output_size: Size,
+    spatial_scale: Number = 1.0,
+    *,
+    convention: Convention = "torchvision",
+) -> Array:
     """Mean of the pixels of each bin, where each bin reads channels of its own.
 
         output[r, c, py, px] = mean over y in rows(py), x in columns(px) of input[b, k, y, x]
@@ -65,14 +70,14 @@ def ps_roi_pool(
 
 
 def ps_roi_pool_backward(
-    grad_output: Any,
-    input: Any,
-    boxes: Any,
-    output_size: Any,
-    spatial_scale: float = 1.0,
+    grad_output: AnyArray,
+    input: AnyArray,
+    boxes: AnyArray,
+    output_size: Size,
+    spatial_scale: Number = 1.0,
     *,
-    convention: str = "torchvision",
-    needs: Iterable[str] | None = None,
+    convention: Convention = "torchvision",
+    needs: Needs = None,
     deterministic: bool = False,
 ) -> PsRoiPoolGrads:
     """Gradient of `ps_roi_pool`, computed from its arguments alone: d sum(grad_output * output) / d input.
@@ -103,7 +108,7 @@ def ps_roi_pool_backward(
 
 
 def _geometry_of(
-    op: str, arrays: dict[str, Any], output_size: Any, spatial_scale: float, convention: str
+    op: str, arrays: dict[str, Any], output_size: Size, spatial_scale: Number, convention: str
 ) -> _roi_geometry.RoiGeometry:
     _roi.check_arrays(op, arrays)
     _checks.check_choice(op, "convention", convention, CONVENTIONS)

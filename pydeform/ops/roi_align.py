@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pydeform import _checks, _interop, _roi_geometry
+from pydeform._types import AnyArray, Array, Int, Mode, Needs, Number, Size
 from pydeform.ops import _roi
 
 MODES = ("avg", "max")
@@ -24,15 +24,15 @@ class RoiAlignGrads(NamedTuple):
 
 
 def roi_align(
-    input: Any,
-    boxes: Any,
-    output_size: Any,
-    spatial_scale: float = 1.0,
-    sampling_ratio: int = -1,
+    input: Array,
+    boxes: AnyArray,
+    output_size: Size,
+    spatial_scale: Number = 1.0,
+    sampling_ratio: Int = -1,
     aligned: bool = False,
     *,
-    mode: str = "avg",
-) -> Any:
+    mode: Mode = "avg",
+) -> Array:
     """Mean, or maximum, of points in each bin of each box.
 
         output[r, c, py, px] = mean over iy, ix of input[b, c](y, x)
@@ -49,7 +49,7 @@ def roi_align(
         Beside float16 or bfloat16 they may be float32, and must be for more images than these count, 2048 or 256
     output_size : int, or (output_h, output_w)
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
-    sampling_ratio : points of a bin on each axis; 0 and -1: adaptive
+    sampling_ratio : points of a bin on each axis, at most 8192; 0 and -1: adaptive
     aligned : pixel centres lie half a pixel inside the image; False: no such shift, and a box has at least size 1
     mode : "avg", or "max" of the interpolated points (mmcv's; ONNX's old max took single weighted pixels)
 
@@ -74,16 +74,16 @@ def roi_align(
 
 
 def roi_align_backward(
-    grad_output: Any,
-    input: Any,
-    boxes: Any,
-    output_size: Any,
-    spatial_scale: float = 1.0,
-    sampling_ratio: int = -1,
+    grad_output: AnyArray,
+    input: AnyArray,
+    boxes: AnyArray,
+    output_size: Size,
+    spatial_scale: Number = 1.0,
+    sampling_ratio: Int = -1,
     aligned: bool = False,
     *,
-    mode: str = "avg",
-    needs: Iterable[str] | None = None,
+    mode: Mode = "avg",
+    needs: Needs = None,
     deterministic: bool = False,
 ) -> RoiAlignGrads:
     """Gradient of `roi_align`, computed from its arguments alone: d sum(grad_output * output) / d input.
@@ -115,9 +115,9 @@ def roi_align_backward(
 def _geometry_of(
     op: str,
     arrays: dict[str, Any],
-    output_size: Any,
-    spatial_scale: float,
-    sampling_ratio: int,
+    output_size: Size,
+    spatial_scale: Number,
+    sampling_ratio: Int,
     aligned: bool,
     mode: str,
 ) -> _roi_geometry.RoiGeometry:
@@ -131,5 +131,5 @@ def _geometry_of(
         rules._replace(is_max=MODES.index(mode)),
         _roi.pair(op, "output_size", output_size),
         spatial_scale,
-        samples=_roi.integer(op, "sampling_ratio", sampling_ratio, -1),
+        samples=_roi.samples(op, "sampling_ratio", sampling_ratio, -1),
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pydeform import _interop, _roi_geometry
+from pydeform._types import AnyArray, Array, Needs, Number, Size
 from pydeform.ops import _roi
 
 
@@ -21,7 +21,7 @@ class RoiPoolGrads(NamedTuple):
     boxes: Any
 
 
-def roi_pool(input: Any, boxes: Any, output_size: Any, spatial_scale: float = 1.0) -> Any:
+def roi_pool(input: Array, boxes: AnyArray, output_size: Size, spatial_scale: Number = 1.0) -> Array:
     """Largest pixel of each bin of each box.
 
         output[r, c, py, px] = max over y in rows(py), x in columns(px) of input[b, c, y, x]
@@ -58,13 +58,13 @@ def roi_pool(input: Any, boxes: Any, output_size: Any, spatial_scale: float = 1.
 
 
 def roi_pool_backward(
-    grad_output: Any,
-    input: Any,
-    boxes: Any,
-    output_size: Any,
-    spatial_scale: float = 1.0,
+    grad_output: AnyArray,
+    input: AnyArray,
+    boxes: AnyArray,
+    output_size: Size,
+    spatial_scale: Number = 1.0,
     *,
-    needs: Iterable[str] | None = None,
+    needs: Needs = None,
     deterministic: bool = False,
 ) -> RoiPoolGrads:
     """Gradient of `roi_pool`, computed from its arguments alone: d sum(grad_output * output) / d input.
@@ -93,7 +93,9 @@ def roi_pool_backward(
     return RoiPoolGrads(**_roi.backward(op, arrays, back, g, needs, deterministic))
 
 
-def _geometry_of(op: str, arrays: dict[str, Any], output_size: Any, spatial_scale: float) -> _roi_geometry.RoiGeometry:
+def _geometry_of(
+    op: str, arrays: dict[str, Any], output_size: Size, spatial_scale: Number
+) -> _roi_geometry.RoiGeometry:
     _roi.check_arrays(op, arrays)
     return _roi_geometry.roi_geometry(
         op,

@@ -40,7 +40,7 @@ def check_dtypes(op: str, arrays: dict[str, Any], coordinates: Sequence[str] = (
             first, first_name = dtype, name
         elif dtype is not first and dtype != first:
             or_float32 = name in coordinates and first.itemsize == 2
-            if not (or_float32 and dtype.isnative and dtype.name == "float32"):
+            if not (or_float32 and _is_float(dtype) and dtype.itemsize == 4):
                 expected = f"the dtype of {first_name}, {first}" + (", or float32" if or_float32 else "")
                 raise TypeError(f"{op}: {name} must have {expected}, got {dtype}")
 

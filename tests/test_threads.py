@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import pydeform
-from pydeform.cpu import _conv_common, _jit, _roi_common, _threads
+from pydeform.cpu import _conv_common, _jit, _kernel_cache, _roi_common, _threads
 from tests.cases.deform_conv2d import ARRAYS, Case, make, make_grad_output
 from tests.conftest import assert_same_bits
 from tests.test_waits import PROBLEMS as PROBLEMS_OF_KERNELS
@@ -158,7 +158,7 @@ def test_fewer_helpers_than_asked_for_will_do(monkeypatch, capsys, no_helpers, e
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start_some)
-    monkeypatch.setattr(_jit, "_said", set())
+    monkeypatch.setattr(_kernel_cache, "_said", set())
     monkeypatch.setattr(_threads, "get_num_threads", lambda: 1)
     want = [solve(case, "float32") for case in PROBLEMS[:2]]
     monkeypatch.setattr(_threads, "get_num_threads", lambda: 8)
@@ -174,15 +174,6 @@ def test_fewer_helpers_than_asked_for_will_do(monkeypatch, capsys, no_helpers, e
     assert {rest[1] for rest in calls} == {8}  # of which there are not so many
     if there_are == 0:
         assert _threads._queue.empty()  # nobody would ever empty it
-
-
-def test_compiling_needs_no_thread(monkeypatch):
-    def start(thread):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", start)
-    with _jit._announced():
-        pass
 
 
 @_jit.Kernel

@@ -190,10 +190,10 @@ def own_types(data: Any, *coordinates: Any) -> str:
     None stands for an array that is absent. Kernels read both types, since a copy of all offsets in float32 would cost
     those who have them in half precision.
     """
-    types = [C_TYPES[(data if array is None else array).dtype.name] for array in coordinates]
-    while types and types[-1] == C_TYPES[data.dtype.name]:
+    types = [(data if array is None else array).dtype for array in coordinates]
+    while types and types[-1] == data.dtype:
         types.pop()
-    return "".join(f", {c}" for c in types)
+    return "".join(f", {C_TYPES[dtype.name]}" for dtype in types)
 
 
 def slices(tiles: int, steps: int, processors: int, shortest: int) -> int:

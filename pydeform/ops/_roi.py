@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from pydeform import _backend, _checks, _interop, _roi_geometry
 from pydeform._types import Needs
-
-MANTISSA_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}  # with the one that is not stored
 
 
 def check_arrays(op: str, arrays: dict[str, Any]) -> None:
@@ -75,12 +74,18 @@ def _four(arrays: dict[str, Any]) -> list[Any]:
     return [*arrays.values(), None, None][:4]
 
 
+@functools.cache
+def _whole_numbers(dtype: Any) -> int:
+    """The greatest up to which a float dtype has them all."""
+    return 2 ** {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}[dtype.name]
+
+
 def _check_batch_index(op: str, boxes: Any, batch: int) -> None:
     """On the CPU; on CUDA, where looking would wait for the device, such a box gives NaN.
 
     On both, the dtype of boxes must tell every image, and the number after the last, from its neighbours.
     """
-    most = 2 ** MANTISSA_BITS[boxes.dtype.name]
+    most = _whole_numbers(boxes.dtype)
     if batch > most:
         instead = "float32 boxes" if boxes.dtype.itemsize == 2 else "fewer images"
         raise ValueError(

@@ -39,7 +39,7 @@ def ps_roi_align(
     boxes : array (R, 5), rows [batch index, x1, y1, x2, y2], in pixels of an image spatial_scale times smaller
     output_size : int, or (output_h, output_w)
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
-    sampling_ratio : points of a bin on each axis, at most 8192; 0 and -1: adaptive
+    sampling_ratio : points of a bin on each axis; 0 and -1: adaptive
 
     Returns   array (R, C, output_h, output_w) of the kind, device and dtype of `input`
     Raises    ValueError (a shape, option or, on the CPU, batch index does not fit), TypeError (kind, dtype or device)
@@ -109,6 +109,6 @@ def _geometry_of(
         _roi_geometry.PS_ROI_ALIGN,
         pooled,
         spatial_scale,
-        samples=_roi.samples(op, "sampling_ratio", sampling_ratio, -1),
+        samples=_roi.integer(op, "sampling_ratio", sampling_ratio, -1),
         group=pooled,
     )

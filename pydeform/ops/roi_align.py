@@ -48,7 +48,7 @@ def roi_align(
     boxes : array (R, 5), rows [batch index, x1, y1, x2, y2], in pixels of an image spatial_scale times smaller
     output_size : int, or (output_h, output_w)
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
-    sampling_ratio : points of a bin on each axis, at most 8192; 0 and -1: adaptive
+    sampling_ratio : points of a bin on each axis; 0 and -1: adaptive
     aligned : pixel centres lie half a pixel inside the image; False: no such shift, and a box has at least size 1
     mode : "avg", or "max" of the interpolated points (mmcv's; ONNX's old max took single weighted pixels)
 
@@ -130,5 +130,5 @@ def _geometry_of(
         rules._replace(is_max=MODES.index(mode)),
         _roi.pair(op, "output_size", output_size),
         spatial_scale,
-        samples=_roi.samples(op, "sampling_ratio", sampling_ratio, -1),
+        samples=_roi.integer(op, "sampling_ratio", sampling_ratio, -1),
     )

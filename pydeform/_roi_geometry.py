@@ -12,9 +12,6 @@ from typing import Any, NamedTuple
 
 from pydeform import _checks
 
-# Points on each axis of a bin. The weights of those near a pixel are added up: of so many, float32 loses 2**-11 at the
-# worst; of 2**24, what is added would count for nothing.
-MOST_SAMPLES = 2**13
 EXACT, AFTER_SCALE, BEFORE_SCALE = 0, 1, 2  # when the corners of a box are rounded, half away from zero
 NO_LEAST_SIZE = -math.inf
 

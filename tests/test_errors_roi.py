@@ -74,10 +74,6 @@ def positive_int(name: str) -> Rows:
     ]
 
 
-def too_many_samples(name: str) -> Rows:
-    return [({name: value}, ValueError, f"{name} must be at most 8192, got {value}") for value in (8193, 2**31 - 1)]
-
-
 def finite(name: str, values: Any = (np.nan, np.inf, -np.inf), expected: str = "a finite number") -> Rows:
     return [
         *(({name: value}, ValueError, f"{name} must be {expected}, got {value!r}") for value in values),
@@ -150,7 +146,6 @@ MANY_BINS: Rows = [
 ]
 
 SAMPLING_RATIO: Rows = [
-    *too_many_samples("sampling_ratio"),
     *too_large("sampling_ratio"),
     *(
         ({"sampling_ratio": value}, error, f"sampling_ratio must be an int >= -1, got {value!r}")
@@ -243,7 +238,6 @@ OWN: dict[str, Rows] = {
             ({name: None}, TypeError, f"{name} must be an int >= 1, got None")
             for name in ("output_dim", "pooled_size", "group_size", "sample_per_part")
         ),
-        *too_many_samples("sample_per_part"),
         ({"pooled_size": 2**16}, ValueError, "a box must have at most 2147483647 bins, got 65536 * 65536"),
         *finite("trans_std"),
         (

@@ -286,16 +286,6 @@ def test_sizes_that_ints_of_a_struct_cannot_hold_are_refused_on_cuda():
         _conv_common.check_size("conv2d", g._replace(kernel_h=2**16, kernel_w=2**16))
 
 
-@pytest.mark.parametrize("ratio", [0, 1, 8192])
-def test_the_most_points_of_a_bin(ratio):
-    """A box without size reads one place, so that all weights fall on four pixels."""
-    image, box = RNG.uniform(1, 2, (1, 1, 8, 8)), np.array([[0, 3.3125, 2.6875, 3.3125, 2.6875]])
-    want = pydeform.roi_align(image, box, 1, 1.0, 1, True).item()
-    for dtype, within in (("float64", 1e-12), ("float32", 2**-11)):
-        got = pydeform.roi_align(image.astype(dtype), box.astype(dtype), 1, 1.0, ratio, True).item()
-        assert got == (pytest.approx(want, rel=within) if ratio else 0)
-
-
 # Layers ------------------------------------------------------------------------------------------------------------
 
 

@@ -26,13 +26,6 @@ def integer(op: str, name: str, value: Any, minimum: int = 1) -> int:
     return number
 
 
-def samples(op: str, name: str, value: Any, minimum: int = 1) -> int:
-    number = integer(op, name, value, minimum)
-    if number > _roi_geometry.MOST_SAMPLES:
-        raise ValueError(f"{op}: {name} must be at most {_roi_geometry.MOST_SAMPLES}, got {_checks.shown(value)}")
-    return number
-
-
 def pair(op: str, name: str, value: Any) -> tuple[int, int]:
     first, second = _checks.per_axis(op, name, value, 2, 1)
     return first, second

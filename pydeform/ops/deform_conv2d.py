@@ -56,6 +56,7 @@ def deform_conv2d(
     bias : array (O,), optional
     stride, dilation : int or one per axis
     padding : int, one per axis, a (before, after) pair per axis, or "same": out = ceil(in / stride)
+        Without its offset no tap may be further than 2**24 pixels from pixel (0, 0): float32 is exact so far
     mask : array (N, offset_groups*K, out_h, out_w), optional; used as given, without a sigmoid
     boundary : where a sample counts, and what it reads beyond the pixels
         "torchvision": strictly inside (-1, H) x (-1, W), zeros; right-hand derivative at exactly -1

@@ -60,7 +60,7 @@ def deform_psroi_pool(
     output_dim : channels of the result
     pooled_size, group_size : bins on each axis; groups of channels on each axis
     part_size : offsets on each axis; None: pooled_size
-    sample_per_part : points of a bin on each axis, at most 8192
+    sample_per_part : points of a bin on each axis
     trans_std : the size of an offset of 1, as a part of the box
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
     mask : array (R, 1, pooled_size, pooled_size), optional; used as given, without a sigmoid
@@ -156,7 +156,7 @@ def _geometry_of(
         _roi_geometry.DEFORM_PSROI_POOL,
         pooled,
         spatial_scale,
-        samples=_roi.samples(op, "sample_per_part", sample_per_part),
+        samples=_roi.integer(op, "sample_per_part", sample_per_part),
         group=(_roi.integer(op, "group_size", group_size),) * 2,
         output_dim=_roi.integer(op, "output_dim", output_dim),
         offset_name="trans",

@@ -53,7 +53,7 @@ def deform_roi_pool(
         box. Beside float16 or bfloat16 it may be float32
     output_size : int, or (output_h, output_w)
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
-    sampling_ratio : points of a bin on each axis, at most 8192; 0 and -1: adaptive
+    sampling_ratio : points of a bin on each axis; 0 and -1: adaptive
     gamma : the size of an offset of 1, as a part of the box
     mask : array (R, 1, output_h, output_w), optional; used as given, without a sigmoid
 
@@ -137,7 +137,7 @@ def _geometry_of(
         _roi_geometry.DEFORM_ROI_POOL,
         _roi.pair(op, "output_size", output_size),
         spatial_scale,
-        samples=_roi.samples(op, "sampling_ratio", sampling_ratio, -1),
+        samples=_roi.integer(op, "sampling_ratio", sampling_ratio, -1),
         offset=arrays["offset"],
         offset_scale=_checks.number(op, "gamma", gamma, dtype=arrays["input"].dtype),
         mask=arrays["mask"],

@@ -40,7 +40,7 @@ def ps_roi_align(
         Beside float16 or bfloat16 they may be float32, and must be for more images than these count, 2048 or 256
     output_size : int, or (output_h, output_w)
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
-    sampling_ratio : points of a bin on each axis, at most 8192; 0 and -1: adaptive
+    sampling_ratio : points of a bin on each axis; 0 and -1: adaptive
 
     Returns   array (R, C, output_h, output_w) of the kind, device and dtype of `input`
     Raises    ValueError (a shape, option or, on the CPU, batch index does not fit), TypeError (kind, dtype or device)
@@ -110,6 +110,6 @@ def _geometry_of(
         _roi_geometry.PS_ROI_ALIGN,
         pooled,
         spatial_scale,
-        samples=_roi.samples(op, "sampling_ratio", sampling_ratio, -1),
+        samples=_roi.integer(op, "sampling_ratio", sampling_ratio, -1),
         group=pooled,
     )

@@ -49,7 +49,7 @@ def roi_align(
         Beside float16 or bfloat16 they may be float32, and must be for more images than these count, 2048 or 256
     output_size : int, or (output_h, output_w)
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
-    sampling_ratio : points of a bin on each axis, at most 8192; 0 and -1: adaptive
+    sampling_ratio : points of a bin on each axis; 0 and -1: adaptive
     aligned : pixel centres lie half a pixel inside the image; False: no such shift, and a box has at least size 1
     mode : "avg", or "max" of the interpolated points (mmcv's; ONNX's old max took single weighted pixels)
 
@@ -131,5 +131,5 @@ def _geometry_of(
         rules._replace(is_max=MODES.index(mode)),
         _roi.pair(op, "output_size", output_size),
         spatial_scale,
-        samples=_roi.samples(op, "sampling_ratio", sampling_ratio, -1),
+        samples=_roi.integer(op, "sampling_ratio", sampling_ratio, -1),
     )

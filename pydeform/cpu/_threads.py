@@ -23,7 +23,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from pydeform._runtime import get_num_threads
-from pydeform.cpu._jit import Kernel, say_once
+from pydeform.cpu._jit import Kernel
+from pydeform.cpu._kernel_cache import say_once
 
 _STRIDE = 8  # counters lie a cache line apart
 _CLAIMED, _FINISHED = 0, 1

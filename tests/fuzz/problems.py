@@ -19,6 +19,7 @@ from tests.test_roi import problem as roi_problem
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 HALF_TYPES = ("float16", "bfloat16")
+COORDINATES = ("offset", "boxes", "trans")  # which may be float32 beside half types
 
 
 class Problem(NamedTuple):
@@ -43,6 +44,17 @@ def _some(rng: np.random.Generator, *choices: Any) -> Any:
 
 def _eighths(rng: np.random.Generator, *shape: int, most: int = 2) -> Any:
     return rng.integers(-8 * most, 8 * most + 1, shape) / 8
+
+
+def _cast(rng: np.random.Generator, arrays: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """In `dtype`; beside half types some of the coordinates, each on its own, in float32."""
+
+    def of(name: str) -> np.dtype[Any]:
+        wide = dtype in HALF_TYPES and name in COORDINATES and rng.random() < 0.3
+        return dtype_of("float32" if wide else dtype)
+
+    with np.errstate(over="ignore"):
+        return {name: None if a is None else a.astype(of(name)) for name, a in arrays.items()}
 
 
 def _far(rng: np.random.Generator, count: int, dtype: str) -> Any:
@@ -138,8 +150,7 @@ def _convolution(rng: np.random.Generator, operator: str) -> Problem:
             if options["boundary"] == "dcnv1":
                 options["boundary"] = "torchvision"
     grad_output = _eighths(rng, s["batch"], s["out_channels"], *s["out"])
-    arrays = {name: None if a is None else a.astype(dtype_of(dtype)) for name, a in arrays.items()}
-    grad_output = grad_output.astype(dtype_of(dtype))
+    arrays, grad_output = _cast(rng, arrays, dtype), grad_output.astype(dtype_of(dtype))
     return Problem(operator, arrays, grad_output, options, dtype, kind, beyond, slack)
 
 
@@ -204,8 +215,7 @@ def _roi(rng: np.random.Generator, operator: str) -> Problem:
         arrays["boxes"][:, 1:] = _hostile_boxes(rng, arrays["boxes"][:, 1:], dtype)
         if arrays.get(variant.offset_name) is not None:
             _place(rng, arrays[variant.offset_name], lambda n: _hostile(rng, n, dtype))
-    with np.errstate(over="ignore"):
-        arrays = {name: None if a is None else a.astype(dtype_of(dtype)) for name, a in arrays.items()}
+    arrays = _cast(rng, arrays, dtype)
     beyond = frozenset({"output", *arrays}) if kind == "hostile" else frozenset[str]()
     return Problem(operator, arrays, grad_output.astype(dtype_of(dtype)), variant.options, dtype, kind, beyond)
 

@@ -359,7 +359,7 @@ REFUSED = [
      r"DeformPSRoIPool: hidden must be None with feature_channels, got 4"),
     (lambda: RoIAlign(3)(X[0], BOXES), ValueError, r"RoIAlign: x must have shape \(N, C, H, W\), got \(4, 9, 10\)"),
     (lambda: RoIAlign(3, spatial_scale=0), ValueError, r"RoIAlign: spatial_scale must be a finite number > 0, got 0"),
-    (lambda: RoIAlign(3, mode="sum")(X, BOXES), ValueError, r"roi_align: mode must be one of 'avg', 'max', got 'sum'"),
+    (lambda: RoIAlign(3, mode="sum"), ValueError, r"RoIAlign: mode must be one of 'avg', 'max', got 'sum'"),
 ]  # fmt: skip
 
 

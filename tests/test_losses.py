@@ -56,7 +56,7 @@ def test_empty_batches_have_no_loss():
         (lambda: softmax_cross_entropy(np.zeros((3, 2)), np.zeros(3)), TypeError, "labels must have an integer dtype"),
         (lambda: softmax_cross_entropy(np.zeros((1, 2)), np.array([2])), ValueError, r"= \[0, 2\), got 2 to 2"),
         (lambda: smooth_l1(np.zeros(3), np.zeros(2)), ValueError, r"the shape of prediction, \(3,\), got \(2,\)"),
-        (lambda: smooth_l1(np.zeros(3), np.zeros(3), -1), ValueError, "beta must be >= 0, got -1"),
+        (lambda: smooth_l1(np.zeros(3), np.zeros(3), -1), ValueError, "beta must be a finite number >= 0, got -1"),
     ],
 )
 def test_errors(call, error, message):

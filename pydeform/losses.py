@@ -93,9 +93,10 @@ def smooth_l1(prediction: Any, target: Any, beta: float = 1.0) -> tuple[float, A
     if prediction.size == 0:
         return 0.0, xp.zeros(prediction.shape, prediction.dtype)
     with np.errstate(over="ignore"):
-        loss, grad = _smooth_l1(xp, _arrays.wide(prediction) - _arrays.wide(target), beta)
-        if not math.isfinite(loss) and prediction.dtype != np.float64:
-            loss, grad = _smooth_l1(xp, prediction.astype(np.float64) - target.astype(np.float64), beta)
+        difference = _arrays.wide(prediction) - _arrays.wide(target)
+    loss, grad = _smooth_l1(xp, difference, beta)
+    if not math.isfinite(loss) and prediction.dtype != np.float64:
+        loss, grad = _smooth_l1(xp, prediction.astype(np.float64) - target.astype(np.float64), beta)
     return loss, _arrays.rounded(grad, prediction.dtype)
 
 
@@ -103,5 +104,6 @@ def _smooth_l1(xp: ModuleType, difference: Any, beta: float) -> tuple[float, Any
     size = abs(difference)
     parabola = size < beta
     scale = beta if beta > 0 else 1.0  # with beta 0 the parabola is used nowhere
-    loss = xp.where(parabola, size * size / (2 * scale), size - beta / 2).mean()
+    with np.errstate(over="ignore", invalid="ignore"):  # where the parabola is not used, and where it is in float64
+        loss = xp.where(parabola, size * size / (2 * scale), size - beta / 2).mean()
     return float(loss), xp.where(parabola, difference / scale, xp.sign(difference)) / difference.size

@@ -30,7 +30,7 @@ class Sequential(_layer.Layer):
             if not isinstance(layer, _layer.Layer):
                 raise TypeError(f"{self.name}: layer {place} must be a Layer, got {layer!r}")
             try:
-                inspect.signature(layer).bind(None, True)
+                inspect.signature(layer).bind(None, train=True)
             except TypeError:
                 raise TypeError(
                     f"{self.name}: layer {place} must be one that is called with x and train alone, got {layer!r}"
@@ -40,7 +40,7 @@ class Sequential(_layer.Layer):
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
         backprops = []
         for layer in self.layers:
-            x, backprop = layer(x, train)
+            x, backprop = layer(x, train=train)
             backprops.append(backprop)
         if not train:
             return x, _layer.nothing_kept(self)

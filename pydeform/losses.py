@@ -102,8 +102,9 @@ def smooth_l1(prediction: Any, target: Any, beta: float = 1.0) -> tuple[float, A
 
 def _smooth_l1(xp: ModuleType, difference: Any, beta: float) -> tuple[float, Any]:
     size = abs(difference)
-    parabola = size < beta
     scale = beta if beta > 0 else 1.0  # with beta 0 the parabola is used nowhere
-    with np.errstate(over="ignore", invalid="ignore"):  # where the parabola is not used, and where it is in float64
+    with np.errstate(over="ignore", invalid="ignore"):  # of what is not chosen, or computed again in float64
+        parabola = size < beta
         loss = xp.where(parabola, size * size / (2 * scale), size - beta / 2).mean()
-    return float(loss), xp.where(parabola, difference / scale, xp.sign(difference)) / difference.size
+        grad = xp.where(parabola, difference / scale, xp.sign(difference)) / difference.size
+    return float(loss), grad

@@ -17,7 +17,7 @@ def backend_for(op: str, module: str, arrays: dict[str, Any]) -> ModuleType:
     """The twin of operator `op` in the file `module` of the backend that all `arrays` belong to."""
     on_cpu = [isinstance(array, np.ndarray) for array in arrays.values() if array is not None]
     if all(on_cpu):
-        return _twin(op, "cpu", module)
+        return twin(op, "cpu", module)
     if any(on_cpu):
         kinds = {n: type(a).__module__.partition(".")[0] for n, a in arrays.items() if a is not None}
         listed = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
@@ -26,11 +26,11 @@ def backend_for(op: str, module: str, arrays: dict[str, Any]) -> ModuleType:
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name} is on cuda:{device}" for name, device in devices.items())
         raise TypeError(f"{op}: all arrays must be on one device, got {listed}")
-    return _twin(op, "cuda", module)
+    return twin(op, "cuda", module)
 
 
 @functools.cache
-def _twin(op: str, package: str, module: str) -> ModuleType:
+def twin(op: str, package: str, module: str) -> ModuleType:
     return _background.complete(functools.partial(_import, op, package, module))
 
 

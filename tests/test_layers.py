@@ -19,6 +19,7 @@ from pydeform.layers import (
     Sigmoid,
     Softmax,
 )
+from pydeform.optim import SGD, AdamW
 from pydeform.testing import gradcheck
 
 F8 = np.float64
@@ -112,6 +113,42 @@ def test_a_layer_used_twice_in_one_graph():
     check_gradients(twice, normal(2, 3, 5, 4))
 
 
+@pytest.mark.parametrize("optimiser", [SGD, AdamW])
+def test_a_layer_shared_through_nested_sequentials_is_stepped_once(optimiser):
+    """It has one name, and one step moves it as far as it moves where it stands once."""
+
+    def step(network, layer):
+        x = normal(4, 3, seed=1)
+        y, backprop = network(x)
+        before = layer.params["weight"].copy()
+        backprop(np.ones_like(y))
+        layer.grads["weight"][...] = 0.5  # whatever the graph
+        layer.grads["bias"][...] = 0
+        optimiser(network, lr=0.1, weight_decay=0.0, clip=0.25).step()
+        return before - layer.params["weight"]
+
+    alone, shared, norm = Linear(3, 3, rng=0, dtype=F8), Linear(3, 3, rng=0, dtype=F8), BatchNorm2d(3, dtype=F8)
+    nested = Sequential(Sequential(shared), Sequential(ReLU(), Sequential(shared), Sigmoid()), shared)
+    assert list(nested.params) == list(nested.grads) == ["0.0.weight", "0.0.bias"]
+    assert repr(nested).endswith(": 12 parameters")
+    np.testing.assert_array_equal(step(nested, shared), step(Sequential(alone), alone))
+    assert list(Sequential(Sequential(norm), norm).state) == ["0.0.running_mean", "0.0.running_var"]
+
+    class Twice(layers.Layer):  # as somebody might write it
+        def __init__(self):
+            super().__init__()
+            self.layer = Linear(3, 3, rng=0, dtype=F8)
+            for place in "ab":
+                self.params |= {f"{place}.{name}": array for name, array in self.layer.params.items()}
+                self.grads |= {f"{place}.{name}": array for name, array in self.layer.grads.items()}
+
+        def __call__(self, x, train=True):
+            return self.layer(x, train)
+
+    twice, once = Twice(), Linear(3, 3, rng=0, dtype=F8)
+    np.testing.assert_array_equal(step(twice, twice.layer), step(once, once))
+
+
 def test_calls_keep_their_own_arrays_and_grads_add_up():
     layer = Linear(3, 2, rng=0, dtype=F8)
     a, b, g = normal(4, 3, seed=1), normal(4, 3, seed=2), normal(4, 2, seed=3)
@@ -179,6 +216,71 @@ def test_batch_norm_normalises_and_remembers():
     assert all((layer.state[name] == still[name]).all() for name in still)
 
 
+HALVES = [np.float16, ml_dtypes.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1000.0, 30000.0])
+def test_batch_norm_of_half_types(dtype, size):
+    """Computed in float32: the square of 300 overflows float16, and 4,096 values are more than bfloat16 can count."""
+    layer, exact = BatchNorm2d(2, dtype=dtype), BatchNorm2d(2, dtype=F8)
+    for name in ("weight", "bias"):
+        layer.params[name][...] = exact.params[name][...] = [0.5, 2]
+    x = (size * (0.25 * normal(4, 2, 32, 32) + 0.5)).astype(dtype)
+    grad = normal(*x.shape, seed=1).astype(dtype)
+    y, backprop = layer(x)
+    want, exact_backprop = exact(x.astype(F8))
+    grad_x, want_x = backprop(grad), exact_backprop(grad.astype(F8))
+    unit = {np.float16: 2.0**-11, ml_dtypes.bfloat16: 2.0**-8}[dtype]
+    for got, expected in ((y, want), (grad_x, want_x), (layer(x, train=False)[0], exact(x.astype(F8), train=False)[0])):
+        assert got.dtype == dtype and got.any()
+        np.testing.assert_allclose(got.astype(F8), expected, 1.1 * unit, 1e-5 * abs(expected).max() + 2.0**-25)
+    for name in ("weight", "bias"):
+        np.testing.assert_allclose(layer.grads[name].astype(F8), exact.grads[name], 1.1 * unit, 1e-3)
+    for name, statistic in layer.state.items():
+        assert statistic.dtype == np.float32
+        np.testing.assert_allclose(statistic, exact.state[name], 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_batch_norm_does_not_hide_a_variance_that_overflows(dtype):
+    """1 / sqrt(inf) is 0: the channel would look like one that has died. The other channel is as it was."""
+    layer, x = BatchNorm2d(2, dtype=dtype), normal(2, 2, 3, 4).astype(dtype)
+    x[:, 1] *= 1e25
+    with np.errstate(over="ignore", invalid="ignore"):
+        y, backprop = layer(x)
+        grad_x = backprop(np.ones_like(y))
+        y_later = layer(x, train=False)[0]
+    for found in (y, grad_x, y_later):
+        assert np.isfinite(found[:, 0].astype(F8)).all() and np.isnan(found[:, 1].astype(F8)).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda dtype: Linear(512, 3, rng=0, dtype=dtype), (40, 512)),
+        (lambda dtype: Sigmoid(), (50, 60)),
+        (lambda dtype: Softmax(), (50, 300)),
+        (lambda dtype: GlobalAvgPool2d(), (3, 4, 40, 50)),
+        (lambda dtype: MaxPool2d(5, 1, 2), (2, 3, 20, 21)),
+    ],
+)
+def test_half_types_are_rounded_once(dtype, build, shape):
+    """Sums and products in float32: results are those of float64, rounded."""
+    layer, exact = build(dtype), build(np.float64)
+    for name, param in layer.params.items():
+        exact.params[name][...] = param
+    x, grad_of = (2 + normal(*shape)).astype(dtype), lambda y: normal(*y.shape, seed=1).astype(dtype)
+    y, backprop = layer(x)
+    want, exact_backprop = exact(x.astype(F8))
+    grad_x, want_x = backprop(grad_of(y)), exact_backprop(grad_of(y).astype(F8))
+    unit = {np.float16: 2.0**-11, ml_dtypes.bfloat16: 2.0**-8}[dtype]
+    pairs = [(y, want), (grad_x, want_x), *((layer.grads[name], exact.grads[name]) for name in layer.params)]
+    for got, expected in pairs:
+        np.testing.assert_allclose(got.astype(F8), expected, 1.02 * unit, 3e-7 * abs(expected).max() + 2.0**-25)
+
+
 def test_max_pool_ties_padding_and_nan():
     y, backprop = MaxPool2d(2)(np.ones((1, 1, 2, 2)))
     np.testing.assert_array_equal(backprop(np.ones_like(y)), [[[[1, 0], [0, 0]]]])
@@ -186,6 +288,33 @@ def test_max_pool_ties_padding_and_nan():
     np.testing.assert_array_equal(y, np.full((1, 1, 2, 2), -5.0))
     y, _ = MaxPool2d(2)(np.array([[[[1.0, np.nan], [3.0, 2.0]]]]))
     assert np.isnan(y).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_relu_at_zero_and_beyond(dtype):
+    """The gradient is 0 at 0, of both signs, and wherever x is negative, also of an infinite gradient."""
+    x = np.array([-np.inf, -1, -0.0, 0.0, 2.0**-14, 3, np.inf, np.nan], dtype)
+    y, backprop = ReLU()(x)
+    np.testing.assert_array_equal(y.astype(float), [0, 0, 0, 0, 2.0**-14, 3, np.inf, np.nan])
+    np.testing.assert_array_equal(backprop(np.full(8, 5, dtype)).astype(float), [0, 0, 0, 0, 5, 5, 5, 0])
+    np.testing.assert_array_equal(backprop(np.full(8, -np.inf, dtype)).astype(float), [0] * 4 + [-np.inf] * 3 + [0])
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_max_pool_of_infinite_values_and_gradients(padding):
+    """Padding, which is -inf inside, never wins, and an infinite gradient does not reach the pixels that lost."""
+    x = np.full((1, 1, 3, 3), -np.inf)
+    y, backprop = MaxPool2d(2, 1, padding)(x)
+    assert (y == -np.inf).all()
+    grad = backprop(np.ones_like(y))
+    assert grad.sum() == y.size  # each window gives its gradient to the first of its pixels
+    if padding:
+        np.testing.assert_array_equal(grad[0, 0], [[4, 2, 2], [2, 1, 1], [2, 1, 1]])
+    x = np.arange(9.0).reshape(1, 1, 3, 3)
+    y, backprop = MaxPool2d(2, 1)(x)
+    np.testing.assert_array_equal(
+        backprop(np.full_like(y, np.inf))[0, 0], [[0, 0, 0], [0, *[np.inf] * 2], [0, *[np.inf] * 2]]
+    )
 
 
 def test_activations_far_out():
@@ -216,51 +345,6 @@ def test_rng_decides_the_weights():
         assert a.params["weight"].dtype == np.float32
     weight = Conv2d(64, 64, 3, rng=0).params["weight"]
     assert abs(weight.std() * np.sqrt(64 * 9 / 2) - 1) < 0.02
-
-
-def network(seed, dtype=np.float32):
-    rng = np.random.default_rng(seed)
-    return Sequential(
-        DeformConv2d(1, 3, 3, modulated=True, rng=rng, dtype=dtype),
-        BatchNorm2d(3, dtype=dtype),
-        GlobalAvgPool2d(),
-        Linear(3, 2, rng=rng, dtype=dtype),
-    )
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
-def test_save_and_load(tmp_path, suffix, dtype):
-    if suffix == ".safetensors":
-        pytest.importorskip("safetensors")
-    a, b = network(1, dtype), network(2, dtype)
-    a.state["1.running_mean"][...] = 3
-    a.params["0.offset.weight"][...] = 0.5
-    kept = b.params["0.weight"]
-    layers.save(a, tmp_path / f"network{suffix}")
-    layers.load(b, str(tmp_path / f"network{suffix}"))
-    for name, array in {**a.params, **a.state}.items():
-        np.testing.assert_array_equal({**b.params, **b.state}[name], array)
-    assert b.params["0.weight"] is kept
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_load_refuses_another_network_and_changes_nothing(tmp_path, suffix):
-    if suffix == ".safetensors":
-        pytest.importorskip("safetensors")
-    path = tmp_path / f"network{suffix}"
-    layers.save(Linear(3, 2, rng=0), path)
-    wider = Linear(4, 2, rng=1)
-    before = wider.params["weight"].copy()
-    with pytest.raises(ValueError, match=r"load: weight in .* must have shape \(2, 4\), got \(2, 3\)"):
-        layers.load(wider, path)
-    np.testing.assert_array_equal(wider.params["weight"], before)
-    with pytest.raises(ValueError, match=r"must hold the arrays of Linear; missing: none; unknown: bias"):
-        layers.load(Linear(3, 2, bias=False), path)
-    with pytest.raises(ValueError, match=r"missing: running_mean, running_var; unknown: none"):
-        layers.load(BatchNorm2d(2), path)
-    with pytest.raises(ValueError, match=r"path must end in .npz or .safetensors, got 'network.pt'"):
-        layers.save(wider, "network.pt")
 
 
 REFUSED = [
@@ -295,3 +379,111 @@ REFUSED = [
 def test_errors_name_layer_argument_expected_and_got(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# Options that a layer is made with: refused there, not at its first call.
+def conv(**options):
+    return lambda: Conv2d(**{"in_channels": 4, "out_channels": 4, "kernel_size": 3, **options})
+
+
+def deformable(**options):
+    return lambda: DeformConv2d(**{"in_channels": 4, "out_channels": 4, "kernel_size": 3, **options})
+
+
+FLAGS = ["yes", 1, None]
+BAD = [
+    *((build(**{argument: value}), error, rf"{argument} must be an int >= 1")
+      for build in (conv, deformable) for argument in ("in_channels", "out_channels", "groups")
+      for value, error in ((0, ValueError), (-4, ValueError), (2.0, TypeError), ("4", TypeError), (None, TypeError))),
+    *((build(**{argument: value}), error, rf"{argument} must be an int >= {least} or 2 of them")
+      for build in (conv, deformable) for argument, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1))
+      for value, error in ((0, ValueError), ((1, -1), ValueError), ((1, 2, 3), ValueError), (1.5, TypeError))),
+    *((build(padding=value), error, "padding must be an int >= 0, 2 of them, 2 .* pairs, or 'same'")
+      for build in (conv, deformable)
+      for value, error in ((-1, ValueError), ("valid", ValueError), ((1, (0, -1)), ValueError), (0.5, TypeError))),
+    *((build(bias=value), TypeError, "bias must be True or False") for build in (conv, deformable) for value in FLAGS),
+    *((build(dtype=value), TypeError, "dtype must be float64, float32, float16, bfloat16, got")
+      for build in (conv, deformable) for value in (int, "complex64", ">f4", "no dtype", None)),
+    *((build(rng=value), error, "rng must be a numpy.random.Generator or what seeds one, got")
+      for build in (conv, deformable) for value, error in (("seed", TypeError), (-1, ValueError), (1.5, TypeError))),
+    (deformable(offset_groups=0), ValueError, "offset_groups must be an int >= 1, got 0"),
+    (deformable(modulated="no"), TypeError, "modulated must be True or False, got 'no'"),
+    *((deformable(mask_scale=value), error, "mask_scale must be a finite number > 0")
+      for value, error in ((0, ValueError), (-1, ValueError), (np.nan, ValueError), ("2", TypeError))),
+    (deformable(boundary="zeros"), ValueError, "boundary must be one of 'torchvision', 'dcnv2', 'dcnv1', got 'zeros'"),
+    *((lambda value=value: Linear(*value), error, f"{name} must be an int >= 1")
+      for value, error, name in (((0, 3), ValueError, "in_features"), ((3, 2.5), TypeError, "out_features"))),
+    *((lambda value=value: Linear(3, 2, value), TypeError, "bias must be True or False") for value in FLAGS),
+    (lambda: Linear(3, 2, dtype="int8"), TypeError, "dtype must be"),
+    (lambda: Linear(3, 2, rng="x"), TypeError, "rng must be"),
+    (lambda: BatchNorm2d(0), ValueError, "channels must be an int >= 1, got 0"),
+    *((lambda value=value: BatchNorm2d(3, value), error, "eps must be a finite number")
+      for value, error in ((-1e-5, ValueError), (np.inf, ValueError), (None, TypeError))),
+    *((lambda value=value: BatchNorm2d(3, momentum=value), error, "momentum must be a (finite )?number")
+      for value, error in ((-0.1, ValueError), (1.5, ValueError), (np.nan, ValueError), (None, TypeError))),
+    (lambda: BatchNorm2d(3, dtype=np.int32), TypeError, "dtype must be"),
+    *((lambda value=value: Softmax(value), TypeError, "axis must be an int, got") for value in (1.0, True, None, "0")),
+    *((lambda value=value: MaxPool2d(2, **value), error, rf"{next(iter(value))} must be an int")
+      for value, error in (({"stride": 0}, ValueError), ({"stride": (1, 1, 1)}, ValueError),
+                           ({"stride": 1.5}, TypeError), ({"padding": -1}, ValueError),
+                           ({"padding": "same"}, TypeError))),
+    (lambda: Sequential([Linear(3, 2)]), TypeError, r"layer 0 must be a Layer, got \[Linear"),
+    (lambda: Sequential(ReLU(), ReLU), TypeError, "layer 1 must be a Layer, got <class"),
+    (lambda: Sequential(ReLU(), layers.RoIAlign(2)), TypeError,
+     r"layer 1 must be one that is called with x and train alone, got RoIAlign\(output_size=\(2, 2\)\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "error", "message"), BAD)
+def test_bad_options_are_refused_when_the_layer_is_made(build, error, message):
+    with pytest.raises(
+        error, match=r"^(Conv2d|DeformConv2d|Linear|BatchNorm2d|Softmax|MaxPool2d|Sequential): " + message
+    ):
+        build()
+
+
+def test_options_of_numpys_integers():
+    n = np.int64(4)
+    layer = Conv2d(n, np.uint8(2), n - 1, stride=np.int16(2), padding=np.int64(1), groups=np.int8(2), rng=0)
+    same = Conv2d(4, 2, 3, 2, 1, groups=2, rng=0)
+    assert repr(layer) == repr(same)
+    x = normal(1, 4, 5, 6, dtype=np.float32)
+    np.testing.assert_array_equal(layer(x)[0], same(x)[0])
+    assert Softmax(np.array(1)).axis == 1  # what operator.index takes
+
+
+def test_softmax_needs_values_along_its_axis():
+    for layer, shape in ((Softmax(2), (3, 4)), (Softmax(-3), (3, 4)), (Softmax(), (3, 0)), (Softmax(), ())):
+        with pytest.raises(ValueError, match=r"Softmax: x must have values along axis = -?\d, got shape"):
+            layer(np.zeros(shape))
+    assert Softmax()(np.zeros((0, 3)))[0].shape == (0, 3)
+
+
+REPRS = [
+    (Conv2d(3, 8, 3, padding=1), "Conv2d(in_channels=3, out_channels=8, kernel_size=3, padding=1): 224 parameters"),
+    (Conv2d(4, 8, (3, 2), 2, "same", groups=2, bias=False, dtype=np.float16),
+     "Conv2d(in_channels=4, out_channels=8, kernel_size=(3, 2), stride=2, padding=same, groups=2, bias=False, "
+     "dtype=float16): 96 parameters"),
+    (DeformConv2d(3, 4, 3, offset_groups=3, modulated=True, mask_scale=2, boundary="dcnv2"),
+     "DeformConv2d(in_channels=3, out_channels=4, kernel_size=3, offset_groups=3, modulated=True, mask_scale=2.0, "
+     "boundary=dcnv2): 2,380 parameters"),
+    (Linear(1000, 10), "Linear(in_features=1000, out_features=10): 10,010 parameters"),
+    (BatchNorm2d(5, momentum=0.25), "BatchNorm2d(channels=5, momentum=0.25): 10 parameters"),
+    (ReLU(), "ReLU()"),
+    (Softmax(1), "Softmax(axis=1)"),
+    (MaxPool2d(3, 2, 1), "MaxPool2d(kernel_size=3, stride=2, padding=1)"),
+    (layers.RoIAlign(7, 1 / 16, aligned=True), "RoIAlign(output_size=(7, 7), spatial_scale=0.0625, aligned=True)"),
+    (layers.DeformRoIPool(2, 3, hidden=4, modulated=True),
+     "DeformRoIPool(output_size=(2, 2), in_channels=3, hidden=4, modulated=True): 184 parameters"),
+    (layers.DeformPSRoIPool(4, 2, hidden=5, dtype=np.float64),
+     "DeformPSRoIPool(output_dim=4, pooled_size=2, hidden=5, dtype=float64): 163 parameters"),
+    (Sequential(ReLU(), Sequential(Linear(3, 2), Sigmoid()), Linear(2, 1)),
+     "Sequential(\n  0: ReLU()\n  1: Sequential(\n    0: Linear(in_features=3, out_features=2): 8 parameters\n"
+     "    1: Sigmoid()\n  ): 8 parameters\n  2: Linear(in_features=2, out_features=1): 3 parameters\n): 11 parameters"),
+    (Sequential(), "Sequential()"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "text"), REPRS)
+def test_repr_tells_sizes_and_counts(layer, text):
+    assert repr(layer) == text

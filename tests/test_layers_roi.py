@@ -359,7 +359,7 @@ REFUSED = [
      r"DeformPSRoIPool: hidden must be None with feature_channels, got 4"),
     (lambda: RoIAlign(3)(X[0], BOXES), ValueError, r"RoIAlign: x must have shape \(N, C, H, W\), got \(4, 9, 10\)"),
     (lambda: RoIAlign(3, spatial_scale=0), ValueError, r"RoIAlign: spatial_scale must be a finite number > 0, got 0"),
-    (lambda: RoIAlign(3, mode="sum")(X, BOXES), ValueError, r"roi_align: mode must be one of 'avg', 'max', got 'sum'"),
+    (lambda: RoIAlign(3, mode="sum"), ValueError, r"RoIAlign: mode must be one of 'avg', 'max', got 'sum'"),
 ]  # fmt: skip
 
 
@@ -367,3 +367,39 @@ REFUSED = [
 def test_errors_name_layer_argument_expected_and_got(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+BAD = [
+    (lambda: RoIAlign(3, sampling_ratio=1.5), TypeError, "RoIAlign: sampling_ratio must be an int >= -1, got 1.5"),
+    (lambda: RoIAlign(3, sampling_ratio=-2), ValueError, "RoIAlign: sampling_ratio must be an int >= -1, got -2"),
+    (lambda: RoIAlign(3, aligned="yes"), TypeError, "RoIAlign: aligned must be True or False, got 'yes'"),
+    (lambda: RoIAlign((3, 0)), ValueError, "RoIAlign: output_size must be an int >= 1 or 2 of them"),
+    (lambda: DeformRoIPool(3, 3, np.inf), ValueError, "DeformRoIPool: spatial_scale must be a finite number > 0"),
+    (lambda: DeformRoIPool(3, 3, sampling_ratio=None), TypeError, "DeformRoIPool: sampling_ratio must be an int >= -1"),
+    (lambda: DeformRoIPool(3, 3, hidden=0), ValueError, "DeformRoIPool: hidden must be an int >= 1, got 0"),
+    (lambda: DeformRoIPool(3, 3, modulated=1), TypeError, "DeformRoIPool: modulated must be True or False, got 1"),
+    (lambda: DeformRoIPool(3, 3, dtype=int), TypeError, "DeformRoIPool: dtype must be float64, .*, got int64"),
+    (lambda: DeformRoIPool(3, 3, rng="x"), TypeError, "DeformRoIPool: rng must be a numpy.random.Generator or"),
+    (lambda: DeformPSRoIPool(4, 3, sample_per_part=0), ValueError, "DeformPSRoIPool: sample_per_part must be an int"),
+    (lambda: DeformPSRoIPool(4, 3.5), TypeError, "DeformPSRoIPool: pooled_size must be an int >= 1, got 3.5"),
+    (lambda: DeformPSRoIPool(4, trans_std=np.nan), ValueError, "DeformPSRoIPool: trans_std must be a finite number"),
+    (lambda: DeformPSRoIPool(4, spatial_scale=0), ValueError, "DeformPSRoIPool: spatial_scale must be a finite"),
+    (lambda: DeformPSRoIPool(4, hidden=-1), ValueError, "DeformPSRoIPool: hidden must be an int >= 1, got -1"),
+    (lambda: DeformPSRoIPool(4, feature_channels=0), ValueError, "DeformPSRoIPool: feature_channels must be an int"),
+    (lambda: DeformPSRoIPool(4, modulated=None), TypeError, "DeformPSRoIPool: modulated must be True or False"),
+    (lambda: DeformPSRoIPool(4, dtype="f1"), TypeError, "DeformPSRoIPool: dtype must be float64, .*, got 'f1'"),
+    (lambda: DeformPSRoIPool(4, hidden=5, rng=-1), ValueError, "DeformPSRoIPool: rng must be a numpy.random.Generator"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "error", "message"), BAD)
+def test_bad_options_are_refused_when_the_layer_is_made(build, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        build()
+
+
+def test_making_a_layer_draws_no_more_than_its_hidden_layers():
+    """Layers made one after the other from one generator: the next one's weights depend on it."""
+    rng = np.random.default_rng(0)
+    DeformPSRoIPool(4, 2, feature_channels=5, rng=rng)
+    assert rng.random() == np.random.default_rng(0).random()

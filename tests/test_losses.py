@@ -1,5 +1,6 @@
 """Losses against plain formulas and finite differences."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -41,6 +42,50 @@ def test_smooth_l1(beta):
     check(smooth_l1, "prediction", prediction, target=target, beta=beta)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_what_overflows_float32_is_computed_in_float64(dtype):
+    """And of float16 what overflows that, in float32. The loss is a Python float, which has room."""
+    large = 3e38 if dtype != np.float16 else 60000.0
+    logits = np.array([[large, -large, 0]]).astype(dtype)
+    exact = float(logits[0, 0])
+    loss, grad = softmax_cross_entropy(logits, np.array([1]))
+    assert loss == pytest.approx(2 * exact, rel=1e-6) and grad.dtype == dtype
+    np.testing.assert_array_equal(grad.astype(float), [[1, -1, 0]])
+    prediction, target = logits, -logits
+    loss, grad = smooth_l1(prediction, target)
+    assert loss == pytest.approx((4 * exact - 1) / 3, rel=1e-6) and grad.dtype == dtype
+    np.testing.assert_allclose(grad.astype(float), [[1 / 3, -1 / 3, 0]], 2.0**-8)
+    loss, grad = smooth_l1(prediction, np.zeros_like(prediction), beta=1e39)  # all in the parabola
+    assert loss == pytest.approx(2 / 3 * exact * (exact / 2e39), rel=1e-6)
+    np.testing.assert_allclose(grad.astype(float)[0, 0], exact / 1e39 / 3, 2.0**-8, 2.0**-25)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_types_are_computed_in_float32(dtype):
+    rng = np.random.default_rng(0)
+    logits, labels = (4 * rng.standard_normal((64, 100))).astype(dtype), rng.integers(0, 100, 64)
+    loss, grad = softmax_cross_entropy(logits, labels)
+    want, exact = softmax_cross_entropy(logits.astype(float), labels)
+    assert loss == pytest.approx(want, rel=1e-6)
+    unit = 2.0**-11 if dtype == np.float16 else 2.0**-8
+    np.testing.assert_allclose(grad.astype(float), exact, 1.02 * unit, 2.0**-25)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_says_so(value):
+    logits = np.array([[value, 1], [2, 3]], np.float32)
+    assert np.isnan(softmax_cross_entropy(logits, np.array([0, 1]))[0])
+    assert not np.isfinite(smooth_l1(logits, np.zeros_like(logits))[0])
+
+
+def test_targets_of_other_dtypes():
+    """As before: integers, and floats of another precision."""
+    prediction = np.array([0.5, 3], np.float32)
+    for target in (np.array([0, 1]), np.array([0, 1], np.float64), np.array([0, 1], np.float16)):
+        loss, grad = smooth_l1(prediction, target)
+        assert loss == pytest.approx((0.125 + 1.5) / 2) and grad.dtype == np.float32
+
+
 def test_empty_batches_have_no_loss():
     loss, grad = softmax_cross_entropy(np.zeros((0, 3)), np.zeros(0, int))
     assert loss == 0 and grad.shape == (0, 3)
@@ -56,7 +101,24 @@ def test_empty_batches_have_no_loss():
         (lambda: softmax_cross_entropy(np.zeros((3, 2)), np.zeros(3)), TypeError, "labels must have an integer dtype"),
         (lambda: softmax_cross_entropy(np.zeros((1, 2)), np.array([2])), ValueError, r"= \[0, 2\), got 2 to 2"),
         (lambda: smooth_l1(np.zeros(3), np.zeros(2)), ValueError, r"the shape of prediction, \(3,\), got \(2,\)"),
-        (lambda: smooth_l1(np.zeros(3), np.zeros(3), -1), ValueError, "beta must be >= 0, got -1"),
+        (
+            lambda: softmax_cross_entropy(np.zeros((1, 2), int), np.array([1])),
+            TypeError,
+            "logits must have dtype float64",
+        ),
+        (
+            lambda: smooth_l1(np.zeros(3, int), np.zeros(3)),
+            TypeError,
+            "prediction must have dtype .* got int64",
+        ),
+        (
+            lambda: smooth_l1(np.zeros(3), np.zeros(3, complex)),
+            TypeError,
+            "target must have dtype .* complex128",
+        ),
+        (lambda: smooth_l1(np.zeros(3), np.zeros(3), None), TypeError, "beta must be a finite number, got None"),
+        (lambda: smooth_l1(np.zeros(3), np.zeros(3), np.inf), ValueError, "beta must be a finite number, got inf"),
+        (lambda: smooth_l1(np.zeros(3), np.zeros(3), -1), ValueError, "beta must be a finite number >= 0, got -1"),
     ],
 )
 def test_errors(call, error, message):

@@ -1,5 +1,7 @@
 """Pictures: what is drawn, and where. No display is used."""
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -127,3 +129,276 @@ def test_pictures_can_be_saved(tmp_path):
     viz.show(grid[0, 0], np.zeros((5, 5)))
     grid[0, 0].figure.savefig(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 500
+
+
+# Every option has an effect ------------------------------------------------------------------------------------------
+RGBA = {"red": (1, 0, 0, 1), "blue": (0, 0, 1, 1)}
+IMAGE = np.linspace(0, 1, 80).reshape(8, 10)
+OFFSET = np.random.default_rng(3).uniform(-0.4, 0.4, (36, 6, 7))  # two groups of 3x3 taps
+
+
+def level(**options):
+    return viz.Level(OFFSET, **{"padding": 1, **options})
+
+
+def sampled(levels=None, position=(3, 3), image=IMAGE, **options):
+    return viz.sampling_points(axes(), image, level() if levels is None else levels, position, **options)
+
+
+def taps(group=0, position=(3, 3), kernel=(3, 3), stride=1, padding=1, dilation=1, offset=OFFSET):
+    """Where one level samples, by the formula."""
+    ky, kx = np.indices(kernel).reshape(2, -1)
+    y, x = (np.array(position) * stride - padding)[:, None] + dilation * np.array([ky, kx])
+    count = len(ky)
+    dy, dx = offset.reshape(-1, count, 2, *offset.shape[1:])[group, :, :, position[0], position[1]].T
+    return np.stack((y + dy, x + dx), axis=1)
+
+
+def field(offset=OFFSET, tap=4, **options):
+    return viz.offset_field(axes(), offset, tap, **options)
+
+
+def arrows(ax):
+    """(dx, dy) of each arrow, row by row."""
+    return np.stack((ax.collections[0].U, ax.collections[0].V), axis=1)
+
+
+def parts(box=(2, 3, 13, 14), offset=None, **options):
+    offset = OFFSET[:4, :3, :3] if offset is None else offset
+    return viz.roi_parts(axes(), list(box), offset, **options)
+
+
+def edges(ax):
+    return np.array([patch.get_bbox().extents for patch in ax.patches])
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+
+
+def bins(**options):
+    return viz.roi_bins([2, 3, 13, 14], OFFSET[:4, :3, :3], **options)
+
+
+def dilation(ax):
+    return np.asarray(ax.images[0].get_array())
+
+
+def check_panels():
+    figure = viz.panels(2, 3, (1.5, 2))[0, 0].figure
+    close(figure.get_size_inches(), (4.5, 4))
+    assert viz.panels(rows=3).shape == (3, 1) and viz.panels(columns=3).shape == (1, 3)
+    shared = viz.panels(1, 2, sharex=True)
+    assert shared[0, 0].get_shared_x_axes().joined(*shared[0])
+
+
+def check_levels():
+    """Each option of a level alone moves the points as the formula says."""
+    close(points(sampled(level())), taps())
+    close(points(sampled(level(stride=2))), taps(stride=2))
+    close(points(sampled(level(padding=0))), taps(padding=0))
+    close(points(sampled(level(dilation=3))), taps(dilation=3))
+    close(points(sampled(level(kernel_size=(1, 3)))), taps(kernel=(1, 3)))
+    close(points(sampled(level()._replace(offset=OFFSET + 1))), taps() + 1)
+    assert len(points(sampled([level(), level()]))) == 81
+
+
+def check_position():
+    ax = sampled(position=(2, 5))
+    close(points(ax), taps(position=(2, 5)))
+    (cross,) = ax.lines
+    close((cross.get_ydata()[0], cross.get_xdata()[0]), (2, 5))
+
+
+def check_pixel_stride_of_points():
+    ax = sampled(pixel_stride=4)
+    close(points(ax), 4 * taps())
+    close((ax.lines[0].get_ydata()[0], ax.lines[0].get_xdata()[0]), (12, 12))
+
+
+def check_group_of_points():
+    close(points(sampled(group=1)), taps(group=1))
+    close(viz.trace([level()], (3, 3), group=1), taps(group=1))
+    assert not np.allclose(taps(group=1), taps())
+
+
+def check_color_of_points():
+    for color, rgba in RGBA.items():
+        close(sampled(color=color).collections[0].get_facecolor()[0], rgba)
+
+
+def check_size_of_points():
+    for size in (3, 50):
+        close(sampled(size=size).collections[0].get_sizes(), size)
+
+
+def check_image_of_points():
+    close(dilation(sampled(image=IMAGE)), IMAGE)
+
+
+def check_tap():
+    close(arrows(field(tap=0)), OFFSET[[1, 0]].reshape(2, -1).T)
+    close(arrows(field(tap=8)), OFFSET[[17, 16]].reshape(2, -1).T)
+    means = OFFSET[:18].reshape(9, 2, -1).mean(axis=0)
+    close(arrows(field(tap=None)), means[::-1].T)
+
+
+def check_group_of_field():
+    close(arrows(field(tap=8, group=1)), OFFSET[[35, 34]].reshape(2, -1).T)
+
+
+def check_kernel_of_field():
+    close(arrows(field(tap=1, kernel_size=(1, 2), group=3)), OFFSET[[15, 14]].reshape(2, -1).T)
+    close(arrows(field(tap=0, kernel_size=1, group=3)), OFFSET[[7, 6]].reshape(2, -1).T)
+
+
+def check_places_of_field():
+    grid = np.indices((6, 7))[::-1].reshape(2, -1).T
+    close(field().collections[0].get_offsets(), grid)
+    close(field(stride=3).collections[0].get_offsets(), 3 * grid)
+    ax = field(pixel_stride=2)
+    close(ax.collections[0].get_offsets(), 2 * grid)
+    close(arrows(ax), 2 * arrows(field()))
+
+
+def check_image_of_field():
+    assert not field().images
+    close(dilation(field(image=IMAGE)), IMAGE)
+    assert field().get_xlim() != field(image=IMAGE).get_xlim()
+
+
+def check_options_of_field():
+    close(field(color="blue").collections[0].get_facecolor()[0], RGBA["blue"])
+    assert field(width=0.05).collections[0].width == 0.05
+
+
+def check_colors_of_parts():
+    ax = parts(color="red", box_color="blue")
+    close([patch.get_edgecolor() for patch in ax.patches], [RGBA["blue"]] * 10 + [RGBA["red"]] * 9)
+
+
+def check_image_of_parts():
+    assert not parts().images
+    close(dilation(parts(image=IMAGE)), IMAGE)
+
+
+def check_bins():
+    """roi_parts hands its options on."""
+    for options in (
+        {},
+        {"scale": 0.3},
+        {"class_index": 1},
+        {"operator": "deform_roi_pool"},
+        {"bins": (2, 4)},
+        {"bins": 5},
+    ):
+        moved = bins(**options).reshape(-1, 4)
+        close(edges(parts(**options))[-len(moved) :], moved)
+    plain = viz.roi_bins([2, 3, 13, 14], bins=3)[..., :2]
+    close(bins(scale=0.3)[..., :2] - plain, 3 * (bins(scale=0.1)[..., :2] - plain))
+    close((bins(class_index=1)[..., :2] - plain)[..., 0], 0.1 * 12 * OFFSET[2, :3, :3])
+    assert bins(bins=(2, 4)).shape == (2, 4, 4) and bins(bins=5).shape == (5, 5, 4)
+    close(viz.roi_bins([2, 3, 13, 14], bins=1, operator="deform_roi_pool")[0, 0], [1.5, 2.5, 12.5, 13.5])
+    close(viz.roi_bins([2, 3, 13, 14], bins=1)[0, 0], [1.5, 2.5, 13.5, 14.5])
+
+
+def check_box_and_offset():
+    assert (
+        len(parts(offset=OFFSET[:2, :2, :2]).patches) == 9 and len(viz.roi_parts(axes(), [2, 3, 13, 14]).patches) == 50
+    )
+    close(edges(parts((4, 5, 13, 14)))[9], [3.5, 4.5, 13.5, 14.5])
+
+
+def check_dilation_map():
+    for options in ({}, {"dilation": 3}, {"kernel_size": (1, 3)}, {"group": 1}):
+        group = options.get("group", 0)
+        rest = {"kernel_size": 3, **{name: value for name, value in options.items() if name != "group"}}
+        expected = pydeform.effective_dilation(OFFSET[None], **rest)[0, group]
+        close(dilation(viz.dilation_map(axes(), OFFSET, **options)), expected)
+        assert not options or not np.allclose(expected[0, 0], pydeform.effective_dilation(OFFSET[None], 3)[0, 0, 0, 0])
+
+
+def check_dilation_curve():
+    ax = viz.dilation_curve(axes(), [1, 2.5], {"a": [1, 2], "b": [[2, 4], [4, 8]]})
+    close([line.get_xdata() for line in ax.lines], [[1, 2.5]] * 2)
+    close([line.get_ydata() for line in ax.lines], [[1, 2], [3, 6]])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+    close(ax.get_xticks(), [1, 2.5])
+    band = ax.collections[0].get_paths()[0].get_extents()
+    close((band.ymin, band.ymax), (2, 8))
+
+
+def check_learning_curves():
+    ax = viz.learning_curves(axes(), {"a": [1, 2, 3], "b": [[2, 4], [4, 8]]}, "loss")
+    assert ax.get_ylabel() == "loss" and viz.learning_curves(axes(), {"a": [1]}).get_ylabel() == "test accuracy"
+    close(ax.lines[0].get_xdata(), [1, 2, 3])
+    close(ax.lines[1].get_ydata(), [3, 6])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+
+
+def check_show():
+    close(dilation(viz.show(axes(), IMAGE)), IMAGE)
+
+
+# Function -> each of its options, and what shows that it has an effect.
+EFFECTS = {
+    viz.panels: dict.fromkeys(("rows", "columns", "size", "options"), check_panels),
+    viz.Level: dict.fromkeys(("offset", "kernel_size", "stride", "padding", "dilation"), check_levels),
+    viz.sampling_points: {
+        "image": check_image_of_points, "levels": check_levels, "position": check_position,
+        "pixel_stride": check_pixel_stride_of_points, "group": check_group_of_points, "color": check_color_of_points,
+        "size": check_size_of_points,
+    },
+    viz.trace: {"levels": check_levels, "position": check_position, "group": check_group_of_points},
+    viz.offset_field: {
+        "offset": check_tap, "tap": check_tap, "image": check_image_of_field, "pixel_stride": check_places_of_field,
+        "kernel_size": check_kernel_of_field, "stride": check_places_of_field, "group": check_group_of_field,
+        "options": check_options_of_field,
+    },
+    viz.roi_parts: {
+        "box": check_box_and_offset, "offset": check_box_and_offset, "image": check_image_of_parts,
+        **dict.fromkeys(("bins", "scale", "class_index", "operator"), check_bins),
+        **dict.fromkeys(("color", "box_color"), check_colors_of_parts),
+    },
+    viz.roi_bins: dict.fromkeys(("box", "offset", "bins", "scale", "class_index", "operator"), check_bins),
+    viz.dilation_map: dict.fromkeys(("offset", "kernel_size", "dilation", "group"), check_dilation_map),
+    viz.dilation_curve: dict.fromkeys(("scales", "dilation"), check_dilation_curve),
+    viz.learning_curves: dict.fromkeys(("curves", "label"), check_learning_curves),
+    viz.show: {"image": check_show},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("check", dict.fromkeys(check for effects in EFFECTS.values() for check in effects.values()))
+def test_every_option_has_its_effect(check):
+    check()
+
+
+def test_no_function_and_no_option_is_left_out():
+    public = {f for name, f in vars(viz).items()
+              if not name.startswith("_") and callable(f) and getattr(f, "__module__", "") == viz.__name__}  # fmt: skip
+    assert set(EFFECTS) == public
+    for function, effects in EFFECTS.items():
+        assert set(inspect.signature(function).parameters) - {"ax"} == set(effects), function.__name__
+
+
+OPTIONAL = [
+    (function, option)
+    for function, effects in EFFECTS.items()
+    if function is not viz.Level
+    for option in effects
+    if inspect.signature(function).parameters[option].default is not inspect.Parameter.empty or option == "options"
+]
+
+
+@pytest.mark.parametrize(("function", "option"), OPTIONAL)
+def test_the_checks_see_when_an_option_is_ignored(monkeypatch, function, option):
+    signature = inspect.signature(function)
+
+    def deaf(*given, **named):
+        bound = signature.bind(*given, **named)
+        bound.arguments.pop(option, None)
+        return function(*bound.args, **bound.kwargs)
+
+    monkeypatch.setattr(viz, function.__name__, deaf)
+    with pytest.raises((AssertionError, ValueError, IndexError)):  # numbers, shapes, or what is not there at all
+        EFFECTS[function][option]()

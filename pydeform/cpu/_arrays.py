@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from pydeform.cpu import _half
+
 ALIGNMENT = 64  # a cache line, the widest vector, and what JAX takes without a copy
 
 
@@ -43,6 +45,8 @@ class _Alias:
 
 def contiguous(array: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
     """`array` as an aligned C-contiguous array of this dtype and shape; a copy only where it is none yet."""
+    if array.dtype == np.float16 and dtype == np.float32:
+        return widened(array).reshape(shape)
     flags = array.flags
     if array.dtype != dtype or not (flags.c_contiguous and flags.aligned):
         array = np.require(array, dtype, ("C", "A"))
@@ -52,10 +56,28 @@ def contiguous(array: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
     return array.reshape(shape)
 
 
+def widened(array: Any) -> Any:
+    """A half type as float32."""
+    if array.dtype != np.float16:
+        return array.astype(np.float32)
+    wide = empty(array.shape, np.dtype(np.float32))
+    _half.widen(contiguous(array, array.dtype, (array.size,)), wide.reshape(-1))
+    return wide
+
+
+def rounded(array: Any, dtype: Any) -> Any:
+    """An array, or a scalar that NumPy made of one, in another dtype."""
+    array = np.asarray(array)
+    result = empty(array.shape, dtype)
+    if dtype == np.float16 and array.dtype == np.float32:
+        _half.round_to_half(contiguous(array, array.dtype, (array.size,)), result.reshape(-1))
+    else:
+        result[...] = array
+    return result
+
+
 def to_result(array: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
     """What the caller gets: rounded to his dtype, aligned, in his shape."""
     if array.dtype != dtype:
-        rounded = empty(array.shape, dtype)
-        rounded[...] = array
-        array = rounded
+        array = rounded(array, dtype)
     return array.reshape(shape)

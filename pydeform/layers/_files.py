@@ -1,17 +1,36 @@
-"""Parameters and running statistics to and from files."""
+"""Parameters, running statistics and the state of an optimiser, to and from files."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Any
+import secrets
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from pydeform import _arrays
 from pydeform.layers import _layer
 
+PREFIX = "optimiser/"  # of the names of its arrays in a file
 
-def save(layer: _layer.Layer, path: str | os.PathLike[str]) -> None:
+
+class Stateful(Protocol):
+    """An optimiser of `pydeform.optim`."""
+
+    layer: _layer.Layer
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+def save(layer: _layer.Layer, path: str | os.PathLike[str], optimiser: Stateful | None = None) -> None:
     """Write the parameters and running statistics of `layer` to a `.npz` or `.safetensors` file.
+
+    With its `optimiser`, the state of that too: training that loads both goes on as if it had not been interrupted,
+    with the same bits. The file is complete or not there: a file that was there before is replaced at the end.
 
     >>> import os, tempfile
     >>> from pydeform.layers import Linear, load, save
@@ -22,41 +41,91 @@ def save(layer: _layer.Layer, path: str | os.PathLike[str]) -> None:
     >>> bool((a.params["weight"] == b.params["weight"]).all())
     True
     """
-    held = {**layer.params, **layer.state}
-    arrays: dict[str, Any] = {name: np.ascontiguousarray(array) for name, array in held.items()}
-    if _suffix("save", path) == ".npz":
-        np.savez(os.fspath(path), **arrays)
+    suffix = _suffix("save", path)
+    held: dict[str, Any] = {**layer.params, **layer.state}
+    if optimiser is not None:
+        _check_optimiser("save", layer, optimiser)
+        held |= {PREFIX + name: array for name, array in optimiser.state().items()}
+    arrays: dict[str, Any] = {
+        name: np.array(_arrays.to_device("save", array, "cpu"), order="C") for name, array in held.items()
+    }
+    if suffix == ".npz":
+        with _replacing(path) as file:
+            np.savez(file, **arrays)
     else:
-        _safetensors("save").save_file(arrays, os.fspath(path))
+        content = _safetensors("save").save(arrays)
+        with _replacing(path) as file:
+            file.write(content)
 
 
-def load(layer: _layer.Layer, path: str | os.PathLike[str]) -> None:
-    """Read into `layer`, in place, what `save` wrote for a layer of the same structure.
+def load(layer: _layer.Layer, path: str | os.PathLike[str], optimiser: Stateful | None = None) -> None:
+    """Read into `layer`, and its `optimiser`, in place, what `save` wrote for a layer of the same structure.
 
-    Values are converted to the layer's dtype. A missing or unknown name or another shape is a ValueError, and then
-    nothing has been changed.
+    Values are converted to the layer's dtype and device. A file that cannot be read, a missing or unknown name, another
+    shape or a value that does not fit is a ValueError, and then nothing has been changed. Without `optimiser` its state
+    in the file is left there.
     """
-    if _suffix("load", path) == ".npz":
-        with np.load(os.fspath(path), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    else:
-        arrays = _safetensors("load").load_file(os.fspath(path))
+    if optimiser is not None:
+        _check_optimiser("load", layer, optimiser)
+    arrays = _read(path)
+    state = {name.removeprefix(PREFIX): arrays.pop(name) for name in list(arrays) if name.startswith(PREFIX)}
     targets = {**layer.params, **layer.state}
-    missing, unknown = sorted(targets.keys() - arrays.keys()), sorted(arrays.keys() - targets.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"load: {os.fspath(path)} must hold the arrays of {layer.name}; "
-            f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
-        )
-    for name, target in targets.items():
-        if arrays[name].shape != target.shape:
-            raise ValueError(
-                f"load: {name} in {os.fspath(path)} must have shape {target.shape}, got {arrays[name].shape}"
-            )
-    for name, target in targets.items():
-        array = arrays[name]
-        # .npz keeps the bytes of bfloat16 but not its name
-        target[...] = array.view(target.dtype) if array.dtype.kind == "V" else array
+    found = _layer.fitting("load", os.fspath(path), layer.name, targets, arrays)
+    if optimiser is not None:
+        if not state:
+            raise ValueError(f"load: {os.fspath(path)} must hold the state of an optimiser, got only that of a layer")
+        optimiser.load_state(state)
+    for name, array in found.items():
+        targets[name][...] = array
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    suffix = _suffix("load", path)
+    read = _read_npz if suffix == ".npz" else _safetensors("load").load_file
+    try:
+        arrays: dict[str, Any] = read(os.fspath(path))
+    except OSError:
+        raise  # no such file, no permission: it says so itself
+    except Exception as error:  # each library and each kind of damage has its own
+        raise ValueError(f"load: {os.fspath(path)} cannot be read as a {suffix} file: {error}") from error
+    return arrays
+
+
+def _read_npz(path: str) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    # .npz keeps the bytes of bfloat16 but not its name
+    return {name: array.view(_bfloat16()) if array.dtype == "V2" else array for name, array in arrays.items()}
+
+
+def _bfloat16() -> Any:
+    import ml_dtypes  # not needed by who never sees one
+
+    return ml_dtypes.bfloat16
+
+
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once all has been written; a writer that dies leaves what was there."""
+    target = os.path.realpath(path)
+    part = f"{target}.{os.getpid()}-{secrets.token_hex(4)}.part"
+    try:
+        with open(part, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+        raise
+
+
+def _check_optimiser(op: str, layer: _layer.Layer, optimiser: Any) -> None:
+    if not (hasattr(optimiser, "state") and hasattr(optimiser, "load_state")):
+        raise TypeError(f"{op}: optimiser must be one of pydeform.optim, got {type(optimiser).__qualname__}")
+    if optimiser.layer is not layer:
+        raise ValueError(f"{op}: optimiser must be that of the layer, got that of another {optimiser.layer.name}")
 
 
 def _suffix(op: str, path: str | os.PathLike[str]) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
-import numpy as np
-
+from pydeform import _arrays
 from pydeform.layers import _layer
 
 
@@ -19,14 +19,17 @@ class ReLU(_layer.Layer):
     """
 
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
-        y = np.maximum(x, 0)
+        xp = _layer.check_input(self, x, None)
+        wide = _arrays.wide(x)
+        y = _arrays.rounded(xp.maximum(wide, 0), x.dtype)
         if not train:
             return y, _layer.nothing_kept(self)
-        positive = x > 0
+        positive, like = wide > 0, _layer.like(self, x)
 
         def backprop(grad_y: Any) -> Any:
-            _layer.check_grad(self, grad_y, positive.shape)
-            return grad_y * positive
+            _layer.check_grad(self, grad_y, like)
+            # not a product: what x <= 0 stops is 0 also where grad_y is infinite or NaN
+            return _arrays.rounded(xp.where(positive, _arrays.wide(grad_y), 0), like.dtype)
 
         return y, backprop
 
@@ -41,13 +44,15 @@ class Sigmoid(_layer.Layer):
     """
 
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
-        y = sigmoid(x)
+        wide = sigmoid(_layer.check_input(self, x, None), x)
+        y = _arrays.rounded(wide, x.dtype)
         if not train:
             return y, _layer.nothing_kept(self)
+        like = _layer.like(self, x)
 
         def backprop(grad_y: Any) -> Any:
-            _layer.check_grad(self, grad_y, y.shape)
-            return grad_y * (y * (1 - y))
+            _layer.check_grad(self, grad_y, like)
+            return _arrays.rounded(_arrays.wide(grad_y) * (wide * (1 - wide)), like.dtype)
 
         return y, backprop
 
@@ -62,22 +67,30 @@ class Softmax(_layer.Layer):
     """
 
     def __init__(self, axis: int = -1) -> None:
-        super().__init__()
-        self.axis = axis
+        self.axis = _layer.integer(self, "axis", axis)
+        super().__init__(settings={"axis": self.axis})
 
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
-        y = np.exp(x - x.max(axis=self.axis, keepdims=True))
-        y /= y.sum(axis=self.axis, keepdims=True)
+        xp = _layer.check_input(self, x, None)
+        if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] == 0:
+            raise ValueError(f"{self.name}: x must have values along axis = {self.axis}, got shape {tuple(x.shape)}")
+        wide = _arrays.wide(x)
+        wide = xp.exp(wide - wide.max(axis=self.axis, keepdims=True))
+        wide /= wide.sum(axis=self.axis, keepdims=True)
+        y = _arrays.rounded(wide, x.dtype)
         if not train:
             return y, _layer.nothing_kept(self)
+        like = _layer.like(self, x)
 
         def backprop(grad_y: Any) -> Any:
-            _layer.check_grad(self, grad_y, y.shape)
-            return y * (grad_y - (grad_y * y).sum(axis=self.axis, keepdims=True))
+            _layer.check_grad(self, grad_y, like)
+            grad = _arrays.wide(grad_y)
+            return _arrays.rounded(wide * (grad - (grad * wide).sum(axis=self.axis, keepdims=True)), like.dtype)
 
         return y, backprop
 
 
-def sigmoid(x: Any) -> Any:
+def sigmoid(xp: ModuleType, x: Any) -> Any:
+    """In float32 of a half type."""
     # tanh saturates where exp would overflow
-    return (0.5 * np.tanh(0.5 * x) + 0.5).astype(x.dtype, copy=False)  # of bfloat16 it would be float32
+    return 0.5 * xp.tanh(0.5 * _arrays.wide(x)) + 0.5

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pydeform import _arrays
 from pydeform.layers import _layer
 
 
@@ -18,7 +19,7 @@ class Linear(_layer.Layer):
     in_features, out_features : sizes
     bias : whether to add a bias
     rng : numpy.random.Generator or seed for the weight: He normal, variance 2 / in_features; the bias starts at 0
-    dtype : of the parameters, and of the input it takes
+    dtype : of the parameters, and of the input it takes; half types are multiplied and summed in float32
 
     Call      x (N, in_features) -> y (N, out_features)
     params    "weight" (out_features, in_features), "bias" (out_features,)
@@ -38,26 +39,32 @@ class Linear(_layer.Layer):
         rng: _layer.Seed = None,
         dtype: Any = np.float32,
     ) -> None:
-        _layer.positive(self, in_features=in_features, out_features=out_features)
-        weight = _layer.he_normal(rng, (out_features, in_features), in_features, dtype)
-        super().__init__({"weight": weight} | ({"bias": np.zeros(out_features, dtype)} if bias else {}))
+        inputs, outputs = _layer.positive(self, in_features=in_features, out_features=out_features)
+        bias, dtype = _layer.flag(self, "bias", bias), _layer.float_dtype(self, dtype)
+        weight = _layer.he_normal(self, rng, (outputs, inputs), inputs, dtype)
+        super().__init__(
+            {"weight": weight} | ({"bias": np.zeros(outputs, dtype)} if bias else {}),
+            settings={"in_features": inputs, "out_features": outputs, "bias": bias, "dtype": dtype},
+        )
 
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
-        weight, bias = self.params["weight"], self.params.get("bias")
-        _layer.check_input(self, x, ("N", "in_features"), {"in_features": weight.shape[1]}, weight.dtype)
-        y = (x @ weight.T).astype(x.dtype, copy=False)  # of bfloat16 the product is float32
+        param = self.params["weight"]
+        _layer.check_input(self, x, ("N", "in_features"), {"in_features": param.shape[1]}, param)
+        wide, weight, bias = _arrays.wide(x), _arrays.wide(param), self.params.get("bias")
+        y = wide @ weight.T
         if bias is not None:
-            y += bias
+            y += _arrays.wide(bias)
+        y = _arrays.rounded(y, x.dtype)
         if not train:
             return y, _layer.nothing_kept(self)
+        like = _layer.like(self, y)
 
         def backprop(grad_y: Any) -> Any:
             # forward: [N, in] [out, in] -> [N, out]
-            _layer.check_grad(self, grad_y, y.shape)
-            self.grads["weight"] += grad_y.T @ x
-            if bias is not None:
-                self.grads["bias"] += grad_y.sum(axis=0)
-            return (grad_y @ weight).astype(x.dtype, copy=False)
+            _layer.check_grad(self, grad_y, like)
+            grad = _arrays.wide(grad_y)
+            _layer.add_grads(self, weight=grad.T @ wide, **({} if bias is None else {"bias": grad.sum(axis=0)}))
+            return _arrays.rounded(grad @ weight, like.dtype)
 
         return y, backprop
 
@@ -72,15 +79,17 @@ class Flatten(_layer.Layer):
     """
 
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
+        _layer.check_input(self, x, None)
         if x.ndim < 1:
             raise ValueError(f"{self.name}: x must have shape (N, ...), got {tuple(x.shape)}")
         shape = x.shape
         y = x.reshape(shape[0], math.prod(shape[1:]))
         if not train:
             return y, _layer.nothing_kept(self)
+        like = _layer.like(self, y)
 
         def backprop(grad_y: Any) -> Any:
-            _layer.check_grad(self, grad_y, (shape[0], math.prod(shape[1:])))
+            _layer.check_grad(self, grad_y, like)
             return grad_y.reshape(shape)
 
         return y, backprop

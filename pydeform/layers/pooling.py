@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from pydeform import _arrays
 from pydeform.layers import _layer
 
 
@@ -19,18 +21,20 @@ class GlobalAvgPool2d(_layer.Layer):
     """
 
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
-        _layer.check_input(self, x, ("N", "C", "H", "W"), {})
+        xp = _layer.check_input(self, x, ("N", "C", "H", "W"))
         shape, dtype = x.shape, x.dtype
         if shape[2] * shape[3] == 0:
             raise ValueError(f"{self.name}: x must have at least one pixel, got shape {tuple(shape)}")
-        y = x.mean(axis=(2, 3))
+        y = _arrays.rounded(_arrays.wide(x).mean(axis=(2, 3)), dtype)
         if not train:
             return y, _layer.nothing_kept(self)
+        like = _layer.like(self, y)
 
         def backprop(grad_y: Any) -> Any:
-            _layer.check_grad(self, grad_y, shape[:2])
-            grad_x = np.empty_like(grad_y, shape=shape, dtype=dtype)
-            grad_x[...] = (grad_y / (shape[2] * shape[3]))[:, :, None, None]
+            _layer.check_grad(self, grad_y, like)
+            grad_x = xp.empty(shape, dtype)
+            grad = _arrays.wide(grad_y) / (shape[2] * shape[3])
+            grad_x[...] = _arrays.rounded(grad, dtype)[:, :, None, None]
             return grad_x
 
         return y, backprop
@@ -54,7 +58,6 @@ class MaxPool2d(_layer.Layer):
     """
 
     def __init__(self, kernel_size: Any, stride: Any = None, padding: Any = 0) -> None:
-        super().__init__()
         self.kernel_size = _layer.pair(self, "kernel_size", kernel_size)
         self.stride = self.kernel_size if stride is None else _layer.pair(self, "stride", stride)
         self.padding = _layer.pair(self, "padding", padding, minimum=0)
@@ -62,31 +65,41 @@ class MaxPool2d(_layer.Layer):
             raise ValueError(
                 f"{self.name}: padding must be at most half of kernel_size = {self.kernel_size}, got {self.padding}"
             )
+        super().__init__(settings={"kernel_size": kernel_size, "stride": stride, "padding": padding})
 
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
-        _layer.check_input(self, x, ("N", "C", "H", "W"), {})
+        xp = _layer.check_input(self, x, ("N", "C", "H", "W"))
         windows = self._windows(x.shape[2:])
-        padded = self._pad(x)
+        padded = self._pad(xp, _arrays.wide(x))
         best = padded[windows[0]].copy()
-        winner = np.zeros_like(best, dtype=np.int32)
+        winner = xp.zeros(best.shape, np.int32)
+        winner[...] = self._first_pixels(xp, best.shape[2:])
         for tap, window in enumerate(windows[1:], start=1):
             value = padded[window]
             wins = (value > best) | (value != value)  # NaN wins and stays, as in every framework
-            best = np.where(wins, value, best)
-            winner = np.where(wins, np.int32(tap), winner)
+            best = xp.where(wins, value, best)
+            winner = xp.where(wins, np.int32(tap), winner)
+        y = _arrays.rounded(best, x.dtype)
         if not train:
-            return best, _layer.nothing_kept(self)
-        shape, padded_shape = x.shape, padded.shape
+            return y, _layer.nothing_kept(self)
+        shape, padded_shape, like = x.shape, padded.shape, _layer.like(self, y)
 
         def backprop(grad_y: Any) -> Any:
-            _layer.check_grad(self, grad_y, winner.shape)
-            grad_x = np.zeros_like(grad_y, shape=padded_shape)
+            _layer.check_grad(self, grad_y, like)
+            grad = _arrays.wide(grad_y)
+            grad_x = xp.zeros(padded_shape, grad.dtype)
             for tap, window in enumerate(windows):
-                grad_x[window] += grad_y * (winner == tap)
+                grad_x[window] += xp.where(winner == tap, grad, 0)
             top, left = self.padding
-            return grad_x[:, :, top : top + shape[2], left : left + shape[3]]
+            return _arrays.rounded(grad_x[:, :, top : top + shape[2], left : left + shape[3]], like.dtype)
 
-        return best, backprop
+        return y, backprop
+
+    def _first_pixels(self, xp: ModuleType, size: tuple[int, int]) -> Any:
+        """The first tap of each window that is no padding: it wins where all are -inf, as padding is."""
+        axes = zip(size, self.stride, self.padding, strict=True)
+        rows, columns = (xp.maximum(p - s * xp.arange(n, dtype=np.int32), 0) for n, s, p in axes)
+        return rows[:, None] * self.kernel_size[1] + columns
 
     def _windows(self, size: tuple[int, int]) -> list[tuple[Any, ...]]:
         """One strided view of the padded image per tap, row by row."""
@@ -101,10 +114,10 @@ class MaxPool2d(_layer.Layer):
             spans.append([slice(tap, tap + (out - 1) * s + 1, s) for tap in range(k)])
         return [(slice(None), slice(None), rows, columns) for rows in spans[0] for columns in spans[1]]
 
-    def _pad(self, x: Any) -> Any:
+    def _pad(self, xp: ModuleType, x: Any) -> Any:
         top, left = self.padding
         if not top and not left:
             return x
-        padded = np.full_like(x, -np.inf, shape=(*x.shape[:2], x.shape[2] + 2 * top, x.shape[3] + 2 * left))
+        padded = xp.full((*x.shape[:2], x.shape[2] + 2 * top, x.shape[3] + 2 * left), -xp.inf, x.dtype)
         padded[:, :, top : top + x.shape[2], left : left + x.shape[3]] = x
         return padded

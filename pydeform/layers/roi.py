@@ -6,11 +6,12 @@ They take boxes beside the input, `y, backprop = layer(x, boxes)`, so a `Sequent
 from __future__ import annotations
 
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from pydeform import _checks
+from pydeform import _arrays, _checks
 from pydeform.layers import _layer
 from pydeform.layers.activation import ReLU, sigmoid
 from pydeform.layers.conv2d import Conv2d
@@ -18,7 +19,7 @@ from pydeform.layers.linear import Linear
 from pydeform.layers.sequential import Sequential
 from pydeform.ops.deform_psroi_pool import deform_psroi_pool, deform_psroi_pool_backward
 from pydeform.ops.deform_roi_pool import deform_roi_pool, deform_roi_pool_backward
-from pydeform.ops.roi_align import roi_align, roi_align_backward
+from pydeform.ops.roi_align import MODES, roi_align, roi_align_backward
 
 
 class RoIAlign(_layer.Layer):
@@ -47,23 +48,26 @@ class RoIAlign(_layer.Layer):
         *,
         mode: str = "avg",
     ) -> None:
-        super().__init__()
         self.options: dict[str, Any] = {
             "output_size": _layer.pair(self, "output_size", output_size),
             "spatial_scale": _checks.number(self.name, "spatial_scale", spatial_scale, positive=True),
-            "sampling_ratio": sampling_ratio,
-            "aligned": aligned,
+            "sampling_ratio": _sampling(self, sampling_ratio),
+            "aligned": _layer.flag(self, "aligned", aligned),
             "mode": mode,
         }
+        _checks.check_choice(self.name, "mode", mode, MODES)
+        super().__init__(settings=self.options)
 
     def __call__(self, x: Any, boxes: Any, *, train: bool = True) -> tuple[Any, _layer.Backprop]:  # type: ignore[override]
-        _layer.check_input(self, x, ("N", "C", "H", "W"), {})
+        _layer.check_input(self, x, ("N", "C", "H", "W"))
+        _arrays.namespace(self.name, "boxes", boxes)
         y = roi_align(x, boxes, **self.options)
         if not train:
             return y, _layer.nothing_kept(self)
+        like = _layer.like(self, y)
 
         def backprop(grad_y: Any) -> Any:
-            _layer.check_grad(self, grad_y, y.shape)
+            _layer.check_grad(self, grad_y, like)
             return roi_align_backward(grad_y, x, boxes, **self.options).input
 
         return y, backprop
@@ -117,23 +121,24 @@ class DeformRoIPool(_layer.Layer):
         rng: _layer.Seed = None,
         dtype: Any = np.float32,
     ) -> None:
-        super().__init__()
-        _layer.positive(self, in_channels=in_channels, hidden=hidden)
-        self.in_channels, self.modulated, self.dtype = in_channels, modulated, np.dtype(dtype)
+        inputs, hidden = _layer.positive(self, in_channels=in_channels, hidden=hidden)
+        dtype, rng = _layer.float_dtype(self, dtype), _layer.generator(self, rng)
+        self.in_channels, self.modulated = inputs, _layer.flag(self, "modulated", modulated)
         self.output_size = _layer.pair(self, "output_size", output_size)
         self.options: dict[str, Any] = {
             "output_size": self.output_size,
             "spatial_scale": _checks.number(self.name, "spatial_scale", spatial_scale, positive=True),
-            "sampling_ratio": sampling_ratio,
+            "sampling_ratio": _sampling(self, sampling_ratio),
             "gamma": _checks.number(self.name, "gamma", gamma),
         }
+        sizes = {"in_channels": inputs, "hidden": hidden, "modulated": self.modulated, "dtype": dtype}
+        super().__init__(settings={**self.options, **sizes})
         bins = self.output_size[0] * self.output_size[1]
-        rng = np.random.default_rng(rng)
-        self.offset = _fully_connected((in_channels * bins, hidden, hidden, 2 * bins), rng, dtype)
-        _hold(self, "offset", self.offset)
-        if modulated:
-            self.mask = _fully_connected((in_channels * bins, hidden, bins), rng, dtype)
-            _hold(self, "mask", self.mask)
+        self.offset = _fully_connected((inputs * bins, hidden, hidden, 2 * bins), rng, dtype)
+        _layer.hold(self, "offset", self.offset)
+        if self.modulated:
+            self.mask = _fully_connected((inputs * bins, hidden, bins), rng, dtype)
+            _layer.hold(self, "mask", self.mask)
 
     def offset_and_mask(self, x: Any, boxes: Any) -> tuple[Any, Any]:
         """What the branches compute: (offset, mask or None), as `pydeform.deform_roi_pool` takes them."""
@@ -144,17 +149,20 @@ class DeformRoIPool(_layer.Layer):
         y = deform_roi_pool(x, boxes, offset, mask=mask, **self.options)
         if not train:
             return y, _layer.nothing_kept(self)
+        like = _layer.like(self, y)
 
         def backprop(grad_y: Any) -> Any:
-            _layer.check_grad(self, grad_y, y.shape)
+            _layer.check_grad(self, grad_y, like)
             grads = deform_roi_pool_backward(grad_y, x, boxes, offset, mask=mask, **self.options)
-            return grads.input + back_first(grads.offset, grads.mask)
+            return _sum(grads.input, back_first(grads.offset, grads.mask))
 
         return y, backprop
 
     def _first_pass(self, x: Any, boxes: Any, train: bool) -> tuple[Any, Any, Any]:
         """(offset, mask or None, function from their gradients to that of x)."""
-        _layer.check_input(self, x, ("N", "in_channels", "H", "W"), {"in_channels": self.in_channels}, self.dtype)
+        param = next(iter(self.params.values()))
+        xp = _layer.check_input(self, x, ("N", "in_channels", "H", "W"), {"in_channels": self.in_channels}, param)
+        _arrays.namespace(self.name, "boxes", boxes)
         pooled = deform_roi_pool(x, boxes, **self.options)
         count, shape = len(pooled), pooled.shape
         features = _rows(pooled)
@@ -163,12 +171,12 @@ class DeformRoIPool(_layer.Layer):
         mask = None
         if self.modulated:
             logit, back_logit = self.mask(features, train)
-            mask = sigmoid(logit).reshape(count, 1, *self.output_size)
+            mask = _arrays.rounded(sigmoid(xp, logit), x.dtype).reshape(count, 1, *self.output_size)
 
         def backprop(grad_offset: Any, grad_mask: Any) -> Any:
             grad = back_offset(_rows(grad_offset))
             if mask is not None:
-                grad = grad + back_logit(_rows(grad_mask * (mask * (1 - mask))))
+                grad = _sum(grad, back_logit(_rows(_grad_logit(mask, grad_mask))))
             return deform_roi_pool_backward(grad.reshape(shape), x, boxes, **self.options, needs=("input",)).input
 
         return offset, mask, backprop
@@ -234,18 +242,19 @@ class DeformPSRoIPool(_layer.Layer):
         rng: _layer.Seed = None,
         dtype: Any = np.float32,
     ) -> None:
-        super().__init__()
         part = pooled_size if part_size is None else part_size
         sizes = {"output_dim": output_dim, "pooled_size": pooled_size, "group_size": group_size, "part_size": part}
-        _layer.positive(self, **sizes, sample_per_part=sample_per_part, classes=classes)
+        output_dim, pooled_size, group_size, part, sample_per_part, classes = _layer.positive(
+            self, **sizes, sample_per_part=sample_per_part, classes=classes
+        )
         if output_dim % classes:
             raise ValueError(f"{self.name}: output_dim must be a multiple of classes = {classes}, got {output_dim}")
-        if modulated and part != pooled_size:
+        self.modulated = _layer.flag(self, "modulated", modulated)
+        if self.modulated and part != pooled_size:
             raise ValueError(f"{self.name}: part_size must be pooled_size = {pooled_size} when modulated, got {part}")
         if feature_channels is not None and hidden is not None:
             raise ValueError(f"{self.name}: hidden must be None with feature_channels, got {hidden}")
-        self.in_channels, self.feature_channels = output_dim * group_size**2, feature_channels
-        self.classes, self.modulated, self.part_size, self.dtype = classes, modulated, part, np.dtype(dtype)
+        self.in_channels, self.classes, self.part_size = output_dim * group_size**2, classes, part
         self.trans_std = _checks.number(self.name, "trans_std", trans_std)
         common = {
             "group_size": group_size,
@@ -253,18 +262,24 @@ class DeformPSRoIPool(_layer.Layer):
             "spatial_scale": _checks.number(self.name, "spatial_scale", spatial_scale, positive=True),
         }
         self.options: dict[str, Any] = {"output_dim": output_dim, "pooled_size": pooled_size, **common}
-        self.branch_channels = 2 * classes + (1 if modulated else 0)
+        dtype, rng = _layer.float_dtype(self, dtype), _layer.generator(self, rng)
+        branch = {"classes": classes, "hidden": hidden, "feature_channels": feature_channels}
+        settings = {**self.options, "part_size": part_size, "trans_std": self.trans_std, **branch}
+        super().__init__(settings={**settings, "modulated": self.modulated, "dtype": dtype})
+        self.branch_channels = 2 * classes + (1 if self.modulated else 0)
+        self.feature_channels: int | None = None
         self.offset: _layer.Layer
         if feature_channels is None:
             self.first = self.options
             outputs = self.branch_channels * part**2
-            wide = () if hidden is None else (hidden, hidden)
+            wide = () if hidden is None else 2 * _layer.positive(self, hidden=hidden)
             self.offset = _fully_connected((output_dim * pooled_size**2, *wide, outputs), rng, dtype)
         else:
+            (self.feature_channels,) = _layer.positive(self, feature_channels=feature_channels)
             self.first = {"output_dim": self.branch_channels, "pooled_size": part, **common}
-            self.offset = Conv2d(feature_channels, self.branch_channels * group_size**2, 1, dtype=dtype)
+            self.offset = Conv2d(self.feature_channels, self.branch_channels * group_size**2, 1, dtype=dtype)
             self.offset.params["weight"][...] = 0
-        _hold(self, "offset", self.offset)
+        _layer.hold(self, "offset", self.offset)
 
     def trans_and_mask(self, x: Any, boxes: Any, features: Any = None) -> tuple[Any, Any]:
         """What the branch computes: (trans, mask or None), as `pydeform.deform_psroi_pool` takes them."""
@@ -278,43 +293,48 @@ class DeformPSRoIPool(_layer.Layer):
         y = deform_psroi_pool(x, boxes, trans, mask=mask, **options)
         if not train:
             return y, _layer.nothing_kept(self)
+        like = _layer.like(self, y)
 
         def backprop(grad_y: Any) -> Any:
-            _layer.check_grad(self, grad_y, y.shape)
+            _layer.check_grad(self, grad_y, like)
             grads = deform_psroi_pool_backward(grad_y, x, boxes, trans, mask=mask, **options)
             grad_first = back_first(grads.trans, grads.mask)
-            return grads.input + grad_first if self.feature_channels is None else (grads.input, grad_first)
+            return _sum(grads.input, grad_first) if self.feature_channels is None else (grads.input, grad_first)
 
         return y, backprop
 
     def _first_pass(self, x: Any, boxes: Any, features: Any, train: bool) -> tuple[Any, Any, Any]:
         """(trans, mask or None, function from their gradients to that of x or features)."""
-        self._check(x, features)
+        xp = self._check(x, features)
+        _arrays.namespace(self.name, "boxes", boxes)
         run = self._linear if self.feature_channels is None else self._convolution
         branch, back_branch = run(x if self.feature_channels is None else features, boxes, train)
         trans = branch[:, : 2 * self.classes]
-        mask = sigmoid(branch[:, 2 * self.classes :]) if self.modulated else None
+        mask = None
+        if self.modulated:
+            mask = _arrays.rounded(sigmoid(xp, branch[:, 2 * self.classes :]), x.dtype)
 
         def backprop(grad_trans: Any, grad_mask: Any) -> Any:
             if mask is None:
                 return back_branch(grad_trans)
-            return back_branch(np.concatenate((grad_trans, grad_mask * (mask * (1 - mask))), axis=1))
+            return back_branch(xp.concatenate((grad_trans, _grad_logit(mask, grad_mask)), axis=1))
 
         return trans, mask, backprop
 
-    def _check(self, x: Any, features: Any) -> None:
+    def _check(self, x: Any, features: Any) -> ModuleType:
         channels = "output_dim*group_size**2"
-        _layer.check_input(self, x, ("N", channels, "H", "W"), {channels: self.in_channels}, self.dtype)
+        param = next(iter(self.params.values()))
+        xp = _layer.check_input(self, x, ("N", channels, "H", "W"), {channels: self.in_channels}, param)
         if self.feature_channels is None:
             if features is not None:
                 raise TypeError(f"{self.name}: features must be None without feature_channels, got an argument")
-            return
+            return xp
         if features is None:
             raise TypeError(f"{self.name}: features must be an array with feature_channels, got None")
+        _arrays.check_like(self.name, "features", features, "x", _arrays.like(self.name, "x", x))
         expected = (x.shape[0], self.feature_channels, *x.shape[2:])
         _checks.check_shape(self.name, "features", features, "(N, feature_channels, H, W)", expected)
-        if features.dtype != self.dtype:
-            raise TypeError(f"{self.name}: features must have the dtype of x, {x.dtype}, got {features.dtype}")
+        return xp
 
     def _linear(self, x: Any, boxes: Any, train: bool) -> tuple[Any, _layer.Backprop]:
         pooled = deform_psroi_pool(x, boxes, **self.first)
@@ -352,7 +372,15 @@ def _fully_connected(sizes: tuple[int, ...], rng: _layer.Seed, dtype: Any) -> _l
     return last if len(sizes) == 2 else Sequential(*chain[:-1])
 
 
-def _hold(layer: _layer.Layer, name: str, part: _layer.Layer) -> None:
-    """The parameters and gradients of a part, the very arrays, are those of the layer too, under `name`."""
-    layer.params |= {f"{name}.{own}": array for own, array in part.params.items()}
-    layer.grads |= {f"{name}.{own}": array for own, array in part.grads.items()}
+def _sum(a: Any, b: Any) -> Any:
+    return _arrays.rounded(_arrays.wide(a) + _arrays.wide(b), a.dtype)
+
+
+def _grad_logit(mask: Any, grad_mask: Any) -> Any:
+    """mask = sigmoid."""
+    wide = _arrays.wide(mask)
+    return _arrays.rounded(_arrays.wide(grad_mask) * (wide * (1 - wide)), mask.dtype)
+
+
+def _sampling(layer: _layer.Layer, value: Any) -> int:
+    return _checks.per_axis(layer.name, "sampling_ratio", value, 1, -1)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from pydeform.layers import _layer
@@ -11,7 +12,8 @@ class Sequential(_layer.Layer):
     """Layers one after the other, itself a layer.
 
     `params`, `grads` and `state` hold the very arrays of the layers under dotted names: "0.weight", "3.offset.bias".
-    A layer that stands at two places is listed once, under the first; its gradients of both places add up.
+    A layer that stands at two places, here or in a Sequential inside, is listed once, under the first; its gradients
+    of both places add up.
 
     >>> import numpy as np
     >>> from pydeform.layers import Conv2d, GlobalAvgPool2d, Linear, ReLU
@@ -24,19 +26,21 @@ class Sequential(_layer.Layer):
     def __init__(self, *layers: _layer.Layer) -> None:
         super().__init__()
         self.layers = layers
-        seen: set[int] = set()
         for place, layer in enumerate(layers):
-            if id(layer) in seen:
-                continue
-            seen.add(id(layer))
-            self.params |= {f"{place}.{name}": array for name, array in layer.params.items()}
-            self.grads |= {f"{place}.{name}": array for name, array in layer.grads.items()}
-            self.state |= {f"{place}.{name}": array for name, array in layer.state.items()}
+            if not isinstance(layer, _layer.Layer):
+                raise TypeError(f"{self.name}: layer {place} must be a Layer, got {layer!r}")
+            try:
+                inspect.signature(layer).bind(None, train=True)
+            except TypeError:
+                raise TypeError(
+                    f"{self.name}: layer {place} must be one that is called with x and train alone, got {layer!r}"
+                ) from None
+            _layer.hold(self, str(place), layer)
 
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
         backprops = []
         for layer in self.layers:
-            x, backprop = layer(x, train)
+            x, backprop = layer(x, train=train)
             backprops.append(backprop)
         if not train:
             return x, _layer.nothing_kept(self)
@@ -47,3 +51,8 @@ class Sequential(_layer.Layer):
             return grad_y
 
         return x, backprop_all
+
+    def __repr__(self) -> str:
+        lines = [f"{place}: {layer!r}" for place, layer in enumerate(self.layers)]
+        inner = "".join(f"\n  {line}" for text in lines for line in text.splitlines())
+        return f"{self.name}({inner}\n){_layer.counted(self)}" if lines else f"{self.name}()"

@@ -16,7 +16,8 @@ from tests.cuda_emulation import build, dlpack, streams
 GUARD, GUARD_BYTE = 2048, 0xA5  # as in runtime.h
 ALIGNMENT = 512  # of CuPy's memory pool
 # Modules of the package that run beside the operators and may wait for the device.
-MAY_SYNCHRONISE = ("_selfcheck", "testing", "cli", "bench", "demo", "viz")
+# `_arrays` moves layers to the CPU, and losses return a Python float.
+MAY_SYNCHRONISE = ("_selfcheck", "testing", "cli", "bench", "demo", "viz", "_arrays", "losses")
 
 
 def refuse_synchronisation(what: str) -> None:
@@ -246,6 +247,15 @@ class ndarray:
         out[...] = result
         return out  # type: ignore[no-any-return]
 
+    def mean(self, axis: Any = None, dtype: Any = None, out: None = None, keepdims: bool = False) -> ndarray:
+        return _new(np.asarray(self._alive().mean(axis, dtype, keepdims=keepdims)))
+
+    def max(self, axis: Any = None, out: None = None, keepdims: bool = False) -> ndarray:
+        return _new(np.asarray(self._alive().max(axis, keepdims=keepdims)))
+
+    def min(self, axis: Any = None, out: None = None, keepdims: bool = False) -> ndarray:
+        return _new(np.asarray(self._alive().min(axis, keepdims=keepdims)))
+
     def set(self, host: np.ndarray) -> None:
         if host.shape != self.shape or host.dtype != self.dtype:
             raise ValueError(f"set: an array {host.shape} of {host.dtype} into one {self.shape} of {self.dtype}")
@@ -378,6 +388,38 @@ def cumsum(a: ndarray, axis: Any = None, dtype: Any = None, out: ndarray | None 
         raise ValueError(f"cumsum: out has shape {out.shape}, the sums have {sums.shape}")
     out[...] = _new(sums)
     return out
+
+
+def arange(*bounds: Any, dtype: Any = None) -> ndarray:
+    return _new(np.arange(*bounds, dtype=dtype))
+
+
+def concatenate(parts: Any, axis: int = 0) -> ndarray:
+    return _new(np.concatenate([part._alive() for part in parts], axis))
+
+
+def where(condition: ndarray, a: Any, b: Any) -> ndarray:
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        raise TypeError(f"Unsupported type {np.ndarray}")
+    parts = [part._alive() if isinstance(part, ndarray) else part for part in (a, b)]
+    if any(getattr(part, "dtype", np.dtype(float)).name == "bfloat16" for part in parts):
+        raise TypeError("Wrong type (bfloat16) of arguments for cupy_where")  # CuPy 14 has no such loop
+    return _new(np.where(condition._alive(), *parts))
+
+
+def _elementwise(name: str) -> Callable[..., ndarray]:
+    def function(*operands: Any) -> ndarray:
+        if any(isinstance(operand, np.ndarray) for operand in operands):
+            raise TypeError(f"Unsupported type {np.ndarray}")
+        return _new(getattr(np, name)(*[o._alive() if isinstance(o, ndarray) else o for o in operands]))
+
+    function.__name__ = name
+    return function
+
+
+exp, log, maximum, minimum, sign, sqrt, square, tanh = map(
+    _elementwise, ("exp", "log", "maximum", "minimum", "sign", "sqrt", "square", "tanh")
+)
 
 
 def may_share_memory(a: ndarray, b: ndarray) -> bool:

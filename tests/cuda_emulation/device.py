@@ -94,7 +94,18 @@ def _modules() -> dict[str, ModuleType]:
     vars(cuda).update(runtime=_runtime_module(), compiler=compiler, is_available=_is_available)
     functions = (
         *("array", "asarray", "ascontiguousarray", "asnumpy", "cumsum", "empty", "empty_like", "from_dlpack", "full"),
-        *("may_share_memory", "ndarray", "ones", "shares_memory", "zeros", "zeros_like"),
+        *(
+            "may_share_memory",
+            "ndarray",
+            "ones",
+            "shares_memory",
+            "zeros",
+            "zeros_like",
+            "arange",
+            "concatenate",
+            "exp",
+        ),
+        *("log", "maximum", "minimum", "sign", "sqrt", "square", "tanh", "where"),
     )
     vars(top).update({name: getattr(arrays, name) for name in functions})
     dtypes = ["bool_", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))]

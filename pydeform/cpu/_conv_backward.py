@@ -15,13 +15,16 @@ from pydeform.cpu._conv_common import (
     INT32,
     channel_blocks,
     channels_last_size,
+    corners_size,
     flat_arguments,
     is_depthwise,
+    prefers_planes,
     round_up,
     table,
     threads_for,
 )
 from pydeform.cpu._jit import Kernel, inline
+from pydeform.cpu._planes import gather_corners, planes_of
 from pydeform.cpu._sampling import locate_tap, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import (
     ROWS,
@@ -34,6 +37,7 @@ from pydeform.cpu._simd import (
     multiply_tile,
     sum_values,
 )
+from pydeform.cpu._simd_roi import plane_scatter
 from pydeform.cpu._threads import advance_counter, claim, finish, wait_for, wait_until
 
 POSITIONS = 96  # of a tile: its columns, their gradient and that of the output stay in the second-level cache
@@ -50,6 +54,7 @@ class BackwardPlan(NamedTuple):
     width: int  # widest block of channels, rounded up to a panel
     weight_size: int  # elements of one partial weight gradient
     depthwise: int
+    planes: int  # 1: corners are gathered from the input, and its gradient added up, as they lie; 0: channels last
     has_offset: int
     has_mask: int
     need_input: int
@@ -65,7 +70,10 @@ def backward(
     taps = g.kernel_h * g.kernel_w
     positions_out = g.out_h * g.out_w
     need_dots = "offset" in needs or "mask" in needs
-    grad_input = empty((g.batch, g.in_channels, g.in_h * g.in_w) if "input" in needs else (0, 1, 1), dtype)
+    planes = prefers_planes(g)
+    # Zeros that are never touched cost nothing; with channels last every pixel is written.
+    make = np.zeros if planes else empty
+    grad_input = make((g.batch, g.in_channels, g.in_h * g.in_w) if "input" in needs else (0, 1, 1), dtype)
     grad_offset = empty((g.batch, g.offset_groups, taps, 2, positions_out) if need_dots else (0, 1, 1, 2, 1), dtype)
     grad_mask = empty((g.batch, g.offset_groups, taps, positions_out) if need_dots else (0, 1, 1, 1), dtype)
     grad_weight = empty((g.out_channels, g.in_channels // g.groups, taps) if "weight" in needs else (0, 1, 1), dtype)
@@ -89,6 +97,7 @@ def backward(
             width=width,
             weight_size=weight_size,
             depthwise=int(is_depthwise(g)),
+            planes=int(planes),
             has_offset=int(offset is not None),
             has_mask=int(mask is not None),
             need_input=int("input" in needs),
@@ -105,15 +114,16 @@ def backward(
             _threads.new_counters(3),
             np.zeros((g.batch, len(blocks)), np.int64),
             contiguous(grad_output, dtype, (g.batch, g.out_channels, positions_out)),
-            *flat_arguments(input, offset, weight, bias, mask, g, dtype),
+            *flat_arguments(None if planes else input, offset, weight, bias, mask, g, dtype),
+            planes_of(input),
             grad_input,
             grad_offset,
             grad_mask,
             grad_weight,
             grad_bias,
             *workspace(
-                ((image_size,), dtype),
-                ((image_size if plan.need_input else lanes,), dtype),
+                ((0 if planes else image_size,), dtype),
+                ((image_size if plan.need_input and not planes else lanes,), dtype),
                 ((packed_size,), dtype),
                 ((splits if plan.need_weight else 0, weight_size), dtype),
                 ((threads, plan.rows, positions), dtype),
@@ -121,6 +131,9 @@ def backward(
                 ((threads, 4, positions), pixel_dtype),
                 ((threads, 10, positions), dtype),
                 ((threads, 2, positions), INT32),
+                ((threads, corners_size(blocks) if planes else 0), dtype),
+                ((threads, 4), pixel_dtype),
+                ((threads, 4), dtype),
             ),
             blocks,
             g,
@@ -148,6 +161,7 @@ def _backward(
     mask: Any,
     weight: Any,
     bias: Any,
+    planes: Any,
     grad_input: Any,
     grad_offset: Any,
     grad_mask: Any,
@@ -162,6 +176,9 @@ def _backward(
     corners: Any,
     weights: Any,
     bases: Any,
+    all_pixels: Any,
+    all_places: Any,
+    all_products: Any,
     blocks: Any,
     g: Any,
     p: Any,
@@ -230,17 +247,36 @@ def _backward(
                                     p.width,
                                     False,
                                 )
-                    _sample_backward(
-                        at(tile_columns, (thread, 0, 0, 0)),
-                        at(tile_columns, (thread, 1, 0, 0)),
-                        at(image, (origin,)),
-                        at(grad_image, (origin * p.need_input,)),
-                        corner,
-                        blending,
-                        count,
-                        channels,
-                        p,
-                    )
+                    if p.planes:
+                        _sample_planes(
+                            planes,
+                            b,
+                            channel,
+                            channels,
+                            at(tile_columns, (thread, 0, 0, 0)),
+                            at(tile_columns, (thread, 1, 0, 0)),
+                            grad_input,
+                            corner,
+                            blending,
+                            count,
+                            all_pixels[thread],
+                            at(all_places, (thread, 0)),
+                            at(all_products, (thread, 0)),
+                            g,
+                            p,
+                        )
+                    else:
+                        _sample_backward(
+                            at(tile_columns, (thread, 0, 0, 0)),
+                            at(tile_columns, (thread, 1, 0, 0)),
+                            at(image, (origin,)),
+                            at(grad_image, (origin * p.need_input,)),
+                            corner,
+                            blending,
+                            count,
+                            channels,
+                            p,
+                        )
                     if p.need_dots and previous >= 0:
                         # Sums over channels go from block to block: this one adds where the one before has been.
                         wait_until(progress, b * len(blocks) + previous, tile * taps + tap + 1)
@@ -296,7 +332,7 @@ def _prepare_backward(
     """Phase 0: the image to channels-last, its gradient to zero, the weight into panels."""
     pixels = g.in_h * g.in_w
     parts = pixel_parts(pixels)
-    converting = g.batch * parts
+    converting = 0 if p.planes else g.batch * parts
     preparing = converting + len(blocks)
     unit = claim(counters, 0)
     while unit < preparing:
@@ -334,7 +370,7 @@ def _finish_backward(
     """Phase 2: gradients into the caller's layout."""
     pixels = g.in_h * g.in_w
     parts = pixel_parts(pixels)
-    inputs = g.batch * parts * p.need_input
+    inputs = 0 if p.planes else g.batch * parts * p.need_input
     outputs = inputs + g.out_channels
     unit = claim(counters, 2)
     while unit < outputs:
@@ -387,6 +423,50 @@ def _sample_backward(
             weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
         else:
             blend(out, image, i0, i1, i2, i3, w0, w1, w2, w3, vectors)
+
+
+@inline
+def _sample_planes(
+    planes: Any,
+    b: int,
+    channel: int,
+    channels: int,
+    columns: Any,
+    grad_columns: Any,
+    grad_input: Any,
+    corner: Any,
+    weights: Any,
+    count: int,
+    pixels: Any,
+    places: Any,
+    products: Any,
+    g: Any,
+    p: Any,
+) -> None:
+    """`_sample_backward` on planes as they lie, in the same order: the same bits."""
+    vectors = -(-channels * weights.itemsize // VECTOR_BYTES)
+    one = weights.dtype.type(1)
+    source = at(pixels, (0,))
+    i1, i2, i3 = channels, 2 * channels, 3 * channels
+    for i in range(count):
+        w0, w1, w2, w3 = weights[0, i], weights[1, i], weights[2, i], weights[3, i]
+        out = advance(columns, i * p.width)
+        grad = advance(grad_columns, i * p.width)
+        gather_corners(planes, b, channel, channels, corner, i, g, pixels)
+        if p.need_input | p.need_dots:
+            dots = blend_dots(out, grad, source, source, 0, i1, i2, i3, w0, w1, w2, w3, channels)
+            weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
+        else:
+            blend(out, source, 0, i1, i2, i3, w0, w1, w2, w3, vectors)
+        if p.need_input:
+            listed = 0
+            for k in range(4):
+                if corner[k, i] != g.in_h * g.in_w:
+                    places[listed], products[listed] = corner[k, i], weights[k, i]
+                    listed += 1
+            for c in range(channels):
+                target = at(grad_input, (b, channel + c, 0))
+                plane_scatter(advance(grad, c), target, places, products, listed, 1, 1, one)
 
 
 @inline

@@ -9,8 +9,10 @@ import numpy as np
 
 from pydeform._runtime import get_num_threads
 from pydeform.cpu._arrays import contiguous
+from pydeform.cpu._simd import VECTOR_BYTES
 
 CHANNELS = 64  # of a block, sampled together
+FEW_SAMPLES = 16  # pixels of an image for each sample, or more: then a copy of it would be most of the work
 SERIAL_FLOPS = 2e7  # below this a second thread costs more than it saves
 INT32 = np.dtype(np.int32)
 
@@ -35,13 +37,26 @@ def threads_for(g: Any, products: int) -> int:
     return 1 if flops < SERIAL_FLOPS else get_num_threads()
 
 
+def prefers_planes(g: Any) -> bool:
+    """For few samples of a large image the copy would be most of the work, and of the memory. No bit depends on it."""
+    samples = g.kernel_h * g.kernel_w * g.out_h * g.out_w
+    return bool(FEW_SAMPLES * samples <= g.in_h * g.in_w)
+
+
+def corners_size(blocks: Any) -> int:
+    """Numbers of the four corners of one sample, and behind them what the last vector reads too."""
+    return 4 * int(max(blocks["channels"])) + VECTOR_BYTES // 4
+
+
 def flat_arguments(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, dtype: Any) -> tuple[Any, ...]:
     """input, offset, mask, weight, bias in the kernels' shapes; an absent one is empty, or zeros for bias."""
     taps = g.kernel_h * g.kernel_w
     positions = g.out_h * g.out_w
     shape = (g.batch, g.offset_groups, taps)
     return (
-        contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)),
+        np.empty((0, 1, 1), dtype)
+        if input is None
+        else contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)),
         np.empty((0, 1, 1, 2, 1), dtype) if offset is None else contiguous(offset, dtype, (*shape, 2, positions)),
         np.empty((0, 1, 1, 1), dtype) if mask is None else contiguous(mask, dtype, (*shape, positions)),
         contiguous(weight, dtype, (g.out_channels, g.in_channels // g.groups, taps)),

@@ -13,13 +13,16 @@ from pydeform.cpu._conv_common import (
     INT32,
     channel_blocks,
     channels_last_size,
+    corners_size,
     flat_arguments,
     is_depthwise,
+    prefers_planes,
     round_up,
     table,
     threads_for,
 )
 from pydeform.cpu._jit import Kernel, inline
+from pydeform.cpu._planes import gather_corners, planes_of
 from pydeform.cpu._sampling import locate_tap, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import ROWS, VECTOR_BYTES, advance, at, blend, multiply_tile
 from pydeform.cpu._threads import claim, finish, wait_for
@@ -37,6 +40,7 @@ class ForwardPlan(NamedTuple):
     panels: int  # of 2 vectors of output channels
     row: int  # elements of a row of columns
     depthwise: int
+    planes: int  # 1: corners are gathered from the input as it lies; 0: a copy with channels last is made
     has_offset: int
     has_mask: int
 
@@ -48,6 +52,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
         pixel_dtype = _conv_common.pixel_dtype(g)
         lanes = VECTOR_BYTES // dtype.itemsize
         blocks, entries, chunks, depth, panels, packed_size = _forward_steps(g, 2 * lanes)
+        planes = prefers_planes(g)
         threads = threads_for(g, 1)
         positions = out_positions = g.out_h * g.out_w
         tiles = -(-positions // POSITIONS)
@@ -59,6 +64,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
             tiles=-(-out_positions // positions),
             panels=panels,
             depthwise=int(is_depthwise(g)),
+            planes=int(planes),
             row=depth + lanes,
             has_offset=int(offset is not None),
             has_mask=int(mask is not None),
@@ -69,16 +75,18 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
             dtype.char + pixel_dtype.char,
             threads,
             _threads.new_counters(2),
-            *flat_arguments(input, offset, weight, bias, mask, g, dtype),
+            *flat_arguments(None if planes else input, offset, weight, bias, mask, g, dtype),
+            planes_of(input),
             output,
             *workspace(
-                ((channels_last_size(g) + lanes,), dtype),
+                ((0 if planes else channels_last_size(g) + lanes,), dtype),
                 ((packed_size,), dtype),
                 ((threads, positions, plan.row), dtype),
                 ((threads, positions, panels * 2 * lanes), dtype),
                 ((threads, 4, positions), pixel_dtype),
                 ((threads, 6, positions), dtype),
                 ((threads, 2, positions), INT32),
+                ((threads, corners_size(blocks) if planes else 0), dtype),
             ),
             blocks,
             entries,
@@ -98,6 +106,7 @@ def _forward(
     mask: Any,
     weight: Any,
     bias: Any,
+    planes: Any,
     output: Any,
     image: Any,
     packed: Any,
@@ -106,6 +115,7 @@ def _forward(
     corners: Any,
     weights: Any,
     bases: Any,
+    all_pixels: Any,
     blocks: Any,
     entries: Any,
     chunks: Any,
@@ -114,7 +124,7 @@ def _forward(
 ) -> None:
     # Phase 0: the image to channels-last, the weight into panels.
     parts = pixel_parts(g.in_h * g.in_w)
-    converting = g.batch * parts
+    converting = 0 if p.planes else g.batch * parts
     preparing = converting + len(chunks) * p.panels
     unit = claim(counters, 0)
     while unit < preparing:
@@ -142,6 +152,7 @@ def _forward(
     corner = corners[thread]
     blending = weights[thread]
     base = bases[thread]
+    gathered = all_pixels[thread]
     panel = sums.shape[2] // p.panels
     unit = claim(counters, 1)
     while unit < g.batch * p.tiles:
@@ -174,8 +185,25 @@ def _forward(
                         has_mask,
                     )
                 channels, column = entry.channels, entry.column
-                source = at(image, ((b * g.in_channels + entry.channel) * pixels,))
                 vectors = -(-channels * image.itemsize // VECTOR_BYTES)
+                if p.planes:
+                    for i in range(count):
+                        gather_corners(planes, b, entry.channel, channels, corner, i, g, gathered)
+                        blend(
+                            at(tile_columns, (i, column)),
+                            at(gathered, (0,)),
+                            0,
+                            channels,
+                            2 * channels,
+                            3 * channels,
+                            blending[0, i],
+                            blending[1, i],
+                            blending[2, i],
+                            blending[3, i],
+                            vectors,
+                        )
+                    continue
+                source = at(image, ((b * g.in_channels + entry.channel) * pixels,))
                 for i in range(count):
                     blend(
                         at(tile_columns, (i, column)),

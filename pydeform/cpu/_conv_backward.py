@@ -24,7 +24,7 @@ from pydeform.cpu._conv_common import (
     threads_for,
 )
 from pydeform.cpu._jit import Kernel, inline
-from pydeform.cpu._planes import gather_corners, planes_of
+from pydeform.cpu._planes import NO_PLANES, gather_corners, planes_of
 from pydeform.cpu._sampling import locate_tap, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import (
     ROWS,
@@ -115,7 +115,7 @@ def backward(
             np.zeros((g.batch, len(blocks)), np.int64),
             contiguous(grad_output, dtype, (g.batch, g.out_channels, positions_out)),
             *flat_arguments(None if planes else input, offset, weight, bias, mask, g, dtype),
-            planes_of(input),
+            planes_of(input) if planes else NO_PLANES,
             grad_input,
             grad_offset,
             grad_mask,
@@ -259,7 +259,7 @@ def _backward(
                             corner,
                             blending,
                             count,
-                            all_pixels[thread],
+                            at(all_pixels, (thread, 0)),
                             at(all_places, (thread, 0)),
                             at(all_products, (thread, 0)),
                             g,
@@ -446,7 +446,6 @@ def _sample_planes(
     """`_sample_backward` on planes as they lie, in the same order: the same bits."""
     vectors = -(-channels * weights.itemsize // VECTOR_BYTES)
     one = weights.dtype.type(1)
-    source = at(pixels, (0,))
     i1, i2, i3 = channels, 2 * channels, 3 * channels
     for i in range(count):
         w0, w1, w2, w3 = weights[0, i], weights[1, i], weights[2, i], weights[3, i]
@@ -454,10 +453,10 @@ def _sample_planes(
         grad = advance(grad_columns, i * p.width)
         gather_corners(planes, b, channel, channels, corner, i, g, pixels)
         if p.need_input | p.need_dots:
-            dots = blend_dots(out, grad, source, source, 0, i1, i2, i3, w0, w1, w2, w3, channels)
+            dots = blend_dots(out, grad, pixels, pixels, 0, i1, i2, i3, w0, w1, w2, w3, channels)
             weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
         else:
-            blend(out, source, 0, i1, i2, i3, w0, w1, w2, w3, vectors)
+            blend(out, pixels, 0, i1, i2, i3, w0, w1, w2, w3, vectors)
         if p.need_input:
             listed = 0
             for k in range(4):

@@ -22,7 +22,7 @@ from pydeform.cpu._conv_common import (
     threads_for,
 )
 from pydeform.cpu._jit import Kernel, inline
-from pydeform.cpu._planes import gather_corners, planes_of
+from pydeform.cpu._planes import NO_PLANES, gather_corners, planes_of
 from pydeform.cpu._sampling import locate_tap, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import ROWS, VECTOR_BYTES, advance, at, blend, multiply_tile
 from pydeform.cpu._threads import claim, finish, wait_for
@@ -76,7 +76,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
             threads,
             _threads.new_counters(2),
             *flat_arguments(None if planes else input, offset, weight, bias, mask, g, dtype),
-            planes_of(input),
+            planes_of(input) if planes else NO_PLANES,
             output,
             *workspace(
                 ((0 if planes else channels_last_size(g) + lanes,), dtype),
@@ -152,7 +152,7 @@ def _forward(
     corner = corners[thread]
     blending = weights[thread]
     base = bases[thread]
-    gathered = all_pixels[thread]
+    gathered = at(all_pixels, (thread, 0))
     panel = sums.shape[2] // p.panels
     unit = claim(counters, 1)
     while unit < g.batch * p.tiles:
@@ -191,7 +191,7 @@ def _forward(
                         gather_corners(planes, b, entry.channel, channels, corner, i, g, gathered)
                         blend(
                             at(tile_columns, (i, column)),
-                            at(gathered, (0,)),
+                            gathered,
                             0,
                             channels,
                             2 * channels,

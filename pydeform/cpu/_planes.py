@@ -15,6 +15,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from pydeform.cpu._jit import inline, inline_always
+from pydeform.cpu._simd import at
 
 _AS_COMPUTED, _FLOAT16, _BFLOAT16 = 0, 1, 2
 _KINDS = {"float64": _AS_COMPUTED, "float32": _AS_COMPUTED, "float16": _FLOAT16, "bfloat16": _BFLOAT16}
@@ -35,7 +36,7 @@ NO_PLANES = Planes(0, 0, 0, 0, 0, _AS_COMPUTED)
 
 
 class Reader(NamedTuple):
-    """What a thread needs to gather up to so many pixels."""
+    """What a thread needs to gather pixels. The last three are pointers: arrays take time to hand on."""
 
     planes: Planes
     own: Any  # numbers in the list, as places in `pixels`
@@ -49,7 +50,8 @@ def is_as_computed(array: Any, dtype: Any) -> bool:
 
 
 def planes_of(array: Any) -> Planes:
-    return Planes(array.ctypes.data, *array.strides, _KINDS[array.dtype.name])
+    image, channel, row, column = array.strides
+    return Planes(array.__array_interface__["data"][0], image, channel, row, column, _KINDS[array.dtype.name])
 
 
 def reader_parts(threads: int, count: int, width: int, index_dtype: Any, dtype: Any) -> tuple[Any, ...]:
@@ -63,12 +65,12 @@ def reader_parts(threads: int, count: int, width: int, index_dtype: Any, dtype: 
 
 @inline_always
 def reader_of(thread: int, planes: Any, own: Any, offsets: Any, pixels: Any) -> Reader:
-    return Reader(planes, own[thread], offsets[thread], pixels[thread])
+    return Reader(planes, at(own, (thread, 0)), at(offsets, (thread, 0)), at(pixels, (thread, 0)))
 
 
 @intrinsic  # type: ignore[misc]
 def _load_float(typing_context: Any, address: Any, like: Any) -> Any:
-    """The number at an address, of the dtype of the array `like`; it need not be aligned."""
+    """The number at an address, of the dtype that `like` points to; it need not be aligned."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], context.get_value_type(like.dtype).as_pointer())
@@ -93,7 +95,7 @@ def _load_bits(typing_context: Any, address: Any) -> Any:
 
 @intrinsic  # type: ignore[misc]
 def _float_of(typing_context: Any, bits: Any, like: Any) -> Any:
-    """The float32 of the lower 32 bits, in the dtype of the array `like`."""
+    """The float32 of the lower 32 bits, in the dtype that `like` points to."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         number = builder.bitcast(builder.trunc(arguments[0], ir.IntType(32)), ir.FloatType())
@@ -103,13 +105,23 @@ def _float_of(typing_context: Any, bits: Any, like: Any) -> Any:
     return like.dtype(types.int64, like), codegen
 
 
+@intrinsic  # type: ignore[misc]
+def _times_2_to_minus_24(typing_context: Any, number: Any, like: Any) -> Any:
+    """Exact, in the dtype that `like` points to."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wanted = context.get_value_type(like.dtype)
+        return builder.fmul(builder.sitofp(arguments[0], wanted), ir.Constant(wanted, 2.0**-24))
+
+    return like.dtype(types.int64, like), codegen
+
+
 @inline_always
 def _widened(bits: int, like: Any) -> Any:
     """A float16, exactly; LLVM would call a function for it that need not be there."""
-    real = like.dtype.type
     sign, rest = (bits & 0x8000) << 16, bits & 0x7FFF
     if rest < 0x0400:  # smaller than every normal number
-        number = real(rest) * real(2.0**-24)
+        number = _times_2_to_minus_24(rest, like)
         return -number if sign else number
     exponent = 0x7F800000 if rest >= 0x7C00 else 112 << 23  # infinity and NaN, or the difference of the biases
     return _float_of(sign | ((rest << 13) | exponent if rest >= 0x7C00 else (rest << 13) + exponent), like)
@@ -117,7 +129,7 @@ def _widened(bits: int, like: Any) -> Any:
 
 @inline_always
 def read_pixel(planes: Any, address: int, like: Any) -> Any:
-    """The pixel at an address, in the dtype of the array `like`."""
+    """The pixel at an address, in the dtype that `like` points to."""
     if planes.kind == _AS_COMPUTED:
         return _load_float(address, like)
     if planes.kind == _BFLOAT16:

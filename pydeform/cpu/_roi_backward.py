@@ -16,7 +16,7 @@ from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, wo
 from pydeform.cpu._channels_last import block_to_channels_first, pixel_parts, to_channels_last
 from pydeform.cpu._conv_common import pixel_dtype
 from pydeform.cpu._jit import Kernel, inline
-from pydeform.cpu._planes import gather, is_as_computed, planes_of, reader_of, reader_parts
+from pydeform.cpu._planes import NO_PLANES, gather, is_as_computed, planes_of, reader_of, reader_parts
 from pydeform.cpu._roi_bins import SOUND
 from pydeform.cpu._roi_common import (
     LISTED,
@@ -115,7 +115,7 @@ def backward(
             _threads.new_counters(4),
             grad_output,
             *arguments,
-            planes_of(input),
+            planes_of(input) if planes else NO_PLANES,
             order,
             starts,
             grad_input,
@@ -414,7 +414,7 @@ def _dots_of_box(
                     if p.planes:
                         first = (cls * p.per_class + row.first) * cells + cell
                         gather(reader, b, first, cells, row.channels, row.width, places, until - done, g.in_w)
-                        index, pixels = at(reader.own, (0,)), at(reader.pixels, (0,))
+                        index, pixels = reader.own, reader.pixels
                     else:
                         pixels = advance(pixels, copy_origin(b, cell, cls, row.before, g, p))
                     dots = weighted_dots(

@@ -137,17 +137,12 @@ def copy_size(g: Any, width: int) -> int:
     return int(g.batch * cells_of(g) * g.classes * width * (g.in_h * g.in_w + 1))
 
 
-def most_listed(g: Any, boxes: Any) -> int:
+def most_listed(g: Any) -> int:
     """Entries that an axis of a bin may have, whichever way it lists them, and then some: eight are read at once."""
     longest = max(g.in_h, g.in_w)
-    if g.points and g.is_max and g.samples:
-        return int(g.samples + 2)
     if g.points and g.is_max:
-        most = 2 * longest + 16
-    else:
-        most = (min(2 * g.samples, longest) if g.samples and g.points else longest) + BAND
-    # Lists are as long as bins, not as the image: every pixel or point between is one entry, or two.
-    return int(min(most, 2 * _longest_bin(boxes, g) + 16))
+        return int(g.samples + 2 if g.samples else 2 * longest + 16)
+    return int((min(2 * g.samples, longest) if g.samples and g.points else longest) + BAND)
 
 
 def _longest_bin(boxes: Any, g: Any) -> float:
@@ -196,10 +191,13 @@ def lanes_of(dtype: Any) -> int:
 def lists_of_threads(threads: int, g: Any, boxes: Any) -> tuple[tuple[tuple[int, ...], Any], ...]:
     """Shapes and dtypes of `Lists`, for each thread. `boxes` as kernels get them."""
     dtype = boxes.dtype
-    listed = most_listed(g, boxes)
-    slot = listed * (pixel_dtype(g).itemsize + 2 * dtype.itemsize)
-    of_axis = round_up(max(g.pooled_h, g.pooled_w), BAND)  # eight are listed at once
-    of_axis = max(BAND, min(of_axis, LIST_BYTES // (2 * slot) // BAND * BAND))
+    listed, of_axis = most_listed(g), round_up(max(g.pooled_h, g.pooled_w), BAND)  # eight are listed at once
+    entry = 2 * (pixel_dtype(g).itemsize + 2 * dtype.itemsize)
+    if of_axis * listed * entry > LIST_BYTES:
+        if not (g.points and g.is_max and g.samples):
+            # Lists as long as bins, not as the image: every pixel, or point between, is one entry, or two.
+            listed = int(min(listed, 2 * _longest_bin(boxes, g) + 16))
+        of_axis = max(BAND, min(of_axis, LIST_BYTES // (listed * entry) // BAND * BAND))
     return (
         ((threads, 2, 2 * of_axis), dtype),
         ((threads, 2 * of_axis, listed), pixel_dtype(g)),

@@ -169,7 +169,7 @@ def _rows_of(
     rows, count = advance(lists.index, sy * lists.row), lists.entries[sy]
     if p.planes:
         gather_band(reader, b, channel, rows, count, np.int64(x[k]), min(BAND, columns - k), BAND)
-        return at(reader.pixels, (0,)), at(reader.own, (0,)), BAND, count * BAND
+        return reader.pixels, reader.own, BAND, count * BAND
     return at(input, (b, channel, np.int64(x[k]))), rows, g.in_w, g.in_h * g.in_w - x[k]
 
 
@@ -178,7 +178,7 @@ def _listed_of(b: int, channel: int, places: Any, count: int, input: Any, reader
     """A plane, and where in it the listed pixels are."""
     if p.planes:
         gather(reader, b, channel, 1, 1, 1, places, count, g.in_w)
-        return at(reader.pixels, (0,)), at(reader.own, (0,))
+        return reader.pixels, reader.own
     return at(input, (b, channel, 0)), at(places, (0,))
 
 

@@ -11,7 +11,7 @@ from pydeform.cpu._arrays import compute_dtype, empty, to_result, workspace
 from pydeform.cpu._channels_last import to_channels_first
 from pydeform.cpu._conv_common import pixel_dtype
 from pydeform.cpu._jit import Kernel
-from pydeform.cpu._planes import gather, is_as_computed, planes_of, reader_of, reader_parts
+from pydeform.cpu._planes import NO_PLANES, gather, is_as_computed, planes_of, reader_of, reader_parts
 from pydeform.cpu._roi_common import (
     LISTED,
     SLICE_BYTES,
@@ -69,7 +69,7 @@ def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
             threads,
             _threads.new_counters(2 * len(slices)),
             *arguments,
-            planes_of(input),
+            planes_of(input) if planes else NO_PLANES,
             _roi_common.by_image(arguments[1], g.batch)[1],
             output,
             *workspace(
@@ -162,7 +162,7 @@ def _mean(
                             if p.planes:
                                 first = channel * cells + cell
                                 gather(reader, b, first, cells, row.channels, row.width, places, until - done, g.in_w)
-                                index, pixels = at(reader.own, (0,)), at(reader.pixels, (0,))
+                                index, pixels = reader.own, reader.pixels
                             else:
                                 pixels = advance(pixels, copy_origin(b, cell, cls, row.before, g, p))
                             weighted_sum(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pydeform.cpu._jit import inline
+from pydeform.cpu._jit import inline, inline_always
 from pydeform.cpu._planes import gather
 from pydeform.cpu._roi_bins import BROKEN, SOUND, pixels_read, points_listed
 from pydeform.cpu._roi_common import LISTED, bins_from, entries_of, lay_bins, lists_from
@@ -76,7 +76,7 @@ def list_part(
             i, j = i + 1, 0
 
 
-@inline
+@inline_always
 def largest_of_bin(
     state: int,
     sy: int,
@@ -114,7 +114,7 @@ def largest_of_bin(
         if p.planes:
             count = (last - first) * (4 if g.points else 1)
             gather(reader, b, row.first, 1, row.channels, width, places, count, g.in_w)
-            index, pixels = at(reader.own, (0,)), at(reader.pixels, (0,))
+            index, pixels = reader.own, reader.pixels
         if g.points:
             largest_point(
                 out,

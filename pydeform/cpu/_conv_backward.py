@@ -18,7 +18,10 @@ from pydeform.cpu._conv_common import (
     corners_size,
     flat_arguments,
     is_depthwise,
+    is_small,
+    period_of,
     prefers_planes,
+    repeated,
     round_up,
     table,
     threads_for,
@@ -540,10 +543,24 @@ def _pack_backward(weight: Any, packed: Any, block: Any, g: Any, p: Any) -> None
 
 
 @inline
+def _first_block(blocks: Any, o: int, out_channels: int, p: Any) -> int:
+    """The first block that has to do with output channel o: they are in the order of their channels."""
+    low, high = 0, len(blocks)
+    while low < high:
+        middle = (low + high) // 2
+        row = blocks[middle]
+        last = row.channel + row.channels if p.depthwise else row.first_out + out_channels
+        low, high = (low, middle) if last > o else (middle + 1, high)
+    return low
+
+
+@inline
 def _reduce_weight(partial: Any, grad_weight: Any, blocks: Any, o: int, g: Any, p: Any) -> None:
     """Eq. 6 for one output channel: the partial gradients added in the order of their images."""
     out_channels = g.out_channels // g.groups
-    for block in range(len(blocks)):
+    for block in range(_first_block(blocks, o, out_channels, p), len(blocks)):
+        if blocks[block].first_out > o or (p.depthwise and blocks[block].channel > o):
+            break
         channel, width = blocks[block].channel, blocks[block].width
         first_c, count, local = 0, blocks[block].channels, channel - blocks[block].first_in
         row, rows = o - blocks[block].first_out, p.rows
@@ -562,26 +579,45 @@ def _reduce_weight(partial: Any, grad_weight: Any, blocks: Any, o: int, g: Any, 
                 grad_weight[o, local + c, tap] = total
 
 
-@functools.lru_cache(maxsize=64)
 def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int, int]:
+    return (_kept_blocks if is_small(g) else _kept_blocks.__wrapped__)(g, panel)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_blocks(g: Any, panel: int) -> tuple[Any, int, int, int, int]:
+    one, times = period_of(g)
+    # Two blocks at least, where channels allow it: a block is a unit of work. Never by batch, which must not show.
+    largest = CHANNELS if g.in_channels >= 2 * CHANNELS else max(CHANNELS // 4, round_up(-(-g.in_channels // 2), panel))
+    blocks, weight_size, packed_size, width, rows = _blocks_of_period(one, panel, largest, is_depthwise(g))
+    every = repeated(
+        blocks,
+        times,
+        first_out=one.out_channels,
+        first_in=one.in_channels,
+        channel=one.in_channels,
+        packed_at=packed_size,
+        partial_at=weight_size,
+    )
+    every["og"] = every["channel"] // (g.in_channels // g.offset_groups)
+    first = np.diff(every["og"], prepend=-1) > 0
+    every["previous"] = np.where(first, -1, np.arange(len(every)) - 1)
+    return every, weight_size * times, packed_size * times, width, rows
+
+
+def _blocks_of_period(g: Any, panel: int, largest: int, depthwise: bool) -> tuple[Any, int, int, int, int]:
     """The blocks of channels, the elements of a partial weight gradient and of packed, the largest width of a block,
     and the rows of a tile of the output's gradient. `previous` is the block before in the same offset group, or -1.
     """
     taps = g.kernel_h * g.kernel_w
     outs, ins = g.out_channels // g.groups, g.in_channels // g.groups
     rows = round_up(outs, ROWS)
-    # Two blocks at least, where channels allow it: a block is a unit of work. Never by batch, which must not show.
-    largest = CHANNELS if g.in_channels >= 2 * CHANNELS else max(CHANNELS // 4, round_up(-(-g.in_channels // 2), panel))
     rows_of: list[tuple[int, ...]] = []
-    latest: dict[int, int] = {}
     weight_size = packed_size = 0
-    for group, og, channel, channels in channel_blocks(g, largest):
+    for group, og, channel, channels in channel_blocks(g, largest, depthwise):
         width = round_up(channels, panel)
-        previous = latest.get(og, -1)
-        rows_of.append((group * outs, group * ins, og, channel, channels, width, previous, packed_size, weight_size))
-        latest[og] = len(rows_of) - 1
-        packed_size += taps * width * (1 if is_depthwise(g) else outs)
-        weight_size += taps * width * (1 if is_depthwise(g) else rows)
+        rows_of.append((group * outs, group * ins, og, channel, channels, width, -1, packed_size, weight_size))
+        packed_size += taps * width * (1 if depthwise else outs)
+        weight_size += taps * width * (1 if depthwise else rows)
     width = max(row[5] for row in rows_of)
     names = "first_out first_in og channel channels width previous packed_at partial_at"
-    return table(names, rows_of), weight_size, packed_size, width, width if is_depthwise(g) else rows
+    return table(names, rows_of), weight_size, packed_size, width, width if depthwise else rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from pydeform.cpu._simd import VECTOR_BYTES
 CHANNELS = 64  # of a block, sampled together
 FEW_SAMPLES = 16  # pixels of an image for each sample, or more: then a copy of it would be most of the work
 SERIAL_FLOPS = 2e7  # below this a second thread costs more than it saves
+KEPT_ROWS = 1 << 16  # of a problem's tables: longer ones are made for each call
 INT32 = np.dtype(np.int32)
 
 
@@ -69,20 +71,51 @@ def table(names: str, rows: list[Any]) -> Any:
     return np.array([tuple(row) for row in rows], [(name, np.int64) for name in names.split()])
 
 
+def repeated(rows: Any, times: int, **steps: int) -> Any:
+    """The table `times` times over; each time the columns named in `steps` are so much greater."""
+    after = np.tile(rows, times)
+    number = np.repeat(np.arange(times), len(rows))
+    for name, step in steps.items():
+        after[name] += number * step
+    return after
+
+
+def period_of(g: Any) -> tuple[Any, int]:
+    """A convolution that this one repeats with other channels, and how often. Tables are made for that one."""
+    per_group, per_offset = g.in_channels // g.groups, g.in_channels // g.offset_groups
+    if is_depthwise(g):
+        channels = per_offset  # blocks have many groups
+    else:
+        channels = per_group if per_offset % per_group == 0 else math.lcm(per_group, per_offset)
+    times = g.in_channels // channels
+    one = g._replace(
+        in_channels=channels,
+        out_channels=g.out_channels // times,
+        groups=g.groups // times,
+        offset_groups=max(channels // per_offset, 1),
+    )
+    return one, times
+
+
+def is_small(g: Any) -> bool:
+    """Its tables may be kept."""
+    return bool(g.in_channels * g.kernel_h * g.kernel_w <= KEPT_ROWS)
+
+
 def is_depthwise(g: Any) -> bool:
     """One input and one output channel in each group: nothing to sum over channels, so groups need not be apart."""
     return bool(g.groups == g.in_channels == g.out_channels and g.groups > 1)
 
 
-def channel_blocks(g: Any, largest: int) -> list[tuple[int, int, int, int]]:
+def channel_blocks(g: Any, largest: int, depthwise: bool) -> list[tuple[int, int, int, int]]:
     """(group, offset group, first channel, channels): no block crosses a border of either kind of group.
 
     A depthwise convolution has blocks of many groups; `group` is then the first of them.
     """
-    per_group = 1 if is_depthwise(g) else g.in_channels // g.groups
+    per_group = 1 if depthwise else g.in_channels // g.groups
     per_offset = g.in_channels // g.offset_groups
     borders = {0, g.in_channels, *range(0, g.in_channels, per_offset)}
-    if not is_depthwise(g):
+    if not depthwise:
         borders.update(range(0, g.in_channels, per_group))
     blocks = []
     for first, last in itertools.pairwise(sorted(borders)):

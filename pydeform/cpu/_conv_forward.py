@@ -16,7 +16,10 @@ from pydeform.cpu._conv_common import (
     corners_size,
     flat_arguments,
     is_depthwise,
+    is_small,
+    period_of,
     prefers_planes,
+    repeated,
     round_up,
     table,
     threads_for,
@@ -292,29 +295,57 @@ def _pack_forward(weight: Any, packed: Any, entries: Any, product: Any, j: int, 
                 packed[row + o] = 0
 
 
-@functools.lru_cache(maxsize=64)
 def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int, int]:
+    return (_kept_steps if is_small(g) else _kept_steps.__wrapped__)(g, panel)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int, int]:
+    one, times = period_of(g)
+    blocks, entries, chunks, deepest, panels, packed_size = _steps_of_period(one, panel, is_depthwise(g))
+    count = len(entries)
+    entries = repeated(entries, times, channel=one.in_channels)
+    entries["og"] = entries["channel"] // (g.in_channels // g.offset_groups)
+    return (
+        repeated(blocks, times, channel=one.in_channels),
+        entries,
+        repeated(
+            chunks,
+            times,
+            first_out=one.out_channels,
+            first_in=one.in_channels,
+            first_entry=count,
+            last_entry=count,
+            packed_at=packed_size,
+        ),
+        deepest,
+        panels,
+        packed_size * times,
+    )
+
+
+def _steps_of_period(g: Any, panel: int, depthwise: bool) -> tuple[Any, Any, Any, int, int, int]:
     """The blocks of channels, the entries in the order of a tile's work, and the chunks of entries multiplied at once.
 
     `is_first` and `is_last` say whether a chunk begins or ends the sums of its outputs. After the tables: the greatest
     depth, the panels of a chunk, the elements of packed.
     """
     taps = g.kernel_h * g.kernel_w
-    blocks = channel_blocks(g, CHANNELS)
-    if is_depthwise(g):
+    blocks = channel_blocks(g, CHANNELS, depthwise)
+    if depthwise:
         products = [(channel, channels, channel, [(og, channel, channels)]) for _, og, channel, channels in blocks]
     else:
         outs, ins = g.out_channels // g.groups, g.in_channels // g.groups
-        products = [
-            (group * outs, outs, group * ins, [block[1:] for block in blocks if block[0] == group])
-            for group in range(g.groups)
-        ]
+        members: list[list[tuple[int, int, int]]] = [[] for _ in range(g.groups)]
+        for block in blocks:
+            members[block[0]].append(block[1:])
+        products = [(group * outs, outs, group * ins, members[group]) for group in range(g.groups)]
     panels = max(-(-product[1] // panel) for product in products)
     entries: list[tuple[int, ...]] = []
     chunks: list[list[int]] = []
     packed_size = 0
-    for first_out, out_channels, first_in, members in products:
-        steps = [(tap, *block) for block in members for tap in range(taps)]
+    for first_out, out_channels, first_in, blocks_in in products:
+        steps = [(tap, *block) for block in blocks_in for tap in range(taps)]
         total = sum(step[3] for step in steps)
         target = -(-total // -(-total // DEPTH))  # chunks of about equal depth
         first_chunk = len(chunks)
@@ -324,7 +355,7 @@ def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int, int]:
             depth += step[3]
             if depth >= target or number == len(steps) - 1:
                 chunks.append([first_out, out_channels, first_in, first, len(entries), depth, packed_size, 0, 0])
-                packed_size += depth * (1 if is_depthwise(g) else panels * panel)
+                packed_size += depth * (1 if depthwise else panels * panel)
                 depth, first = 0, len(entries)
         chunks[first_chunk][7] = 1
         chunks[-1][8] = 1

@@ -23,6 +23,7 @@ from pydeform.cuda._launch import geometry, kernel, launch
 OPERATOR = "roi"
 THREADS = 256
 SPAN = 64  # bins whose results a block turns at a time
+COPIED_FOR_EACH = 32  # values at most, in a copy of the input that is not small, for each of the output
 TILE = (2, 8)  # pixels of a block of input_gradient
 BOUNDS = 5  # numbers that box_bounds writes for a box
 MEAN, LARGEST_PIXEL, LARGEST_POINT = 0, 1, 2  # what a bin gives back, as in roi_backward.cuh
@@ -87,8 +88,10 @@ def _check_size(g: RoiGeometry) -> None:
 
 
 def _is_direct(g: RoiGeometry) -> bool:
-    """Whether 16-byte chunks of a class's channels would be mostly empty."""
-    return g.out_channels // g.classes < _conv_common.DIRECT_CHANNELS
+    """Whether 16-byte chunks of a class's channels would be mostly empty, or a copy of the input most of the work."""
+    copy = g.batch * g.in_channels * g.in_h * g.in_w
+    large = copy > max(_conv_common.SMALL_COPY, COPIED_FOR_EACH * _outputs(g))
+    return large or g.out_channels // g.classes < _conv_common.DIRECT_CHANNELS
 
 
 def _pitch(g: RoiGeometry, array: Any) -> int:

@@ -1,9 +1,9 @@
 """RoI pooling on CuPy arrays, every operator by the same kernels, which differ by the rules in their geometry.
 
 A warp lists the rows and columns that a bin reads, once for all channels, of which a channels-last copy of the input
-gives 16 bytes at a time; classes of few channels are read as they are. Backward gives every gradient one owner, without
-atomics, so that results are always deterministic and `deterministic` changes nothing. Nothing waits for the device.
-Kernels cite docs/math/roi.md.
+gives 16 bytes at a time; classes of few channels, and the images of few boxes, are read as they are. Backward gives
+every gradient one owner, without atomics, so that results are always deterministic and `deterministic` changes nothing.
+Nothing waits for the device. Kernels cite docs/math/roi.md.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pydeform.cpu import _conv_common, _threads
 from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, workspace
 from pydeform.cpu._channels_last import PIXELS, block_to_channels_first, pixel_parts, to_channels_last
@@ -13,14 +15,20 @@ from pydeform.cpu._conv_common import (
     INT32,
     channel_blocks,
     channels_last_size,
+    corners_size,
     flat_arguments,
     is_depthwise,
+    is_small,
+    period_of,
+    prefers_planes,
+    repeated,
     round_up,
     table,
     threads_for,
 )
 from pydeform.cpu._jit import Kernel, inline
-from pydeform.cpu._sampling import blend_infinite, locate_tap, lowest_coordinate, tile_origins
+from pydeform.cpu._planes import NO_PLANES, gather_corners, planes_of
+from pydeform.cpu._sampling import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import (
     ROWS,
     VECTOR_BYTES,
@@ -32,6 +40,7 @@ from pydeform.cpu._simd import (
     multiply_tile,
     sum_values,
 )
+from pydeform.cpu._simd_roi import plane_scatter
 from pydeform.cpu._threads import advance_counter, claim, finish, own_counters, wait_for, wait_until
 
 POSITIONS = 96  # of a tile: its columns, their gradient and that of the output stay in the second-level cache
@@ -49,6 +58,7 @@ class BackwardPlan(NamedTuple):
     width: int  # widest block of channels, rounded up to a panel
     weight_size: int  # elements of one partial weight gradient
     depthwise: int
+    planes: int  # 1: corners are gathered from the input, and its gradient added up, as they lie; 0: channels last
     has_offset: int
     has_mask: int
     need_input: int
@@ -64,7 +74,10 @@ def backward(
     taps = g.kernel_h * g.kernel_w
     positions_out = g.out_h * g.out_w
     need_dots = "offset" in needs or "mask" in needs
-    grad_input = empty((g.batch, g.in_channels, g.in_h * g.in_w) if "input" in needs else (0, 1, 1), dtype)
+    planes = prefers_planes(g)
+    # Zeros that are never touched cost nothing; with channels last every pixel is written.
+    make = np.zeros if planes else empty
+    grad_input = make((g.batch, g.in_channels, g.in_h * g.in_w) if "input" in needs else (0, 1, 1), dtype)
     grad_offset = empty((g.batch, g.offset_groups, taps, 2, positions_out) if need_dots else (0, 1, 1, 2, 1), dtype)
     grad_mask = empty((g.batch, g.offset_groups, taps, positions_out) if need_dots else (0, 1, 1, 1), dtype)
     grad_weight = empty((g.out_channels, g.in_channels // g.groups, taps) if "weight" in needs else (0, 1, 1), dtype)
@@ -88,6 +101,7 @@ def backward(
             width=width,
             weight_size=weight_size,
             depthwise=int(is_depthwise(g)),
+            planes=int(planes),
             has_offset=int(offset is not None),
             has_mask=int(mask is not None),
             need_input=int("input" in needs),
@@ -104,15 +118,16 @@ def backward(
             threads,
             _threads.new_counters(3, g.batch * len(blocks)),
             contiguous(grad_output, dtype, (g.batch, g.out_channels, positions_out)),
-            *flat_arguments(input, offset, weight, bias, mask, g, dtype),
+            *flat_arguments(None if planes else input, offset, weight, bias, mask, g, dtype),
+            planes_of(input) if planes else NO_PLANES,
             grad_input,
             grad_offset,
             grad_mask,
             grad_weight,
             grad_bias,
             *workspace(
-                ((image_size,), dtype),
-                ((image_size if plan.need_input else lanes,), dtype),
+                ((0 if planes else image_size,), dtype),
+                ((image_size if plan.need_input and not planes else lanes,), dtype),
                 ((packed_size,), dtype),
                 ((splits if plan.need_weight else 0, weight_size), dtype),
                 ((threads, plan.rows, positions), dtype),
@@ -120,6 +135,9 @@ def backward(
                 ((threads, 4, positions), pixel_dtype),
                 ((threads, 10, positions), dtype),
                 ((threads, 2, positions), INT32),
+                ((threads, corners_size(blocks) if planes else 0), dtype),
+                ((threads, 4), pixel_dtype),
+                ((threads, 4), dtype),
             ),
             blocks,
             g,
@@ -149,6 +167,7 @@ def _backward(
     mask: Any,
     weight: Any,
     bias: Any,
+    planes: Any,
     grad_input: Any,
     grad_offset: Any,
     grad_mask: Any,
@@ -163,6 +182,9 @@ def _backward(
     corners: Any,
     weights: Any,
     bases: Any,
+    all_pixels: Any,
+    all_places: Any,
+    all_products: Any,
     blocks: Any,
     g: Any,
     p: Any,
@@ -231,18 +253,39 @@ def _backward(
                                     p.width,
                                     False,
                                 )
-                    _sample_backward(
-                        at(tile_columns, (thread, 0, 0, 0)),
-                        at(tile_columns, (thread, 1, 0, 0)),
-                        at(image, (origin,)),
-                        at(grad_image, (origin * p.need_input,)),
-                        corner,
-                        blending,
-                        count,
-                        channels,
-                        p,
-                    )
-                    if is_infinite:
+                    if p.planes:
+                        _sample_planes(
+                            planes,
+                            b,
+                            channel,
+                            channels,
+                            at(tile_columns, (thread, 0, 0, 0)),
+                            at(tile_columns, (thread, 1, 0, 0)),
+                            grad_input,
+                            corner,
+                            blending,
+                            at(mask, (b, og, tap, start)),
+                            is_infinite,
+                            count,
+                            at(all_pixels, (thread, 0)),
+                            at(all_places, (thread, 0)),
+                            at(all_products, (thread, 0)),
+                            g,
+                            p,
+                        )
+                    else:
+                        _sample_backward(
+                            at(tile_columns, (thread, 0, 0, 0)),
+                            at(tile_columns, (thread, 1, 0, 0)),
+                            at(image, (origin,)),
+                            at(grad_image, (origin * p.need_input,)),
+                            corner,
+                            blending,
+                            count,
+                            channels,
+                            p,
+                        )
+                    if is_infinite and p.planes == 0:
                         blend_infinite(
                             at(tile_columns, (thread, 0, 0, 0)),
                             p.width,
@@ -309,7 +352,7 @@ def _prepare_backward(
     """Phase 0: the image to channels-last, its gradient to zero, the weight into panels."""
     pixels = g.in_h * g.in_w
     parts = pixel_parts(pixels)
-    converting = g.batch * parts
+    converting = 0 if p.planes else g.batch * parts
     preparing = converting + len(blocks)
     unit = claim(counters, 0)
     while unit < preparing:
@@ -347,7 +390,7 @@ def _finish_backward(
     """Phase 2: gradients into the caller's layout."""
     pixels = g.in_h * g.in_w
     parts = pixel_parts(pixels)
-    inputs = g.batch * parts * p.need_input
+    inputs = 0 if p.planes else g.batch * parts * p.need_input
     outputs = inputs + g.out_channels
     unit = claim(counters, 2)
     while unit < outputs:
@@ -400,6 +443,53 @@ def _sample_backward(
             weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
         else:
             blend(out, image, i0, i1, i2, i3, w0, w1, w2, w3, vectors)
+
+
+@inline
+def _sample_planes(
+    planes: Any,
+    b: int,
+    channel: int,
+    channels: int,
+    columns: Any,
+    grad_columns: Any,
+    grad_input: Any,
+    corner: Any,
+    weights: Any,
+    mask: Any,
+    is_infinite: bool,
+    count: int,
+    pixels: Any,
+    places: Any,
+    products: Any,
+    g: Any,
+    p: Any,
+) -> None:
+    """`_sample_backward` on planes as they lie, in the same order: the same bits."""
+    vectors = -(-channels * weights.itemsize // VECTOR_BYTES)
+    one = weights.dtype.type(1)
+    i1, i2, i3 = channels, 2 * channels, 3 * channels
+    for i in range(count):
+        w0, w1, w2, w3 = weights[0, i], weights[1, i], weights[2, i], weights[3, i]
+        out = advance(columns, i * p.width)
+        grad = advance(grad_columns, i * p.width)
+        gather_corners(planes, b, channel, channels, corner, i, g, pixels)
+        if p.need_input | p.need_dots:
+            dots = blend_dots(out, grad, pixels, pixels, 0, i1, i2, i3, w0, w1, w2, w3, channels)
+            weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
+        else:
+            blend(out, pixels, 0, i1, i2, i3, w0, w1, w2, w3, vectors)
+        if is_infinite:
+            infinite_sample(out, mask[i], pixels, 0, i1, i2, i3, weights[4, i], weights[5, i], channels)
+        if p.need_input:
+            listed = 0
+            for k in range(4):
+                if corner[k, i] != g.in_h * g.in_w:
+                    places[listed], products[listed] = corner[k, i], weights[k, i]
+                    listed += 1
+            for c in range(channels):
+                target = at(grad_input, (b, channel + c, 0))
+                plane_scatter(advance(grad, c), target, places, products, listed, 1, 1, one)
 
 
 @inline
@@ -490,10 +580,24 @@ def _pack_backward(weight: Any, packed: Any, block: Any, g: Any, p: Any) -> None
 
 
 @inline
+def _first_block(blocks: Any, o: int, out_channels: int, p: Any) -> int:
+    """The first block that has to do with output channel o: they are in the order of their channels."""
+    low, high = 0, len(blocks)
+    while low < high:
+        middle = (low + high) // 2
+        row = blocks[middle]
+        last = row.channel + row.channels if p.depthwise else row.first_out + out_channels
+        low, high = (low, middle) if last > o else (middle + 1, high)
+    return low
+
+
+@inline
 def _reduce_weight(partial: Any, grad_weight: Any, blocks: Any, o: int, g: Any, p: Any) -> None:
     """Eq. 6 for one output channel: the partial gradients added in the order of their images."""
     out_channels = g.out_channels // g.groups
-    for block in range(len(blocks)):
+    for block in range(_first_block(blocks, o, out_channels, p), len(blocks)):
+        if blocks[block].first_out > o or (p.depthwise and blocks[block].channel > o):
+            break
         channel, width = blocks[block].channel, blocks[block].width
         first_c, count, local = 0, blocks[block].channels, channel - blocks[block].first_in
         row, rows = o - blocks[block].first_out, p.rows
@@ -512,8 +616,33 @@ def _reduce_weight(partial: Any, grad_weight: Any, blocks: Any, o: int, g: Any, 
                 grad_weight[o, local + c, tap] = total
 
 
-@functools.lru_cache(maxsize=64)
 def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int, int]:
+    return (_kept_blocks if is_small(g) else _kept_blocks.__wrapped__)(g, panel)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_blocks(g: Any, panel: int) -> tuple[Any, int, int, int, int]:
+    one, times = period_of(g)
+    # Two blocks at least, where channels allow it: a block is a unit of work. Never by batch, which must not show.
+    largest = CHANNELS if g.in_channels >= 2 * CHANNELS else max(CHANNELS // 4, round_up(-(-g.in_channels // 2), panel))
+    blocks, weight_size, packed_size, width, rows = _blocks_of_period(one, panel, largest, is_depthwise(g))
+    every = repeated(
+        blocks,
+        times,
+        first_out=one.out_channels,
+        first_in=one.in_channels,
+        channel=one.in_channels,
+        packed_at=packed_size,
+        partial_at=weight_size,
+    )
+    every["og"] = every["channel"] // (g.in_channels // g.offset_groups)
+    first = np.diff(every["og"], prepend=-1) > 0
+    every["previous"] = np.where(first, -1, np.arange(len(every)) - 1)
+    every["is_last"] = np.append(first[1:], True)
+    return every, weight_size * times, packed_size * times, width, rows
+
+
+def _blocks_of_period(g: Any, panel: int, largest: int, depthwise: bool) -> tuple[Any, int, int, int, int]:
     """The blocks of channels, the elements of a partial weight gradient and of packed, the largest width of a block,
     and the rows of a tile of the output's gradient. `previous` is the block before in the same offset group, or -1;
     `is_last` says that none follows in it.
@@ -521,19 +650,13 @@ def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int, int]:
     taps = g.kernel_h * g.kernel_w
     outs, ins = g.out_channels // g.groups, g.in_channels // g.groups
     rows = round_up(outs, ROWS)
-    # Two blocks at least, where channels allow it: a block is a unit of work. Never by batch, which must not show.
-    largest = CHANNELS if g.in_channels >= 2 * CHANNELS else max(CHANNELS // 4, round_up(-(-g.in_channels // 2), panel))
     rows_of: list[tuple[int, ...]] = []
-    latest: dict[int, int] = {}
     weight_size = packed_size = 0
-    for group, og, channel, channels in channel_blocks(g, largest):
+    for group, og, channel, channels in channel_blocks(g, largest, depthwise):
         width = round_up(channels, panel)
-        previous = latest.get(og, -1)
-        rows_of.append((group * outs, group * ins, og, channel, channels, width, previous, packed_size, weight_size))
-        latest[og] = len(rows_of) - 1
-        packed_size += taps * width * (1 if is_depthwise(g) else outs)
-        weight_size += taps * width * (1 if is_depthwise(g) else rows)
+        rows_of.append((group * outs, group * ins, og, channel, channels, width, -1, packed_size, weight_size, 0))
+        packed_size += taps * width * (1 if depthwise else outs)
+        weight_size += taps * width * (1 if depthwise else rows)
     width = max(row[5] for row in rows_of)
     names = "first_out first_in og channel channels width previous packed_at partial_at is_last"
-    rows_of = [(*row, int(number in latest.values())) for number, row in enumerate(rows_of)]
-    return table(names, rows_of), weight_size, packed_size, width, width if is_depthwise(g) else rows
+    return table(names, rows_of), weight_size, packed_size, width, width if depthwise else rows

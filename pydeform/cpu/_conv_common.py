@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
 
 from pydeform.cpu import _threads
 from pydeform.cpu._arrays import contiguous
+from pydeform.cpu._simd import VECTOR_BYTES
 
 CHANNELS = 64  # of a block, sampled together
+FEW_SAMPLES = 16  # pixels of an image for each sample, or more: then a copy of it would be most of the work
 SERIAL_FLOPS = 2e7  # below this a second thread costs more than it saves
+KEPT_ROWS = 1 << 16  # of a problem's tables: longer ones are made for each call
 INT32 = np.dtype(np.int32)
 
 
@@ -35,13 +39,26 @@ def threads_for(g: Any, products: int, units: int) -> int:
     return 1 if flops < SERIAL_FLOPS else _threads.threads_for(units)
 
 
+def prefers_planes(g: Any) -> bool:
+    """For few samples of a large image the copy would be most of the work, and of the memory. No bit depends on it."""
+    samples = g.kernel_h * g.kernel_w * g.out_h * g.out_w
+    return bool(FEW_SAMPLES * samples <= g.in_h * g.in_w)
+
+
+def corners_size(blocks: Any) -> int:
+    """Numbers of the four corners of one sample, and behind them what the last vector reads too."""
+    return 4 * int(max(blocks["channels"])) + VECTOR_BYTES // 4
+
+
 def flat_arguments(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, dtype: Any) -> tuple[Any, ...]:
     """input, offset, mask, weight, bias in the kernels' shapes; an absent one is empty, or zeros for bias."""
     taps = g.kernel_h * g.kernel_w
     positions = g.out_h * g.out_w
     shape = (g.batch, g.offset_groups, taps)
     return (
-        contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)),
+        np.empty((0, 1, 1), dtype)
+        if input is None
+        else contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)),
         np.empty((0, 1, 1, 2, 1), dtype) if offset is None else contiguous(offset, dtype, (*shape, 2, positions)),
         np.empty((0, 1, 1, 1), dtype) if mask is None else contiguous(mask, dtype, (*shape, positions)),
         contiguous(weight, dtype, (g.out_channels, g.in_channels // g.groups, taps)),
@@ -54,20 +71,51 @@ def table(names: str, rows: list[Any]) -> Any:
     return np.array([tuple(row) for row in rows], [(name, np.int64) for name in names.split()])
 
 
+def repeated(rows: Any, times: int, **steps: int) -> Any:
+    """The table `times` times over; each time the columns named in `steps` are so much greater."""
+    after = np.tile(rows, times)
+    number = np.repeat(np.arange(times), len(rows))
+    for name, step in steps.items():
+        after[name] += number * step
+    return after
+
+
+def period_of(g: Any) -> tuple[Any, int]:
+    """A convolution that this one repeats with other channels, and how often. Tables are made for that one."""
+    per_group, per_offset = g.in_channels // g.groups, g.in_channels // g.offset_groups
+    if is_depthwise(g):
+        channels = per_offset  # blocks have many groups
+    else:
+        channels = per_group if per_offset % per_group == 0 else math.lcm(per_group, per_offset)
+    times = g.in_channels // channels
+    one = g._replace(
+        in_channels=channels,
+        out_channels=g.out_channels // times,
+        groups=g.groups // times,
+        offset_groups=max(channels // per_offset, 1),
+    )
+    return one, times
+
+
+def is_small(g: Any) -> bool:
+    """Its tables may be kept."""
+    return bool(g.in_channels * g.kernel_h * g.kernel_w <= KEPT_ROWS)
+
+
 def is_depthwise(g: Any) -> bool:
     """One input and one output channel in each group: nothing to sum over channels, so groups need not be apart."""
     return bool(g.groups == g.in_channels == g.out_channels and g.groups > 1)
 
 
-def channel_blocks(g: Any, largest: int) -> list[tuple[int, int, int, int]]:
+def channel_blocks(g: Any, largest: int, depthwise: bool) -> list[tuple[int, int, int, int]]:
     """(group, offset group, first channel, channels): no block crosses a border of either kind of group.
 
     A depthwise convolution has blocks of many groups; `group` is then the first of them.
     """
-    per_group = 1 if is_depthwise(g) else g.in_channels // g.groups
+    per_group = 1 if depthwise else g.in_channels // g.groups
     per_offset = g.in_channels // g.offset_groups
     borders = {0, g.in_channels, *range(0, g.in_channels, per_offset)}
-    if not is_depthwise(g):
+    if not depthwise:
         borders.update(range(0, g.in_channels, per_group))
     blocks = []
     for first, last in itertools.pairwise(sorted(borders)):

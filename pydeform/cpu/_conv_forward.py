@@ -13,14 +13,20 @@ from pydeform.cpu._conv_common import (
     INT32,
     channel_blocks,
     channels_last_size,
+    corners_size,
     flat_arguments,
     is_depthwise,
+    is_small,
+    period_of,
+    prefers_planes,
+    repeated,
     round_up,
     table,
     threads_for,
 )
 from pydeform.cpu._jit import Kernel, inline
-from pydeform.cpu._sampling import blend_infinite, locate_tap, lowest_coordinate, tile_origins
+from pydeform.cpu._planes import NO_PLANES, gather_corners, planes_of
+from pydeform.cpu._sampling import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import ROWS, VECTOR_BYTES, advance, at, blend, multiply_tile
 from pydeform.cpu._threads import claim, finish, wait_for
 
@@ -37,6 +43,7 @@ class ForwardPlan(NamedTuple):
     panels: int  # of 2 vectors of output channels
     row: int  # elements of a row of columns
     depthwise: int
+    planes: int  # 1: corners are gathered from the input as it lies; 0: a copy with channels last is made
     has_offset: int
     has_mask: int
 
@@ -48,6 +55,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
         pixel_dtype = _conv_common.pixel_dtype(g)
         lanes = VECTOR_BYTES // dtype.itemsize
         blocks, entries, chunks, depth, panels, packed_size = _forward_steps(g, 2 * lanes)
+        planes = prefers_planes(g)
         positions = out_positions = g.out_h * g.out_w
         threads = threads_for(g, 1, g.batch * -(-positions // (4 * ROWS)))
         tiles = -(-positions // POSITIONS)
@@ -59,6 +67,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
             tiles=-(-out_positions // positions),
             panels=panels,
             depthwise=int(is_depthwise(g)),
+            planes=int(planes),
             row=depth + lanes,
             has_offset=int(offset is not None),
             has_mask=int(mask is not None),
@@ -69,16 +78,18 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
             dtype.char + pixel_dtype.char,
             threads,
             _threads.new_counters(2),
-            *flat_arguments(input, offset, weight, bias, mask, g, dtype),
+            *flat_arguments(None if planes else input, offset, weight, bias, mask, g, dtype),
+            planes_of(input) if planes else NO_PLANES,
             output,
             *workspace(
-                ((channels_last_size(g) + lanes,), dtype),
+                ((0 if planes else channels_last_size(g) + lanes,), dtype),
                 ((packed_size,), dtype),
                 ((threads, positions, plan.row), dtype),
                 ((threads, positions, panels * 2 * lanes), dtype),
                 ((threads, 4, positions), pixel_dtype),
                 ((threads, 6, positions), dtype),
                 ((threads, 2, positions), INT32),
+                ((threads, corners_size(blocks) if planes else 0), dtype),
             ),
             blocks,
             entries,
@@ -98,6 +109,7 @@ def _forward(
     mask: Any,
     weight: Any,
     bias: Any,
+    planes: Any,
     output: Any,
     image: Any,
     packed: Any,
@@ -106,6 +118,7 @@ def _forward(
     corners: Any,
     weights: Any,
     bases: Any,
+    all_pixels: Any,
     blocks: Any,
     entries: Any,
     chunks: Any,
@@ -114,7 +127,7 @@ def _forward(
 ) -> None:
     # Phase 0: the image to channels-last, the weight into panels.
     parts = pixel_parts(g.in_h * g.in_w)
-    converting = g.batch * parts
+    converting = 0 if p.planes else g.batch * parts
     preparing = converting + len(chunks) * p.panels
     unit = claim(counters, 0)
     while unit < preparing:
@@ -142,6 +155,7 @@ def _forward(
     corner = corners[thread]
     blending = weights[thread]
     base = bases[thread]
+    gathered = at(all_pixels, (thread, 0))
     panel = sums.shape[2] // p.panels
     unit = claim(counters, 1)
     while unit < g.batch * p.tiles:
@@ -174,8 +188,38 @@ def _forward(
                         has_mask,
                     )
                 channels, column = entry.channels, entry.column
-                source = at(image, ((b * g.in_channels + entry.channel) * pixels,))
                 vectors = -(-channels * image.itemsize // VECTOR_BYTES)
+                if p.planes:
+                    for i in range(count):
+                        gather_corners(planes, b, entry.channel, channels, corner, i, g, gathered)
+                        blend(
+                            at(tile_columns, (i, column)),
+                            gathered,
+                            0,
+                            channels,
+                            2 * channels,
+                            3 * channels,
+                            blending[0, i],
+                            blending[1, i],
+                            blending[2, i],
+                            blending[3, i],
+                            vectors,
+                        )
+                        if is_infinite:
+                            infinite_sample(
+                                at(tile_columns, (i, column)),
+                                mask[b, at_group, at_tap, start + i],
+                                gathered,
+                                0,
+                                channels,
+                                2 * channels,
+                                3 * channels,
+                                blending[4, i],
+                                blending[5, i],
+                                channels,
+                            )
+                    continue
+                source = at(image, ((b * g.in_channels + entry.channel) * pixels,))
                 for i in range(count):
                     blend(
                         at(tile_columns, (i, column)),
@@ -269,29 +313,57 @@ def _pack_forward(weight: Any, packed: Any, entries: Any, product: Any, j: int, 
                 packed[row + o] = 0
 
 
-@functools.lru_cache(maxsize=64)
 def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int, int]:
+    return (_kept_steps if is_small(g) else _kept_steps.__wrapped__)(g, panel)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int, int]:
+    one, times = period_of(g)
+    blocks, entries, chunks, deepest, panels, packed_size = _steps_of_period(one, panel, is_depthwise(g))
+    count = len(entries)
+    entries = repeated(entries, times, channel=one.in_channels)
+    entries["og"] = entries["channel"] // (g.in_channels // g.offset_groups)
+    return (
+        repeated(blocks, times, channel=one.in_channels),
+        entries,
+        repeated(
+            chunks,
+            times,
+            first_out=one.out_channels,
+            first_in=one.in_channels,
+            first_entry=count,
+            last_entry=count,
+            packed_at=packed_size,
+        ),
+        deepest,
+        panels,
+        packed_size * times,
+    )
+
+
+def _steps_of_period(g: Any, panel: int, depthwise: bool) -> tuple[Any, Any, Any, int, int, int]:
     """The blocks of channels, the entries in the order of a tile's work, and the chunks of entries multiplied at once.
 
     `is_first` and `is_last` say whether a chunk begins or ends the sums of its outputs. After the tables: the greatest
     depth, the panels of a chunk, the elements of packed.
     """
     taps = g.kernel_h * g.kernel_w
-    blocks = channel_blocks(g, CHANNELS)
-    if is_depthwise(g):
+    blocks = channel_blocks(g, CHANNELS, depthwise)
+    if depthwise:
         products = [(channel, channels, channel, [(og, channel, channels)]) for _, og, channel, channels in blocks]
     else:
         outs, ins = g.out_channels // g.groups, g.in_channels // g.groups
-        products = [
-            (group * outs, outs, group * ins, [block[1:] for block in blocks if block[0] == group])
-            for group in range(g.groups)
-        ]
+        members: list[list[tuple[int, int, int]]] = [[] for _ in range(g.groups)]
+        for block in blocks:
+            members[block[0]].append(block[1:])
+        products = [(group * outs, outs, group * ins, members[group]) for group in range(g.groups)]
     panels = max(-(-product[1] // panel) for product in products)
     entries: list[tuple[int, ...]] = []
     chunks: list[list[int]] = []
     packed_size = 0
-    for first_out, out_channels, first_in, members in products:
-        steps = [(tap, *block) for block in members for tap in range(taps)]
+    for first_out, out_channels, first_in, blocks_in in products:
+        steps = [(tap, *block) for block in blocks_in for tap in range(taps)]
         total = sum(step[3] for step in steps)
         target = -(-total // -(-total // DEPTH))  # chunks of about equal depth
         first_chunk = len(chunks)
@@ -301,7 +373,7 @@ def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int, int]:
             depth += step[3]
             if depth >= target or number == len(steps) - 1:
                 chunks.append([first_out, out_channels, first_in, first, len(entries), depth, packed_size, 0, 0])
-                packed_size += depth * (1 if is_depthwise(g) else panels * panel)
+                packed_size += depth * (1 if depthwise else panels * panel)
                 depth, first = 0, len(entries)
         chunks[first_chunk][7] = 1
         chunks[-1][8] = 1

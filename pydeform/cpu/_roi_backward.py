@@ -6,6 +6,7 @@ boxes of that image in their order, or one box and class, which owns its part of
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +16,12 @@ from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, wo
 from pydeform.cpu._channels_last import PIXELS, block_to_channels_first, pixel_parts, to_channels_last
 from pydeform.cpu._conv_common import pixel_dtype
 from pydeform.cpu._jit import Kernel, inline
+from pydeform.cpu._planes import NO_PLANES, gather, is_as_computed, planes_of, reader_of, reader_parts
 from pydeform.cpu._roi_bins import SOUND
 from pydeform.cpu._roi_common import (
     LISTED,
+    bin_after,
+    bin_at,
     bins_of,
     bins_of_cell,
     blocks_of_class,
@@ -38,8 +42,7 @@ from pydeform.cpu._roi_common import (
     write_moves,
 )
 from pydeform.cpu._roi_largest import largest_of_bin, list_candidates, list_part
-from pydeform.cpu._simd import VECTOR_BYTES, at
-from pydeform.cpu._simd_bands import BAND
+from pydeform.cpu._simd import VECTOR_BYTES, advance, at
 from pydeform.cpu._simd_roi import plane_scatter, scatter, weighted_dots
 from pydeform.cpu._threads import claim, finish, wait_for
 
@@ -47,7 +50,7 @@ from pydeform.cpu._threads import claim, finish, wait_for
 class BackwardPlan(NamedTuple):
     """All that kernels know beside the geometry. None of it changes a bit of any result."""
 
-    planes: int  # 1: the input's gradient is added up in its planes as they lie; 0: with channels last
+    planes: int  # 1: pixels are gathered from the input, and its gradient added up, as they lie; 0: with channels last
     per_class: int  # channels of a class
     width: int  # of a class in a copy, blocks rounded up to vectors
     has_offset: int
@@ -62,23 +65,27 @@ def backward(
     grad_output: Any, input: Any, boxes: Any, offset: Any, mask: Any, g: Any, needs: Any
 ) -> tuple[Any, Any, Any]:
     dtype = compute_dtype(input.dtype)
-    bins = bins_of(g)
+    bins = g.pooled_h * g.pooled_w
     need_input, need_dots = "input" in needs, "offset" in needs or "mask" in needs
-    few, planes = _roi_common.has_few_channels(g), _roi_common.prefers_planes(g)
+    few, planes = _roi_common.has_few_channels(g), _roi_common.prefers_planes(g, dtype)
+    planes = planes and not (few and is_as_computed(input, dtype))
     shape = (g.batch, g.in_channels, g.in_h * g.in_w)
     # Zeros that are never touched cost nothing; with channels last every pixel is written.
     make = np.zeros if few or planes or g.boxes == 0 else empty
     grad_input = make(shape if need_input else (0, 1, 1), dtype)
     has_dots = need_dots and g.boxes > 0
     boxes_with_dots = g.boxes if need_dots else 0
-    grad_moves = empty((boxes_with_dots if offset is not None else 0, g.classes, 2, len(bins)), dtype)
-    grad_mask = empty((boxes_with_dots, g.classes, len(bins)), dtype)
-    arguments = _roi_common.flat_arguments(input, boxes, offset, mask, g, dtype)
-    grad_output = contiguous(grad_output, dtype, (g.boxes, g.out_channels, len(bins)))
+    grad_moves = empty((boxes_with_dots if offset is not None else 0, g.classes, 2, bins), dtype)
+    grad_mask = empty((boxes_with_dots, g.classes, bins), dtype)
+    # Where only the input's gradient is wanted, a mean needs none of the input's numbers.
+    read = not planes and (has_dots or g.is_max)
+    arguments = _roi_common.flat_arguments(input if read else None, boxes, offset, mask, g, dtype)
+    grad_output = contiguous(grad_output, dtype, (g.boxes, g.out_channels, bins))
     wanted = g.boxes > 0 and (need_input or need_dots)
     if wanted and few:
         given = offset is not None, mask is not None
-        _roi_few.backward(grad_output, arguments, grad_input, grad_moves, grad_mask, *given, g)
+        where = planes_of(input) if planes else None
+        _roi_few.backward(grad_output, arguments, where, grad_input, grad_moves, grad_mask, *given, g)
     elif wanted:
         lanes = _roi_common.lanes_of(dtype)
         per_class = g.out_channels // g.classes
@@ -86,7 +93,7 @@ def backward(
         blocks, width = blocks_of_class(per_class, lanes)
         units = groups * len(blocks) * need_input + g.boxes * g.classes * need_dots
         parts = -(-g.in_h * g.in_w // PIXELS)
-        threads = _roi_common.threads_for(g, 1 + 2 * need_dots, max(units, g.batch * parts))
+        threads = _roi_common.threads_for(g, 1 + 2 * need_dots, planes, max(units, g.batch * parts))
         plan = BackwardPlan(
             planes=int(planes),
             per_class=per_class,
@@ -95,13 +102,14 @@ def backward(
             has_mask=int(mask is not None),
             need_input=int(need_input),
             need_dots=int(has_dots),
-            copies=int((need_input and not planes) or has_dots),
+            copies=int((need_input and not planes) or (has_dots and not g.is_max)),
             # What a bin reads is listed once for each unit, so there are no more than keep the threads at work.
             blocks_of_unit=-(-len(blocks) // max(1, threads // groups)),
         )
         order, starts = _roi_common.by_image(arguments[1], g.batch)
         corners = 4 if g.is_max and g.points else 1
-        copied = has_dots or g.is_max
+        copied = not planes and (has_dots or g.is_max)
+        gathered = planes and (has_dots or g.is_max)
         _threads.run(
             _largest_backward if g.is_max else _mean_backward,
             dtype.char + pixel_dtype(g).char,
@@ -109,6 +117,7 @@ def backward(
             _threads.new_counters(4),
             grad_output,
             *arguments,
+            planes_of(input) if planes else NO_PLANES,
             order,
             starts,
             grad_input,
@@ -119,21 +128,22 @@ def backward(
                 ((g.boxes,), np.dtype(np.int64)),
                 ((_roi_common.copy_size(g, width) if copied else 0,), dtype),
                 ((_roi_common.copy_size(g, width) if need_input and not planes else 0,), dtype),
-                ((g.boxes * g.classes * width * (len(bins) + 1) if plan.copies else 0,), dtype),
-                *_roi_common.lists_of_threads(threads, g, dtype),
+                ((g.boxes * g.classes * width * (bins + 1) if plan.copies else 0,), dtype),
+                *_roi_common.lists_of_threads(threads, g, arguments[1]),
                 ((threads, corners * LISTED), pixel_dtype(g)),
                 ((threads, 3, corners * LISTED), dtype),
                 ((threads, max(blocks["width"])), np.dtype(f"i{dtype.itemsize}")),
                 ((threads, max(blocks["width"])), dtype),
+                *reader_parts(threads, corners * LISTED * gathered, max(blocks["width"]), pixel_dtype(g), dtype),
             ),
-            bins,
+            bins_of(g),
             blocks,
             g,
             plan,
         )
     taken = {
         "input": (grad_input, (g.batch, g.in_channels, g.in_h, g.in_w)),
-        "offset": (_by_part(grad_moves, bins, g), (g.boxes, 2 * g.classes, g.part_h, g.part_w)),
+        "offset": (_by_part(grad_moves, g), (g.boxes, 2 * g.classes, g.part_h, g.part_w)),
         "mask": (grad_mask.sum(axis=1), (g.boxes, 1, g.pooled_h, g.pooled_w)),
     }
     grads = [
@@ -143,30 +153,32 @@ def backward(
     return tuple(grads)  # type: ignore[return-value]
 
 
-def _by_part(grad_moves: Any, bins: Any, g: Any) -> Any:
+def _by_part(grad_moves: Any, g: Any) -> Any:
     """What moves a bin is a cell of `offset`, which may move several: their gradients add up, in the bins' order."""
-    if (g.part_h, g.part_w) == (g.pooled_h, g.pooled_w):
+    if (g.part_h, g.part_w) == (g.pooled_h, g.pooled_w) or not grad_moves.size:
         return grad_moves
-    grad_offset = np.zeros((*grad_moves.shape[:3], g.part_h * g.part_w), grad_moves.dtype)
-    for i, part in enumerate(bins["part"]):
-        grad_offset[..., part] += grad_moves[..., i]
+    parts = g.part_h * g.part_w
+    grad_offset = np.zeros((math.prod(grad_moves.shape[:3]), parts), grad_moves.dtype)
+    table = bins_of(g)["part"]
+    part_of_bin = np.add.outer(table[: g.pooled_h], table[g.pooled_h :]).reshape(-1)
+    place = parts * np.arange(len(grad_offset))[:, None] + part_of_bin
+    np.add.at(grad_offset.reshape(-1), place.reshape(-1), grad_moves.reshape(-1))
     return grad_offset
 
 
 @inline
-def _convert_grads(counters: Any, grad_output: Any, grads: Any, bins: Any, blocks: Any, g: Any, p: Any) -> None:
+def _convert_grads(counters: Any, grad_output: Any, grads: Any, blocks: Any, g: Any, p: Any) -> None:
     """Phase 1: grad_output of each box, class and block with channels last."""
+    bins = g.pooled_h * g.pooled_w
     unit = claim(counters, 1)
     while unit < g.boxes:
         for cls in range(g.classes):
             for block in range(len(blocks)):
                 row = blocks[block]
                 first = cls * p.per_class + row.first
-                for part in range(pixel_parts(len(bins))):
+                for part in range(pixel_parts(bins)):
                     origin = _grad_place(unit, cls, row.before, row.width, 0, g, p)
-                    to_channels_last(
-                        grad_output, unit, first, 1, grads, origin, row.channels, row.width, part, len(bins)
-                    )
+                    to_channels_last(grad_output, unit, first, 1, grads, origin, row.channels, row.width, part, bins)
         finish(counters, 1)
         unit = claim(counters, 1)
     wait_for(counters, 1, g.boxes)
@@ -224,6 +236,7 @@ def _mean_backward(
     boxes: Any,
     offset: Any,
     mask: Any,
+    planes: Any,
     order: Any,
     starts: Any,
     grad_input: Any,
@@ -243,18 +256,22 @@ def _mean_backward(
     all_products: Any,
     all_winners: Any,
     all_values: Any,
+    all_own: Any,
+    all_offsets: Any,
+    all_pixels: Any,
     bins: Any,
     blocks: Any,
     g: Any,
     p: Any,
 ) -> None:
     find_boxes(counters, 3, boxes, extents, states, g)
-    if p.need_dots:
+    if p.need_dots and not p.planes:
         convert_image(counters, 0, input, starts, image, blocks, g, p)
     if p.copies:
-        _convert_grads(counters, grad_output, grads, bins, blocks, g, p)
+        _convert_grads(counters, grad_output, grads, blocks, g, p)
     lists = lists_of(thread, all_starts, all_index, all_weights, all_counts, all_entries)
     places, products = all_places[thread], all_products[thread]
+    reader = reader_of(thread, planes, all_own, all_offsets, all_pixels)
     cells = g.group_h * g.group_w
     of_class = -(-len(blocks) // p.blocks_of_unit)
     of_image = cells * g.classes * of_class
@@ -269,8 +286,6 @@ def _mean_backward(
             _dots_of_box(
                 r,
                 cls,
-                grad_output,
-                input,
                 boxes,
                 offset,
                 mask,
@@ -283,6 +298,7 @@ def _mean_backward(
                 lists,
                 places,
                 products,
+                reader,
                 bins,
                 blocks,
                 g,
@@ -302,23 +318,23 @@ def _mean_backward(
         current = starts[b], first[0], first[1]
         left = (starts[b + 1] - starts[b]) * (last[0] - first[0]) * (last[1] - first[1])
         while left > 0:
-            count = list_of_cell(
+            here, count = list_of_cell(
                 current, left, first, last, cls, extents, states, order, offset, bins, lists, g, p, False
             )
             for slot in range(count):
                 place, py, px = current
                 r, i = order[place], py * g.pooled_w + px
                 current = next_bin(current, first, last)
-                sy, sx, state = slots_of(py, px, slot, states[r], lists, p)
+                sy, sx, state = slots_of(py, px, slot, states[r], here, p)
                 if state != SOUND:
                     continue
-                scale = scale_of(SOUND, sy, sx, boxes, lists, g)
+                scale = scale_of(SOUND, sy, sx, boxes, here, g)
                 if p.has_mask:
                     scale *= mask[r, i]
-                listed = entries_of(state, sy, sx, lists)
+                listed = entries_of(state, sy, sx, here)
                 for done in range(0, listed, LISTED):
                     until = min(done + LISTED, listed)
-                    list_pixels(sy, sx, done, until, g, lists, places, products)
+                    list_pixels(sy, sx, done, until, g, here, places, products)
                     for block in range(first_block, last_block):
                         row = blocks[block]
                         if p.planes:
@@ -357,8 +373,6 @@ def _mean_backward(
 def _dots_of_box(
     r: int,
     cls: int,
-    grad_output: Any,
-    input: Any,
     boxes: Any,
     offset: Any,
     mask: Any,
@@ -371,6 +385,7 @@ def _dots_of_box(
     lists: Any,
     places: Any,
     products: Any,
+    reader: Any,
     bins: Any,
     blocks: Any,
     g: Any,
@@ -380,26 +395,37 @@ def _dots_of_box(
     zero = boxes.dtype.type(0)
     b = np.int64(boxes[r, 0])
     box = found_box(extents, states, r)
-    step = BAND if p.has_offset else len(bins)
-    for chunk in range(0, len(bins), step):
-        count = min(step, len(bins) - chunk)
-        list_of_box(box, r, cls, chunk, count, boxes, offset, bins, lists, g, p, True)
+    cells = g.group_h * g.group_w
+    bins_of_box = g.pooled_h * g.pooled_w
+    chunk = 0
+    while chunk < bins_of_box:
+        here, count = list_of_box(box, r, cls, chunk, bins_of_box - chunk, boxes, offset, bins, lists, g, p, True)
+        y = chunk // g.pooled_w
+        x = chunk - y * g.pooled_w
         for i in range(chunk, chunk + count):
-            bin_ = bins[i]
-            sy, sx, state = slots_of(bin_.y, bin_.x, i - chunk, box[4], lists, p)
-            scale = scale_of(state, sy, sx, boxes, lists, g)
-            listed = entries_of(state, sy, sx, lists)
+            cell = bin_at(y, x, bins, g).cell
+            sy, sx, state = slots_of(y, x, i - chunk, box[4], here, p)
+            y, x = bin_after(y, x, g)
+            scale = scale_of(state, sy, sx, boxes, here, g)
+            listed = entries_of(state, sy, sx, here)
             value, along_y, along_x = zero, zero, zero
             for done in range(0, listed, LISTED):
                 until = min(done + LISTED, listed)
-                list_pixels(sy, sx, done, until, g, lists, places, products)
-                list_slopes(sy, sx, done, until, lists, products)
+                list_pixels(sy, sx, done, until, g, here, places, products)
+                list_slopes(sy, sx, done, until, here, products)
                 for block in range(len(blocks)):
                     row = blocks[block]
+                    index, pixels = at(places, (0,)), at(image, (0,))
+                    if p.planes:
+                        first = (cls * p.per_class + row.first) * cells + cell
+                        gather(reader, b, first, cells, row.channels, row.width, places, until - done, g.in_w)
+                        index, pixels = reader.own, reader.pixels
+                    else:
+                        pixels = advance(pixels, copy_origin(b, cell, cls, row.before, g, p))
                     dots = weighted_dots(
                         at(grads, (_grad_place(r, cls, row.before, row.width, i, g, p),)),
-                        at(image, (copy_origin(b, bin_.cell, cls, row.before, g, p),)),
-                        at(places, (0,)),
+                        pixels,
+                        index,
                         at(products, (0, 0)),
                         at(products, (1, 0)),
                         at(products, (2, 0)),
@@ -411,6 +437,7 @@ def _dots_of_box(
             write_moves(
                 r, cls, i, state, listed, scale, value, along_y, along_x, extents, mask, grad_moves, grad_mask, g, p
             )
+        chunk += count
 
 
 @Kernel
@@ -422,6 +449,7 @@ def _largest_backward(
     boxes: Any,
     offset: Any,
     mask: Any,
+    planes: Any,
     order: Any,
     starts: Any,
     grad_input: Any,
@@ -441,32 +469,44 @@ def _largest_backward(
     all_products: Any,
     all_winners: Any,
     all_values: Any,
+    all_own: Any,
+    all_offsets: Any,
+    all_pixels: Any,
     bins: Any,
     blocks: Any,
     g: Any,
     p: Any,
 ) -> None:
-    convert_image(counters, 0, input, starts, image, blocks, g, p)
-    _convert_grads(counters, grad_output, grads, bins, blocks, g, p)
+    if not p.planes:
+        convert_image(counters, 0, input, starts, image, blocks, g, p)
+        _convert_grads(counters, grad_output, grads, blocks, g, p)
     lists = lists_of(thread, all_starts, all_index, all_weights, all_counts, all_entries)
     places, products, winners = all_places[thread], all_products[thread], all_winners[thread]
     values = all_values[thread]
+    reader = reader_of(thread, planes, all_own, all_offsets, all_pixels)
+    bins_of_box = g.pooled_h * g.pooled_w
     units = g.batch * len(blocks)
     unit = claim(counters, 2)
     while unit < units:
         b = unit // len(blocks)
         block = unit - b * len(blocks)
         row = blocks[block]
-        origin = copy_origin(b, 0, 0, row.before, g, p)
-        _zero_blocks(b, 0, 0, blocks, block, block + 1, grad_image, g, p)
+        origin = copy_origin(b, 0, 0, row.before, g, p) * (1 - p.planes)
+        if not p.planes:
+            _zero_blocks(b, 0, 0, blocks, block, block + 1, grad_image, g, p)
         for place in range(starts[b], starts[b + 1]):
             r = order[place]
             box = box_of(boxes, r, g)
             if box[4] != SOUND:
                 continue
-            list_candidates(box, boxes, lists, g)
-            for i in range(len(bins)):
-                sy, sx = bins[i].y, lists.of_axis + bins[i].x
+            here, known = lists, 0  # as in the forward
+            y, x = 0, 0
+            for i in range(bins_of_box):
+                if i == known:
+                    here, count = list_candidates(box, i, boxes, lists, g)
+                    known += count
+                sy, sx = y, here.of_axis + x
+                y, x = bin_after(y, x, g)
                 largest_of_bin(
                     box[4],
                     sy,
@@ -474,29 +514,36 @@ def _largest_backward(
                     at(values, (0,)),
                     winners,
                     at(image, (origin,)),
-                    row.width,
+                    row,
                     boxes,
-                    lists,
+                    here,
                     g,
                     places,
                     products,
+                    b,
+                    reader,
+                    p,
                 )
-                is_short = entries_of(SOUND, sy, sx, lists) <= LISTED
+                is_short = entries_of(SOUND, sy, sx, here) <= LISTED
                 grad_place = _grad_place(r, 0, row.before, row.width, i, g, p)
                 for c in range(row.channels):
                     winner = np.int64(winners[c])
                     if winner < 0:
                         continue
                     if not is_short:  # else all candidates are still there
-                        list_part(sy, sx, winner, winner + 1, boxes, g, lists, places, products)
+                        list_part(sy, sx, winner, winner + 1, boxes, g, here, places, products)
                         winner = 0
-                    grad = grads[grad_place + c]
+                    grad = grad_output[r, row.first + c, i] if p.planes else grads[grad_place + c]
+                    target, step = at(grad_image, (origin + c,)), row.width  # pixel 0 of the channel, to the next one
+                    if p.planes:
+                        target, step = at(grad_input, (b, row.first + c, 0)), 1
                     if not g.points:
-                        grad_image[origin + np.int64(places[winner]) * row.width + c] += grad
+                        target[np.int64(places[winner]) * step] += grad
                     elif places[4 * winner] >= 0:
                         for k in range(4 * winner, 4 * winner + 4):
-                            grad_image[origin + np.int64(places[k]) * row.width + c] += grad * products[0, k]
-        _write_blocks(b, 0, 0, blocks, block, block + 1, grad_image, grad_input, g, p)
+                            target[np.int64(places[k]) * step] += grad * products[0, k]
+        if not p.planes:
+            _write_blocks(b, 0, 0, blocks, block, block + 1, grad_image, grad_input, g, p)
         finish(counters, 2)
         unit = claim(counters, 2)
     wait_for(counters, 2, units)

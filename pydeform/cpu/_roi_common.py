@@ -24,6 +24,8 @@ FEW_CHANNELS = 4  # of a class: below, a copy that puts channels last brings not
 LISTED = 512  # pixels of a bin in a list at a time
 BOXES_AT_ONCE = 256  # whose places a thread finds
 TILE = 1 << 14  # numbers in a thread's tile of results
+LIST_BYTES = 4 << 20  # of a thread's lists, if eight bins fit: where there are more bins, some rows of them at a time
+KEPT_BINS = 1 << 12  # of an axis: longer tables are made for each call
 # For estimates of the work:
 TYPICAL_PIXELS = 16  # that a bin reads
 LISTING = 300  # operations that it takes to list them
@@ -32,12 +34,21 @@ LISTING = 300  # operations that it takes to list them
 class RoiPlan(NamedTuple):
     """All that kernels know beside the geometry. None of it changes a bit of any result."""
 
-    planes: int  # 1: planes of the input are read as they lie; 0: copies with channels last are
+    planes: int  # 1: pixels are gathered from the input as it lies; 0: copies with channels last are made
     per_class: int  # channels of a class
     width: int  # of a class in a copy, blocks rounded up to vectors
     tile_bins: int  # bins whose results are turned to channels first at once
     has_offset: int
     has_mask: int
+
+
+class Bin(NamedTuple):
+    """Which bin of a box it is."""
+
+    y: int
+    x: int
+    cell: int  # the group of channels that it reads
+    part: int  # the cell of `offset` that moves it
 
 
 class Lists(NamedTuple):
@@ -47,13 +58,14 @@ class Lists(NamedTuple):
     These are pointers, since indices of an array could be negative, which takes time to find out.
     """
 
-    starts: Any  # of the bin along its axis; its size: `slots` after it
+    starts: Any  # of the bin along its axis; its size: `beyond` after it
     index: Any  # (slot, entry): pixels that the bin reads
     weights: Any  # (slot, 0: weights and 1: their derivatives, entry)
     counts: Any  # the number to divide by
-    entries: Any  # how many there are in index; 2 * of_axis after a slot of y: state of a bin that its offset moved
-    of_axis: int  # slots
+    entries: Any  # how many there are in index; `beyond` after a slot of y: state of a bin that its offset moved
+    of_axis: int  # from a slot of y to that of x with the same number
     row: int  # entries that a slot has room for
+    beyond: int  # slots of both axes
 
 
 def _blocks(channels: int, largest: int, lanes: int) -> list[tuple[int, int, int]]:
@@ -87,20 +99,33 @@ def slices_of_class(per_class: int, lanes: int, channel_bytes: int) -> tuple[Any
 
 @functools.lru_cache(maxsize=64)
 def bins_table(pooled: tuple[int, int], group: tuple[int, int], part: tuple[int, int]) -> Any:
-    """Of each bin: its row and column, the group of channels that it reads, and the cell of `offset` that moves it.
+    """Of each row of bins, then of each column, what they add to the numbers of `Bin.cell` and `Bin.part`.
 
     Kernels look these up: the divisions would take as long as the rest of a bin of one channel.
     """
-    rows = []
-    for y in range(pooled[0]):
-        for x in range(pooled[1]):
-            cells = [y * n[0] // pooled[0] * n[1] + x * n[1] // pooled[1] for n in (group, part)]
-            rows.append((y, x, *cells))
-    return table("y x cell part", rows)
+    bins = np.empty(sum(pooled), [("cell", np.int64), ("part", np.int64)])
+    for axis, of_axis in enumerate((bins[: pooled[0]], bins[pooled[0] :])):
+        numbers = np.arange(pooled[axis])
+        for name, cells in ("cell", group), ("part", part):
+            of_axis[name] = numbers * cells[axis] // pooled[axis] * (1 if axis else cells[1])
+    return bins
 
 
 def bins_of(g: Any) -> Any:
-    return bins_table((g.pooled_h, g.pooled_w), (g.group_h, g.group_w), (g.part_h, g.part_w))
+    make = bins_table if g.pooled_h + g.pooled_w <= KEPT_BINS else bins_table.__wrapped__
+    return make((g.pooled_h, g.pooled_w), (g.group_h, g.group_w), (g.part_h, g.part_w))
+
+
+@inline_always
+def bin_at(y: int, x: int, bins: Any, g: Any) -> Bin:
+    row, column = bins[y], bins[g.pooled_h + x]
+    return Bin(y, x, row.cell + column.cell, row.part + column.part)
+
+
+@inline_always
+def bin_after(y: int, x: int, g: Any) -> tuple[int, int]:
+    """Row and column of the next bin of a box."""
+    return (y + 1, 0) if x + 1 == g.pooled_w else (y, x + 1)
 
 
 def cells_of(g: Any) -> int:
@@ -120,6 +145,18 @@ def most_listed(g: Any) -> int:
     return int((min(2 * g.samples, longest) if g.samples and g.points else longest) + BAND)
 
 
+def _longest_bin(boxes: Any, g: Any) -> float:
+    """No bin is longer in pixels: rounding, a last pixel and a least size each add one at most, and then there is what
+    the kernels' arithmetic may round off."""
+    corners = boxes[:, 1:].astype(np.float64)
+    corners = corners[np.isfinite(corners).all(axis=1)]
+    if not len(corners):
+        return 0.0
+    lengths = (np.abs(corners[:, 2:] - corners[:, :2]).max(axis=0) + 2) * g.spatial_scale + 2
+    rounding = np.abs(corners).max() * max(g.spatial_scale, 1) * 2.0**-20
+    return float(np.ceil(max(lengths[0] / g.pooled_w, lengths[1] / g.pooled_h) + rounding))
+
+
 def by_image(boxes: Any, batch: int) -> tuple[Any, Any]:
     """The boxes' numbers, image by image and in order, and where each image begins among them."""
     index = boxes[:, 0].astype(np.int64)
@@ -127,10 +164,10 @@ def by_image(boxes: Any, batch: int) -> tuple[Any, Any]:
     return order, np.searchsorted(index[order], np.arange(batch + 1))
 
 
-def threads_for(g: Any, products: int, units: int) -> int:
+def threads_for(g: Any, products: int, planes: bool, units: int) -> int:
     per_bin = products * (2 * TYPICAL_PIXELS * g.out_channels + LISTING * g.classes)
     flops = g.boxes * g.pooled_h * g.pooled_w * per_bin
-    if not (has_few_channels(g) or prefers_planes(g)):
+    if not planes:
         flops += products * g.batch * g.in_channels * g.in_h * g.in_w
     return 1 if flops < SERIAL_FLOPS else _threads.threads_for(units)
 
@@ -140,20 +177,27 @@ def has_few_channels(g: Any) -> bool:
     return bool(g.out_channels // g.classes < FEW_CHANNELS and not g.is_max)
 
 
-def prefers_planes(g: Any) -> bool:
-    """For few boxes the copy would be most of the work."""
-    reads = TYPICAL_PIXELS * g.boxes * g.pooled_h * g.pooled_w
-    return bool(reads < g.batch * cells_of(g) * g.in_h * g.in_w and not g.is_max)
+def prefers_planes(g: Any, dtype: Any) -> bool:
+    """For few boxes a copy would be most of the work. So it never has more numbers than bins read, about."""
+    per_class = g.out_channels // g.classes
+    width = per_class if has_few_channels(g) else blocks_of_class(per_class, lanes_of(dtype))[1]
+    return TYPICAL_PIXELS * g.boxes * g.pooled_h * g.pooled_w * int(g.out_channels) < copy_size(g, width)
 
 
 def lanes_of(dtype: Any) -> int:
     return VECTOR_BYTES // int(dtype.itemsize)
 
 
-def lists_of_threads(threads: int, g: Any, dtype: Any) -> tuple[tuple[tuple[int, ...], Any], ...]:
-    """Shapes and dtypes of `Lists`, for each thread."""
-    of_axis = round_up(max(g.pooled_h, g.pooled_w), BAND) + BAND  # eight are listed at once, from any one on
-    listed = most_listed(g)
+def lists_of_threads(threads: int, g: Any, boxes: Any) -> tuple[tuple[tuple[int, ...], Any], ...]:
+    """Shapes and dtypes of `Lists`, for each thread. `boxes` as kernels get them."""
+    dtype = boxes.dtype
+    listed, of_axis = most_listed(g), round_up(max(g.pooled_h, g.pooled_w), BAND)  # eight are listed at once
+    entry = 2 * (pixel_dtype(g).itemsize + 2 * dtype.itemsize)
+    if of_axis * listed * entry > LIST_BYTES:
+        if not (g.points and g.is_max and g.samples):
+            # Lists as long as bins, not as the image: every pixel, or point between, is one entry, or two.
+            listed = int(min(listed, 2 * _longest_bin(boxes, g) + 16))
+        of_axis = max(BAND, min(of_axis, LIST_BYTES // (listed * entry) // BAND * BAND))
     return (
         ((threads, 2, 2 * of_axis), dtype),
         ((threads, 2 * of_axis, listed), pixel_dtype(g)),
@@ -173,13 +217,45 @@ def lists_of(thread: int, starts: Any, index: Any, weights: Any, counts: Any, en
         at(entries, (thread, 0)),
         index.shape[1] // 2,
         index.shape[2],
+        index.shape[1],
     )
+
+
+@inline_always
+def lists_from(lists: Any, y: int, x: int) -> Lists:
+    """The same memory for bins from row y and column x on: theirs are the first slots of their axis."""
+    return Lists(
+        advance(lists.starts, -y),
+        advance(lists.index, -y * lists.row),
+        advance(lists.weights, -2 * y * lists.row),
+        advance(lists.counts, -y),
+        advance(lists.entries, -y),
+        lists.of_axis + y - x,
+        lists.row,
+        lists.beyond,
+    )
+
+
+@inline_always
+def bins_from(y: int, x: int, first: Any, last: Any, lists: Any) -> tuple[Any, Any, int]:
+    """As many of the bins first <= bin < last, from row y, column x on in their order, as there are slots for.
+
+    Which bins have to be listed for them, from where to where, and how many they are.
+    """
+    slots, columns = lists.of_axis, last[1] - first[1]
+    if columns <= slots:
+        until = min(y + slots, last[0])
+        return (y, first[1]), (until, last[1]), (until - y) * columns - (x - first[1])
+    end = min(x + slots, last[1])
+    return (y, x), (y + 1, end), end - x
 
 
 def flat_arguments(input: Any, boxes: Any, offset: Any, mask: Any, g: Any, dtype: Any) -> tuple[Any, ...]:
     """input, boxes, offset, mask in the kernels' shapes; an absent one is empty."""
     return (
-        contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)),
+        np.empty((0, 1, 1), dtype)
+        if input is None
+        else contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)),
         contiguous(boxes, dtype, (g.boxes, 5)),
         np.empty((0, 1, 2, 1), dtype)
         if offset is None
@@ -254,12 +330,12 @@ def lay_bins(box: Any, first: Any, last: Any, boxes: Any, lists: Any, g: Any) ->
         for bin_ in range(first[axis], last[axis]):
             slot = axis * lists.of_axis + bin_
             lists.starts[slot] = begin + real(bin_) * bin_size if g.points else begin
-            lists.starts[2 * lists.of_axis + slot] = bin_size
+            lists.starts[lists.beyond + slot] = bin_size
 
 
 @inline_always
 def move_bin(sy: int, box: Any, r: int, cls: int, bin_: Any, offset: Any, lists: Any, g: Any) -> None:
-    """A bin, which is a row of `bins_table`, where its offset moves it: into slot sy and its like of x."""
+    """A bin where its offset moves it: into slot sy and its like of x."""
     begin_y, size_y, begin_x, size_x, state = box
     real = offset.dtype.type
     offset_y, offset_x = offset[r, cls, 1, bin_.part], offset[r, cls, 0, bin_.part]
@@ -267,8 +343,8 @@ def move_bin(sy: int, box: Any, r: int, cls: int, bin_: Any, offset: Any, lists:
     move_y, move_x = offset_y * scale * size_y, offset_x * scale * size_x  # eq. 2
     if state != BROKEN:
         state = worse(state, state_of(offset_y, offset_x, move_y, move_x))
-    sx, sizes = lists.of_axis + sy, 2 * lists.of_axis
-    lists.entries[2 * lists.of_axis + sy] = state
+    sx, sizes = lists.of_axis + sy, lists.beyond
+    lists.entries[lists.beyond + sy] = state
     sound = state == SOUND
     bin_h, bin_w = size_y / real(g.pooled_h), size_x / real(g.pooled_w)
     lists.starts[sy] = begin_y + real(bin_.y) * bin_h + move_y if sound else real(0)
@@ -281,7 +357,7 @@ def move_bin(sy: int, box: Any, r: int, cls: int, bin_: Any, offset: Any, lists:
 def slots_of(py: int, px: int, place: int, state: int, lists: Any, p: Any) -> tuple[int, int, int]:
     """Slots (y, x) and the state of the bin in row py, column px, which is number `place` of those listed together."""
     if p.has_offset:
-        return place, lists.of_axis + place, lists.entries[2 * lists.of_axis + place]
+        return place, lists.of_axis + place, lists.entries[lists.beyond + place]
     return py, lists.of_axis + px, state
 
 
@@ -302,7 +378,7 @@ def list_bins(first: Any, last: Any, boxes: Any, lists: Any, g: Any, sloped: boo
             if in_lanes:
                 listed = band_lists(
                     advance(lists.starts, slot0),
-                    advance(lists.starts, 2 * lists.of_axis + slot0),
+                    advance(lists.starts, lists.beyond + slot0),
                     advance(lists.index, slot0 * lists.row),
                     advance(lists.weights, 2 * slot0 * lists.row),
                     advance(lists.entries, slot0),
@@ -324,7 +400,7 @@ def list_bins(first: Any, last: Any, boxes: Any, lists: Any, g: Any, sloped: boo
                     continue
                 index, weights = advance(lists.index, slot * lists.row), advance(lists.weights, 2 * slot * lists.row)
                 slopes = advance(weights, lists.row)
-                start, size = lists.starts[slot], lists.starts[2 * lists.of_axis + slot]
+                start, size = lists.starts[slot], lists.starts[lists.beyond + slot]
                 if g.points:
                     n, count = points_read(start, size, length, boxes, g, index, weights, slopes)
                 else:
@@ -339,7 +415,7 @@ def list_of_box(
     r: int,
     cls: int,
     chunk: int,
-    count: int,
+    most: int,
     boxes: Any,
     offset: Any,
     bins: Any,
@@ -347,17 +423,28 @@ def list_of_box(
     g: Any,
     p: Any,
     sloped: bool,
-) -> None:
-    """`list_bins` of a box: `count` of them from number `chunk` on, up to eight, or all if nothing moves them."""
-    first, last = (0, 0), (g.pooled_h, g.pooled_w)
+) -> tuple[Lists, int]:
+    """`list_bins` of a box: of up to `most` bins from number `chunk` on, up to eight, or all that there are slots for
+    if nothing moves them. The lists in which their slots are, and how many bins they are.
+    """
+    y = chunk // g.pooled_w
+    x = chunk - y * g.pooled_w
+    first, last, count = bins_from(y, x, (0, 0), (g.pooled_h, g.pooled_w), lists)
+    count = min(count, most)
+    here = lists
     if p.has_offset:
-        last = count, count
+        count = min(most, BAND)
+        first, last = (0, 0), (count, count)
         for slot in range(count):
-            move_bin(slot, box, r, cls, bins[chunk + slot], offset, lists, g)
-    elif box[4] == SOUND:
-        lay_bins(box, first, last, boxes, lists, g)
+            move_bin(slot, box, r, cls, bin_at(y, x, bins, g), offset, lists, g)
+            y, x = bin_after(y, x, g)
+    else:
+        here = lists_from(lists, first[0], first[1])
+        if box[4] == SOUND:
+            lay_bins(box, first, last, boxes, here, g)
     if p.has_offset or box[4] == SOUND:
-        list_bins(first, last, boxes, lists, g, sloped)
+        list_bins(first, last, boxes, here, g, sloped)
+    return here, count
 
 
 @inline_always
@@ -376,26 +463,29 @@ def list_of_cell(
     g: Any,
     p: Any,
     sloped: bool,
-) -> int:
-    """`list_bins` of some boxes, from `current` on: up to eight, or all of one box if nothing moves them. How many."""
-    count = (last[0] - first[0]) * (last[1] - first[1])
+) -> tuple[Lists, int]:
+    """`list_bins` of some boxes, from `current` on: up to eight, or those of one box that there are slots for if
+    nothing moves them. The lists in which their slots are, and how many bins they are."""
+    here_first, here_last, count = bins_from(current[1], current[2], first, last, lists)
+    here = lists
     sound = True
     if p.has_offset:
         count = min(left, BAND)
         for slot in range(count):
             place, py, px = current
             r = order[place]
-            move_bin(slot, found_box(extents, states, r), r, cls, bins[py * g.pooled_w + px], offset, lists, g)
+            move_bin(slot, found_box(extents, states, r), r, cls, bin_at(py, px, bins, g), offset, lists, g)
             current = next_bin(current, first, last)
-        first, last = (0, 0), (count, count)
+        here_first, here_last = (0, 0), (count, count)
     else:
         r = order[current[0]]
+        here = lists_from(lists, here_first[0], here_first[1])
         sound = states[r] == SOUND
         if sound:
-            lay_bins(found_box(extents, states, r), first, last, extents, lists, g)
+            lay_bins(found_box(extents, states, r), here_first, here_last, extents, here, g)
     if sound:
-        list_bins(first, last, extents, lists, g, sloped)
-    return count
+        list_bins(here_first, here_last, extents, here, g, sloped)
+    return here, count
 
 
 @inline_always

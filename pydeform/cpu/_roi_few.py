@@ -13,7 +13,8 @@ import numpy as np
 from pydeform.cpu import _roi_common, _threads
 from pydeform.cpu._arrays import workspace
 from pydeform.cpu._conv_common import pixel_dtype
-from pydeform.cpu._jit import Kernel, inline
+from pydeform.cpu._jit import Kernel, inline, inline_always
+from pydeform.cpu._planes import NO_PLANES, Planes, gather, gather_band, reader_of, reader_parts
 from pydeform.cpu._roi_common import (
     LISTED,
     bins_of,
@@ -43,6 +44,7 @@ UNITS_OF_THREAD = 16
 class FewPlan(NamedTuple):
     """All that kernels know beside the geometry. None of it changes a bit of any result."""
 
+    planes: int  # 1: pixels are gathered from the input, since kernels cannot read it as it is; 0: they can
     per_class: int  # channels of a class
     parts: int  # of an image's boxes, each for itself, where they write to different places and there are few planes
     units: int  # into which the planes, or their parts, are divided; some may be empty
@@ -53,12 +55,19 @@ class FewPlan(NamedTuple):
 
 
 def _plan(
-    g: Any, threads: int, has_offset: bool, has_mask: bool, need_input: bool = False, need_dots: bool = False
+    g: Any,
+    threads: int,
+    planes: bool,
+    has_offset: bool,
+    has_mask: bool,
+    need_input: bool = False,
+    need_dots: bool = False,
 ) -> FewPlan:
-    planes = g.batch * _roi_common.cells_of(g) * g.classes
+    number = g.batch * _roi_common.cells_of(g) * g.classes
     return FewPlan(
+        planes=int(planes),
         per_class=g.out_channels // g.classes,
-        parts=-(-UNITS_OF_THREAD * threads // (4 * planes)) if threads > 1 else 1,
+        parts=-(-UNITS_OF_THREAD * threads // (4 * number)) if threads > 1 else 1,
         units=UNITS_OF_THREAD * threads,
         has_offset=int(has_offset),
         has_mask=int(has_mask),
@@ -67,36 +76,45 @@ def _plan(
     )
 
 
-def _workspace(threads: int, g: Any, dtype: Any) -> Any:
+def _workspace(threads: int, g: Any, boxes: Any, gathered: bool) -> Any:
+    dtype = boxes.dtype
+    lists = _roi_common.lists_of_threads(threads, g, boxes)
+    longest = max(LISTED, lists[1][0][-1]) if gathered else 0
     return workspace(
         ((g.boxes, 4), dtype),
         ((g.boxes,), np.dtype(np.int64)),
-        *_roi_common.lists_of_threads(threads, g, dtype),
+        *lists,
         ((threads, LISTED), pixel_dtype(g)),
         ((threads, 3, LISTED), dtype),
+        *reader_parts(threads, longest, BAND, pixel_dtype(g), dtype),
     )
 
 
-def forward(arguments: tuple[Any, ...], output: Any, has_offset: bool, has_mask: bool, g: Any) -> None:
-    threads = _roi_common.threads_for(g, 1, g.boxes * _roi_common.cells_of(g) * g.classes)
+def forward(
+    arguments: tuple[Any, ...], planes: Planes | None, output: Any, has_offset: bool, has_mask: bool, g: Any
+) -> None:
+    """`planes`: where the input lies, if `arguments` have none of it."""
+    threads = _roi_common.threads_for(g, 1, True, g.boxes * _roi_common.cells_of(g) * g.classes)
     _threads.run(
         _mean_of_few,
         output.dtype.char + pixel_dtype(g).char,
         threads,
         _threads.new_counters(2),
         *arguments,
+        planes or NO_PLANES,
         *_roi_common.by_image(arguments[1], g.batch),
         output,
-        *_workspace(threads, g, output.dtype),
+        *_workspace(threads, g, arguments[1], planes is not None),
         bins_of(g),
         g,
-        _plan(g, threads, has_offset, has_mask),
+        _plan(g, threads, planes is not None, has_offset, has_mask),
     )
 
 
 def backward(
     grad_output: Any,
     arguments: tuple[Any, ...],
+    planes: Planes | None,
     grad_input: Any,
     grad_moves: Any,
     grad_mask: Any,
@@ -106,7 +124,7 @@ def backward(
 ) -> None:
     """Adds to grad_input, and writes grad_moves (box, class, axis, bin) and grad_mask; an empty one is not wanted."""
     units = (g.batch * bool(len(grad_input)) + g.boxes * bool(len(grad_mask))) * _roi_common.cells_of(g) * g.classes
-    threads = _roi_common.threads_for(g, 1 + 2 * bool(len(grad_mask)), units)
+    threads = _roi_common.threads_for(g, 1 + 2 * bool(len(grad_mask)), True, units)
     _threads.run(
         _few_backward,
         grad_output.dtype.char + pixel_dtype(g).char,
@@ -114,14 +132,15 @@ def backward(
         _threads.new_counters(2),
         grad_output,
         *arguments,
+        planes or NO_PLANES,
         *_roi_common.by_image(arguments[1], g.batch),
         grad_input,
         grad_moves,
         grad_mask,
-        *_workspace(threads, g, grad_output.dtype),
+        *_workspace(threads, g, arguments[1], planes is not None and len(grad_mask) > 0),
         bins_of(g),
         g,
-        _plan(g, threads, has_offset, has_mask, len(grad_input) > 0, len(grad_mask) > 0),
+        _plan(g, threads, planes is not None, has_offset, has_mask, len(grad_input) > 0, len(grad_mask) > 0),
     )
 
 
@@ -143,6 +162,27 @@ def _place(piece: int, parts: int, starts: Any, g: Any) -> tuple[int, int, int, 
     return b, cls, cell, starts[b] + n * part // parts, starts[b] + n * (part + 1) // parts
 
 
+@inline_always
+def _rows_of(
+    b: int, channel: int, sy: int, x: Any, k: int, columns: int, input: Any, lists: Any, reader: Any, g: Any, p: Any
+) -> Any:
+    """For `band_sum`: a bin's columns from x[k] on, the list of its rows there, the width and the rest of the plane."""
+    rows, count = advance(lists.index, sy * lists.row), lists.entries[sy]
+    if p.planes:
+        gather_band(reader, b, channel, rows, count, np.int64(x[k]), min(BAND, columns - k), BAND)
+        return reader.pixels, reader.own, BAND, count * BAND
+    return at(input, (b, channel, np.int64(x[k]))), rows, g.in_w, g.in_h * g.in_w - x[k]
+
+
+@inline_always
+def _listed_of(b: int, channel: int, places: Any, count: int, input: Any, reader: Any, g: Any, p: Any) -> Any:
+    """A plane, and where in it the listed pixels are."""
+    if p.planes:
+        gather(reader, b, channel, 1, 1, 1, places, count, g.in_w)
+        return reader.pixels, reader.own
+    return at(input, (b, channel, 0)), at(places, (0,))
+
+
 @Kernel
 def _mean_of_few(
     thread: int,
@@ -151,6 +191,7 @@ def _mean_of_few(
     boxes: Any,
     offset: Any,
     mask: Any,
+    planes: Any,
     order: Any,
     starts: Any,
     output: Any,
@@ -163,6 +204,9 @@ def _mean_of_few(
     all_entries: Any,
     all_places: Any,
     all_products: Any,
+    all_own: Any,
+    all_offsets: Any,
+    all_pixels: Any,
     bins: Any,
     g: Any,
     p: Any,
@@ -170,13 +214,28 @@ def _mean_of_few(
     find_boxes(counters, 0, boxes, extents, states, g)
     lists = lists_of(thread, all_starts, all_index, all_weights, all_counts, all_entries)
     places, products = all_places[thread], all_products[thread]
+    reader = reader_of(thread, planes, all_own, all_offsets, all_pixels)
     unit = claim(counters, 1)
     while unit < p.units:
         first, last = _planes_of(unit, p.units, p.parts, g)
         for piece in range(first, last):
             place = _place(piece, p.parts, starts, g)
             _mean_of_plane(
-                place, input, offset, mask, order, output, extents, states, lists, places, products, bins, g, p
+                place,
+                input,
+                offset,
+                mask,
+                order,
+                output,
+                extents,
+                states,
+                lists,
+                places,
+                products,
+                reader,
+                bins,
+                g,
+                p,
             )
         finish(counters, 1)
         unit = claim(counters, 1)
@@ -196,6 +255,7 @@ def _mean_of_plane(
     lists: Any,
     places: Any,
     products: Any,
+    reader: Any,
     bins: Any,
     g: Any,
     p: Any,
@@ -207,40 +267,46 @@ def _mean_of_plane(
     current = box, first[0], first[1]
     left = (last_box - box) * (last[0] - first[0]) * (last[1] - first[1])
     while left > 0:
-        count = list_of_cell(current, left, first, last, cls, extents, states, order, offset, bins, lists, g, p, False)
+        here, count = list_of_cell(
+            current, left, first, last, cls, extents, states, order, offset, bins, lists, g, p, False
+        )
         for slot in range(count):
             box, py, px = current
             r, i = order[box], py * g.pooled_w + px
             current = next_bin(current, first, last)
-            sy, sx, state = slots_of(py, px, slot, states[r], lists, p)
-            listed = entries_of(state, sy, sx, lists)
-            scale = scale_of(state, sy, sx, extents, lists, g)
+            sy, sx, state = slots_of(py, px, slot, states[r], here, p)
+            listed = entries_of(state, sy, sx, here)
+            scale = scale_of(state, sy, sx, extents, here, g)
             if p.has_mask:
                 scale *= mask[r, i]
-            is_band = listed > 0 and is_run(sx, lists)
-            columns, x = lists.entries[sx], advance(lists.index, sx * lists.row)
+            is_band = listed > 0 and is_run(sx, here)
+            columns, x = here.entries[sx], advance(here.index, sx * here.row)
             for c in range(cls * p.per_class, (cls + 1) * p.per_class):
                 total = output.dtype.type(0)
                 for k in range(0, columns if is_band else 0, BAND):
+                    source, rows, width, room = _rows_of(
+                        b, c * cells + cell, sy, x, k, columns, input, here, reader, g, p
+                    )
                     total += band_sum(
-                        at(input, (b, c * cells + cell, np.int64(x[k]))),
-                        advance(lists.index, sy * lists.row),
-                        advance(lists.weights, 2 * sy * lists.row),
-                        lists.entries[sy],
-                        g.in_w,
-                        g.in_h * g.in_w - x[k],
-                        advance(lists.weights, 2 * sx * lists.row + k),
+                        source,
+                        rows,
+                        advance(here.weights, 2 * sy * here.row),
+                        here.entries[sy],
+                        width,
+                        room,
+                        advance(here.weights, 2 * sx * here.row + k),
                         min(BAND, columns - k),
                     )
                 output[r, c, i] = total * scale
             for done in range(0, 0 if is_band else listed, LISTED):
                 stop = min(done + LISTED, listed)
-                list_pixels(sy, sx, done, stop, g, lists, places, products)
+                list_pixels(sy, sx, done, stop, g, here, places, products)
                 for c in range(cls * p.per_class, (cls + 1) * p.per_class):
+                    pixels, index = _listed_of(b, c * cells + cell, places, stop - done, input, reader, g, p)
                     plane_weighted_sum(
                         at(output, (r, c, i)),
-                        at(input, (b, c * cells + cell, 0)),
-                        at(places, (0,)),
+                        pixels,
+                        index,
                         at(products, (0, 0)),
                         stop - done,
                         1,
@@ -260,6 +326,7 @@ def _few_backward(
     boxes: Any,
     offset: Any,
     mask: Any,
+    planes: Any,
     order: Any,
     starts: Any,
     grad_input: Any,
@@ -274,6 +341,9 @@ def _few_backward(
     all_entries: Any,
     all_places: Any,
     all_products: Any,
+    all_own: Any,
+    all_offsets: Any,
+    all_pixels: Any,
     bins: Any,
     g: Any,
     p: Any,
@@ -281,6 +351,7 @@ def _few_backward(
     find_boxes(counters, 0, boxes, extents, states, g)
     lists = lists_of(thread, all_starts, all_index, all_weights, all_counts, all_entries)
     places, products = all_places[thread], all_products[thread]
+    reader = reader_of(thread, planes, all_own, all_offsets, all_pixels)
     scattering = p.units * p.need_input
     units = scattering + p.units * p.need_dots
     unit = claim(counters, 1)
@@ -323,6 +394,7 @@ def _few_backward(
                     lists,
                     places,
                     products,
+                    reader,
                     bins,
                     g,
                     p,
@@ -356,36 +428,38 @@ def _add_to_plane(
     current = box, first[0], first[1]
     left = (last_box - box) * (last[0] - first[0]) * (last[1] - first[1])
     while left > 0:
-        count = list_of_cell(current, left, first, last, cls, extents, states, order, offset, bins, lists, g, p, False)
+        here, count = list_of_cell(
+            current, left, first, last, cls, extents, states, order, offset, bins, lists, g, p, False
+        )
         for slot in range(count):
             box, py, px = current
             r, i = order[box], py * g.pooled_w + px
             current = next_bin(current, first, last)
-            sy, sx, state = slots_of(py, px, slot, states[r], lists, p)
-            listed = entries_of(state, sy, sx, lists)
+            sy, sx, state = slots_of(py, px, slot, states[r], here, p)
+            listed = entries_of(state, sy, sx, here)
             if listed == 0:
                 continue
-            scale = scale_of(state, sy, sx, extents, lists, g)
+            scale = scale_of(state, sy, sx, extents, here, g)
             if p.has_mask:
                 scale *= mask[r, i]
-            is_band = is_run(sx, lists)
-            columns, x = lists.entries[sx], advance(lists.index, sx * lists.row)
+            is_band = is_run(sx, here)
+            columns, x = here.entries[sx], advance(here.index, sx * here.row)
             for c in range(cls * p.per_class, (cls + 1) * p.per_class):
                 for k in range(0, columns if is_band else 0, BAND):
                     band_scatter(
                         at(grad_input, (b, c * cells + cell, np.int64(x[k]))),
-                        advance(lists.index, sy * lists.row),
-                        advance(lists.weights, 2 * sy * lists.row),
-                        lists.entries[sy],
+                        advance(here.index, sy * here.row),
+                        advance(here.weights, 2 * sy * here.row),
+                        here.entries[sy],
                         g.in_w,
                         g.in_h * g.in_w - x[k],
-                        advance(lists.weights, 2 * sx * lists.row + k),
+                        advance(here.weights, 2 * sx * here.row + k),
                         min(BAND, columns - k),
                         grad_output[r, c, i] * scale,
                     )
             for done in range(0, 0 if is_band else listed, LISTED):
                 stop = min(done + LISTED, listed)
-                list_pixels(sy, sx, done, stop, g, lists, places, products)
+                list_pixels(sy, sx, done, stop, g, here, places, products)
                 for c in range(cls * p.per_class, (cls + 1) * p.per_class):
                     plane_scatter(
                         at(grad_output, (r, c, i)),
@@ -415,6 +489,7 @@ def _dots_of_plane(
     lists: Any,
     places: Any,
     products: Any,
+    reader: Any,
     bins: Any,
     g: Any,
     p: Any,
@@ -426,44 +501,50 @@ def _dots_of_plane(
     current = box, first[0], first[1]
     left = (last_box - box) * (last[0] - first[0]) * (last[1] - first[1])
     while left > 0:
-        count = list_of_cell(current, left, first, last, cls, extents, states, order, offset, bins, lists, g, p, True)
+        here, count = list_of_cell(
+            current, left, first, last, cls, extents, states, order, offset, bins, lists, g, p, True
+        )
         for slot in range(count):
             box, py, px = current
             r, i = order[box], py * g.pooled_w + px
             current = next_bin(current, first, last)
-            sy, sx, state = slots_of(py, px, slot, states[r], lists, p)
-            listed = entries_of(state, sy, sx, lists)
-            scale = scale_of(state, sy, sx, extents, lists, g)
+            sy, sx, state = slots_of(py, px, slot, states[r], here, p)
+            listed = entries_of(state, sy, sx, here)
+            scale = scale_of(state, sy, sx, extents, here, g)
             value = along_y = along_x = grad_output.dtype.type(0)
-            is_band = listed > 0 and is_run(sx, lists)
-            columns, x = lists.entries[sx], advance(lists.index, sx * lists.row)
-            y_weights = advance(lists.weights, 2 * sy * lists.row)
+            is_band = listed > 0 and is_run(sx, here)
+            columns, x = here.entries[sx], advance(here.index, sx * here.row)
+            y_weights = advance(here.weights, 2 * sy * here.row)
             for c in range(cls * p.per_class, (cls + 1) * p.per_class):
                 grad = grad_output[r, c, i]
                 for k in range(0, columns if is_band else 0, BAND):
-                    x_weights = advance(lists.weights, 2 * sx * lists.row + k)
+                    x_weights = advance(here.weights, 2 * sx * here.row + k)
+                    source, rows, width, room = _rows_of(
+                        b, c * cells + cell, sy, x, k, columns, input, here, reader, g, p
+                    )
                     dots = band_dots(
-                        at(input, (b, c * cells + cell, np.int64(x[k]))),
-                        advance(lists.index, sy * lists.row),
+                        source,
+                        rows,
                         y_weights,
-                        advance(y_weights, lists.row),
-                        lists.entries[sy],
-                        g.in_w,
-                        g.in_h * g.in_w - x[k],
+                        advance(y_weights, here.row),
+                        here.entries[sy],
+                        width,
+                        room,
                         x_weights,
-                        advance(x_weights, lists.row),
+                        advance(x_weights, here.row),
                         min(BAND, columns - k),
                     )
                     value, along_y, along_x = value + dots[0] * grad, along_y + dots[1] * grad, along_x + dots[2] * grad
             for done in range(0, 0 if is_band else listed, LISTED):
                 stop = min(done + LISTED, listed)
-                list_pixels(sy, sx, done, stop, g, lists, places, products)
-                list_slopes(sy, sx, done, stop, lists, products)
+                list_pixels(sy, sx, done, stop, g, here, places, products)
+                list_slopes(sy, sx, done, stop, here, products)
                 for c in range(cls * p.per_class, (cls + 1) * p.per_class):
+                    pixels, index = _listed_of(b, c * cells + cell, places, stop - done, input, reader, g, p)
                     dots = plane_weighted_dots(
                         at(grad_output, (r, c, i)),
-                        at(input, (b, c * cells + cell, 0)),
-                        at(places, (0,)),
+                        pixels,
+                        index,
                         at(products, (0, 0)),
                         at(products, (1, 0)),
                         at(products, (2, 0)),

@@ -11,10 +11,14 @@ from pydeform.cpu._arrays import compute_dtype, empty, to_result, workspace
 from pydeform.cpu._channels_last import to_channels_first
 from pydeform.cpu._conv_common import pixel_dtype
 from pydeform.cpu._jit import Kernel
+from pydeform.cpu._planes import NO_PLANES, gather, is_as_computed, planes_of, reader_of, reader_parts
 from pydeform.cpu._roi_common import (
     LISTED,
+    SLICE_BYTES,
     TILE,
     RoiPlan,
+    bin_after,
+    bin_at,
     bins_of,
     box_of,
     convert_image,
@@ -28,34 +32,36 @@ from pydeform.cpu._roi_common import (
     slots_of,
 )
 from pydeform.cpu._roi_largest import largest_of_bin, list_candidates
-from pydeform.cpu._simd import VECTOR_BYTES, at
-from pydeform.cpu._simd_bands import BAND
-from pydeform.cpu._simd_roi import plane_weighted_sum, weighted_sum
+from pydeform.cpu._simd import VECTOR_BYTES, advance, at
+from pydeform.cpu._simd_roi import weighted_sum
 from pydeform.cpu._threads import claim, finish, wait_for
 
 
 def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
     dtype = compute_dtype(input.dtype)
-    bins = bins_of(g)
-    output = empty((g.boxes, g.out_channels, len(bins)), dtype)
-    arguments = _roi_common.flat_arguments(input, boxes, offset, mask, g, dtype)
-    if g.boxes and _roi_common.has_few_channels(g):
-        _roi_few.forward(arguments, output, offset is not None, mask is not None, g)
+    bins = g.pooled_h * g.pooled_w
+    output = empty((g.boxes, g.out_channels, bins), dtype)
+    planes, few = _roi_common.prefers_planes(g, dtype), _roi_common.has_few_channels(g)
+    planes = planes and not (few and is_as_computed(input, dtype))
+    arguments = _roi_common.flat_arguments(None if planes else input, boxes, offset, mask, g, dtype)
+    if g.boxes and few:
+        given = offset is not None, mask is not None
+        _roi_few.forward(arguments, planes_of(input) if planes else None, output, *given, g)
     elif g.boxes:
         lanes = _roi_common.lanes_of(dtype)
         per_class = g.out_channels // g.classes
-        planes = _roi_common.prefers_planes(g)
         channel_bytes = g.in_h * g.in_w * _roi_common.cells_of(g) * g.classes * dtype.itemsize
-        slices, width = slices_of_class(per_class, lanes, 1 if planes else max(channel_bytes, 1))
+        # Few channels at a time are gathered, so that a thread's pixels stay in its caches.
+        slices, width = slices_of_class(per_class, lanes, SLICE_BYTES if planes else max(channel_bytes, 1))
         plan = RoiPlan(
             planes=int(planes),
             per_class=per_class,
             width=width,
-            tile_bins=min(len(bins), max(lanes, TILE // width)),
+            tile_bins=min(bins, max(lanes, TILE // width)),
             has_offset=int(offset is not None),
             has_mask=int(mask is not None),
         )
-        threads = _roi_common.threads_for(g, 1, g.boxes * g.classes)
+        threads = _roi_common.threads_for(g, 1, planes, g.boxes * g.classes)
         corners = 4 if g.is_max and g.points else 1
         _threads.run(
             _largest if g.is_max else _mean,
@@ -63,18 +69,20 @@ def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
             threads,
             _threads.new_counters(2 * len(slices)),
             *arguments,
+            planes_of(input) if planes else NO_PLANES,
             _roi_common.by_image(arguments[1], g.batch)[1],
             output,
             *workspace(
                 ((0 if planes else _roi_common.copy_size(g, width),), dtype),
-                ((threads, 0 if planes else plan.tile_bins, width), dtype),
-                *_roi_common.lists_of_threads(threads, g, dtype),
+                ((threads, plan.tile_bins, width), dtype),
+                *_roi_common.lists_of_threads(threads, g, arguments[1]),
                 ((threads, corners * LISTED), pixel_dtype(g)),
                 ((threads, 3, corners * LISTED), dtype),
                 ((threads, width), np.dtype(f"i{dtype.itemsize}")),
+                *reader_parts(threads, corners * LISTED * planes, width, pixel_dtype(g), dtype),
             ),
             np.full(g.out_channels, -0.0, dtype),  # added to every output: +0.0 would change -0.0
-            bins,
+            bins_of(g),
             slices,
             g,
             plan,
@@ -90,6 +98,7 @@ def _mean(
     boxes: Any,
     offset: Any,
     mask: Any,
+    planes: Any,
     starts: Any,
     output: Any,
     image: Any,
@@ -102,6 +111,9 @@ def _mean(
     all_places: Any,
     all_products: Any,
     all_winners: Any,
+    all_own: Any,
+    all_offsets: Any,
+    all_pixels: Any,
     no_shift: Any,
     bins: Any,
     slices: Any,
@@ -110,8 +122,10 @@ def _mean(
 ) -> None:
     lists = lists_of(thread, all_starts, all_index, all_weights, all_counts, all_entries)
     places, products = all_places[thread], all_products[thread]
+    reader = reader_of(thread, planes, all_own, all_offsets, all_pixels)
     one = output.dtype.type(1)
     cells = g.group_h * g.group_w
+    bins_of_box = g.pooled_h * g.pooled_w
     units = g.boxes * g.classes
     for s in range(len(slices)):
         row = slices[s]
@@ -124,53 +138,47 @@ def _mean(
             b = np.int64(boxes[r, 0])
             channel = cls * p.per_class + row.first
             box = box_of(boxes, r, g)
-            for bin0 in range(0, len(bins), p.tile_bins):
-                bin1 = min(bin0 + p.tile_bins, len(bins))
-                step = BAND if p.has_offset else bin1 - bin0
-                for chunk in range(bin0, bin1, step):
-                    count = min(step, bin1 - chunk)
-                    list_of_box(box, r, cls, chunk, count, boxes, offset, bins, lists, g, p, False)
+            for bin0 in range(0, bins_of_box, p.tile_bins):
+                bin1 = min(bin0 + p.tile_bins, bins_of_box)
+                chunk = bin0
+                while chunk < bin1:
+                    here, count = list_of_box(box, r, cls, chunk, bin1 - chunk, boxes, offset, bins, lists, g, p, False)
+                    y = chunk // g.pooled_w
+                    x = chunk - y * g.pooled_w
                     for i in range(chunk, chunk + count):
-                        bin_ = bins[i]
-                        sy, sx, state = slots_of(bin_.y, bin_.x, i - chunk, box[4], lists, p)
-                        scale = scale_of(state, sy, sx, boxes, lists, g)
+                        cell = bin_at(y, x, bins, g).cell
+                        sy, sx, state = slots_of(y, x, i - chunk, box[4], here, p)
+                        y, x = bin_after(y, x, g)
+                        scale = scale_of(state, sy, sx, boxes, here, g)
                         if p.has_mask:
                             scale *= mask[r, i]
-                        listed = entries_of(state, sy, sx, lists)
+                        listed = entries_of(state, sy, sx, here)
                         done, more = 0, False
                         while done < listed or not more:  # once at least: a bin that reads nothing has a value too
                             until = min(done + LISTED, listed)
+                            index, pixels = at(places, (0,)), at(image, (0,))
                             if until > done:
-                                list_pixels(sy, sx, done, until, g, lists, places, products)
-                            factor = scale if until == listed else one
+                                list_pixels(sy, sx, done, until, g, here, places, products)
                             if p.planes:
-                                for c in range(channel, channel + row.channels):
-                                    plane_weighted_sum(
-                                        at(output, (r, c, i)),
-                                        at(input, (b, c * cells + bin_.cell, 0)),
-                                        at(places, (0,)),
-                                        at(products, (0, 0)),
-                                        until - done,
-                                        1,
-                                        1,
-                                        factor,
-                                        more,
-                                    )
+                                first = channel * cells + cell
+                                gather(reader, b, first, cells, row.channels, row.width, places, until - done, g.in_w)
+                                index, pixels = reader.own, reader.pixels
                             else:
-                                weighted_sum(
-                                    at(tiles, (thread, i - bin0, 0)),
-                                    at(image, (copy_origin(b, bin_.cell, cls, row.before, g, p),)),
-                                    at(places, (0,)),
-                                    at(products, (0, 0)),
-                                    until - done,
-                                    row.width,
-                                    row.width * image.itemsize // VECTOR_BYTES,
-                                    factor,
-                                    more,
-                                )
+                                pixels = advance(pixels, copy_origin(b, cell, cls, row.before, g, p))
+                            weighted_sum(
+                                at(tiles, (thread, i - bin0, 0)),
+                                pixels,
+                                index,
+                                at(products, (0, 0)),
+                                until - done,
+                                row.width,
+                                row.width * image.itemsize // VECTOR_BYTES,
+                                scale if until == listed else one,
+                                more,
+                            )
                             done, more = until, True
-                if not p.planes:
-                    to_channels_first(tiles[thread], output, r, channel, row.channels, bin0, bin1 - bin0, no_shift)
+                    chunk += count
+                to_channels_first(tiles[thread], output, r, channel, row.channels, bin0, bin1 - bin0, no_shift)
             finish(counters, 2 * s + 1)
             unit = claim(counters, 2 * s + 1)
         wait_for(counters, 2 * s + 1, units)
@@ -184,6 +192,7 @@ def _largest(
     boxes: Any,
     offset: Any,
     mask: Any,
+    planes: Any,
     starts: Any,
     output: Any,
     image: Any,
@@ -196,6 +205,9 @@ def _largest(
     all_places: Any,
     all_products: Any,
     all_winners: Any,
+    all_own: Any,
+    all_offsets: Any,
+    all_pixels: Any,
     no_shift: Any,
     bins: Any,
     slices: Any,
@@ -204,31 +216,42 @@ def _largest(
 ) -> None:
     lists = lists_of(thread, all_starts, all_index, all_weights, all_counts, all_entries)
     places, products, winners = all_places[thread], all_products[thread], all_winners[thread]
+    reader = reader_of(thread, planes, all_own, all_offsets, all_pixels)
+    bins_of_box = g.pooled_h * g.pooled_w
     for s in range(len(slices)):
         row = slices[s]
-        convert_image(counters, 2 * s, input, starts, image, slices[s : s + 1], g, p)
+        if not p.planes:
+            convert_image(counters, 2 * s, input, starts, image, slices[s : s + 1], g, p)
         unit = claim(counters, 2 * s + 1)
         while unit < g.boxes:
             b = np.int64(boxes[unit, 0])
             box = box_of(boxes, unit, g)
-            list_candidates(box, boxes, lists, g)
-            for bin0 in range(0, len(bins), p.tile_bins):
-                bin1 = min(bin0 + p.tile_bins, len(bins))
+            here, listed = lists, 0  # bins before number `listed` have their candidates in `here`, the latest of them
+            y, x = 0, 0
+            for bin0 in range(0, bins_of_box, p.tile_bins):
+                bin1 = min(bin0 + p.tile_bins, bins_of_box)
                 for i in range(bin0, bin1):
+                    if i == listed:
+                        here, count = list_candidates(box, i, boxes, lists, g)
+                        listed += count
                     largest_of_bin(
                         box[4],
-                        bins[i].y,
-                        lists.of_axis + bins[i].x,
+                        y,
+                        here.of_axis + x,
                         at(tiles, (thread, i - bin0, 0)),
                         winners,
-                        at(image, (copy_origin(b, 0, 0, row.before, g, p),)),
-                        row.width,
+                        at(image, (copy_origin(b, 0, 0, row.before, g, p) * (1 - p.planes),)),
+                        row,
                         boxes,
-                        lists,
+                        here,
                         g,
                         places,
                         products,
+                        b,
+                        reader,
+                        p,
                     )
+                    y, x = bin_after(y, x, g)
                 to_channels_first(tiles[thread], output, unit, row.first, row.channels, bin0, bin1 - bin0, no_shift)
             finish(counters, 2 * s + 1)
             unit = claim(counters, 2 * s + 1)

@@ -6,31 +6,37 @@ from typing import Any
 
 import numpy as np
 
-from pydeform.cpu._jit import inline
+from pydeform.cpu._jit import inline, inline_always
+from pydeform.cpu._planes import gather
 from pydeform.cpu._roi_bins import BROKEN, SOUND, pixels_read, points_listed
-from pydeform.cpu._roi_common import LISTED, entries_of, lay_bins
+from pydeform.cpu._roi_common import LISTED, bins_from, entries_of, lay_bins, lists_from
 from pydeform.cpu._simd import VECTOR_BYTES, advance, at
 from pydeform.cpu._simd_roi import largest_pixel, largest_point
 
 
 @inline
-def list_candidates(box: Any, boxes: Any, lists: Any, g: Any) -> None:
-    """All bins of a box: on each axis the pixels, or the points as `points_listed` has them."""
+def list_candidates(box: Any, chunk: int, boxes: Any, lists: Any, g: Any) -> tuple[Any, int]:
+    """All bins of a box from number `chunk` on that there are slots for: on each axis the pixels, or the points as
+    `points_listed` has them. The lists in which their slots are, and how many bins they are."""
+    y = chunk // g.pooled_w
+    x = chunk - y * g.pooled_w
+    first, last, count = bins_from(y, x, (0, 0), (g.pooled_h, g.pooled_w), lists)
+    here = lists_from(lists, first[0], first[1])
     if box[4] != SOUND:
-        return
-    last = g.pooled_h, g.pooled_w
-    lay_bins(box, (0, 0), last, boxes, lists, g)
+        return here, count
+    lay_bins(box, first, last, boxes, here, g)
     for axis in range(2):
         length = g.in_w if axis else g.in_h
-        for bin_ in range(last[axis]):
-            slot = axis * lists.of_axis + bin_
-            row, part = advance(lists.index, slot * lists.row), advance(lists.weights, 2 * slot * lists.row)
-            start, size = lists.starts[slot], lists.starts[2 * lists.of_axis + slot]
+        for bin_ in range(first[axis], last[axis]):
+            slot = axis * here.of_axis + bin_
+            row, part = advance(here.index, slot * here.row), advance(here.weights, 2 * slot * here.row)
+            start, size = here.starts[slot], here.starts[here.beyond + slot]
             if g.points:
                 n = points_listed(start, size, length, boxes, g, row, part)
             else:
-                n, _ = pixels_read(bin_, start, size, length, boxes, g, row, part, advance(part, lists.row))
-            lists.entries[slot] = n
+                n, _ = pixels_read(bin_, start, size, length, boxes, g, row, part, advance(part, here.row))
+            here.entries[slot] = n
+    return here, count
 
 
 @inline
@@ -70,7 +76,7 @@ def list_part(
             i, j = i + 1, 0
 
 
-@inline
+@inline_always
 def largest_of_bin(
     state: int,
     sy: int,
@@ -78,14 +84,21 @@ def largest_of_bin(
     out: Any,
     winners: Any,
     image: Any,
-    width: int,
+    row: Any,
     boxes: Any,
     lists: Any,
     g: Any,
     places: Any,
     products: Any,
+    b: int,
+    reader: Any,
+    p: Any,
 ) -> None:
-    """out[c] for a block of channels, and which candidate it is in winners[c]; -1: none."""
+    """out[c] for a block of channels, and which candidate it is in winners[c]; -1: none.
+
+    Pixels are those of `image`, whose block it is, or are gathered.
+    """
+    width = row.width
     real = boxes.dtype.type
     listed = entries_of(state, sy, sx, lists)
     if listed == 0:
@@ -97,12 +110,17 @@ def largest_of_bin(
     for first in range(0, listed, LISTED):
         last = min(first + LISTED, listed)
         list_part(sy, sx, first, last, boxes, g, lists, places, products)
+        index, pixels = at(places, (0,)), image
+        if p.planes:
+            count = (last - first) * (4 if g.points else 1)
+            gather(reader, b, row.first, 1, row.channels, width, places, count, g.in_w)
+            index, pixels = reader.own, reader.pixels
         if g.points:
             largest_point(
                 out,
                 at(winners, (0,)),
-                image,
-                at(places, (0,)),
+                pixels,
+                index,
                 at(products, (0, 0)),
                 last - first,
                 width,
@@ -114,8 +132,8 @@ def largest_of_bin(
             largest_pixel(
                 out,
                 at(winners, (0,)),
-                image,
-                at(places, (0,)),
+                pixels,
+                index,
                 at(products, (0, 0)),
                 last - first,
                 width,

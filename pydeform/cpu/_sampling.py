@@ -174,16 +174,23 @@ def blend_infinite(
 ) -> None:
     """columns[i, c] = mask[i] * S where the mask is infinite. As a part of the weights it would make NaN of an S that
     has a corner without weight or a pixel of 0."""
-    one = weights.dtype.type(1)
     for i in range(count):
-        m = mask[i]
-        if m - m == 0:
-            continue
-        out = advance(columns, i * row)
         i0, i1 = corner[0, i] * channels, corner[1, i] * channels
         i2, i3 = corner[2, i] * channels, corner[3, i] * channels
-        ly, lx = weights[4, i], weights[5, i]
-        hy, hx = one - ly, one - lx
-        for c in range(channels):
-            above = hy * (hx * image[i0 + c] + lx * image[i1 + c])
-            out[c] = m * (above + ly * (hx * image[i2 + c] + lx * image[i3 + c]))
+        infinite_sample(
+            advance(columns, i * row), mask[i], image, i0, i1, i2, i3, weights[4, i], weights[5, i], channels
+        )
+
+
+@inline
+def infinite_sample(
+    out: Any, m: Any, image: Any, i0: int, i1: int, i2: int, i3: int, ly: Any, lx: Any, channels: int
+) -> None:
+    """out[c] = m * S of one sample, if its mask m is infinite or NaN."""
+    if m - m == 0:
+        return
+    one = type(m)(1)
+    hy, hx = one - ly, one - lx
+    for c in range(channels):
+        above = hy * (hx * image[i0 + c] + lx * image[i1 + c])
+        out[c] = m * (above + ly * (hx * image[i2 + c] + lx * image[i3 + c]))

@@ -1,7 +1,8 @@
 """Deformable convolution on NumPy arrays: tiles of output positions, sampled into cache and multiplied at once.
 
 The image is copied once to channels-last, so that a corner is one contiguous run of channels, and a tile of sampled
-columns never leaves the cache: no column buffer of the whole problem exists. Kernels cite docs/math/deform_conv2d.md.
+columns never leaves the cache: no column buffer of the whole problem exists. Of an image with few samples the corners
+are gathered instead. Kernels cite docs/math/deform_conv2d.md.
 Options that choose between ways on CUDA choose nothing here: results are always deterministic and in full precision.
 """
 

@@ -17,6 +17,8 @@ ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 PLAIN, DEFORMED, ADJOINT = 0, 1, 2  # where a tap reads, as in conv_forward.cuh
 DIRECT_CHANNELS = 8  # with fewer channels in a group a tile would be mostly zeros: conv_direct.cuh
+SMALL_COPY = 1 << 18  # values of an image that are copied for however few results
+COPIED_FOR_EACH = 4  # values at most, in a larger copy, for each product that is summed
 COPIES = 256 << 20  # bytes of channels-last copies at a time, of one image at least
 WORKSPACE = 64 << 20  # bytes for partial weight gradients, and for the columns of a deterministic input gradient
 SLOTS = (8, 4, 2, 1)  # most offset groups along the depth of a tile, as shared memory allows
@@ -157,7 +159,11 @@ def check_fields(op: str, g: Any) -> None:
 
 
 def is_direct(g: Conv2dGeometry) -> bool:
-    return g.in_channels // g.groups < DIRECT_CHANNELS
+    """Whether arrays are read as they lie: tiles of few channels are a waste, or a copy of an image for few samples."""
+    outputs = g.out_channels // g.groups * g.out_h * g.out_w
+    copy = g.in_channels * g.in_h * g.in_w
+    samples = g.kernel_h * g.kernel_w * g.in_channels * outputs
+    return g.in_channels // g.groups < DIRECT_CHANNELS or copy > max(SMALL_COPY, COPIED_FOR_EACH * samples)
 
 
 def channels(

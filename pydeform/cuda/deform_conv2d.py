@@ -1,7 +1,7 @@
 """Deformable convolution on CuPy arrays: samples go through shared memory into tensor cores, no column buffer exists.
 
-The image is copied once to channels-last, so that a corner is one run of 16-byte loads. Kernels cite
-docs/math/deform_conv2d.md.
+The image is copied once to channels-last, so that a corner is one run of 16-byte loads, unless it has few channels or
+few samples. Kernels cite docs/math/deform_conv2d.md.
 """
 
 from __future__ import annotations

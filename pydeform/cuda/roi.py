@@ -1,9 +1,9 @@
 """RoI pooling on CuPy arrays, every operator by the same kernels, which differ by the rules in their geometry.
 
 A warp lists the rows and columns that a bin reads, once for all channels, of which a channels-last copy of the input
-gives 16 bytes at a time; classes of few channels are read as they are. Backward gives every gradient one owner, without
-atomics, so that results are always deterministic and `deterministic` changes nothing. Nothing waits for the device.
-Kernels cite docs/math/roi.md.
+gives 16 bytes at a time; classes of few channels, and the images of few boxes, are read as they are. Backward gives
+every gradient one owner, without atomics, so that results are always deterministic and `deterministic` changes nothing.
+Nothing waits for the device. Kernels cite docs/math/roi.md.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pydeform.cuda._launch import geometry, kernel, launch
 OPERATOR = "roi"
 THREADS = 256
 SPAN = 64  # bins whose results a block turns at a time
+COPIED_FOR_EACH = 32  # values at most, in a copy of the input that is not small, for each of the output
 TILE = (2, 8)  # pixels of a block of input_gradient
 BOUNDS = 5  # numbers that box_bounds writes for a box
 MEAN, LARGEST_PIXEL, LARGEST_POINT = 0, 1, 2  # what a bin gives back, as in roi_backward.cuh
@@ -99,8 +100,10 @@ def _check_size(g: RoiGeometry) -> None:
 
 
 def _is_direct(g: RoiGeometry) -> bool:
-    """Whether 16-byte chunks of a class's channels would be mostly empty."""
-    return g.out_channels // g.classes < _conv_common.DIRECT_CHANNELS
+    """Whether 16-byte chunks of a class's channels would be mostly empty, or a copy of the input most of the work."""
+    copy = g.batch * g.in_channels * g.in_h * g.in_w
+    large = copy > max(_conv_common.SMALL_COPY, COPIED_FOR_EACH * _outputs(g))
+    return large or g.out_channels // g.classes < _conv_common.DIRECT_CHANNELS
 
 
 def _pitch(g: RoiGeometry, array: Any) -> int:

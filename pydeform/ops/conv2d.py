@@ -55,8 +55,9 @@ def conv2d(
               out = (in + before + after - dilation*(kernel - 1) - 1)//stride + 1
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
     Notes     float16 and bfloat16 sum in float32. NaN and infinite pixels give what the sum gives; on CUDA, in float32,
-              infinite ones may give NaN. The same bits on every run and, on the CPU, for any number of threads. An
-              array that is not contiguous costs one copy of it.
+              infinite ones may give NaN. The same bits on every run and, on the CPU, for any number of threads. Memory
+              beyond the result: at most 64 numbers for each product that is summed and for each weight, and some MB for
+              each thread, whatever the size of the image; on CUDA an input that is not contiguous is copied.
     Source    The regular grid R of arXiv:1703.06211 eq. 1. Layout as torch.nn.functional.conv2d.
     Example
     >>> import numpy as np
@@ -99,7 +100,10 @@ def conv2d_backward(
 
     Returns   Conv2dGrads, of the kind, device and dtype of `grad_output`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Same bits for any number of threads on the CPU.
+    Notes     Same bits for any number of threads on the CPU. Memory beyond the gradients: at most 64 numbers for each
+              product that is summed and for each weight, 16 MB (on CUDA 64 MB), and some MB for each thread, whatever
+              the size of the image; for that of input up to four times its own in float32; on CUDA an input that is not
+              contiguous is copied.
     Example
     >>> import numpy as np
     >>> from pydeform import conv2d_backward

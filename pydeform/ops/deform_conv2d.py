@@ -70,7 +70,8 @@ def deform_conv2d(
     Notes     A NaN coordinate gives NaN wherever its sample is used, an infinite one is outside. float16 and bfloat16
               sum in float32; on CUDA a sample is rounded to them before it is multiplied, and an infinite pixel or
               weight in float32 may give NaN. The same bits on every run and, on the CPU, for any number of threads.
-              An array that is not contiguous costs one copy of it.
+              Memory beyond the result: at most 64 numbers for each product that is summed and for each weight, and some
+              MB for each thread, whatever the size of the image; on CUDA an input that is not contiguous is copied.
     Source    arXiv:1703.06211 eq. 2; arXiv:1811.11168 eq. 1. Layout as torchvision.ops.deform_conv2d.
     Example
     >>> import numpy as np
@@ -123,8 +124,10 @@ def deform_conv2d_backward(
     Notes     Where an offset puts a sample on a row or column of pixels the image has a kink: the offset's gradient is
               the derivative from the right (towards larger coordinates), at exactly -1 what `boundary` says. A NaN
               coordinate gives NaN in its own gradients; a sample outside gives zeros. The input's gradient is exact.
-              Memory on CUDA beyond the gradients: copies of at most 256 MB or one image, the weight packed, and
-              workspaces of 64 MB. Nothing there waits for the device; the first call compiles.
+              Nothing there waits for the device; the first call compiles. Memory beyond the gradients: at most 64
+              numbers for each product that is summed and for each weight, 16 MB (on CUDA 64 MB), and some MB for each
+              thread, whatever the size of the image; for that of input up to four times its own in float32; on CUDA an
+              input that is not contiguous is copied.
     Source    arXiv:1703.06211 appendix A; arXiv:1811.11168. Same bits for any number of threads on the CPU.
     Example
     >>> import numpy as np

@@ -70,7 +70,9 @@ def deform_psroi_pool(
     Notes     A point beyond [-1/2, H - 1/2] x [-1/2, W - 1/2] is left out of the mean; one before the first or past the
               last pixel reads that pixel. A bin without points gives 0. A NaN in a box or in trans gives NaN, an
               infinite coordinate is outside; on CUDA a batch index outside the batch gives NaN. The same bits on every
-              run and, on the CPU, for any number of threads.
+              run and, on the CPU, for any number of threads. Memory beyond the result: at most 128 numbers for each of
+              its own, and some MB for each thread, whatever the size of the image; on CUDA an input that is not
+              contiguous is copied.
     Source    arXiv:1703.06211 eq. 5 and 6, arXiv:1811.11168 eq. 2. As mxnet.contrib.DeformablePSROIPooling.
     Example
     >>> import numpy as np
@@ -117,6 +119,9 @@ def deform_psroi_pool_backward(
     Notes     How many points a mean is over counts as constant. On the axis on which a point lies exactly on a row or
               column of pixels, or beyond the first or last, its derivative is 0, as in MXNet: the interpolation there
               is between a pixel and itself. A NaN coordinate gives NaN in its own gradients, nothing to the input's.
+              Memory beyond the gradients: at most 128 numbers for each of grad_output, and some MB for each thread,
+              whatever the size of the image; in half precision that of input once in float32; on CUDA an input that is
+              not contiguous is copied.
     Source    arXiv:1703.06211 appendix B; arXiv:1811.11168
     Example
     >>> import numpy as np

@@ -62,7 +62,8 @@ def deform_roi_pool(
     Notes     A point beyond [-1, H] x [-1, W] reads 0 and counts; between there and the pixels it reads the nearest. A
               bin without points gives 0. A NaN in a box or offset gives NaN, an infinite coordinate is outside; on CUDA
               a batch index outside the batch gives NaN. The same bits on every run and, on the CPU, for any number of
-              threads.
+              threads. Memory beyond the result: at most 128 numbers for each of its own, and some MB for each thread,
+              whatever the size of the image; on CUDA an input that is not contiguous is copied.
     Source    arXiv:1703.06211 eq. 5, arXiv:1811.11168 eq. 2. As mmcv.ops.deform_roi_pool and its modulated layer.
     Example
     >>> import numpy as np
@@ -108,7 +109,9 @@ def deform_roi_pool_backward(
     Notes     The offset's gradient is the derivative of the forward: from the right where a point lies on a row or
               column of pixels, 0 from the last one on and up to and on the first, where a point reads the nearest pixel
               or nothing. mmcv's own is not the derivative there. A NaN coordinate gives NaN in its own gradients and
-              nothing to the input's.
+              nothing to the input's. Memory beyond the gradients: at most 128 numbers for each of grad_output, and some
+              MB for each thread, whatever the size of the image; in half precision that of input once in float32; on
+              CUDA an input that is not contiguous is copied.
     Source    arXiv:1703.06211 appendix B; arXiv:1811.11168
     Example
     >>> import numpy as np

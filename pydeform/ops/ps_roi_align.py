@@ -47,7 +47,9 @@ def ps_roi_align(
     Notes     A point beyond [-1, H] x [-1, W] reads 0 and counts; between there and the pixels it reads the nearest. A
               bin without points, which only an adaptive one of a box without area is, gives NaN, as in torchvision. A
               NaN in a box gives NaN, an infinite coordinate a box outside; on CUDA a batch index outside the batch
-              gives NaN. The same bits on every run and, on the CPU, for any number of threads.
+              gives NaN. The same bits on every run and, on the CPU, for any number of threads. Memory beyond the
+              result: at most 128 numbers for each of its own, and some MB for each thread, whatever the size of the
+              image; on CUDA an input that is not contiguous is copied.
     Source    arXiv:1605.06409 eq. 1 with arXiv:1703.06870's points. As torchvision.ops.ps_roi_align.
     Example
     >>> import numpy as np
@@ -83,7 +85,9 @@ def ps_roi_align_backward(
 
     Returns   PsRoiAlignGrads, of the kind, device and dtype of `grad_output`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     The transpose of the forward, exactly. A bin without points gives nothing.
+    Notes     The transpose of the forward, exactly. A bin without points gives nothing. Memory beyond the gradients: at
+              most 128 numbers for each of grad_output, and some MB for each thread, whatever the size of the image; in
+              half precision that of input once in float32; on CUDA an input that is not contiguous is copied.
     Source    arXiv:1605.06409, arXiv:1703.06870
     Example
     >>> import numpy as np

@@ -55,7 +55,8 @@ def ps_roi_pool(
     Raises    ValueError (a shape, option or, on the CPU, batch index does not fit), TypeError (kind, dtype or device)
     Notes     A bin without pixels gives 0. A NaN in a box gives NaN, an infinite coordinate a box outside; on CUDA a
               batch index outside the batch gives NaN. The same bits on every run and, on the CPU, for any number of
-              threads.
+              threads. Memory beyond the result: at most 128 numbers for each of its own, and some MB for each thread,
+              whatever the size of the image; on CUDA an input that is not contiguous is copied.
     Source    arXiv:1605.06409 eq. 1. As torchvision.ops.ps_roi_pool and mxnet.contrib.PSROIPooling.
     Example
     >>> import numpy as np
@@ -92,7 +93,9 @@ def ps_roi_pool_backward(
     Returns   PsRoiPoolGrads, of the kind, device and dtype of `grad_output`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
     Notes     The transpose of the forward, exactly. torchvision's own backward is not where a box touches the last row
-              or column: it reads those, which its forward does not.
+              or column: it reads those, which its forward does not. Memory beyond the gradients: at most 128 numbers
+              for each of grad_output, and some MB for each thread, whatever the size of the image; in half precision
+              that of input once in float32; on CUDA an input that is not contiguous is copied.
     Source    arXiv:1605.06409
     Example
     >>> import numpy as np

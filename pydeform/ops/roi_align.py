@@ -58,7 +58,9 @@ def roi_align(
     Notes     A point beyond [-1, H] x [-1, W] reads 0 and counts; between there and the pixels it reads the nearest. A
               bin without points gives 0. NaN is the largest of all. A NaN in a box gives NaN, an infinite coordinate a
               box outside; on CUDA a batch index outside the batch gives NaN. The same bits on every run and, on the
-              CPU, for any number of threads.
+              CPU, for any number of threads. Memory beyond the result: at most 128 numbers for each of its own, and
+              some MB for each thread, whatever the size of the image; on CUDA an input that is not contiguous is
+              copied.
     Source    arXiv:1703.06870 section 3. As torchvision.ops.roi_align; "max" as mmcv.ops.roi_align.
     Example
     >>> import numpy as np
@@ -97,7 +99,10 @@ def roi_align_backward(
 
     Returns   RoiAlignGrads, of the kind, device and dtype of `grad_output`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Exact for "avg". For "max" the first of equal points, row by row, gets the gradient.
+    Notes     Exact for "avg". For "max" the first of equal points, row by row, gets the gradient. Memory beyond the
+              gradients: at most 128 numbers for each of grad_output, and some MB for each thread, whatever the size of
+              the image; in half precision that of input once in float32; on CUDA an input that is not contiguous is
+              copied.
     Source    arXiv:1703.06870 section 3
     Example
     >>> import numpy as np

@@ -43,7 +43,9 @@ def roi_pool(input: Array, boxes: AnyArray, output_size: Size, spatial_scale: Nu
     Raises    ValueError (a shape, option or, on the CPU, batch index does not fit), TypeError (kind, dtype or device)
     Notes     A bin without pixels gives 0. A NaN pixel is the largest. A NaN in a box gives NaN, an infinite coordinate
               a box outside; on CUDA a batch index outside the batch gives NaN. The same bits on every run and, on the
-              CPU, for any number of threads.
+              CPU, for any number of threads. Memory beyond the result: at most 128 numbers for each of its own, and
+              some MB for each thread, whatever the size of the image; on CUDA an input that is not contiguous is
+              copied.
     Source    arXiv:1504.08083 section 2.1. As torchvision.ops.roi_pool.
     Example
     >>> import numpy as np
@@ -78,7 +80,9 @@ def roi_pool_backward(
 
     Returns   RoiPoolGrads, of the kind, device and dtype of `grad_output`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Of equal pixels in a bin the first one, row by row, gets the gradient.
+    Notes     Of equal pixels in a bin the first one, row by row, gets the gradient. Memory beyond the gradients: at
+              most 128 numbers for each of grad_output, and some MB for each thread, whatever the size of the image; in
+              half precision that of input once in float32; on CUDA an input that is not contiguous is copied.
     Source    arXiv:1504.08083 eq. 4
     Example
     >>> import numpy as np

@@ -1,0 +1,204 @@
+"""Pixels of an input as it lies in memory, whatever its dtype, strides and alignment, a few at a time.
+
+Where a problem reads few pixels of a large image, a copy of the image, be it to channels last, to float32 or to
+contiguous memory, would be most of the work and of the memory. There kernels gather the pixels that they have listed,
+channels last, and go on as with a copy: the same bits, since the same numbers come in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from pydeform.cpu._jit import inline, inline_always
+from pydeform.cpu._simd import at
+
+_AS_COMPUTED, _FLOAT16, _BFLOAT16 = 0, 1, 2
+_KINDS = {"float64": _AS_COMPUTED, "float32": _AS_COMPUTED, "float16": _FLOAT16, "bfloat16": _BFLOAT16}
+
+
+class Planes(NamedTuple):
+    """Where the pixels of an array (N, C, H, W) lie; who has it keeps the array."""
+
+    address: int
+    image: int  # bytes from one to the next
+    channel: int
+    row: int
+    column: int
+    kind: int  # of a pixel
+
+
+NO_PLANES = Planes(0, 0, 0, 0, 0, _AS_COMPUTED)
+
+
+class Reader(NamedTuple):
+    """What a thread needs to gather pixels. The last three are pointers: arrays take time to hand on."""
+
+    planes: Planes
+    own: Any  # numbers in the list, as places in `pixels`
+    offsets: Any
+    pixels: Any
+
+
+def is_as_computed(array: Any, dtype: Any) -> bool:
+    """Kernels can read it as it is, without gathering."""
+    return bool(array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned)
+
+
+def planes_of(array: Any) -> Planes:
+    image, channel, row, column = array.strides
+    return Planes(array.__array_interface__["data"][0], image, channel, row, column, _KINDS[array.dtype.name])
+
+
+def reader_parts(threads: int, count: int, width: int, index_dtype: Any, dtype: Any) -> tuple[Any, ...]:
+    """Shapes and dtypes of the arrays of `Reader`, for each thread: `count` pixels of `width` channels, 0 if none."""
+    return (
+        ((threads, count), index_dtype),
+        ((threads, count), np.dtype(np.int64)),
+        ((threads, count * width), dtype),
+    )
+
+
+@inline_always
+def reader_of(thread: int, planes: Any, own: Any, offsets: Any, pixels: Any) -> Reader:
+    return Reader(planes, at(own, (thread, 0)), at(offsets, (thread, 0)), at(pixels, (thread, 0)))
+
+
+@intrinsic  # type: ignore[misc]
+def _load_float(typing_context: Any, address: Any, like: Any) -> Any:
+    """The number at an address, of the dtype that `like` points to; it need not be aligned."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], context.get_value_type(like.dtype).as_pointer())
+        number = builder.load(pointer)
+        number.align = 1
+        return number
+
+    return like.dtype(types.int64, like), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def _load_bits(typing_context: Any, address: Any) -> Any:
+    """The two bytes at an address, as a number from 0 to 65535."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.load(builder.inttoptr(arguments[0], ir.IntType(16).as_pointer()))
+        bits.align = 1
+        return builder.zext(bits, ir.IntType(64))
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def _float_of(typing_context: Any, bits: Any, like: Any) -> Any:
+    """The float32 of the lower 32 bits, in the dtype that `like` points to."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = builder.bitcast(builder.trunc(arguments[0], ir.IntType(32)), ir.FloatType())
+        wanted = context.get_value_type(like.dtype)
+        return number if wanted == number.type else builder.fpext(number, wanted)
+
+    return like.dtype(types.int64, like), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def _times_2_to_minus_24(typing_context: Any, number: Any, like: Any) -> Any:
+    """Exact, in the dtype that `like` points to."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wanted = context.get_value_type(like.dtype)
+        return builder.fmul(builder.sitofp(arguments[0], wanted), ir.Constant(wanted, 2.0**-24))
+
+    return like.dtype(types.int64, like), codegen
+
+
+@inline_always
+def _widened(bits: int, like: Any) -> Any:
+    """A float16, exactly; LLVM would call a function for it that need not be there."""
+    sign, rest = (bits & 0x8000) << 16, bits & 0x7FFF
+    if rest < 0x0400:  # smaller than every normal number
+        number = _times_2_to_minus_24(rest, like)
+        return -number if sign else number
+    exponent = 0x7F800000 if rest >= 0x7C00 else 112 << 23  # infinity and NaN, or the difference of the biases
+    return _float_of(sign | ((rest << 13) | exponent if rest >= 0x7C00 else (rest << 13) + exponent), like)
+
+
+@inline_always
+def read_pixel(planes: Any, address: int, like: Any) -> Any:
+    """The pixel at an address, in the dtype that `like` points to."""
+    if planes.kind == _AS_COMPUTED:
+        return _load_float(address, like)
+    if planes.kind == _BFLOAT16:
+        return _float_of(_load_bits(address) << 16, like)
+    return _widened(_load_bits(address), like)
+
+
+@inline_always
+def pixel_offset(planes: Any, place: int, in_w: int) -> int:
+    """Bytes from the first pixel of a plane to pixel `place`."""
+    y = place // in_w
+    return y * planes.row + (place - y * in_w) * planes.column
+
+
+@inline
+def gather_corners(planes: Any, b: int, first: int, channels: int, corner: Any, i: int, g: Any, target: Any) -> None:
+    """target[k * channels + c] = channel first + c of pixel corner[k, i]; zeros for the pixel behind the last one."""
+    start = planes.address + b * planes.image + first * planes.channel
+    for k in range(4):
+        place = np.int64(corner[k, i])
+        if place == g.in_h * g.in_w:
+            for c in range(channels):
+                target[k * channels + c] = 0
+        else:
+            pixel = start + pixel_offset(planes, place, g.in_w)
+            for c in range(channels):
+                target[k * channels + c] = read_pixel(planes, pixel + c * planes.channel, target)
+
+
+@inline
+def gather_band(reader: Any, b: int, channel: int, rows: Any, count: int, column: int, columns: int, band: int) -> None:
+    """pixels[i * band + k] = column + k of row rows[i] of a channel, zeros from `columns` to `band`; own[i] = i."""
+    planes, own, _, target = reader
+    start = planes.address + b * planes.image + channel * planes.channel + column * planes.column
+    for i in range(count):
+        own[i] = i
+        row = start + rows[i] * planes.row
+        for k in range(columns):
+            target[i * band + k] = read_pixel(planes, row + k * planes.column, target)
+        for k in range(columns, band):
+            target[i * band + k] = 0
+
+
+@inline
+def gather(
+    reader: Any,
+    b: int,
+    first: int,
+    apart: int,
+    channels: int,
+    width: int,
+    places: Any,
+    count: int,
+    in_w: int,
+) -> None:
+    """pixels[i * width + c] = channel first + c * apart of pixel places[i], zeros from `channels` to `width`.
+
+    So own[i] = i is the place of pixel i there. A place may be -1, for none, and so is own then.
+    """
+    planes, own, offsets, target = reader
+    for i in range(count):
+        place = np.int64(places[i])
+        own[i] = i if place >= 0 else place
+        offsets[i] = pixel_offset(planes, max(place, 0), in_w)
+    start = planes.address + b * planes.image + first * planes.channel
+    for c in range(channels):
+        plane = start + c * apart * planes.channel
+        for i in range(count):
+            target[i * width + c] = read_pixel(planes, plane + offsets[i], target)
+    for i in range(count):
+        for c in range(channels, width):
+            target[i * width + c] = 0

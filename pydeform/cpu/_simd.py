@@ -305,8 +305,8 @@ def primitives(vector_bytes: int) -> SimpleNamespace:
                 weights = [v.splat(w) for w in arguments[8:12]]
                 count = arguments[12]
 
-                def step(c: Any, dots: list[Any], inside: Any, load: Any, store: Any) -> list[Any]:
-                    g = inside(v.load(v.offset(grad_, c)))
+                def step(c: Any, dots: list[Any], load: Any, store: Any) -> list[Any]:
+                    g = v.load(v.offset(grad_, c))
                     values = [load(v.offset(corner, c)) for corner in corners]
                     total = builder.fmul(weights[0], values[0])
                     for w, value in zip(weights[1:], values[1:], strict=True):
@@ -324,10 +324,10 @@ def primitives(vector_bytes: int) -> SimpleNamespace:
                     builder,
                     full,
                     [v.zero] * 4,
-                    lambda i, dots: step(builder.mul(i, lanes), dots, lambda g: g, v.load, v.store),
+                    lambda i, dots: step(builder.mul(i, lanes), dots, v.load, v.store),
                 )
                 # The last channels of a block: the lanes beyond belong to another block and another thread. There, grad
-                # may be infinite, and 0 times that would be NaN.
+                # may be infinite: 0 times that is NaN, and stays out of the dots.
                 done = builder.mul(full, lanes)
                 left = builder.sub(count, done)
                 before = builder.block
@@ -336,10 +336,10 @@ def primitives(vector_bytes: int) -> SimpleNamespace:
                     more = step(
                         done,
                         dots,
-                        lambda g: builder.select(mask, g, v.zero),
                         lambda pointer: v.masked_load(pointer, mask),
                         lambda value, pointer: v.masked_store(value, pointer, mask),
                     )
+                    more = [builder.select(mask, with_tail, dot) for with_tail, dot in zip(more, dots, strict=True)]
                     inside = builder.block
                 sums = []
                 for dot, with_tail in zip(dots, more, strict=True):

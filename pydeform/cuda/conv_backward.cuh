@@ -302,10 +302,11 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   };
   auto store_samples = [&](I s, const uint4(&corner)[TASKS][CORNERS]) {
 #pragma unroll
-    for (int i = 0; i < TASKS; i++)
-      *reinterpret_cast<uint4*>(b_tiles + (int)(s & 1) * B_BYTES + target + i * ROWS * B_CHUNKS * 16) =
-          blend<T, I, READS>(spots[((int)(s % 3) * slots + slot) * DEPTH + row + i * ROWS], corner[i],
-                             [&]() { return place.valid ? c.unit - place.within : 0; });
+    for (int i = 0; i < TASKS; i++) {
+      const uint4 sample = blend<T, I, READS>(spots[((int)(s % 3) * slots + slot) * DEPTH + row + i * ROWS], corner[i],
+                                              [&]() { return place.valid ? c.unit - place.within : 0; });
+      *reinterpret_cast<uint4*>(b_tiles + (int)(s & 1) * B_BYTES + target + i * ROWS * B_CHUNKS * 16) = sample;
+    }
   };
 
   A acc[P::MI][P::NJ][4] = {};

@@ -260,13 +260,11 @@ def test_gathered_pixels_of_boxes_give_the_same_bits(monkeypatch, name, dtype, m
         _assert_both_ways(monkeypatch, variant.operator, arrays, grad_output, variant.options)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.batch])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gathered_corners_of_samples_give_the_same_bits(monkeypatch, name, dtype):
     case = CASES[name]
     arrays = make(case, dtype)
-    if not arrays["input"].size:
-        pytest.skip("no image")
     for bad in (False, True):
         if bad:
             arrays["input"] = _with_bad_pixels(arrays["input"])

@@ -260,13 +260,11 @@ def test_gathered_pixels_of_boxes_give_the_same_bits(monkeypatch, name, dtype, m
         _assert_both_ways(monkeypatch, variant.operator, arrays, grad_output, variant.options)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.batch])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gathered_corners_of_samples_give_the_same_bits(monkeypatch, name, dtype):
     case = CASES[name]
     arrays = make(case, dtype)
-    if not arrays["input"].size:
-        pytest.skip("no image")
     for bad in (False, True):
         if bad:
             arrays["input"] = _with_bad_pixels(arrays["input"])
@@ -304,7 +302,7 @@ def test_bins_in_bands_give_the_same_bits(monkeypatch, name, pooled, dtype):
     """Where the lists of all bins are too long, some bins are listed at a time, in lists as long as the bins."""
     variant = _long(VARIANTS[name], pooled)
     corners = (*CORNERS, (-3, -2.5, 60, 40), (0.25, 0, 6, 500))
-    arrays, grad_output = problem(variant, dtype, corners=corners)
+    arrays, grad_output = problem(variant, dtype, corners=corners, size=(60, 75))
     names = [n for n in OPERATORS[variant.operator] if n != "boxes"]
     assert names[0] == "input"
     want = list(_everything(variant.operator, arrays, grad_output, variant.options))

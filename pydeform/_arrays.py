@@ -87,6 +87,23 @@ def rounded(array: Any, dtype: Any) -> Any:
     return array if array.dtype == dtype else _twin(array).rounded(array, dtype)
 
 
+def surely_finite(array: Any) -> bool:
+    """Whether no value is infinite or NaN, as far as that is known: a device would have to be waited for."""
+    if not isinstance(array, np.ndarray):
+        return False
+    flat = array.ravel(order="K")
+    return bool(np.isfinite(np.dot(flat, flat)))
+
+
+def masked(array: Any, mask: Any) -> Any:
+    """`array` where `mask` is true, else 0. A product, where that is the same: on a CPU it is four times as fast."""
+    if surely_finite(array):
+        return array * mask
+    if isinstance(array, np.ndarray):
+        return np.where(mask, array, np.copysign(0, array))  # the zeros of the product
+    return namespace("masked", "array", array).where(mask, array, 0)
+
+
 def zeros_like(array: Any, dtype: Any) -> Any:
     return namespace("zeros_like", "array", array).zeros(array.shape, dtype)
 

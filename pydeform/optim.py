@@ -71,19 +71,26 @@ class Optimiser:
         xp: ModuleType = np
         arrays_like_params = self._held().values()
         for name in self.names:
-            like = _arrays.like(self.name, f"parameter {name}", params[name])
-            xp = _arrays.check_like(self.name, f"gradient of {name}", grads[name], "the parameter", like)
-            if tuple(grads[name].shape) != like.shape:
-                raise ValueError(
-                    f"{self.name}: gradient of {name} must have the shape of the parameter, {like.shape}, "
-                    f"got {tuple(grads[name].shape)}"
-                )
+            xp = self._check(name, params[name], grads[name])
+            device = _arrays.device_of(params[name])
             for held in arrays_like_params:
                 if name in held:  # the layer may have been moved to another device
-                    held[name] = _arrays.to_device(self.name, held[name], _arrays.device_of(params[name]))
+                    held[name] = _arrays.to_device(self.name, held[name], device)
         wide = {name: _arrays.wide(grads[name]) for name in self.names}
         self.steps += 1
         return lr, xp, wide if self.clip is None else clipped(xp, wide, self.clip)
+
+    def _check(self, name: str, param: Any, grad: Any) -> ModuleType:
+        if type(param) is type(grad) is np.ndarray and param.dtype == grad.dtype and param.shape == grad.shape:
+            return np
+        like = _arrays.like(self.name, f"parameter {name}", param)
+        xp = _arrays.check_like(self.name, f"gradient of {name}", grad, "the parameter", like)
+        if tuple(grad.shape) != like.shape:
+            raise ValueError(
+                f"{self.name}: gradient of {name} must have the shape of the parameter, {like.shape}, "
+                f"got {tuple(grad.shape)}"
+            )
+        return xp
 
     def _weights(self, xp: ModuleType, name: str) -> Any:
         """The array that a step changes: the parameter itself, or its master."""
@@ -226,7 +233,8 @@ class AdamW(Optimiser):
             mean += (1 - beta1) * (grad - mean)
             square += (1 - beta2) * (grad * grad - square)
             root = xp.sqrt(square / (1 - beta2**self.steps)) + self.eps
-            root = xp.where(square < xp.inf, root, xp.nan)
+            if not _arrays.surely_finite(square):
+                root = xp.where(square < xp.inf, root, xp.nan)
             weights *= 1 - rate * self.weight_decay
             weights -= (rate / (1 - beta1**self.steps) * mean / root).astype(weights.dtype)
             self._publish(name)

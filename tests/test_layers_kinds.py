@@ -1,5 +1,9 @@
 """Every layer, loss and optimiser with every kind of array and every dtype: it trains, or refuses by name."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -399,7 +403,40 @@ def test_nothing_is_moved_where_one_array_cannot_be(backend, monkeypatch):
                for name in before)  # fmt: skip
 
 
-def test_devices_that_are_not_there():
+MISSING = """
+import sys, types
+cupy = types.ModuleType("cupy")
+cupy.is_available = lambda: False
+sys.modules["cupy"] = {cupy}
+from pydeform.layers import Linear
+layer = Linear(3, 2, rng=0)
+before = dict(layer.params)
+try:
+    layer.to("cuda")
+except RuntimeError as error:
+    print(error)
+assert all(layer.params[name] is before[name] for name in before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("cupy", "message"),
+    [
+        ("None", 'Linear: to("cuda") needs CuPy, which cannot be imported: '),
+        ("cupy", 'Linear: to("cuda") needs a CUDA device, and CuPy finds none'),
+    ],
+)
+def test_a_device_that_is_not_there(cupy, message):
+    done = subprocess.run(
+        [sys.executable, "-c", MISSING.format(cupy=cupy)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith(message), done.stderr
+
+
+def test_devices_have_names():
     layer = Linear(3, 2, rng=0)
     with pytest.raises(ValueError, match=r"Linear: device must be one of 'cpu', 'cuda', got 'gpu'"):
         layer.to("gpu")

@@ -3,6 +3,10 @@
 `backprop` adds into `layer.grads` (a dict with the keys of `layer.params`) and returns the gradient of the input. What
 it needs belongs to the call, so a layer may be used twice in one graph. `layer(x, train=False)` keeps nothing.
 Parameters are changed in place; run `backprop` before changing them.
+
+Layers take NumPy arrays and, after `layer.to("cuda")`, CuPy arrays, of the dtype they were made with. Arrays of any
+other kind are a TypeError: what is added to their gradients in place would be lost without a word. Of half types,
+everything between the operators is computed in float32 and rounded once.
 """
 
 from pydeform.layers._files import load, save

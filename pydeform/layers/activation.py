@@ -28,8 +28,8 @@ class ReLU(_layer.Layer):
 
         def backprop(grad_y: Any) -> Any:
             _layer.check_grad(self, grad_y, like)
-            # not a product: what x <= 0 stops is 0 also where grad_y is infinite or NaN
-            return _arrays.rounded(xp.where(positive, _arrays.wide(grad_y), 0), like.dtype)
+            # what x <= 0 stops is 0, also where grad_y is infinite or NaN
+            return _arrays.rounded(_arrays.masked(_arrays.wide(grad_y), positive), like.dtype)
 
         return y, backprop
 

@@ -88,8 +88,10 @@ class MaxPool2d(_layer.Layer):
             _layer.check_grad(self, grad_y, like)
             grad = _arrays.wide(grad_y)
             grad_x = xp.zeros(padded_shape, grad.dtype)
+            finite = _arrays.surely_finite(grad)
             for tap, window in enumerate(windows):
-                grad_x[window] += xp.where(winner == tap, grad, 0)
+                wins = winner == tap
+                grad_x[window] += grad * wins if finite else xp.where(wins, grad, 0)
             top, left = self.padding
             return _arrays.rounded(grad_x[:, :, top : top + shape[2], left : left + shape[3]], like.dtype)
 

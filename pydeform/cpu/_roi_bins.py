@@ -17,12 +17,14 @@ MANY_POINTS = 4096  # on an axis of a bin: of more, only those that can count ar
 
 
 @inline_always
-def state_of(first: Any, second: Any, begin: Any, size: Any) -> int:
+def state_of(first: Any, second: Any, *found: Any) -> int:
     """Of two numbers that came in and of what became of them: NaN in the former is broken, else infinity is outside."""
     if (first != first) | (second != second):
         return BROKEN
     # What is NaN now was infinite before.
-    finite = (abs(first) < np.inf) & (abs(second) < np.inf) & (abs(begin) < np.inf) & (abs(size) < np.inf)
+    finite = (abs(first) < np.inf) & (abs(second) < np.inf)
+    for number in found:
+        finite &= abs(number) < np.inf
     return SOUND if finite else OUTSIDE
 
 
@@ -63,7 +65,8 @@ def extent(boxes: Any, r: int, column: int, g: Any) -> tuple[Any, Any, int]:
     half = real(0.5) * real(g.half_pixel)
     begin, end = begin - half, end - half
     size = max(end - begin, real(g.least_size))
-    return begin, size, state_of(first, last, begin, size)
+    # An infinite end is one also where a least size hides it.
+    return begin, size, state_of(first, last, begin, end, size)
 
 
 @inline_always

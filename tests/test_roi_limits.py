@@ -355,8 +355,8 @@ def test_columns_whose_numbers_float32_rounds():
     image = np.zeros((1, 1, 2, width), np.float32)
     image[..., -128:] = 1
     boxes = np.array([[0, width - n, 0, width - n + 32, 1] for n in (64, 60, 40)], np.float32)
-    for options in ({"sampling_ratio": 4}, {"sampling_ratio": 0}, {"sampling_ratio": 33}):
-        output = pydeform.roi_align(image, boxes, (1, 3), **options)
+    for options in ({"sampling_ratio": 8}, {"sampling_ratio": 0}, {"sampling_ratio": 33}):
+        output = pydeform.roi_align(image, boxes, (1, 6), **options)
         np.testing.assert_allclose(output, 1, rtol=1e-6)
     # More points than pixels are a pixel apart, and each pixel is listed once.
     whole = np.array([[0, 0, 0, width, 1]], np.float32)

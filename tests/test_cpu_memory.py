@@ -1,19 +1,21 @@
 """CPU kernels write to nothing but their results and workspace, and read nothing else: no place that they are given a
 pointer to is checked at run time.
 
-Here every array that a kernel gets is a copy between two fences.
+Here every array that a kernel gets is a copy between two fences, and what nobody has written to yet is full of NaN, of
+zeros, or of numbers that lie outside of everything.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 import pydeform
-from pydeform.cpu import _conv_common, _roi_common, _threads
+from pydeform.cpu import _arrays, _conv_common, _roi_common, _threads
 from pydeform.cpu._jit import Kernel
 from pydeform.cpu._simd import at
 from tests.cases.deform_conv2d import ARRAYS, CASES, make, make_grad_output
@@ -22,6 +24,7 @@ from tests.test_roi import CORNERS, OPERATORS, VARIANTS, problem, wide
 
 FENCE = 4096  # bytes on either side
 WOOD = 0xFF  # NaN in every dtype, -1 in every int
+FILLS = WOOD, 0x00, 0x7F  # the last: 3e38 or 1e306 as a float, 2e9 or 9e18 as an int
 
 
 def _fenced(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -51,42 +54,125 @@ def _run_fenced(run: Any) -> Any:
     return fenced
 
 
-def _everything(operator: str, names: Any, arrays: dict[str, Any], grad_output: Any, options: dict[str, Any]) -> Any:
-    """The output, and the gradients for every subset of what may be needed."""
+class _Filled:
+    """NumPy, but its empty arrays are full of one byte."""
+
+    def __init__(self, byte: int) -> None:
+        self._byte = byte
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def empty(self, *arguments: Any) -> np.ndarray:
+        array = np.empty(*arguments)
+        array.view(np.uint8)[...] = self._byte
+        return array
+
+
+def _results(
+    operator: str, subsets: Any, arrays: dict[str, Any], grad_output: Any, options: dict[str, Any]
+) -> Iterator[Any]:
+    """The output, and the gradients for each of some subsets of what may be needed."""
     yield getattr(pydeform, operator)(**arrays, **options)
-    for needs in itertools.chain.from_iterable(itertools.combinations(names, k) for k in range(len(names) + 1)):
+    for needs in subsets:
         backward = getattr(pydeform, f"{operator}_backward")
         yield from backward(grad_output, **arrays, **{**options, "needs": needs})
 
 
-def _check(monkeypatch: Any, operator: str, *of_problem: Any) -> None:
-    """The same bits behind fences."""
-    for module in _conv_common, _roi_common:
-        monkeypatch.setattr(module, "SERIAL_FLOPS", 0)  # on several threads, too
-    want = list(_everything(operator, *of_problem))
-    with monkeypatch.context() as patch:
-        patch.setattr(_threads, "run", _run_fenced(_threads.run))
-        got = list(_everything(operator, *of_problem))
-    for g, w in zip(got, want, strict=True):
-        assert (g is None) == (w is None)
-        if w is not None:
-            assert_same_bits(g, w)
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """The same bits behind fences, on two threads and on one, whatever is in fresh memory."""
+    before = pydeform.get_num_threads()
+    for module in (_roi_common, _conv_common):
+        monkeypatch.setattr(module, "SERIAL_FLOPS", 0)  # on several threads, however small
+    run, used = _threads.run, set()
+
+    def watched(kernel: Any, key: Any, threads: int, *arguments: Any) -> None:
+        used.add(threads)
+        _run_fenced(run)(kernel, key, threads, *arguments)
+
+    def check(operator: str, names: Any, *of_problem: Any, all_subsets: bool = False) -> None:
+        subsets = [tuple(names)]
+        if all_subsets:
+            subsets += itertools.chain.from_iterable(itertools.combinations(names, k) for k in range(len(names)))
+        want = list(_results(operator, subsets, *of_problem))
+        for threads, fill in itertools.product((2, 1), FILLS):
+            pydeform.set_num_threads(threads)
+            used.clear()
+            some = subsets if threads == 2 and fill == WOOD else subsets[:1]
+            with monkeypatch.context() as patch:
+                patch.setattr(_arrays, "np", _Filled(fill))
+                patch.setattr(_threads, "run", watched)
+                got = list(_results(operator, some, *of_problem))
+            assert max(used, default=threads) == threads  # none of an empty batch
+            for g, w in zip(got, want[: len(got)], strict=True):
+                assert (g is None) == (w is None)
+                if w is not None:
+                    assert_same_bits(g, w)
+
+    yield check
+    pydeform.set_num_threads(before)
+
+
+def _magnitudes(dtype: str) -> np.ndarray:
+    """From a pixel to the largest number: each power of two at which something is rounded, and others between."""
+    largest = np.finfo(dtype).max
+    return np.array([3.5, 100, 4100.25, 2**22 + 0.5, 2**23, 1e8, 2**31, 2**52 + 0.5, 2**63, 1e30, largest / 4, largest])
+
+
+def _far_corners(dtype: str) -> np.ndarray:
+    """Boxes around the image, towards it, from it on, upside down over it, past it, and flat ones."""
+    m, zero, one = _magnitudes(dtype), np.zeros(12), np.ones(12)
+    rows = (-m, -m, m, m), (-m, zero, one, m), (one, one, m, m), (m, m, -m, -m), (m / 2, -m, m, zero), (-m, one, m, one)
+    return np.concatenate([np.stack(row, axis=1) for row in rows])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_roi_pooling(monkeypatch, name, dtype):
+def test_roi_pooling(check, name, dtype):
     for variant in (VARIANTS[name], wide(VARIANTS[name])):
         arrays, grad_output = problem(variant, dtype, corners=CORNERS * 2)
         names = [n for n in OPERATORS[variant.operator] if n != "boxes"]
-        _check(monkeypatch, variant.operator, names, arrays, grad_output, variant.options)
+        check(variant.operator, names, arrays, grad_output, variant.options, all_subsets=True)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_far_boxes(check, name, dtype):
+    variant = VARIANTS[name]
+    variant = variant._replace(options={**variant.options, "spatial_scale": 1.0})
+    many = {"sample_per_part": 2**31 - 1} if "sample_per_part" in variant.options else {"sampling_ratio": 2**24 + 1}
+    variants = [variant, wide(variant)]
+    if "sample_per_part" in variant.options or "sampling_ratio" in variant.options or variant.is_adaptive:
+        variants += [variant._replace(options={**variant.options, **many})]
+    for one in variants:
+        arrays, grad_output = problem(one, dtype, corners=_far_corners(dtype))
+        names = [n for n in OPERATORS[one.operator] if n != "boxes"]
+        check(one.operator, names, arrays, grad_output, one.options)
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.offset_name and variant.offset])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_bins_moved_far_away(check, name, dtype):
+    for variant in (VARIANTS[name], wide(VARIANTS[name])):
+        arrays, grad_output = problem(variant, dtype, corners=CORNERS * 4)
+        offset = arrays[variant.offset_name]
+        signs = np.random.default_rng(2).choice([-1, 0, 1], offset.size)
+        offset[...] = (np.resize(_magnitudes(dtype), offset.size) * signs).reshape(offset.shape)
+        names = [n for n in OPERATORS[variant.operator] if n != "boxes"]
+        check(variant.operator, names, arrays, grad_output, variant.options)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_deform_conv2d(monkeypatch, name, dtype):
+def test_deform_conv2d(check, name, dtype):
     case = CASES[name]
-    _check(monkeypatch, "deform_conv2d", ARRAYS, make(case, dtype), make_grad_output(case, dtype), case.options)
+    arrays, grad_output = make(case, dtype), make_grad_output(case, dtype)
+    check("deform_conv2d", ARRAYS, arrays, grad_output, case.options, all_subsets=True)
+    offset = arrays["offset"]
+    signs = np.random.default_rng(2).choice([-1, 0, 1], offset.size)
+    arrays["offset"] = (np.resize(_magnitudes(dtype), offset.size) * signs).reshape(offset.shape).astype(offset.dtype)
+    check("deform_conv2d", ARRAYS, arrays, grad_output, case.options)
 
 
 @Kernel

@@ -562,14 +562,16 @@ def test_boxes_that_are_not_finite(backend, name, dtype):
 
 
 @each_variant
-@pytest.mark.parametrize("dtype", DTYPES[1:])
+@each_dtype
 def test_coordinates_that_overflow(backend, name, dtype):
-    """Finite in the array, infinite once scaled in float32, which half types compute coordinates in."""
-    largest, scale = (60000.0, 2.0**120) if dtype == "float16" else (3e38, 4.0)
+    """Finite in the array, infinite once scaled, in float32 for half types. A least size does not hide it."""
+    largest, scale = {"float16": (60000.0, 2.0**120), "float64": (1.7e308, 4.0)}.get(dtype, (3e38, 4.0))
     variant = VARIANTS[name]._replace(options={**VARIANTS[name].options, "spatial_scale": scale})
-    arrays, grad_output = problem(variant, dtype, corners=[CORNERS[0]] * 3)
+    arrays, grad_output = problem(variant, dtype, corners=[CORNERS[0]] * 5)
     arrays["boxes"][0, 1:] = largest
     arrays["boxes"][1, 3] = largest
+    arrays["boxes"][3:, 1:] = 0
+    arrays["boxes"][3, 3] = arrays["boxes"][4, 4] = -largest
     arrays["boxes"][2, 1:] = np.array([-largest, 0, largest, 0])
     output, grads = solve(backend, variant, arrays, grad_output)
     assert not output.any()
@@ -951,11 +953,11 @@ def test_adaptive_boxes_of_any_size(backend, operator, length, dtype):
     np.testing.assert_allclose(got.sum(axis=1), 5 / 2 * np.array(rows), rtol=1e-5, atol=100 / n)
 
 
+@pytest.mark.parametrize("far", [2.0**22, 2.0**23, 1e8, 2.0**53, 2.0**59])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("mode", ["avg", "max"])
-def test_a_huge_box_around_the_image(backend, mode, dtype):
+def test_a_huge_box_around_the_image(backend, mode, dtype, far):
     """From far before it to far past it, with a point every pixel."""
-    far = 2.0**22
     arrays = {"input": np.full((1, 2, 4, 4), 2.0), "boxes": np.array([[0, -far, -far, far, far]])}
     arrays = {n: a.astype(dtype) for n, a in arrays.items()}
     options = {"output_size": 1, "mode": mode}

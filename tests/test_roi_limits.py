@@ -1,6 +1,6 @@
 """RoI pooling past the limits inside the CPU kernels: long lists of pixels, many bins, many points, several threads.
 
-tests/test_cuda_roi.py has the like for the CUDA kernels.
+tests/test_cuda_roi.py has the like for the CUDA kernels. Far boxes and very many points are here for both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,19 @@ import pydeform
 from pydeform.cpu import _roi_bins, _roi_common
 from pydeform.cpu._simd_bands import BAND
 from tests.conftest import Backend, assert_same_bits
-from tests.test_roi import CORNERS, IN_SIZE, Variant, assert_equals_oracle, assert_same_grads, problem, solve
+from tests.reference import roi as reference
+from tests.test_roi import (
+    CORNERS,
+    IN_SIZE,
+    Variant,
+    assert_equals_oracle,
+    assert_same_grads,
+    each_dtype,
+    problem,
+    run,
+    run_backward,
+    solve,
+)
 from tests.test_simd_roi import last_of_a_page
 
 CPU = Backend("cpu")
@@ -158,3 +170,211 @@ def test_between_points_on_pixels_nothing_is_read():
     box = np.array([[0, 1.0, 1.0, 16.0, 16.0]])
     options = {"output_dim": 1, "pooled_size": 1, "sample_per_part": 2, "spatial_scale": 0.5}
     assert pydeform.deform_psroi_pool(image, box, **options).item() == want
+
+
+# Far boxes and very many points ---------------------------------------------------------------------------------------
+
+FAR = {
+    "float64": (5000.25, 2.0**20 + 0.375, 1e8, 2.0**31, 2.0**52, 2.0**53, 1e15 / 3, 1e30, 1e100, 1.5e308),
+    "float32": (5000.25, 2.0**20 + 0.375, 2.0**22 + 0.5, 2.0**23, 1e8, 2.0**31, 1e15, 1e18, 2.9e38),
+}
+FAR_VARIANTS = {
+    "roi_align": Variant("roi_align", {"output_size": 1}, 5),
+    "roi_align of few channels": Variant("roi_align", {"output_size": (1, 2), "aligned": True}, 1),
+    "roi_align of 2 points": Variant("roi_align", {"output_size": 1, "sampling_ratio": 2}, 5),
+    "roi_align of 3 points": Variant("roi_align", {"output_size": 1, "sampling_ratio": 3}, 1),
+    "roi_align of many points": Variant("roi_align", {"output_size": 1, "sampling_ratio": 5001}, 1),
+    "largest": Variant("roi_align", {"output_size": 1, "mode": "max"}, 5),
+    "largest of many points": Variant("roi_align", {"output_size": 1, "sampling_ratio": 5001, "mode": "max"}, 2),
+    "ps_roi_align": Variant("ps_roi_align", {"output_size": (1, 2)}, 5),
+    "deform_roi_pool": Variant("deform_roi_pool", {"output_size": 1, "gamma": 0.125}, 5),
+    "deform_roi_pool of few channels": Variant("deform_roi_pool", {"output_size": 1}, 1, offset=False),
+    "deform_psroi_pool": _psroi(1, 5001),
+    "roi_pool": Variant("roi_pool", {"output_size": 1}, 5),
+    "ps_roi_pool": Variant("ps_roi_pool", {"output_size": 1}, 5),
+    "ps_roi_pool_rfcn": Variant("ps_roi_pool", {"output_size": 1, "convention": "rfcn"}, 1),
+}
+
+
+def assert_equals_rounded_oracle(backend: Any, variant: Variant, arrays: Any, grad_output: Any, dtype: str) -> None:
+    """The oracle with begin, end and size of boxes as the dtype rounds them."""
+    op = getattr(reference, f"operator_of_{variant.operator}")(**arrays, **variant.options)
+    if dtype != "float64":
+        op = op._replace(coordinate=np.float32)
+    with np.errstate(over="ignore"):
+        want, want_grads = reference.forward(op), reference.backward(grad_output, op)
+    output, grads = solve(backend, variant, arrays, grad_output)
+    # A point of few is rounded as its numbers are; nothing cancels in what is looked at.
+    tolerance = {"rtol": 1e-9, "atol": 1e-300} if dtype == "float64" else {"rtol": 2e-3, "atol": 1e-36}
+    np.testing.assert_allclose(output, want, **tolerance)
+    for name in {"input", "mask"} & {name for name, grad in grads.items() if grad is not None}:
+        np.testing.assert_allclose(grads[name].sum(), want_grads[name].sum(), **tolerance)
+
+
+@pytest.mark.parametrize("name", FAR_VARIANTS)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_far_boxes(backend, name, dtype):
+    """From far away to far away, to the image, from the image, over it upside down, and far past it."""
+    variant, size = FAR_VARIANTS[name], (4, 5)
+    few_or_adaptive = "5001" not in str(variant.options)
+    for far in FAR[dtype]:
+        if far > 2**23 and not few_or_adaptive:
+            continue  # no two of the points come near the image, and it is a matter of rounding whether one does
+        half = far / 2
+        for corners in (
+            (-half, -half, half, half),
+            (-far, -far, 3, 2),
+            (1, 2, far, far),
+            (-half, 0, half, 3),
+            (half, half, -half, -half),
+            (half, half, far, far),
+        ):
+            arrays, grad_output = problem(variant, dtype, corners=[corners], batch=1, size=size)
+            arrays["input"], grad_output = abs(arrays["input"]) + 1, abs(grad_output) + 1
+            if variant.offset_name and variant.offset:
+                arrays[variant.offset_name][...] = 0
+            if arrays.get("mask") is not None:
+                arrays["mask"][...] = 0.5
+            assert_equals_rounded_oracle(backend, variant, arrays, grad_output, dtype)
+
+
+@pytest.mark.parametrize("channels", [1, 8])
+@pytest.mark.parametrize("operator", ["roi_align", "ps_roi_align", "deform_roi_pool"])
+def test_points_that_float32_cannot_tell_apart(backend, operator, channels):
+    """2e8 points on each axis, a pixel apart: those from -0.5 to 39.5 count, of which 41 read 40 pixels."""
+    image = np.ones((1, channels, 40, 40), np.float32)
+    boxes = np.array([[0, -1e8, -1e8, 1e8, 1e8]], np.float32)
+    arrays, want = {"input": image, "boxes": boxes}, (41 / 2e8) ** 2
+    output = run(backend, operator, arrays, {"output_size": 1})
+    np.testing.assert_allclose(output, want, rtol=1e-5)
+    grads = run_backward(backend, operator, np.ones_like(output), arrays, {"output_size": 1})
+    np.testing.assert_allclose(grads["input"].sum(axis=(2, 3)), want, rtol=1e-5)
+    assert grads["input"].all()
+
+
+MANY = (4097, 20_001, 2**24 + 1, 2**31 - 1)
+
+
+@pytest.mark.parametrize("points", MANY)
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_many_points_on_a_plane(backend, channels, dtype, points):
+    """The mean of an image that rises evenly is its value in the middle of the points; the largest is a corner's."""
+    y, x = np.mgrid[:9, :8].astype(float)
+    image = np.broadcast_to(2 * y + 0.5 * x + 1, (1, channels, 9, 8)).astype(dtype)
+    spans = np.array([(1.5, 2.25, 6, 7.75), (6, 7.75, 1.5, 2.25), (3, 4, 3, 4), (2, 1, 5, 1 + 2.0**-30)])
+    boxes = np.concatenate([np.zeros((4, 1)), spans], axis=1).astype(dtype)
+    arrays = {"input": image, "boxes": boxes}
+    options = {"output_size": 1, "sampling_ratio": points, "aligned": True}
+    first, last = spans[:, :2] - 0.5, spans[:, 2:] - 0.5
+    tolerance = {"rtol": 1e-12 if dtype == "float64" else 3e-6}
+
+    def value(place: Any) -> Any:
+        return 2 * place[:, 1] + 0.5 * place[:, 0] + 1
+
+    output = run(backend, "roi_align", arrays, options)
+    np.testing.assert_allclose(output[:, 0, 0, 0], value((first + last) / 2), **tolerance)
+    largest = run(backend, "roi_align", arrays, {**options, "mode": "max"})[:, 0, 0, 0]
+    corner = np.maximum(first, last) - abs(last - first) / 2 / points
+    np.testing.assert_allclose(largest, value(corner), **tolerance)
+    grads = run_backward(backend, "roi_align", np.ones_like(output), arrays, options)["input"][0, 0]
+    np.testing.assert_allclose([grads.sum(), (grads * y).sum()], [4, (first + last)[:, 1].sum() / 2], **tolerance)
+    offset = np.zeros((4, 2, 1, 1), dtype)
+    del options["aligned"]
+    moves = run_backward(
+        backend, "deform_roi_pool", np.ones_like(output), {**arrays, "offset": offset}, {**options, "gamma": 0.5}
+    )["offset"]
+    want = channels * 0.5 * (last - first) * (0.5, 2)
+    np.testing.assert_allclose(moves[:, :, 0, 0], want, atol=1e-5 if dtype == "float32" else 1e-12)
+
+
+@pytest.mark.parametrize("points", MANY[:2])
+def test_many_points_one_by_one(backend, points):
+    """Across the image's borders, on any image, against all points looked at."""
+    rng = np.random.default_rng(3)
+    image = rng.normal(size=(1, 2, 7, 6))
+    spans = rng.uniform(-6, 12, (6, 2, 2))
+    boxes = np.concatenate([np.zeros((6, 1)), spans.reshape(6, 4)], axis=1)
+    options = {"output_size": 1, "sampling_ratio": points, "aligned": True}
+    arrays = {"input": image, "boxes": boxes}
+    output = run(backend, "roi_align", arrays, options)
+    largest = run(backend, "roi_align", arrays, {**options, "mode": "max"})
+    for r, (first, last) in enumerate(spans):
+        axes = []
+        for axis, length in ((1, 7), (0, 6)):
+            place = first[axis] - 0.5 + (np.arange(points) + 0.5) * (last[axis] - first[axis]) / points
+            counts = (place >= -1) & (place <= length)
+            inside = place[counts].clip(0, length - 1)
+            low = np.minimum(inside.astype(int), length - 2)
+            weights = np.zeros((len(inside), length))
+            weights[np.arange(len(inside)), low] = 1 - (inside - low)
+            weights[np.arange(len(inside)), low + 1] = inside - low
+            axes.append((weights, counts.all()))
+        (rows, all_rows), (columns, all_columns) = axes
+        want = rows.sum(axis=0) @ image[0] @ columns.sum(axis=0) / points**2
+        np.testing.assert_allclose(output[r, :, 0, 0], want, rtol=1e-9, atol=1e-12)
+        some_rows, some_columns = rows[::7], columns[::7]  # the surface is steep nowhere
+        values = some_rows @ image[0] @ some_columns.T
+        most = values.max(axis=(1, 2)) if values.size else np.full(2, -np.inf)
+        most = most if all_rows and all_columns else np.maximum(most, 0)
+        assert (largest[r, :, 0, 0] >= most - 1e-12).all()
+        np.testing.assert_allclose(largest[r, :, 0, 0], most, atol=0.05)
+
+
+@pytest.mark.parametrize("operator", ["deform_roi_pool", "deform_psroi_pool"])
+@pytest.mark.parametrize("channels", [1, 5])
+@each_dtype
+def test_offsets_change_nothing_on_a_constant_image(backend, operator, channels, dtype):
+    """What a point's lower pixel loses the upper one gains, also within a rounding of a pixel."""
+    rng = np.random.default_rng(9)
+    real = np.float64 if dtype == "float64" else np.float32
+    corners = rng.integers(0, 9, (60, 4)) + rng.choice([0, 0.5, 1 / 3, 0.25], (60, 4))
+    beside = np.nextafter(corners.astype(real), rng.choice([-9, 9, 99], (60, 4)).astype(real))
+    boxes = np.concatenate([np.zeros((120, 1)), np.concatenate([corners, beside])], axis=1)
+    boxes[0, 1:] = 1, 1, 2, 2  # a point of the middle bins lies half a unit in the last place before pixel 1
+    for bins, points in ((3, 3), (2, 5), (1, 7)):
+        if operator == "deform_roi_pool":
+            options: dict[str, Any] = {"output_size": bins, "sampling_ratio": points, "gamma": 1.0}
+        else:
+            options = {"output_dim": channels, "pooled_size": bins, "sample_per_part": points, "trans_std": 1.0}
+            options["spatial_scale"] = 1 / 3
+        variant = Variant(operator, options, channels)
+        arrays, _ = problem(variant, dtype, corners=boxes[:, 1:], batch=1, size=(9, 9))
+        arrays["boxes"] = boxes.astype(arrays["boxes"].dtype)
+        arrays["input"][...] = 1
+        arrays["mask"][...] = 1
+        arrays[variant.offset_name][...] = 0
+        ones = np.ones((len(boxes), channels, bins, bins)).astype(arrays["input"].dtype)
+        grad = run_backward(backend, operator, ones, arrays, options)[variant.offset_name]
+        assert np.abs(grad.astype(float)).max() <= (1e-13 if dtype == "float64" else 1e-4) * 9 * channels
+
+
+def test_columns_whose_numbers_float32_rounds():
+    """A box inside of a constant image pools to the constant, whatever its points are rounded to."""
+    width = 2**24 + 64
+    image = np.zeros((1, 1, 2, width), np.float32)
+    image[..., -128:] = 1
+    boxes = np.array([[0, width - n, 0, width - n + 32, 1] for n in (64, 60, 40)], np.float32)
+    for options in ({"sampling_ratio": 8}, {"sampling_ratio": 0}, {"sampling_ratio": 33}):
+        output = pydeform.roi_align(image, boxes, (1, 6), **options)
+        np.testing.assert_allclose(output, 1, rtol=1e-6)
+    # More points than pixels are a pixel apart, and each pixel is listed once.
+    whole = np.array([[0, 0, 0, width, 1]], np.float32)
+    output = pydeform.roi_align(image, whole, 1)
+    np.testing.assert_allclose(output, 128 / width, rtol=0.02)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_huge_boxes_that_read_nothing_have_no_gradient(backend, channels, dtype):
+    """Upside down, so that there are no points, and so large that a bit more would be infinite."""
+    largest = float(np.finfo(dtype).max)
+    arrays = {
+        "input": np.ones((1, channels, 4, 5), dtype),
+        "boxes": np.array([[0, 3, 2, -0.9 * largest, -0.9 * largest]], dtype),
+        "offset": np.zeros((1, 2, 1, 1), dtype),
+        "mask": np.full((1, 1, 1, 1), 1.5, dtype),
+    }
+    grad_output = np.ones((1, channels, 1, 1), dtype)
+    grads = run_backward(backend, "deform_roi_pool", grad_output, arrays, {"output_size": 1, "gamma": 1.0})
+    assert not any(grad.any() for grad in grads.values() if grad is not None)

@@ -5,24 +5,26 @@ Every field of `Rules` is one line here and one line of cuda/roi_bins.cuh. `boxe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pydeform._roi_geometry import AFTER_SCALE, BEFORE_SCALE
-from pydeform.cpu._jit import inline_always
+from pydeform.cpu._jit import inline, inline_always
 
 SOUND, BROKEN, OUTSIDE = 0, 1, 2  # of a box or bin: as it should be, with a NaN, infinite
-MANY_POINTS = 4096  # on an axis of a bin: of more, only those that can count are looked at
+MANY_POINTS = 4096  # on an axis of a bin: more are not looked at one by one
 
 
 @inline_always
-def state_of(first: Any, second: Any, begin: Any, size: Any) -> int:
+def state_of(first: Any, second: Any, *found: Any) -> int:
     """Of two numbers that came in and of what became of them: NaN in the former is broken, else infinity is outside."""
     if (first != first) | (second != second):
         return BROKEN
     # What is NaN now was infinite before.
-    finite = (abs(first) < np.inf) & (abs(second) < np.inf) & (abs(begin) < np.inf) & (abs(size) < np.inf)
+    finite = (abs(first) < np.inf) & (abs(second) < np.inf)
+    for number in found:
+        finite &= abs(number) < np.inf
     return SOUND if finite else OUTSIDE
 
 
@@ -63,7 +65,8 @@ def extent(boxes: Any, r: int, column: int, g: Any) -> tuple[Any, Any, int]:
     half = real(0.5) * real(g.half_pixel)
     begin, end = begin - half, end - half
     size = max(end - begin, real(g.least_size))
-    return begin, size, state_of(first, last, begin, size)
+    # An infinite end is one also where a least size hides it.
+    return begin, size, state_of(first, last, begin, end, size)
 
 
 @inline_always
@@ -94,23 +97,11 @@ def points_of(bin_size: Any, boxes: Any, g: Any) -> Any:
 
 
 @inline_always
-def _looked_at(start: Any, bin_size: Any, points: Any, length: int, boxes: Any, g: Any) -> tuple[Any, int]:
-    """The first point that can count and how many follow it, with some before and after that cannot."""
-    real = boxes.dtype.type
-    if points <= MANY_POINTS:
-        return real(0), max(np.int64(points), 0)
-    step = bin_size / points
-    if step == 0:
-        return real(0), np.int64(points)
-    reach = real(g.reach)
-    one = (-reach - start) / step
-    other = (real(length - 1) + reach - start) / step
-    last = points - real(1)
-    low = min(max(np.floor(min(one, other)) - real(2), real(0)), last)
-    high = min(max(np.ceil(max(one, other)) + real(2), real(0)), last)
-    # Far from zero the two are rounded: no more than really fit.
-    most = (real(length + 1) + reach) / abs(step) + real(8)
-    return low, np.int64(min(high - low + real(1), min(most, points)))
+def _spread(bin_size: Any, points: Any, boxes: Any) -> tuple[Any, Any]:
+    """a and b with a / b the distance of two points, where (i + first_point) * a overflows for no point of the bin."""
+    if abs(bin_size * points) < np.inf:
+        return bin_size, points
+    return bin_size / points, boxes.dtype.type(1)
 
 
 @inline_always
@@ -126,13 +117,17 @@ def points_read(
     zero, one, highest = real(0), real(1), rounded_down(length - 1, boxes)
     first_point, lowest_counted, highest_counted = real(g.first_point), -real(g.reach), highest + real(g.reach)
     points = points_of(bin_size, boxes, g)
-    first, looked_at = _looked_at(start, bin_size, points, length, boxes, g)
-    run = (zero <= bin_size) & (bin_size <= points)
+    if points > MANY_POINTS:
+        return many_points_read(start, bin_size, length, boxes, g, index, weights, slopes)
+    spread, divisor = _spread(bin_size, points, boxes)
+    number = np.int64(max(points, zero))
+    # In an image so large that its last coordinates are rounded to whole numbers, rounded points leave pixels out.
+    run = (zero <= bin_size) & (bin_size <= points) & (highest + real(0.25) > highest)
     base, latest, n, inside = -1, -1, 0, 0
     above = False  # whether the pixel after the latest is read as well
-    for i in range(looked_at):
-        j = i if bin_size >= zero else looked_at - 1 - i
-        y = start + (first + real(j) + first_point) * bin_size / points
+    for i in range(number):
+        j = i if bin_size >= zero else number - 1 - i
+        y = start + (real(j) + first_point) * spread / divisor
         if not ((y >= lowest_counted) & (y <= highest_counted)):
             continue
         inside += 1
@@ -173,12 +168,12 @@ def points_listed(start: Any, bin_size: Any, length: int, boxes: Any, g: Any, in
     real = boxes.dtype.type
     zero, highest, reach = real(0), rounded_down(length - 1, boxes), real(g.reach)
     points = points_of(bin_size, boxes, g)
-    first, looked_at = _looked_at(start, bin_size, points, length, boxes, g)
+    if points > MANY_POINTS:
+        return many_points_listed(start, bin_size, length, boxes, g, index, parts)
+    spread, divisor = _spread(bin_size, points, boxes)
     n = 0
-    if first > zero:
-        index[0], parts[0], n = -1, zero, 1
-    for i in range(looked_at):
-        y = start + (first + real(i) + real(g.first_point)) * bin_size / points
+    for i in range(np.int64(max(points, zero))):
+        y = start + (real(i) + real(g.first_point)) * spread / divisor
         if (y >= -reach) & (y <= highest + reach):
             at_pixel = min(max(y, zero), highest)
             floor = np.floor(at_pixel)
@@ -187,7 +182,150 @@ def points_listed(start: Any, bin_size: Any, length: int, boxes: Any, g: Any, in
         elif n == 0 or index[n - 1] != -1:
             index[n], parts[n] = -1, zero
             n += 1
-    if first + real(looked_at) < points and n > 0 and index[n - 1] != -1:
-        index[n], parts[n] = -1, zero
+    return n
+
+
+# Many points ----------------------------------------------------------------------------------------------------------
+# There may be more of them than integers, or than anyone can wait for; and far from zero their coordinates are rounded
+# to whole numbers and more. So those that count are found by division, numbered from one that lies near the image, and
+# taken together where they read the same pixels.
+
+
+class Walk(NamedTuple):
+    """The points of a bin that count, in ascending order: number k, 0 <= k < number, lies at origin + k * step."""
+
+    origin: Any
+    step: Any  # never negative
+    number: int
+    before: bool  # whether others come before and after them
+    after: bool
+
+
+@inline_always
+def _walk(start: Any, bin_size: Any, length: int, boxes: Any, g: Any) -> Walk:
+    real = boxes.dtype.type
+    zero, one = real(0), real(1)
+    points = points_of(bin_size, boxes, g)
+    step = bin_size / points
+    lowest, highest = -real(g.reach), rounded_down(length - 1, boxes) + real(g.reach)
+    # The number of a point near the image, and where it lies.
+    near, first_point = zero, real(g.first_point)
+    if g.samples > 0:
+        if step != zero:
+            near = (lowest - start) / step - first_point
+            near = min(max(np.ceil(near) if step > zero else np.floor(near), zero), points)
+        spread, divisor = _spread(bin_size, points, boxes)
+        origin = start + (near + first_point) * spread / divisor
+    else:
+        # A step is a bit less than a pixel: start + near and points - bin_size are exact, and near 0 and 1.
+        near = min(max(np.floor(-start), zero), points)
+        origin = (start + near) - near * ((points - bin_size) / points) + first_point * step
+    least, most = -near, (points - near) - one  # numbers of the first and the last point, from there on
+    if step < zero:
+        least, most, step = -most, -least, -step
+    first, last = least, most
+    if step > zero:
+        first, last = max(least, np.ceil((lowest - origin) / step)), min(most, np.floor((highest - origin) / step))
+        if first > least and origin + (first - one) * step >= lowest:
+            first -= one
+        elif origin + first * step < lowest:
+            first += one
+        if last < most and origin + (last + one) * step <= highest:
+            last += one
+        elif origin + last * step > highest:
+            last -= one
+    else:
+        last = last if (origin >= lowest) & (origin <= highest) else first - one
+    if not (first <= last):  # NaN: infinitely far away
+        return Walk(zero, zero, 0, True, False)
+    # No more than twice the image, or `samples`.
+    return Walk(origin + first * step, step, np.int64(last - first + one), first > least, last < most)
+
+
+@inline_always
+def _up_to(y: Any, included: bool, walk: Walk, boxes: Any) -> int:
+    """How many points of a walk lie below y, or at y as well."""
+    real = boxes.dtype.type
+    if walk.step == real(0):
+        return walk.number if walk.origin < y or (included and walk.origin == y) else 0
+    number = (y - walk.origin) / walk.step
+    number = np.floor(number) + real(1) if included else np.ceil(number)
+    return min(np.int64(min(max(number, real(0)), real(walk.number))), walk.number)
+
+
+@inline_always
+def _cell(k: int, least: int, walk: Walk, length: int, boxes: Any) -> tuple[int, int, int, Any]:
+    """Points k <= i < end of a walk read pixel `lower`, which is `least` or more: lower, end, and of those between it
+    and the next pixel the first, `inner` <= i, and the part that it has of that."""
+    real = boxes.dtype.type
+    highest = np.int64(rounded_down(length - 1, boxes))
+    y = walk.origin + real(k) * walk.step
+    # Each pixel once, also in an image so large that pixels have no numbers of their own.
+    lower = min(max(np.int64(max(np.floor(y), real(0))), least), highest)
+    end = inner = walk.number
+    if lower < highest:
+        end = max(_up_to(real(lower + 1), False, walk, boxes), k + 1)
+        inner = min(max(_up_to(real(0), True, walk, boxes), k), end) if lower == 0 else k
+    part = min(max(walk.origin + real(inner) * walk.step - real(lower), real(0)), real(1))
+    return lower, end, inner, part
+
+
+@inline
+def many_points_read(
+    start: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, weights: Any, slopes: Any
+) -> tuple[int, Any]:
+    """`points_read`, pixel by pixel."""
+    real = boxes.dtype.type
+    zero, one = real(0), real(1)
+    walk = _walk(start, bin_size, length, boxes, g)
+    n, latest, k, above = 0, -1, 0, False
+    while k < walk.number:
+        lower, end, inner, part = _cell(k, latest + 1, walk, length, boxes)
+        number, between = real(end - k), real(end - inner)
+        # Parts grow by a step from point to point.
+        parts = min(max(between * part + walk.step * (between * (between - one) / real(2)), zero), between)
+        moved = between
+        if g.flat_at_pixels != 0 and part == zero:
+            moved = zero if walk.step == zero else max(between - one, zero)
+        if latest < 0 or lower != latest + 1 or not above:
+            n += 0 if latest < 0 else 2 if above else 1
+            weights[n], slopes[n] = zero, zero
+        else:
+            n += 1
+        index[n], index[n + 1] = lower, lower + 1
+        weights[n] += number - parts
+        slopes[n] -= moved
+        weights[n + 1], slopes[n + 1] = parts, moved
+        latest, above, k = lower, (g.flat_at_pixels == 0 or moved > zero) and lower < length - 1, end
+    if latest >= 0:
+        n += 2 if above else 1
+    return n, real(walk.number) if g.count_inside else points_of(bin_size, boxes, g)
+
+
+@inline
+def many_points_listed(start: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, parts: Any) -> int:
+    """`points_listed`, but of the points between the same pixels only the first and the last: with linear
+    interpolation none of the others is larger than both."""
+    real = boxes.dtype.type
+    walk = _walk(start, bin_size, length, boxes, g)
+    n, latest, k = 0, -1, 0
+    if walk.before:
+        index[0], parts[0], n = -1, real(0), 1
+    while k < walk.number:
+        lower, end, inner, part = _cell(k, latest + 1, walk, length, boxes)
+        last = min(max(walk.origin + real(end - 1) * walk.step - real(lower), real(0)), real(1))
+        index[n], parts[n] = lower, part if inner == k else real(0)
         n += 1
+        if end - k > 1:
+            index[n], parts[n] = lower, last if inner < end else real(0)
+            n += 1
+        latest, k = lower, end
+    if walk.after:
+        index[n], parts[n] = -1, real(0)
+        n += 1
+    if bin_size < real(0):  # listed from the last to the first
+        for i in range(n // 2):
+            j = n - 1 - i
+            index[i], index[j] = index[j], index[i]
+            parts[i], parts[j] = parts[j], parts[i]
     return n

@@ -12,7 +12,17 @@ from pydeform.cpu._arrays import contiguous
 from pydeform.cpu._channels_last import pixel_parts, to_channels_last
 from pydeform.cpu._conv_common import SERIAL_FLOPS, pixel_dtype, round_up, table
 from pydeform.cpu._jit import inline, inline_always
-from pydeform.cpu._roi_bins import BROKEN, SOUND, extent, pixels_read, points_read, rounded_down, state_of, worse
+from pydeform.cpu._roi_bins import (
+    BROKEN,
+    MANY_POINTS,
+    SOUND,
+    extent,
+    pixels_read,
+    points_read,
+    rounded_down,
+    state_of,
+    worse,
+)
 from pydeform.cpu._simd import VECTOR_BYTES, advance, at
 from pydeform.cpu._simd_bands import BAND, band_lists
 from pydeform.cpu._threads import claim, finish, wait_for
@@ -141,7 +151,7 @@ def most_listed(g: Any) -> int:
     """Entries that an axis of a bin may have, whichever way it lists them, and then some: eight are read at once."""
     longest = max(g.in_h, g.in_w)
     if g.points and g.is_max:
-        return int(g.samples + 2 if g.samples else 2 * longest + 16)
+        return int(g.samples + 2 if 0 < g.samples <= MANY_POINTS else 2 * longest + 16)
     return int((min(2 * g.samples, longest) if g.samples and g.points else longest) + BAND)
 
 

@@ -160,25 +160,23 @@ def band_lists(
             for s, values in enumerate(_transposed(builder, lanes)):
                 v.store(values, v.offset(weights_, builder.mul(row_, _const(2 * s + first))))
 
-        def distances(i: Any) -> list[Any]:
-            place = builder.load(builder.gep(places, [i]))
-            return [builder.fsub(place, builder.fadd(base, pixel)) for pixel in constants[:BAND]]
-
         def add_weight(i: Any, carried: list[Any]) -> list[Any]:
-            near = [builder.fsub(one, _unary(builder, v, "fabs", distance)) for distance in distances(i)]
+            # Exact, also where `base` is so large that the numbers after it are rounded.
+            place = builder.fsub(builder.load(builder.gep(places, [i])), base)
+            distances = [_unary(builder, v, "fabs", builder.fsub(place, pixel)) for pixel in constants[:BAND]]
+            near = [builder.fsub(one, distance) for distance in distances]
             return [builder.fadd(w, _larger(builder, n, v.zero)) for w, n in zip(carried, near, strict=True)]
 
         def add_slope(i: Any, carried: list[Any]) -> list[Any]:
+            # What the lower pixel loses the upper one gains. Which they are is not to be seen from a distance: that of
+            # a point close to a pixel is rounded to a whole one.
             gain = builder.load(builder.gep(steep, [i]))
-            loss = builder.fsub(v.zero, gain)
-            after = []
-            for slope, distance in zip(carried, distances(i), strict=True):
-                # The lower pixel, at a distance from 0 up to 1, loses what the upper one gains. At a pixel the upper
-                # one has no weight, but a slope.
-                change = builder.select(ordered(">=", distance, v.zero), loss, gain)
-                near = builder.and_(ordered(">=", distance, builder.fneg(one)), ordered("<", distance, one))
-                after.append(builder.fadd(slope, builder.select(near, change, v.zero)))
-            return after
+            lower = builder.fsub(_unary(builder, v, "floor", builder.load(builder.gep(places, [i]))), base)
+            at = [builder.select(ordered("==", lower, pixel), gain, v.zero) for pixel in constants[:BAND]]
+            losses = [builder.fsub(v.zero, gain_here) for gain_here in at]
+            before = [v.zero, *at[:-1]]
+            changes = [builder.fadd(loss, gained) for loss, gained in zip(losses, before, strict=True)]
+            return [builder.fadd(slope, change) for slope, change in zip(carried, changes, strict=True)]
 
         store_rows(0, _loop(builder, most, [v.zero] * BAND, add_weight))
         with builder.if_then(sloped_):

@@ -234,8 +234,9 @@ PYDEFORM_DEVICE void put_gradients(const AnyBin& bin, const RoiBox<A>& box, A va
   if (masks) masks[at] = sound ? value / bin.count : nothing;
   if (!offsets) return;
   const A scale = mask * (A)g.offset_scale / bin.count;
-  offsets[2 * at] = sound ? scale * box.x.size * along_x : nothing;
-  offsets[2 * at + 1] = sound ? scale * box.y.size * along_y : nothing;
+  const A by_x = scale * box.x.size, by_y = scale * box.y.size;  // infinite for huge boxes that read nothing
+  offsets[2 * at] = sound ? along_x == 0 && !is_finite(by_x) ? (A)0 : by_x * along_x : nothing;
+  offsets[2 * at + 1] = sound ? along_y == 0 && !is_finite(by_y) ? (A)0 : by_y * along_y : nothing;
 }
 
 // Per bin and class, offsets (R, bins, classes, 2), x first, and masks (R, bins, classes); either may be null.

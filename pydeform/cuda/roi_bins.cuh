@@ -2,13 +2,19 @@
 // derivatives. The twin of cpu/_roi_bins.py. Each field of `Rules` is one line here, marked with its name.
 //
 // A box may be longer than any integer, so points are numbered in floating point, and only those that count are looked
-// at: they follow each other. No integer is made from a number that is not known to be in range.
+// at: they follow each other. Of very many, those between the same two pixels are taken together. No integer is made
+// from a number that is not known to be in range.
 #pragma once
 #include "channels.cuh"
 
 constexpr int EXACT = 0, AFTER_SCALE = 1, BEFORE_SCALE = 2;  // `rounding`, as in _roi_geometry.py
-constexpr int FEW_POINTS = 4;  // so few are all looked at; of more, those that can matter are found by division
-constexpr int MOST_POINTS = 1 << 30;
+constexpr int FEW_POINTS = 4;      // so few are all looked at; of more, those that can matter are found by division
+constexpr int MANY_POINTS = 4096;  // more are taken pixel by pixel, as a walk
+// Bits of Axis::walk.
+constexpr int MANY = 1;       // it is one
+constexpr int BEFORE = 2;     // points that do not count come before those that do, or none does
+constexpr int AFTER = 4;      // ... after them
+constexpr int BACKWARDS = 8;  // the last point has the lowest coordinate
 
 // Never part of a fused multiply-add: all kernels, and the CPU, put a point on the same side of a border.
 PYDEFORM_DEVICE float times(float a, float b) { return __fmul_rn(a, b); }
@@ -76,6 +82,7 @@ template <class A> struct Axis {
   int low, high;    // it reads some of the pixels low <= k < high, or all
   int length;       // of the image
   A count;          // its factor of what the mean divides by
+  int walk;         // bits; of a walk, points are in ascending order, and start, bin and n are those of its first one
 
   // Eq. 3 for the j-th point that counts.
   PYDEFORM_DEVICE A at(int j, const RoiGeometry& g) const {
@@ -89,17 +96,25 @@ template <class A> struct Axis {
   PYDEFORM_DEVICE void numbers_between(A from, A to, A& low, A& high, A& margin, const RoiGeometry& g) const {
     const A step = bin / n, one = (from - start) / step, other = (to - start) / step;
     const A error = 4 * epsilon<A>() * (magnitude(start) + magnitude(from) + magnitude(to)) / magnitude(step);
-    margin = min(error, (A)64) + 1;  // with a larger error there is nothing to be found
+    margin = min(error, (A)MANY_POINTS) + 1;
     low = round_down(min(one, other) - (A)g.first_point - margin);
     high = round_up(max(one, other) - (A)g.first_point + margin);
+  }
+  // How many points of a walk lie below y, or at y as well.
+  PYDEFORM_DEVICE int up_to(A y, bool included) const {
+    if (bin == 0) return start < y || (included && start == y) ? points : 0;
+    const A number = (y - start) / bin;
+    return clamped(included ? round_down(number) + 1 : round_up(number), points);
   }
 };
 
 // Where a point that counts reads.
 template <class A> struct Reading {
   int lower, upper;
-  A part;   // weight of the upper pixel
-  A slope;  // 1, or 0 where the weights do not change with the coordinate
+  A part;        // weight of the upper pixel
+  A slope;       // 1, or 0 where the weights do not change with the coordinate
+  A number = 1;  // of points
+  PYDEFORM_DEVICE Reading() {}
   PYDEFORM_DEVICE Reading(A y, int length, const RoiGeometry& g) {
     const A highest = (A)(length - 1), inside = min(max(y, (A)0), highest), whole = round_down(inside);
     lower = min((int)whole, length - 1);
@@ -123,39 +138,156 @@ template <class A> PYDEFORM_DEVICE void read_pixels(Axis<A>& a, A begin, int p, 
   a.count = (A)(a.high - a.low);
 }
 
+// Eq. 3 with very many points: those that count, numbered from one that lies near the image, since far from it they are
+// rounded to whole pixels and more.
+template <class A> PYDEFORM_DEVICE void walk_points(Axis<A>& a, A& one, A& other, const RoiGeometry& g) {
+  const A lowest = -(A)g.reach, highest = a.last_counting(g);
+  const A n = a.n, first_point = (A)g.first_point;  // first_point
+  A step = a.bin / n, near = 0, origin;
+  if (g.samples > 0) {
+    if (step != 0) {
+      near = (lowest - a.start) / step - first_point;
+      near = min(max(step > 0 ? round_up(near) : round_down(near), (A)0), n);
+    }
+    const bool fits = is_finite(times(a.bin, n));  // else some point of the bin would overflow
+    origin = a.start + times(near + first_point, fits ? a.bin : step) / (fits ? n : (A)1);
+  } else {
+    // A step is a bit less than a pixel: start + near and n - bin are exact, and near 0 and 1.
+    near = min(max(round_down(-a.start), (A)0), n);
+    origin = (a.start + near) - times(near, (n - a.bin) / n) + times(first_point, step);
+  }
+  A least = -near, most = (n - near) - 1;  // numbers of the first and the last point, from there on
+  const bool backwards = step < 0;
+  if (backwards) {
+    const A turned = least;
+    least = -most, most = -turned, step = -step;
+  }
+  A first = least, last = most;
+  if (step > 0) {
+    first = max(least, round_up((lowest - origin) / step));
+    last = min(most, round_down((highest - origin) / step));
+    if (first > least && origin + times(first - 1, step) >= lowest) {
+      first -= 1;
+    } else if (origin + times(first, step) < lowest) {
+      first += 1;
+    }
+    if (last < most && origin + times(last + 1, step) <= highest) {
+      last += 1;
+    } else if (origin + times(last, step) > highest) {
+      last -= 1;
+    }
+  } else if (!a.counts(origin, g)) {
+    last = first - 1;
+  }
+  const bool some = first <= last, before = some && first > least, after = some && last < most;
+  a.walk = MANY | (backwards ? BACKWARDS : 0) | (!some || (backwards ? after : before) ? BEFORE : 0) |
+           ((backwards ? before : after) ? AFTER : 0);
+  if (!some) return;
+  a.points = clamped(last - first + 1, 0x7fffffff);
+  a.start = origin + times(first, step);
+  a.bin = step;
+  a.n = 1;
+  a.first = -first_point;
+  one = a.start;
+  other = origin + times(last, step);
+}
+
+// Eq. 3 with fewer points, n: those that count, and where the first and the last of them lie.
+template <class A> PYDEFORM_DEVICE void find_points(Axis<A>& a, A n, A& one, A& other, const RoiGeometry& g) {
+  const A step = a.bin / a.n, last = n - 1;
+  if (n <= (A)FEW_POINTS) {
+    a.points = (int)n;
+  } else if (step == 0) {
+    a.points = a.counts(a.at(0, g), g) ? (int)n : 0;
+  } else {
+    const A from = -(A)g.reach, to = a.last_counting(g);
+    A low, high, margin;
+    a.numbers_between(from, to, low, high, margin, g);
+    a.first = min(max(low, (A)0), last);
+    a.points = (int)(min(max(high, (A)0), last) - a.first) + 1;
+  }
+  one = a.at(0, g);
+  while (a.points > 0 && !a.counts(one, g)) {
+    a.points--;
+    a.first += 1;
+    one = a.at(0, g);
+  }
+  while (a.points > 0 && !a.counts(other = a.at(a.points - 1, g), g)) a.points--;
+  a.walk = (a.points == 0 || a.first > 0 ? BEFORE : 0) | (a.first + (A)a.points < n ? AFTER : 0);
+}
+
 // Eq. 3.
 template <class A> PYDEFORM_DEVICE void read_points(Axis<A>& a, const RoiGeometry& g) {
-  a.n = g.samples > 0 ? (A)g.samples : round_up(a.bin);
+  const A n = g.samples > 0 ? (A)g.samples : round_up(a.bin);
+  a.n = n;
   a.first = 0;
   read_nothing(a);
-  if (a.n > 0 && is_finite(a.start)) {
-    const A step = a.bin / a.n, last = a.n - 1;
-    if (a.n <= (A)FEW_POINTS) {
-      a.points = (int)a.n;
-    } else if (step == 0) {
-      a.points = a.counts(a.at(0, g), g) ? (int)min(a.n, (A)MOST_POINTS) : 0;
+  if (n > 0 && is_finite(a.start)) {
+    A one, other;
+    if (n > (A)MANY_POINTS) {
+      walk_points(a, one, other, g);
     } else {
-      const A from = -(A)g.reach, to = a.last_counting(g);
-      A low, high, margin;
-      a.numbers_between(from, to, low, high, margin, g);
-      a.first = min(max(low, (A)0), last);
-      const A found = min(max(high, (A)0), last) - a.first + 1, fit = (to - from) / magnitude(step) + 2 * margin + 4;
-      a.points = clamped(min(found, fit), MOST_POINTS);
+      if (!is_finite(times(a.bin, n))) a.bin /= n, a.n = 1;  // so that no point of the bin overflows
+      find_points(a, n, one, other, g);
     }
-    A one = a.at(0, g), other;
-    while (a.points > 0 && !a.counts(one, g)) {
-      a.points--;
-      a.first += 1;
-      one = a.at(0, g);
-    }
-    while (a.points > 0 && !a.counts(other = a.at(a.points - 1, g), g)) a.points--;
     if (a.points > 0) {
       const Reading<A> from(one, a.length, g), to(other, a.length, g);
       a.low = min(from.lower, to.lower);
       a.high = max(from.upper, to.upper) + 1;
     }
   }
-  a.count = g.count_inside ? (A)a.points : a.n;  // count_inside
+  a.count = g.count_inside ? (A)a.points : n;  // count_inside
+}
+
+// Points from <= j < to of a walk read pixel c and, if there is weight on it, the next one.
+template <class A> struct Cell {
+  int from, to;
+  PYDEFORM_DEVICE Cell(const Axis<A>& a, int c) {
+    from = c > 0 ? a.up_to((A)c, false) : 0;
+    to = c < a.length - 1 ? a.up_to((A)(c + 1), false) : a.points;
+  }
+};
+
+// All points of a cell as if they were one.
+template <class A> PYDEFORM_DEVICE Reading<A> read_cell(const Axis<A>& a, int c, const RoiGeometry& g) {
+  const Cell<A> cell(a, c);
+  const bool is_last = c == a.length - 1;
+  const int inner = is_last ? cell.to : c == 0 ? min(a.up_to(0, true), cell.to) : cell.from;  // others are before it
+  const A between = (A)(cell.to - inner), part = min(max(a.at(inner, g) - (A)c, (A)0), (A)1);
+  const bool flat = g.flat_at_pixels && part == 0;  // flat_at_pixels
+  Reading<A> all;
+  all.number = (A)(cell.to - cell.from);
+  // Parts grow by a step from point to point.
+  all.part = min(max(between * part + a.bin * (between * (between - 1) / 2), (A)0), between);
+  all.slope = !flat ? between : a.bin == 0 ? (A)0 : max(between - 1, (A)0);
+  all.lower = c;
+  all.upper = is_last || (g.flat_at_pixels && all.slope == 0) ? c : c + 1;
+  return all;
+}
+
+// What a sum over points goes through: each of them or, of a walk, the cells.
+template <class A> PYDEFORM_DEVICE int readings(const Axis<A>& a) { return a.walk & MANY ? a.high - a.low : a.points; }
+template <class A> PYDEFORM_DEVICE Reading<A> reading(const Axis<A>& a, int j, const RoiGeometry& g) {
+  return a.walk & MANY ? read_cell(a, a.low + j, g) : Reading<A>(a.at(j, g), a.length, g);
+}
+
+// What a maximum is over: all points or, of those of a walk between two pixels, the first and the last. With linear
+// interpolation none of the others is larger than both.
+template <class A> PYDEFORM_DEVICE unsigned candidates(const Axis<A>& a) {
+  return a.walk & MANY ? 2u * (a.high - a.low) : a.points;
+}
+// Where one of them lies; false: it is none.
+template <class A> PYDEFORM_DEVICE bool candidate(const Axis<A>& a, unsigned j, A& y, const RoiGeometry& g) {
+  if (!(a.walk & MANY)) {
+    y = a.at((int)j, g);
+    return true;
+  }
+  if (a.walk & BACKWARDS) j = candidates(a) - 1 - j;
+  const int c = a.low + (int)(j / 2);
+  const Cell<A> cell(a, c);
+  y = a.at(j % 2 ? cell.to - 1 : cell.from, g);
+  if (c > 0) y = max(y, (A)c);
+  return cell.to - cell.from > (int)(j % 2);
 }
 
 // A (w) and A' (slope) of the pixels k ... k + N - 1; bit i of the result says that the bin reads pixel k + i.
@@ -170,7 +302,10 @@ PYDEFORM_DEVICE unsigned weights_of(const Axis<A>& a, int k, A (&w)[N], A (&slop
     reads |= (unsigned)inside << i;
   }
   int begin = 0, end = a.points;
-  if (end > FEW_POINTS && a.bin / a.n != 0) {
+  if (a.walk & MANY) {
+    begin = max(k - 1 - a.low, 0);
+    end = min(k + N - a.low, a.high - a.low);
+  } else if (end > FEW_POINTS && a.bin / a.n != 0) {
     const A from = k <= 0 ? -(A)g.reach : (A)(k - 1), to = k + N >= a.length ? a.last_counting(g) : (A)(k + N);
     A low, high, margin;
     a.numbers_between(from, to, low, high, margin, g);
@@ -178,10 +313,11 @@ PYDEFORM_DEVICE unsigned weights_of(const Axis<A>& a, int k, A (&w)[N], A (&slop
     end = clamped(high - a.first + 1, a.points);
   }
   for (int j = begin; j < end; j++) {
-    const Reading<A> point(a.at(j, g), a.length, g);
+    const Reading<A> point = reading(a, j, g);
+    if (point.number == 0) continue;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      if (k + i == point.lower) w[i] += 1 - point.part, slope[i] -= point.slope, reads |= 1u << i;
+      if (k + i == point.lower) w[i] += point.number - point.part, slope[i] -= point.slope, reads |= 1u << i;
       if (k + i == point.upper) w[i] += point.part, slope[i] += point.slope, reads |= 1u << i;
     }
   }
@@ -237,6 +373,7 @@ PYDEFORM_DEVICE Axis<A> read_axis(const Extent<A>& box, A move, int p, int poole
   a.start = box.begin + times((A)p, a.bin) + move;
   a.n = a.first = 0;
   a.count = 1;
+  a.walk = 0;
   read_nothing(a);
   if (nothing) return a;
   if (g.points) {  // points

@@ -171,10 +171,10 @@ PYDEFORM_DEVICE void read_point(const T* plane, const Reading<A>& y, const Readi
   const T *upper_row = plane + (long long)y.lower * in_w, *lower_row = plane + (long long)y.upper * in_w;
   const A a = to_float(upper_row[x.lower]), b = to_float(upper_row[x.upper]), c = to_float(lower_row[x.lower]),
           d = to_float(lower_row[x.upper]);
-  const A above = (1 - x.part) * a + x.part * b, below = (1 - x.part) * c + x.part * d;
-  value = (1 - y.part) * above + y.part * below;
+  const A above = (x.number - x.part) * a + x.part * b, below = (x.number - x.part) * c + x.part * d;
+  value = (y.number - y.part) * above + y.part * below;
   along_y = y.slope * (below - above);
-  along_x = x.slope * ((1 - y.part) * (b - a) + y.part * (d - c));
+  along_x = x.slope * ((y.number - y.part) * (b - a) + y.part * (d - c));
 }
 
 // Sums over what a bin reads of one plane: values, and the derivatives of points.
@@ -182,11 +182,13 @@ template <class A, class T>
 PYDEFORM_DEVICE void read_all(const T* plane, const Bin<A>& bin, const RoiGeometry& g, A& value, A& along_y,
                               A& along_x) {
   if (g.points) {
-    for (int i = 0; i < bin.y.points; i++) {
-      const Reading<A> y(bin.y.at(i, g), g.in_h, g);
-      for (int j = 0; j < bin.x.points; j++) {
+    for (int i = 0; i < readings(bin.y); i++) {
+      const Reading<A> y = reading(bin.y, i, g);
+      for (int j = 0; j < readings(bin.x); j++) {
+        const Reading<A> x = reading(bin.x, j, g);
+        if (y.number == 0 || x.number == 0) continue;
         A one, one_y, one_x;
-        read_point(plane, y, Reading<A>(bin.x.at(j, g), g.in_w, g), g.in_w, one, one_y, one_x);
+        read_point(plane, y, x, g.in_w, one, one_y, one_x);
         value += one;
         along_y += one_y;
         along_x += one_x;
@@ -256,24 +258,24 @@ __global__ void __launch_bounds__(ROI_THREADS, 2)
   };
   if constexpr (POINTS) {
     const Axis<A>&y = bin.y, &x = bin.x;
-    const A many_y = round_up(y.n), many_x = round_up(x.n);
-    const bool any = !bin.broken && !bin.outside && many_y > 0 && many_x > 0;
-    const bool before = y.points == 0 || x.points == 0 || y.first > 0 || x.first > 0;
-    const bool right = x.first + (A)x.points < many_x, below = y.first + (A)y.points < many_y;
-    if (any && before) take(0, -1, -1);
+    const bool any = !bin.broken && !bin.outside && y.count > 0 && x.count > 0;
+    if (any && ((y.walk | x.walk) & BEFORE)) take(0, -1, -1);
     if (any && x.points > 0) {
-      for (int j = 0; j < y.points; j++) {
-        const Reading<A> to_y(y.at(j, g), g.in_h, g);
-        for (int k = 0; k < x.points; k++) {
-          const Reading<A> to_x(x.at(k, g), g.in_w, g);
+      for (unsigned j = 0; j < candidates(y); j++) {
+        A place_y, place_x;
+        if (!candidate(y, j, place_y, g)) continue;
+        const Reading<A> to_y(place_y, g.in_h, g);
+        for (unsigned k = 0; k < candidates(x); k++) {
+          if (!candidate(x, k, place_x, g)) continue;
+          const Reading<A> to_x(place_x, g.in_w, g);
           A value, along_y, along_x;
           read_point(plane, to_y, to_x, g.in_w, value, along_y, along_x);
           take(value, (A)to_y.lower + to_y.part, (A)to_x.lower + to_x.part);
         }
-        if (right) take(0, -1, -1);
+        if (x.walk & AFTER) take(0, -1, -1);
       }
     }
-    if (any && below) take(0, -1, -1);
+    if (any && (y.walk & AFTER)) take(0, -1, -1);
   } else {
     for (int y = bin.y.low; y < bin.y.high; y++)
       for (int x = bin.x.low; x < bin.x.high; x++) take(to_float(plane[(long long)y * g.in_w + x]), y, x);

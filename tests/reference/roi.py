@@ -12,6 +12,7 @@ for one axis. Slow on purpose; nothing here is shared with the library under tes
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +69,7 @@ class Operator(NamedTuple):
     offset_scale: float = 0.0
     part: tuple = (1, 1)  # cells of the offset along y and x
     mask: np.ndarray | None = None
+    coordinate: type = float  # np.float32: what that makes of a box as long as its numbers are apart is wanted
 
     @property
     def classes(self):
@@ -84,11 +86,11 @@ class Operator(NamedTuple):
     def bin(self, r, py, px, label):
         """What bin (py, px) of box r reads in the channels of class `label`."""
         batch, _, height, width = self.input.shape
-        image, *corners = self.boxes[r].tolist()
+        image, *corners = map(self.coordinate, self.boxes[r].tolist())
         offset_y, offset_x = 0.0, 0.0
         if self.offset is not None:
             ty, tx = self.cell(py, px)
-            offset_x, offset_y = self.offset[r, 2 * label : 2 * label + 2, ty, tx].tolist()
+            offset_x, offset_y = map(self.coordinate, self.offset[r, 2 * label : 2 * label + 2, ty, tx].tolist())
         if image not in range(batch) or any(map(math.isnan, (*corners, offset_y, offset_x))):
             return UNDEFINED
         if not all(math.isfinite(corner * self.spatial_scale) for corner in corners):
@@ -98,7 +100,7 @@ class Operator(NamedTuple):
         columns = self.axis(x1, x2, px, self.pooled[1], width, offset_x)
         if rows is None or columns is None:
             return OUTSIDE
-        return Bin(rows, columns, max(rows.count * columns.count, self.least_divisor))
+        return Bin(rows, columns, max(float(rows.count) * float(columns.count), self.least_divisor))
 
     def bins(self):
         """Every bin with its class and the channels of that class."""
@@ -185,8 +187,11 @@ def _largest(points, plane):
 
 def _round(value):
     """C's round(): halves away from zero. (Python's and NumPy's go to the even number.)"""
-    whole = math.floor(abs(value))
-    return math.copysign(whole + (abs(value) - whole >= 0.5), value)
+    magnitude = abs(float(value))
+    if not math.isfinite(magnitude):
+        return value
+    whole = math.floor(magnitude)
+    return type(value)(math.copysign(whole + (magnitude - whole >= 0.5), value))
 
 
 def _pixels(first, last, end, size, bin, edges):
@@ -195,12 +200,35 @@ def _pixels(first, last, end, size, bin, edges):
     return Axis([[(index, 1.0, 0.0)] for index in inside], len(inside), size, bin, edges)
 
 
-def _centred_points(begin, size, p, pooled, length, sampling_ratio):
+def _centred_points(begin, size, p, pooled, length, sampling_ratio, move=0.0):
     """RoIAlign's: n points in the middles of n parts of the bin, all of which the mean is over."""
     bin = size / pooled
     n = sampling_ratio if sampling_ratio > 0 else math.ceil(bin)  # adaptive: 0 or less for a box of no or negative size
-    positions = [begin + p * bin + (i + 0.5) * bin / n for i in range(n)]
+    start = begin + p * bin + move
+    if n > MANY_POINTS or not math.isfinite(n * float(bin)):
+        points, positions = _many_points(start, bin, n, 0.5, length, 1.0)
+        return Axis(points, n, size, bin, positions)
+    positions = [float(start) + (i + 0.5) * float(bin) / n for i in range(n)]
     return Axis([_read(position, length, 1.0) for position in positions], n, size, bin, positions)
+
+
+MANY_POINTS = 4096  # of more, or where their places overflow, only those that count are listed
+
+
+def _many_points(start, bin, n, first_point, length, reach, flat_at_pixels=False):
+    """Points i of n, at start + (i + first_point) * bin / n without any rounding, and where those lie that count."""
+    if not math.isfinite(start):
+        return [[]], []
+    start, step, first_point = Fraction(float(start)), Fraction(float(bin)) / n, Fraction(first_point)
+    assert step, "all points in one place, more than a plain loop can take"
+    ends = sorted((Fraction(end) - start) / step - first_point for end in (-reach, length - 1 + reach))
+    first, last = max(math.ceil(ends[0]), 0), min(math.floor(ends[1]), n - 1)
+    if first > last:
+        return [[]], []
+    assert last - first < 4 * MANY_POINTS, "more points in the image than a plain loop can take"
+    positions = [float(start + (i + first_point) * step) for i in range(first, last + 1)]
+    points = [_read(position, length, reach, flat_at_pixels) for position in positions]
+    return [[]] * (first > 0) + points + [[]] * (last < n - 1), positions
 
 
 def _read(position, length, reach, flat_at_pixels=False):
@@ -240,8 +268,8 @@ def operator_of_roi_pool(input, boxes, output_size, spatial_scale=1.0):
     input, boxes = _float64(input, boxes)
 
     def axis(low, high, p, pooled, length, _):
-        begin, end = _round(low * spatial_scale), _round(high * spatial_scale)
-        size = max(end - begin + 1, 1.0)
+        begin, end = _round(low * spatial_scale), _round(high * spatial_scale) + 1
+        size = max(end - begin, 1.0)
         if not _finite(size):
             return None
         bin = size / pooled
@@ -362,10 +390,10 @@ def operator_of_deform_roi_pool(
     def axis(low, high, p, pooled, length, offset):
         begin, end = low * spatial_scale - 0.5, high * spatial_scale - 0.5
         size = end - begin
-        move = gamma * size * offset
+        move = offset * gamma * size
         if not _finite(size, move):
             return None
-        return _centred_points(begin + move, size, p, pooled, length, sampling_ratio)
+        return _centred_points(begin, size, p, pooled, length, sampling_ratio, move)
 
     pooled = _pair(output_size)
     return Operator(
@@ -423,8 +451,12 @@ def operator_of_deform_psroi_pool(
         if not _finite(size, move):
             return None
         bin = size / pooled
-        positions = [p * bin + begin + move + i * (bin / sample_per_part) for i in range(sample_per_part)]
-        points = [_read(position, length, 0.5, flat_at_pixels=True) for position in positions]
+        start = p * bin + begin + move
+        if sample_per_part > MANY_POINTS:
+            points, positions = _many_points(start, bin, sample_per_part, 0.0, length, 0.5, flat_at_pixels=True)
+        else:
+            positions = [start + i * bin / sample_per_part for i in range(sample_per_part)]
+            points = [_read(position, length, 0.5, flat_at_pixels=True) for position in positions]
         return Axis(points, sum(map(bool, points)), size, bin, positions)
 
     return Operator(

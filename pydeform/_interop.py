@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from pydeform import _background
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13  # DLPack device types
 UNSIGNED, BFLOAT = 1, 4  # DLPack type codes
@@ -253,9 +256,14 @@ class Capsule:
 
 def _cuda(must_be: str) -> ModuleType:
     try:
-        return importlib.import_module("pydeform.cuda._dlpack")
+        return _import_cuda()
     except ImportError as error:
         raise TypeError(f"{must_be} on the CPU while CuPy cannot be imported ({error}), got a CUDA array") from error
+
+
+@functools.cache
+def _import_cuda() -> ModuleType:
+    return _background.complete(lambda: importlib.import_module("pydeform.cuda._dlpack"))
 
 
 def _bfloat16() -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from pydeform.cpu._jit import Kernel
-from pydeform.cpu._threads import run
 
 U4, F4 = np.uint32, np.float32
 SIGN, MANTISSA, INFINITE = U4(0x8000), U4(0x3FF), U4(0x7C00)  # of float16
@@ -24,16 +23,22 @@ HALF, PER_LEAST = F4(0.5), F4(2.0**24)
 
 def widen(half: Any, wide: Any) -> None:
     """wide[...] = half; float16 and float32, both contiguous and flat."""
-    run(_widen, "widen", 1, half.view(np.uint16), wide.view(np.uint32), wide)
+    _run(_widen, half.view(np.uint16), wide.view(np.uint32), wide)
 
 
 def round_to_half(wide: Any, half: Any) -> None:
     """half[...] = wide, rounded to nearest, ties to even; float32 and float16, both contiguous and flat."""
-    run(_round, "round", 1, wide.view(np.uint32), wide, half.view(np.uint16))
+    _run(_round, wide.view(np.uint32), wide, half.view(np.uint16))
+
+
+def _run(kernel: Kernel, *arguments: Any) -> None:
+    """In the calling thread alone: memory is the limit, not arithmetic."""
+    kernel.prepare("", arguments)
+    kernel.call(*arguments)
 
 
 @Kernel
-def _widen(thread: int, half: Any, bits: Any, wide: Any) -> None:
+def _widen(half: Any, bits: Any, wide: Any) -> None:
     for i in range(half.size):
         h = U4(half[i])
         mantissa = h & MANTISSA
@@ -46,7 +51,7 @@ def _widen(thread: int, half: Any, bits: Any, wide: Any) -> None:
 
 
 @Kernel
-def _round(thread: int, bits: Any, wide: Any, half: Any) -> None:
+def _round(bits: Any, wide: Any, half: Any) -> None:
     for i in range(wide.size):
         x = bits[i]
         magnitude = U4(x & MAGNITUDE_32)

@@ -190,34 +190,21 @@ def _forward(
                 channels, column = entry.channels, entry.column
                 vectors = -(-channels * image.itemsize // VECTOR_BYTES)
                 if p.planes:
-                    for i in range(count):
-                        gather_corners(planes, b, entry.channel, channels, corner, i, g, gathered)
-                        blend(
-                            at(tile_columns, (i, column)),
-                            gathered,
-                            0,
-                            channels,
-                            2 * channels,
-                            3 * channels,
-                            blending[0, i],
-                            blending[1, i],
-                            blending[2, i],
-                            blending[3, i],
-                            vectors,
-                        )
-                        if is_infinite:
-                            infinite_sample(
-                                at(tile_columns, (i, column)),
-                                mask[b, at_group, at_tap, start + i],
-                                gathered,
-                                0,
-                                channels,
-                                2 * channels,
-                                3 * channels,
-                                blending[4, i],
-                                blending[5, i],
-                                channels,
-                            )
+                    _gather_columns(
+                        planes,
+                        b,
+                        entry.channel,
+                        channels,
+                        corner,
+                        blending,
+                        at(mask, (b, at_group, at_tap, start)),
+                        is_infinite,
+                        count,
+                        gathered,
+                        at(tile_columns, (0, column)),
+                        p.row,
+                        g,
+                    )
                     continue
                 source = at(image, ((b * g.in_channels + entry.channel) * pixels,))
                 for i in range(count):
@@ -287,6 +274,35 @@ def _multiply_channels(
         else:
             for c in range(channels):
                 target[c] = source[c] * scale[c]
+
+
+@inline
+def _gather_columns(
+    planes: Any,
+    b: int,
+    channel: int,
+    channels: int,
+    corner: Any,
+    weights: Any,
+    mask: Any,
+    is_infinite: bool,
+    count: int,
+    pixels: Any,
+    columns: Any,
+    row: int,
+    g: Any,
+) -> None:
+    """The columns of one tap of a tile from planes as they lie. Apart from the kernel, where its code would be in the
+    way of the usual loop."""
+    vectors = -(-channels * weights.itemsize // VECTOR_BYTES)
+    i1, i2, i3 = channels, 2 * channels, 3 * channels
+    for i in range(count):
+        w0, w1, w2, w3 = weights[0, i], weights[1, i], weights[2, i], weights[3, i]
+        out = advance(columns, i * row)
+        gather_corners(planes, b, channel, channels, corner, i, g, pixels)
+        blend(out, pixels, 0, i1, i2, i3, w0, w1, w2, w3, vectors)
+        if is_infinite:
+            infinite_sample(out, mask[i], pixels, 0, i1, i2, i3, weights[4, i], weights[5, i], channels)
 
 
 @inline

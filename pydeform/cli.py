@@ -24,7 +24,17 @@ EXTRAS = {
     "jax": ("jax",),
     "viz": ("matplotlib",),
     "demo": ("matplotlib", "sklearn", "tqdm"),
-    "test": ("hypothesis", "matplotlib", "onnx", "onnxruntime", "pytest", "safetensors", "sklearn", "tqdm"),
+    "test": (
+        "hypothesis",
+        "matplotlib",
+        "onnx",
+        "onnxruntime",
+        "pytest",
+        "safetensors",
+        "sklearn",
+        "threadpoolctl",
+        "tqdm",
+    ),
 }
 VECTOR_FEATURES = ("sse2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bf16", "avx512fp16", "neon", "sve")
 WARMUP_DTYPES = ("float32", "float64")

@@ -23,7 +23,7 @@ HALF, PER_LEAST = F4(0.5), F4(2.0**24)
 
 def widen(half: Any, wide: Any) -> None:
     """wide[...] = half; float16 and float32, both contiguous and flat."""
-    _run(_widen, half.view(np.uint16), wide.view(np.uint32), wide)
+    _run(_widen, half.view(np.uint16), wide.view(np.uint32))
 
 
 def round_to_half(wide: Any, half: Any) -> None:
@@ -38,7 +38,7 @@ def _run(kernel: Kernel, *arguments: Any) -> None:
 
 
 @Kernel
-def _widen(half: Any, bits: Any, wide: Any) -> None:
+def _widen(half: Any, bits: Any) -> None:
     for i in range(half.size):
         h = U4(half[i])
         mantissa = h & MANTISSA

@@ -1,19 +1,22 @@
 """How many small faults the tests notice: change one place of the source at random, run the tests, change it back.
 
     python -m tests.mutants --area cpu --sample 20         # of cpu, cuda and rest; a fresh seed, which is printed
-    python -m tests.mutants --area cuda --seed 7 --sample 50
+    python -m tests.mutants --area cuda --seed 7 --sample 50 --jobs 4
 
-Each mutant is one changed token, or one statement left out, in a copy of the repository. "Survived" are those after
-which every test still passes: look at each, since some change nothing (a bound that is never met, a figure that only
-speed depends on). Long: every mutant of a kernel is compiled anew.
+Each mutant is one changed token, or one statement left out, in a copy of the repository. The area's tests run until one
+fails, those that bear the name of the changed file first. "Survived" are mutants after which every one passes: look at
+each, since some change nothing (a bound that is never met, a figure that only speed depends on). Long: every mutant of
+a kernel is compiled anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import concurrent.futures
 import io
 import os
+import queue
 import random
 import re
 import secrets
@@ -28,29 +31,42 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-# Where the mutants of an area are planted, and the tests that are run, those that fail soonest first.
+
+
+class Area(NamedTuple):
+    places: str  # where mutants are planted
+    backends: str  # that the tests run on
+    tests: str  # those that fail soonest first
+
+
 AREAS = {
-    "cpu": (
+    "cpu": Area(
         "pydeform/cpu/*.py",
-        "cpu_kernels simd simd_roi conv2d deform_conv2d roi threads cpu_memory roi_limits properties properties_roi "
-        "vectors vectors_roi cost kernel_cache",
+        "cpu",
+        "cpu_kernels simd simd_roi conv2d deform_conv2d roi threads roi_limits not_finite properties properties_roi "
+        "vectors vectors_roi cost half waits coordinates kernel_cache cpu_memory layers_kinds runtime background "
+        "imports",
     ),
-    "cuda": (
+    "cuda": Area(
         "pydeform/cuda/*.py pydeform/cuda/*.cu*",
-        "cuda_convolution cuda_direct cuda_gather cuda_roi cuda_plans conv2d deform_conv2d roi roi_limits "
-        "cuda_primitives interop_cuda properties_roi cost",
+        "emulated",
+        "cuda_plans cuda_direct cuda_gather cuda_convolution cuda_roi cuda_primitives conv2d deform_conv2d roi "
+        "roi_limits not_finite interop_cuda coordinates properties properties_roi vectors vectors_roi cost cuda_device "
+        "cuda_emulation cuda_names cuda_compile layers_kinds twins imports",
     ),
-    "rest": (
-        "pydeform/*.py pydeform/ops/*.py pydeform/layers/*.py",
-        "errors errors_roi analysis layers layers_roi optim losses testing interop runtime cli viz imports house "
-        "conv2d deform_conv2d roi vectors vectors_roi cost",
+    "rest": Area(
+        "pydeform/*.py pydeform/ops/*.py pydeform/layers/*.py pydeform/testing/*.py",
+        "cpu,emulated",
+        "errors errors_roi options analysis optim losses runtime cli viz imports house types testing layers layers_roi "
+        "layers_kinds layers_files interop interop_cuda half conv2d deform_conv2d roi not_finite vectors vectors_roi "
+        "coordinates cost background demo",
     ),
 }
 SWAPS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+"} | {
     "and": "or", "or": "and", "True": "False", "False": "True", "min": "max", "max": "min", "&&": "||", "||": "&&",
     "fminf": "fmaxf", "fmaxf": "fminf", "true": "false", "false": "true", "floor": "ceil", "ceil": "floor",
 }  # fmt: skip
-LIMIT = 900  # seconds of the tests of one mutant
+HUNG = 5  # times as long as the tests take
 CUDA_TOKEN = re.compile(
     r"//.*|/\*.*?\*/|\"[^\"\n]*\"|\w+|<<=|>>=|<<|>>|->|\+\+|--|[-+*/<>=!&|]=|&&|\|\||[^\w\s]", re.DOTALL
 )
@@ -136,24 +152,53 @@ def _left_out(path: Path, text: str) -> Iterator[Mutant]:
 def sample(area: str, count: int, seed: int) -> list[Mutant]:
     """Places are drawn evenly from all lines of the area's files."""
     rng = random.Random(f"{area} {seed}")
-    paths = sorted({path.relative_to(ROOT) for pattern in AREAS[area][0].split() for path in ROOT.glob(pattern)})
+    paths = sorted({path.relative_to(ROOT) for pattern in AREAS[area].places.split() for path in ROOT.glob(pattern)})
     every = [mutant for path in paths for mutant in mutants_of(path)]
     return rng.sample(every, min(count, len(every)))
 
 
-def survives(mutant: Mutant, copy: Path, tests: str, environment: dict[str, str]) -> bool:
-    target = copy / mutant.path
-    original = target.read_text(encoding="utf-8")
-    target.write_text(mutant.applied(original), encoding="utf-8")
-    files = [f"tests/test_{name}.py" for name in tests.split()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
-    try:
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=LIMIT)
+def tests_of(area: str, path: Path | None) -> list[str]:
+    """Of the area, as pytest takes them; first those in whose names words of this path are."""
+    words = set() if path is None else set(re.findall(r"[a-z]{3,}", "/".join(path.parts[1:]))) - {"cpu", "cuda", "ops"}
+    names = sorted(AREAS[area].tests.split(), key=lambda name: -sum(word in name for word in words))
+    return [f"tests/test_{name}.py" for name in names]
+
+
+class Copy(NamedTuple):
+    """A copy of the repository, in which its tests run."""
+
+    folder: Path
+    area: str
+    limit: float | None  # seconds; after that, tests hang
+
+    def passes(self, mutant: Mutant | None = None, *more: str) -> bool:
+        if mutant is None:
+            return self._run(tests_of(self.area, None), *more)
+        target = self.folder / mutant.path
+        original = target.read_text(encoding="utf-8")
+        target.write_text(mutant.applied(original), encoding="utf-8")
+        try:
+            return self._run(tests_of(self.area, mutant.path), *more)
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            target.write_text(original, encoding="utf-8")
+
+    def _run(self, tests: list[str], *more: str) -> bool:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(self.folder),
+            "PYTHONDONTWRITEBYTECODE": "1",  # a file changed twice within a second would look unchanged
+            "XDG_CACHE_HOME": str(self.folder.parent / "cache"),
+            "PYDEFORM_TEST_BACKENDS": AREAS[self.area].backends,
+        }
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *more, *tests]
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=self.limit
+        )
+        if done.returncode not in (0, 1) or (done.returncode and "-v" in more):  # 1: a test failed
+            print(done.stdout[-2000:], done.stderr[-2000:], file=sys.stderr, flush=True)
         return done.returncode == 0
-    except subprocess.TimeoutExpired:
-        return False  # hangs: noticed
-    finally:
-        target.write_text(original, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -161,37 +206,53 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--area", choices=list(AREAS), action="append", help="may be given twice (default: all)")
     parser.add_argument("--sample", type=int, default=10, help="mutants of each area (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 32), help="default: a fresh one")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time (default: every core)")
     parser.add_argument("--list", action="store_true", help="say what would be tried, and try nothing")
     options = parser.parse_args(argv)
     print(f"mutants: seed {options.seed}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        ignored = shutil.ignore_patterns(
-            ".git", ".venv", "__pycache__", ".*_cache", "build", "*.egg-info", "demo_output"
-        )
-        shutil.copytree(ROOT, copy, ignore=ignored)
-        environment = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache", "PYTHONPATH": str(copy)}
-        environment["PYTHONDONTWRITEBYTECODE"] = "1"  # a file changed twice within a second would look unchanged
-        for area in options.area or AREAS:
-            _run_area(area, options, copy, environment)
+    for area in options.area or AREAS:
+        found = sample(area, options.sample, options.seed)
+        if options.list:
+            print(*[described(mutant) for mutant in found], sep="\n")
+        elif not _try_all(area, found, options.jobs):
+            return 1
     return 0
 
 
-def _run_area(area: str, options: argparse.Namespace, copy: Path, environment: dict[str, str]) -> None:
-    found = sample(area, options.sample, options.seed)
-    killed = 0
-    for number, mutant in enumerate(found, 1):
-        said = mutant.described((ROOT / mutant.path).read_text(encoding="utf-8"))
-        if options.list:
-            print(said)
-            continue
+def described(mutant: Mutant) -> str:
+    return mutant.described((ROOT / mutant.path).read_text(encoding="utf-8"))
+
+
+def _try_all(area: str, found: list[Mutant], jobs: int) -> bool:
+    """False where the tests fail with nothing changed: they would say nothing of mutants."""
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        folders = [Path(folder, str(job), "copy") for job in range(jobs)]
+        for place in folders:
+            ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "build", "*.egg-info")
+            shutil.copytree(ROOT, place, ignore=ignored)
         start = time.monotonic()
-        alive = survives(mutant, copy, AREAS[area][1], environment)
-        killed += not alive
-        end = "SURVIVED" if alive else "killed"
-        print(f"{area} {number}/{len(found)} {end} after {time.monotonic() - start:.0f} s: {said}", flush=True)
-    if not options.list:
-        print(f"{area}: {killed} of {len(found)} killed", flush=True)
+        print(f"{area}: tests with nothing changed ...", file=sys.stderr, flush=True)
+        if not Copy(folders[0], area, None).passes(None, "-v"):
+            print(f"{area}: tests fail with nothing changed", flush=True)
+            return False
+        limit = HUNG * (time.monotonic() - start)
+        print(f"{area}: they passed in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        free: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for place in folders:
+            free.put(place)
+
+        def survives(number: int) -> bool:
+            place = free.get()
+            start = time.monotonic()
+            alive = Copy(place, area, limit).passes(found[number])
+            free.put(place)
+            end = f"{'SURVIVED' if alive else 'killed'} after {time.monotonic() - start:.0f} s"
+            print(f"{area} {number + 1}/{len(found)} {end}: {described(found[number])}", flush=True)
+            return alive
+
+        survivors = sum(pool.map(survives, range(len(found))))
+    print(f"{area}: {len(found) - survivors} of {len(found)} killed", flush=True)
+    return True
 
 
 if __name__ == "__main__":

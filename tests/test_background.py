@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,6 +18,14 @@ from tests.test_cpu_kernels import TINY, run_python
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
 needs_signals = pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system sends threads no signals")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ctrl_c() -> Iterator[None]:
+    """A shell's background jobs ignore it, and so would whatever these tests start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupt_main() -> None:

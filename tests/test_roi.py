@@ -160,6 +160,7 @@ def wide(variant: Variant) -> Variant:
 
 MAXIMA = [name for name, variant in VARIANTS.items() if variant.is_max]
 DEFORMABLE = [name for name, variant in VARIANTS.items() if variant.offset_name and variant.offset]
+MASKED = [name for name, variant in VARIANTS.items() if variant.offset_name and variant.mask]
 WITHOUT_OFFSET = [name for name, variant in VARIANTS.items() if not (variant.offset_name and variant.offset)]
 each_variant = pytest.mark.parametrize("name", VARIANTS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -677,6 +678,33 @@ def test_bad_pixels_stay_where_they_are_read(backend, name, dtype):
             if not variant.is_max:  # does not depend on the input
                 assert_same_bits(grads["input"], clean_grads["input"])
     assert bad_outputs
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the oracle's inf * 0
+@pytest.mark.parametrize("channels", ["few", "many"])
+@pytest.mark.parametrize(
+    ("name", "argument"), [*((name, "grad_output") for name in VARIANTS), *((name, "mask") for name in MASKED)]
+)
+def test_one_factor_that_is_not_finite(backend, name, channels, argument):
+    """Inside, across a border and outside, where the mask multiplies 0."""
+    variant = VARIANTS[name] if channels == "few" else wide(VARIANTS[name])
+    arrays, grad_output = problem(variant)
+    for value, box in ((NAN, 0), (INF, 1), (-INF, 0), (INF, 6), (NAN, 6)):
+        spoilt, spoilt_grad = dict(arrays), grad_output.copy()
+        if argument == "mask":
+            spoilt["mask"] = arrays["mask"].copy()
+            spoilt["mask"][box, 0, -1, 0] = value
+        else:
+            spoilt_grad[box, variant.out_channels // 2, -1, 0] = value
+        output, grads = solve(backend, variant, spoilt, spoilt_grad)
+        assert_close(output, oracle(variant.operator, spoilt, variant.options), "float64", f"{value} for box {box}")
+        want = oracle_backward(variant.operator, spoilt_grad, spoilt, variant.options)
+        for n in want:
+            if want[n] is not None:  # a sum of infinite terms may be NaN where they are added up in another order
+                finite = np.isfinite(want[n])
+                what = f"{value} for box {box}: grad of {n}"
+                np.testing.assert_array_equal(np.isfinite(grads[n]), finite, err_msg=what)
+                assert_close(np.where(finite, grads[n], 0), np.where(finite, want[n], 0), "float64", what)
 
 
 # The largest ----------------------------------------------------------------------------------------------------------

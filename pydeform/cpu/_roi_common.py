@@ -585,7 +585,10 @@ def write_moves(
     """Eq. 8 and 9 of one bin, of which `value`, `along_y` and `along_x` are the sums, for what its offset moves."""
     real = grad_mask.dtype.type
     if listed == 0 and state != BROKEN:
-        scale = real(0)
+        grad_mask[r, cls, i] = 0
+        if p.has_offset:
+            grad_moves[r, cls, 0, i] = grad_moves[r, cls, 1, i] = 0
+        return
     grad_mask[r, cls, i] = value * scale
     if p.has_offset:
         if p.has_mask:

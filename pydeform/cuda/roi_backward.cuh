@@ -230,13 +230,12 @@ template <class AnyBin, class A, class I>
 PYDEFORM_DEVICE void put_gradients(const AnyBin& bin, const RoiBox<A>& box, A value, A along_y, A along_x, A mask,
                                    A* offsets, A* masks, I at, const RoiGeometry& g) {
   const A nothing = bin.broken ? not_a_number<A>() : (A)0;
-  const bool sound = !bin.broken && !bin.outside;
+  const bool sound = !bin.broken && bin.reads();
   if (masks) masks[at] = sound ? value / bin.count : nothing;
   if (!offsets) return;
   const A scale = mask * (A)g.offset_scale / bin.count;
-  const A by_x = scale * box.x.size, by_y = scale * box.y.size;  // infinite for huge boxes that read nothing
-  offsets[2 * at] = sound ? along_x == 0 && !is_finite(by_x) ? (A)0 : by_x * along_x : nothing;
-  offsets[2 * at + 1] = sound ? along_y == 0 && !is_finite(by_y) ? (A)0 : by_y * along_y : nothing;
+  offsets[2 * at] = sound ? along_x * scale * box.x.size : nothing;  // not scale * size, which may overflow
+  offsets[2 * at + 1] = sound ? along_y * scale * box.y.size : nothing;
 }
 
 // Per bin and class, offsets (R, bins, classes, 2), x first, and masks (R, bins, classes); either may be null.

@@ -395,6 +395,7 @@ template <class A> struct Bin {
   A count;      // what the mean divides by, NaN for a broken one
   bool broken;  // as in Move
   bool outside;
+  PYDEFORM_DEVICE bool reads() const { return y.low < y.high && x.low < x.high; }
 };
 
 template <class T, class I>

@@ -38,6 +38,7 @@ template <class A> struct WarpBin {
   int top, bottom, left, right;  // the pixels it reads are within these, the last two excluded
 
   PYDEFORM_DEVICE bool is_x() const { return threadIdx.x & 16; }
+  PYDEFORM_DEVICE bool reads() const { return top < bottom && left < right; }
   template <class T, class I>
   PYDEFORM_DEVICE void read(Axis<A>* axes, const RoiBox<A>& box, const T* __restrict__ offset, int r, int place,
                             int label, const RoiGeometry& g) {
@@ -184,20 +185,27 @@ PYDEFORM_DEVICE void read_all(const T* plane, const Bin<A>& bin, const RoiGeomet
   if (g.points) {
     for (int i = 0; i < readings(bin.y); i++) {
       const Reading<A> y = reading(bin.y, i, g);
+      A row = 0, row_y = 0, row_x = 0;  // sums of sums lose far less than one over all points
       for (int j = 0; j < readings(bin.x); j++) {
         const Reading<A> x = reading(bin.x, j, g);
         if (y.number == 0 || x.number == 0) continue;
         A one, one_y, one_x;
         read_point(plane, y, x, g.in_w, one, one_y, one_x);
-        value += one;
-        along_y += one_y;
-        along_x += one_x;
+        row += one;
+        row_y += one_y;
+        row_x += one_x;
       }
+      value += row;
+      along_y += row_y;
+      along_x += row_x;
     }
     return;
   }
-  for (int y = bin.y.low; y < bin.y.high; y++)
-    for (int x = bin.x.low; x < bin.x.high; x++) value += to_float(plane[(long long)y * g.in_w + x]);
+  for (int y = bin.y.low; y < bin.y.high; y++) {
+    A row = 0;
+    for (int x = bin.x.low; x < bin.x.high; x++) row += to_float(plane[(long long)y * g.in_w + x]);
+    value += row;
+  }
 }
 
 // The same on the input as it is (N, C, H, W), for classes of few channels.

@@ -146,7 +146,7 @@ def backward(grad_output, op):
         for c in channels:
             image, k = int(op.boxes[r, 0]), op.channel(c, py, px)
             plane, g = op.input[image, k], grad_output[r, c, py, px]
-            if grad_mask is not None:
+            if grad_mask is not None and any(points):  # a sum over nothing is 0, whatever g
                 grad_mask[r, 0, py, px] += g * _pooled(op, points, bin.divisor, plane)
             in_result, divisor = ([_largest(points, plane)[1]], 1) if op.largest else (points, bin.divisor)
             for pixels in in_result:

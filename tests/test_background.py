@@ -157,6 +157,7 @@ print(interrupted)
 @needs_signals
 def test_ctrl_c_during_the_first_call():
     """While modules load, and later; afterwards the same process computes."""
+    run_python(TINY)  # compiles, which would be said below
     done = run_python(INTERRUPTED)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 7 and done.stderr == ""

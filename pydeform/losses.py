@@ -52,7 +52,7 @@ def softmax_cross_entropy(logits: Any, labels: Any) -> tuple[float, Any]:
 
 
 def _softmax_cross_entropy(xp: ModuleType, logits: Any, chosen: Any) -> tuple[float, Any]:
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # the loss says so
         shifted = logits - logits.max(axis=1, keepdims=True)
     exponential = xp.exp(shifted)
     total = exponential.sum(axis=1, keepdims=True)

@@ -71,6 +71,7 @@ def test_half_types_are_computed_in_float32(dtype):
     np.testing.assert_allclose(grad.astype(float), exact, 1.02 * unit, 2.0**-25)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_says_so(value):
     logits = np.array([[value, 1], [2, 3]], np.float32)

@@ -208,6 +208,9 @@ def _roi(rng: np.random.Generator, operator: str) -> Problem:
     corners = rng.integers(-4 * 8, 8 * 13, (count, 4)) / 8
     if kind == "real":
         corners = rng.uniform(-4, 12, (count, 4))
+    if kind == "exact" and operator == "deform_psroi_pool" and dtype != "float64":
+        # Upside down a box is 0.1 long, which no dtype has exactly: its points may lie on either side of a pixel.
+        corners = np.sort(corners.reshape(-1, 2, 2), axis=1).reshape(-1, 4)
     arrays, grad_output = roi_problem(variant, "float64", corners, batch, size, int(rng.integers(1 << 30)))
     if kind == "far":  # powers of two, so that boxes stay exact
         _place(rng, arrays["boxes"][:, 1:], lambda n: _signed(rng, 2.0 ** rng.integers(3, 40, n)))

@@ -111,6 +111,17 @@ def test_every_operator_has_kernels():
         assert _kernels.instances(operator), operator
 
 
+def test_every_kernel_is_compiled():
+    text = "".join(path.read_text("utf-8") for path in CUDA.glob("*.cu*"))
+    heads = [part.partition("{")[0] for part in text.split("__global__ void")[1:]]
+    defined = {
+        next(name for name in re.findall(r"(\w+)\(", head) if name not in ("__launch_bounds__", "sizeof"))
+        for head in heads
+    }
+    assert len(defined) > 25
+    assert not defined - {instance.expression.partition("<")[0] for instance in INSTANCES}
+
+
 # The gate itself -----------------------------------------------------------------------------------------------------
 SOURCE = """
 template <int N> __global__ void __launch_bounds__(1024, 1) crowded(float* p) {

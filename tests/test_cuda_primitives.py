@@ -41,13 +41,14 @@ def real_cupy():
 def expressions(architecture):
     halves = ("f16", "bf16")
     names = [f"{kernel}<{T}>" for kernel in ("widen", "narrow", "pack") for T in halves]
-    names += ["widen<float>", "narrow<float>", "widen_double", "truncate", "load", "copies", "reductions"]
+    names += ["widen<float>", "narrow<float>", "widen_double", "tf32_part", "load", "copies", "reductions"]
     names += ["products<f16>", "matrices<false>", "matrices<true>", "shuffles<32>", "shuffles<8>"]
     names += ["votes", "atomics", "arithmetic"]
     if architecture != "75":
-        names += ["products<bf16>", "products<float>"]
+        names += ["products<bf16>", "products<float>", "products_from_zero"]
     if architecture == "90a":
-        names += [f"warpgroup_products<{T}, {N}>" for T in DTYPES for N in (64, 128, 256)]
+        kinds = [*((T, "true") for T in DTYPES), ("float", "false")]
+        names += [f"warpgroup_products<{T}, {N}, {add}>" for T, add in kinds for N in (64, 128, 256)]
     return tuple(names)
 
 
@@ -181,9 +182,17 @@ def test_wide_types_stay_as_they_are(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tf32_high(architecture):
+    """The nearest of the two numbers with 13 bits of zeros at the end; the lower one where the other is infinite."""
     v = floats()
-    (got,) = run(architecture, "truncate", [v], np.zeros(len(v), np.float32), grid=len(v) // 32)
-    assert (got.view(np.uint32) == v.view(np.uint32) // 8192 * 8192).all()
+    v[:3] = np.finfo(np.float32).max, -np.finfo(np.float32).max, np.nextafter(np.float32(3.4e38), np.float32(0))
+    (got,) = run(architecture, "tf32_part", [v], np.zeros(len(v), np.float32), grid=len(v) // 32)
+    assert not (got.view(np.uint32) & 0x1FFF).any()
+    assert (got[np.isinf(v)] == v[np.isinf(v)]).all() and not np.isfinite(got[np.isnan(v)]).any()
+    v, got = v[np.isfinite(v)].astype(np.float64), got[np.isfinite(v)]
+    lower = (v.astype(np.float32).view(np.uint32) & 0xFFFFE000).view(np.float32)
+    upper = (lower.view(np.uint32) + 0x2000).view(np.float32)
+    nearest = np.where((np.abs(v - lower) < np.abs(upper - v)) | np.isinf(upper), lower, upper)
+    assert (got == nearest).all()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -253,18 +262,22 @@ def words(row):
 
 
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("T, architecture", [("f16", "75"), *itertools.product(DTYPES, NEW_ONLY)])
-def test_mma(T, architecture, exact):
+@pytest.mark.parametrize(
+    "kernel, architecture",
+    [("f16", "75"), *itertools.product((*DTYPES, "from zero"), NEW_ONLY)],
+)
+def test_mma(kernel, architecture, exact):
     """m16n8k16 (m16n8k8 for tf32). With g = lane / 4 and t = lane % 4, and P elements in a register, lane holds
     a0: row g, k = P t ...; a1: row g + 8; a2: row g, k = P (t + 4) ...; a3: row g + 8 of these; b0: column g,
     k = P t ...; b1: k = P (t + 4) ...; d0, d1: row g, columns 2 t and 2 t + 1; d2, d3: row g + 8."""
-    dtype, random = DTYPES[T], np.random.default_rng(8)
+    from_zero = kernel == "from zero"
+    dtype, random = DTYPES["float" if from_zero else kernel], np.random.default_rng(8)
     depth = 32 // dtype.itemsize
     a, a_value = operand(random, (16, depth), dtype, exact)
     b, b_value = operand(random, (8, depth), dtype, exact)  # column by column
     d = random.integers(-50, 50, (16, 8)).astype(np.float32)
     given, want = np.zeros((32, 10), np.uint32), np.zeros((32, 4))
-    product = d + a_value @ b_value.T
+    product = (0 if from_zero else d) + a_value @ b_value.T
     for lane in range(32):
         g, t = divmod(lane, 4)
         given[lane, :4] = words(a[g])[t], words(a[g + 8])[t], words(a[g])[t + 4], words(a[g + 8])[t + 4]
@@ -274,7 +287,8 @@ def test_mma(T, architecture, exact):
         want[lane] = [product[place] for place in places]
     scale = SUM_TOLERANCE * (np.abs(d).max() + (np.abs(a_value) @ np.abs(b_value).T).max())
     tolerance = 0 if exact else scale
-    (got,) = run(architecture, f"products<{T}>", [given], np.zeros((32, 4), np.float32), tolerance=tolerance)
+    expression = "products_from_zero" if from_zero else f"products<{kernel}>"
+    (got,) = run(architecture, expression, [given], np.zeros((32, 4), np.float32), tolerance=tolerance)
     assert (np.abs(got - want) <= tolerance).all()
 
 
@@ -291,22 +305,22 @@ def swizzled(rows):
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("N", [64, 128, 256])
-@pytest.mark.parametrize("T", DTYPES)
-def test_wgmma(T, N, steps, exact):
+@pytest.mark.parametrize("T, add", [*((T, True) for T in DTYPES), ("float", False)])
+def test_wgmma(T, add, N, steps, exact):
     """d[i] of a thread: row 16 (warp % 4) + lane / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (lane % 4) + i % 2."""
     dtype, random = DTYPES[T], np.random.default_rng(9)
     depth, used = 128 // dtype.itemsize, steps * 32 // dtype.itemsize
     a, a_value = operand(random, (64, depth), dtype, exact)
     b, b_value = operand(random, (N, depth), dtype, exact)
     start = random.integers(-50, 50, (64, N)).astype(np.float32)
-    product = start + a_value[:, :used] @ b_value[:, :used].T
+    product = (start if add else 0) + a_value[:, :used] @ b_value[:, :used].T
     thread, i = np.ogrid[:128, : N // 2]
     row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (i // 2 % 2)
     column = 8 * (i // 4) + 2 * (thread % 4) + i % 2
     scale = SUM_TOLERANCE * (np.abs(start).max() + (np.abs(a_value) @ np.abs(b_value).T).max())
     (got,) = run(
         "90a",
-        f"warpgroup_products<{T}, {N}>",
+        f"warpgroup_products<{T}, {N}, {str(add).lower()}>",
         [_vectors(swizzled(a)), _vectors(swizzled(b)), np.ascontiguousarray(start[row, column]), np.int32(steps)],
         np.zeros((128, N // 2), np.float32),
         block=128,

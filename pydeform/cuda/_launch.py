@@ -14,6 +14,8 @@ from pydeform.cuda._source import c_types, source
 OLDEST = 75  # compute capability
 DEFAULT_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel has without asking
 _lock = threading.Lock()
+# Bytes of dynamic shared memory, of an instance on a device of some capability.
+_allowed: dict[tuple[str, str, int, int], int] = {}
 
 
 class Device(NamedTuple):
@@ -60,23 +62,26 @@ def _geometry(kind: Any, g: Any) -> Any:
 
 
 def kernel(operator: str, expression: str, shared: int = 0) -> Any:
-    """The compiled instance on the current device, allowed `shared` bytes of dynamic shared memory."""
+    """The compiled instance on the current device, allowed at least `shared` bytes of dynamic shared memory."""
+    on = device()
     with _lock:  # two threads would compile it twice
-        return _kernel(operator, expression, device(), shared)
+        function = _kernel(operator, expression, on)
+        # All plans of an instance have one function, and the driver keeps one limit for it: it must only grow.
+        own = operator, expression, on.id, on.capability
+        if shared > _allowed.get(own, DEFAULT_SHARED):
+            function.max_dynamic_shared_size_bytes = _allowed[own] = shared
+        return function
 
 
 @functools.cache
-def _kernel(operator: str, expression: str, on: Device, shared: int) -> Any:
+def _kernel(operator: str, expression: str, on: Device) -> Any:
     # wgmma exists only for sm_90a, the features of sm_90 that no later device has. For all others CuPy knows best what
     # this NVRTC can compile for.
     architecture = ("-arch=sm_90a",) if on.capability == 90 else ()
     module = cupy.RawModule(
         code=source(operator), options=("-std=c++17", *architecture), name_expressions=(expression,)
     )
-    function = module.get_function(expression)
-    if shared > DEFAULT_SHARED:
-        function.max_dynamic_shared_size_bytes = shared
-    return function
+    return module.get_function(expression)
 
 
 def launch(function: Any, grid: tuple[int, ...], block: int, arguments: tuple[Any, ...], shared: int = 0) -> None:

@@ -194,15 +194,15 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
       locate_points(group, block);
       located = og;
     }
-    A acc[P::MI][P::NJ][4] = {};
+    typename P::Sums product;
 #pragma unroll 1
     for (int s = 0; s < steps; s++) {
       cp_async_wait<0>();
       P::ready();
       __syncthreads();
       if (s + 1 < steps) load(tile, s + 1);
-      P::issue(acc, shared + (s & 1) * A_BYTES, shared + 2 * A_BYTES + (s & 1) * B_BYTES);
-      P::wait(acc);
+      P::issue(product, shared + (s & 1) * A_BYTES, shared + 2 * A_BYTES + (s & 1) * B_BYTES);
+      P::wait(product);
     }
     __syncthreads();
 #pragma unroll
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
         for (int h = 0; h < 2; h++)
           *reinterpret_cast<Pair<A>*>(
               staged + staged_at(P::row() + 16 * i + tid % 32 / 4 + 8 * h, P::column() + 8 * j + tid % 4 * 2)) = {
-              acc[i][j][2 * h], acc[i][j][2 * h + 1]};
+              product.of[i][j][2 * h], product.of[i][j][2 * h + 1]};
     __syncthreads();
     use(group, block);
     if (slots > 1 && dots) {
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
     }
   };
 
-  A acc[P::MI][P::NJ][4] = {};
+  typename P::Sums product;
   uint4 corner[TASKS][CORNERS] = {};
   if (first < end) {
     for (I s = first; s < min(first + 3, end); s++) locate_step(s);
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 #pragma unroll 1
   for (I s = first; s < end; s++) {
     if (s + 1 < end) load_gradient((int)(s + 1 & 1));
-    P::issue(acc, a_tiles + (int)(s & 1) * A_BYTES, b_tiles + (int)(s & 1) * B_BYTES);
+    P::issue(product, a_tiles + (int)(s & 1) * A_BYTES, b_tiles + (int)(s & 1) * B_BYTES);
     if (s + 1 < end) store_samples(s + 1, corner);
     if (s + 2 < end) gather(s + 2, corner);
     if (s + 3 < end) locate_step(s + 3);
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
       for (int j = 0; j < P::NJ; j++) {
         Pair<A>& sum = *reinterpret_cast<Pair<A>*>(out + P::column() + 8 * j + lane % 4 * 2);
         const Pair<A> before = add ? sum : Pair<A>{};
-        sum = {before.v[0] + acc[i][j][2 * h], before.v[1] + acc[i][j][2 * h + 1]};
+        sum = {before.v[0] + product.of[i][j][2 * h], before.v[1] + product.of[i][j][2 * h + 1]};
       }
     }
 }

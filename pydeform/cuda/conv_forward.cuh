@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
     stored = stored == 2 ? 0 : stored + 1;
   };
 
-  typename P::Acc acc[P::MI][P::NJ][4] = {};
+  typename P::Sums sums;
   uint4 corner[TASKS][CORNERS];
   for (int s = first; s < min(first + 3, end); s++) locate_step();
   enter_block();
@@ -225,13 +225,13 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 #pragma unroll 1
   for (int left = end - first; left > 0; left--) {
     if (left > 1) load_weight(stage ^ 1);
-    P::issue(acc, a_tiles + stage * A_BYTES, b_tiles + stage * B_BYTES);
+    P::issue(sums, a_tiles + stage * A_BYTES, b_tiles + stage * B_BYTES);
     if (left > 1) store_samples(end - left + 1, stage ^ 1, corner);
     if (left > 2) gather(corner);  // on its way during the rest of this step and the next product
     if (left > 3) locate_step();
     cp_async_wait<0>();
     P::ready();
-    P::wait(acc);
+    P::wait(sums);
     __syncthreads();
     stage ^= 1;
   }
@@ -254,7 +254,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 #pragma unroll
     for (int i = 0; i < P::MI; i++)
 #pragma unroll
-      for (int k = 0; k < 4; k++) turned[(lane % 4 * 2 + k % 2) * PITCH + i * 16 + lane / 4 + k / 2 * 8] = acc[i][j][k];
+      for (int k = 0; k < 4; k++)
+        turned[(lane % 4 * 2 + k % 2) * PITCH + i * 16 + lane / 4 + k / 2 * 8] = sums.of[i][j][k];
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 8; i += 32 / SPAN) {

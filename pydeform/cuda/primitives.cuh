@@ -70,8 +70,12 @@ template <> PYDEFORM_DEVICE uint32_t pack2<bf16>(float low, float high) {
 }
 #endif
 
-// The part of a float that a tf32 product sees: 10 of its 23 mantissa bits.
-PYDEFORM_DEVICE float tf32_high(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+// The float that is nearest to v of those with 10 of the 23 mantissa bits, all that a tf32 product sees; v - tf32_high(v)
+// has 12 at most. Toward zero where rounding up would be infinite; v - tf32_high(v) is NaN where v is.
+PYDEFORM_DEVICE float tf32_high(float v) {
+  const uint32_t u = __float_as_uint(v), rounded = u + ((u & 0x7fffffffu) < 0x7f7ff000u ? 0x1000u : 0u);
+  return __uint_as_float(rounded & 0xffffe000u);
+}
 
 // Memory --------------------------------------------------------------------------------------------------------
 
@@ -130,6 +134,8 @@ PYDEFORM_DEVICE void red_add4(float* p, float a, float b, float c, float d) {
 
 // D += A B for a 16 x 8 tile: k = 16 for 16-bit types, k = 8 in tf32 for float.
 template <class T> PYDEFORM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+// D = A B, for float.
+template <class T> PYDEFORM_DEVICE void mma_from_zero(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 #define PYDEFORM_MMA(shape_and_types) \
   asm volatile("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
@@ -145,6 +151,13 @@ template <> PYDEFORM_DEVICE void mma<bf16>(float (&d)[4], const uint32_t (&a)[4]
 }
 template <> PYDEFORM_DEVICE void mma<float>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   PYDEFORM_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+}
+template <> PYDEFORM_DEVICE void mma_from_zero<float>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
 }
 #else  // Turing multiplies k = 8 at a time
 #define PYDEFORM_MMA_K8(a0, a1, b) \
@@ -194,41 +207,41 @@ PYDEFORM_DEVICE uint64_t wgmma_tile(const void* p) {
   "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, " \
   "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-// The predicate says: add to d.
-#define PYDEFORM_WGMMA(shape_and_types, registers, a_tile, b_tile, tail) \
-  "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\nwgmma.mma_async.sync.aligned." shape_and_types " {" registers \
+// The predicate says: add to d; or else d begins as 0.
+#define PYDEFORM_WGMMA(shape_and_types, registers, a_tile, b_tile, add, tail) \
+  "{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\nwgmma.mma_async.sync.aligned." shape_and_types " {" registers \
   "}, " a_tile ", " b_tile ", add, 1, 1" tail ";\n}"
 
-// d += A B^T for 64 rows of A and N rows of B, 32 bytes of each row: k = 16 for 16-bit types, 8 in tf32 for float.
+// d += A B^T, or d = A B^T without ADD, for 64 rows of A and N rows of B, 32 bytes of each row: k = 16 for 16-bit types, 8 in tf32 for float.
 template <class T, int N> struct WarpgroupProduct;
 #define PYDEFORM_WGMMA_OF(T, k, types, tail) \
   template <> struct WarpgroupProduct<T, 64> { \
-    static PYDEFORM_DEVICE void run(float (&d)[32], uint64_t a, uint64_t b) { \
-      asm volatile(PYDEFORM_WGMMA("m64n64" k types, PYDEFORM_N64, "%32", "%33", tail) \
+    template <int ADD> static PYDEFORM_DEVICE void run(float (&d)[32], uint64_t a, uint64_t b) { \
+      asm volatile(PYDEFORM_WGMMA("m64n64" k types, PYDEFORM_N64, "%32", "%33", "%34", tail) \
                    : PYDEFORM_D32(0) \
-                   : "l"(a), "l"(b)); \
+                   : "l"(a), "l"(b), "n"(ADD)); \
     } \
   }; \
   template <> struct WarpgroupProduct<T, 128> { \
-    static PYDEFORM_DEVICE void run(float (&d)[64], uint64_t a, uint64_t b) { \
-      asm volatile(PYDEFORM_WGMMA("m64n128" k types, PYDEFORM_N128, "%64", "%65", tail) \
+    template <int ADD> static PYDEFORM_DEVICE void run(float (&d)[64], uint64_t a, uint64_t b) { \
+      asm volatile(PYDEFORM_WGMMA("m64n128" k types, PYDEFORM_N128, "%64", "%65", "%66", tail) \
                    : PYDEFORM_D32(0), PYDEFORM_D32(32) \
-                   : "l"(a), "l"(b)); \
+                   : "l"(a), "l"(b), "n"(ADD)); \
     } \
   }; \
   template <> struct WarpgroupProduct<T, 256> { \
-    static PYDEFORM_DEVICE void run(float (&d)[128], uint64_t a, uint64_t b) { \
-      asm volatile(PYDEFORM_WGMMA("m64n256" k types, PYDEFORM_N256, "%128", "%129", tail) \
+    template <int ADD> static PYDEFORM_DEVICE void run(float (&d)[128], uint64_t a, uint64_t b) { \
+      asm volatile(PYDEFORM_WGMMA("m64n256" k types, PYDEFORM_N256, "%128", "%129", "%130", tail) \
                    : PYDEFORM_D32(0), PYDEFORM_D32(32), PYDEFORM_D32(64), PYDEFORM_D32(96) \
-                   : "l"(a), "l"(b)); \
+                   : "l"(a), "l"(b), "n"(ADD)); \
     } \
   }
 PYDEFORM_WGMMA_OF(f16, "k16", ".f32.f16.f16", ", 0, 0");
 PYDEFORM_WGMMA_OF(bf16, "k16", ".f32.bf16.bf16", ", 0, 0");
 PYDEFORM_WGMMA_OF(float, "k8", ".f32.tf32.tf32", "");
 
-template <class T, int N> PYDEFORM_DEVICE void wgmma(float (&d)[N / 2], const void* a, const void* b) {
-  WarpgroupProduct<T, N>::run(d, wgmma_tile(a), wgmma_tile(b));
+template <class T, int N, bool ADD = true> PYDEFORM_DEVICE void wgmma(float (&d)[N / 2], const void* a, const void* b) {
+  WarpgroupProduct<T, N>::template run<ADD>(d, wgmma_tile(a), wgmma_tile(b));
 }
 #endif
 #endif

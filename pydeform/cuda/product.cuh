@@ -1,7 +1,7 @@
 // Products of two tiles in shared memory, one policy for each way that a device multiplies.
 //
-// A policy P multiplies A (BM rows) by B (BN rows), both of P::ROW bytes of the summed axis, into accumulators that the
-// threads hold: acc[i][j][2*h + e] is row P::row() + 16*i + lane/4 + 8*h, column P::column() + 8*j + 2*(lane%4) + e.
+// A policy P multiplies A (BM rows) by B (BN rows), both of P::ROW bytes of the summed axis, and adds to what the threads
+// hold: sums.of[i][j][2*h + e] is row P::row() + 16*i + lane/4 + 8*h, column P::column() + 8*j + 2*(lane%4) + e.
 // issue() may return before the product is done; wait() does not. put() stores 16 bytes of A, at(row, chunk) of a tile.
 #pragma once
 #include "sampling.cuh"
@@ -43,6 +43,13 @@ template <> PYDEFORM_DEVICE uint4 pack<double>(const double (&v)[2]) {
                     (uint32_t)__double2hiint(v[1]));
 }
 
+// Tensor cores add in float32 but drop what does not fit, toward zero: a sum of thousands of small steps would lose 10 to
+// 100 times what float32 loses by rounding to nearest. So where float keeps its accuracy, tensor cores add up a few
+// products from zero (a k-step of Mma, four of Wgmma), and ordinary additions do the rest.
+template <class Acc, int MI, int NJ> struct Sums {
+  Acc of[MI][NJ][4] = {};
+};
+
 // What all policies share but the product: BM x BN outputs, of which each warp has WM x WN.
 template <class T_, int BM_, int BN_, int WM_, int WN_, int ROW_> struct Tiling {
   using T = T_;
@@ -55,8 +62,9 @@ template <class T_, int BM_, int BN_, int WM_, int WN_, int ROW_> struct Tiling 
   static PYDEFORM_DEVICE int column() { return (int)threadIdx.x / 32 / (BM / WM) * WN; }
   static PYDEFORM_DEVICE int at(int r, int c) { return ROW == 64 ? swizzle64(r, c) : swizzle128(r, c); }
   static PYDEFORM_DEVICE void put(unsigned char* a, const uint4& v) { *reinterpret_cast<uint4*>(a) = v; }
+  using Sums = ::Sums<Acc, MI, NJ>;
   static PYDEFORM_DEVICE void ready() {}
-  static PYDEFORM_DEVICE void wait(Acc (&)[MI][NJ][4]) {}
+  static PYDEFORM_DEVICE void wait(Sums&) {}
 };
 
 // mma.sync, one warp at a time. PASSES is 3 where float keeps its accuracy: a value is the sum of what tf32 sees of it
@@ -65,9 +73,11 @@ template <class T, int BM, int BN, int WM, int WN, int PASSES = 1> struct Mma : 
   using Base = Tiling<T, BM, BN, WM, WN, 64>;
   using Base::at, Base::MI, Base::NJ;
 
-  static PYDEFORM_DEVICE void issue(float (&acc)[MI][NJ][4], const unsigned char* a_tile, const unsigned char* b_tile) {
+  static PYDEFORM_DEVICE void issue(typename Base::Sums& sums, const unsigned char* a_tile,
+                                    const unsigned char* b_tile) {
     const int lane = threadIdx.x & 31, m0 = Base::row(), n0 = Base::column();
-#pragma unroll
+    constexpr int AT_ONCE = PASSES == 3 ? 1 : 2;  // of more, ptxas keeps more sums of three than there are registers
+#pragma unroll AT_ONCE
     for (int k = 0; k < 2; k++) {  // two chunks of 16 bytes are one k-step of the tensor cores, whatever the type
       uint32_t b[NJ / 2][4];
 #pragma unroll
@@ -77,7 +87,7 @@ template <class T, int BM, int BN, int WM, int WN, int PASSES = 1> struct Mma : 
       for (int i = 0; i < MI; i++) {
         uint32_t a[4];
         ldmatrix_x4(a, a_tile + at(m0 + i * 16 + (lane & 15), 2 * k + (lane >> 4)));
-        multiply(acc[i], a, b);
+        multiply(sums.of[i], a, b);
       }
     }
   }
@@ -93,9 +103,12 @@ template <class T, int BM, int BN, int WM, int WN, int PASSES = 1> struct Mma : 
         split(b_high, b_rest, b[j]);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          mma<T>(acc[2 * j + h], rest, b_high[2 * h], b_high[2 * h + 1]);
-          mma<T>(acc[2 * j + h], high, b_rest[2 * h], b_rest[2 * h + 1]);
-          mma<T>(acc[2 * j + h], high, b_high[2 * h], b_high[2 * h + 1]);
+          float part[4];
+          mma_from_zero<T>(part, rest, b_high[2 * h], b_high[2 * h + 1]);
+          mma<T>(part, high, b_rest[2 * h], b_rest[2 * h + 1]);
+          mma<T>(part, high, b_high[2 * h], b_high[2 * h + 1]);
+#pragma unroll
+          for (int e = 0; e < 4; e++) acc[2 * j + h][e] += part[e];
         }
       }
     } else {
@@ -119,7 +132,8 @@ template <class T, int BM, int BN, int WM, int WN> struct Fma : Tiling<T, BM, BN
   using Base::at, Base::MI, Base::NJ, Base::E;
   using A = Compute<T>;
 
-  static PYDEFORM_DEVICE void issue(A (&acc)[MI][NJ][4], const unsigned char* a_tile, const unsigned char* b_tile) {
+  static PYDEFORM_DEVICE void issue(typename Base::Sums& sums, const unsigned char* a_tile,
+                                    const unsigned char* b_tile) {
     const int lane = threadIdx.x & 31, m0 = Base::row() + lane / 4, n0 = Base::column() + lane % 4 * 2;
 #pragma unroll 1
     for (int c = 0; c < Base::CHUNKS; c++) {
@@ -140,7 +154,7 @@ template <class T, int BM, int BN, int WM, int WN> struct Fma : Tiling<T, BM, BN
 #pragma unroll
             for (int h = 0; h < 2; h++)
 #pragma unroll
-              for (int k = 0; k < E; k++) acc[i][j][2 * h + e] += a[i][h][k] * b[k];
+              for (int k = 0; k < E; k++) sums.of[i][j][2 * h + e] += a[i][h][k] * b[k];
         }
     }
   }
@@ -155,6 +169,7 @@ template <class T_, int BM_, int BN_, int WM_, int WN_> struct TurnedTiling {
   static constexpr int THREADS = BM / WM * (BN / WN) * 32, MI = WM / 16, NJ = WN / 8, E = 16 / sizeof(T);
   static PYDEFORM_DEVICE int row() { return (int)threadIdx.x / 32 % (BM / WM) * WM; }
   static PYDEFORM_DEVICE int column() { return (int)threadIdx.x / 32 / (BM / WM) * WN; }
+  using Sums = ::Sums<Acc, MI, NJ>;
   static constexpr int PERIOD = sizeof(T) == 2 ? 8 : 4;  // rows after which chunks are swizzled alike
   // Chunk c of row k of a tile `width` elements wide. The rows that a warp reads at once, 8 of 16-bit chunks or 4 of
   // 32-bit elements of two chunks, lie in different banks.
@@ -170,9 +185,11 @@ template <class T, int BM, int BN, int WM, int WN, int PASSES = 1> struct Turned
   using Base = TurnedTiling<T, BM, BN, WM, WN>;
   using Base::MI, Base::NJ, Base::E;
 
-  static PYDEFORM_DEVICE void issue(float (&acc)[MI][NJ][4], const unsigned char* a_tile, const unsigned char* b_tile) {
+  static PYDEFORM_DEVICE void issue(typename Base::Sums& sums, const unsigned char* a_tile,
+                                    const unsigned char* b_tile) {
     const int lane = threadIdx.x & 31, m0 = Base::row(), n0 = Base::column();
-#pragma unroll
+    constexpr int AT_ONCE = PASSES == 3 ? 1 : Base::DEPTH / (2 * E);
+#pragma unroll AT_ONCE
     for (int k = 0; k < Base::DEPTH; k += 2 * E) {
       uint32_t b[NJ / 2][4];
 #pragma unroll
@@ -181,7 +198,7 @@ template <class T, int BM, int BN, int WM, int WN, int PASSES = 1> struct Turned
       for (int i = 0; i < MI; i++) {
         uint32_t a[4];
         load_a(a, a_tile, k, m0 + 16 * i, lane);
-        Mma<T, BM, BN, WM, WN, PASSES>::multiply(acc[i], a, b);
+        Mma<T, BM, BN, WM, WN, PASSES>::multiply(sums.of[i], a, b);
       }
     }
   }
@@ -210,7 +227,8 @@ template <class T, int BM, int BN, int WM, int WN> struct TurnedFma : TurnedTili
   using Base::MI, Base::NJ;
   using A = Compute<T>;
 
-  static PYDEFORM_DEVICE void issue(A (&acc)[MI][NJ][4], const unsigned char* a_tile, const unsigned char* b_tile) {
+  static PYDEFORM_DEVICE void issue(typename Base::Sums& sums, const unsigned char* a_tile,
+                                    const unsigned char* b_tile) {
     const int lane = threadIdx.x & 31, m0 = Base::row() + lane / 4, n0 = Base::column() + lane % 4 * 2;
 #pragma unroll 2
     for (int k = 0; k < Base::DEPTH; k++) {
@@ -227,7 +245,7 @@ template <class T, int BM, int BN, int WM, int WN> struct TurnedFma : TurnedTili
 #pragma unroll
           for (int i = 0; i < MI; i++)
 #pragma unroll
-            for (int h = 0; h < 2; h++) acc[i][j][2 * h + e] += a[i][h] * b;
+            for (int h = 0; h < 2; h++) sums.of[i][j][2 * h + e] += a[i][h] * b;
         }
     }
   }
@@ -259,24 +277,41 @@ template <class T, int BM, int BN, bool SPLIT = false> struct Wgmma : Tiling<T, 
   }
   static PYDEFORM_DEVICE void ready() { fence_proxy_async(); }
 
-  static PYDEFORM_DEVICE void issue(float (&acc)[1][NJ][4], const unsigned char* a_tile, const unsigned char* b_tile) {
-    float (&d)[BN / 2] = reinterpret_cast<float (&)[BN / 2]>(acc);
+  struct Sums : Base::Sums {
+    float step[SPLIT ? BN / 2 : 1];  // of the products under way
+    PYDEFORM_DEVICE float (&products()) [BN / 2] {
+      if constexpr (SPLIT)
+        return step;
+      else
+        return reinterpret_cast<float (&)[BN / 2]>(this->of);
+    }
+  };
+
+  static PYDEFORM_DEVICE void issue(Sums& sums, const unsigned char* a_tile, const unsigned char* b_tile) {
+    float (&d)[BN / 2] = sums.products();
     const unsigned char* a = a_tile + threadIdx.x / 128 * 64 * ROW;
     hold(d);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < ROW; k += K_BYTES) {
       if constexpr (SPLIT) {
-        wgmma<T, BN>(d, a + BM * ROW + k, b_tile + k);
+        if (k == 0)
+          wgmma<T, BN, false>(d, a + BM * ROW, b_tile);
+        else
+          wgmma<T, BN>(d, a + BM * ROW + k, b_tile + k);
         wgmma<T, BN>(d, a + k, b_tile + BN * ROW + k);
       }
       wgmma<T, BN>(d, a + k, b_tile + k);
     }
     wgmma_commit();
   }
-  static PYDEFORM_DEVICE void wait(float (&acc)[1][NJ][4]) {
+  static PYDEFORM_DEVICE void wait(Sums& sums) {
     wgmma_wait<0>();
-    hold(reinterpret_cast<float (&)[BN / 2]>(acc));
+    hold(sums.products());
+    if constexpr (SPLIT) {
+#pragma unroll
+      for (int i = 0; i < BN / 2; i++) sums.of[0][i / 4][i % 4] += sums.step[i];
+    }
   }
   static PYDEFORM_DEVICE void hold(float (&d)[BN / 2]) {
 #pragma unroll

@@ -19,7 +19,7 @@ template <class T> __global__ void pack(const float* low, const float* high, uin
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   out[i] = pack2<T>(low[i], high[i]);
 }
-__global__ void truncate(const float* in, float* out) {
+__global__ void tf32_part(const float* in, float* out) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   out[i] = tf32_high(in[i]);
 }
@@ -78,10 +78,22 @@ template <class T> __global__ void products(const uint32_t* in, float* out) {
   for (int i = 0; i < 4; i++) out[4 * lane + i] = d[i];
 }
 
+#if __CUDA_ARCH__ >= 800
+__global__ void products_from_zero(const uint32_t* in, float* out) {
+  int lane = threadIdx.x;
+  uint32_t a[4];
+  float d[4];
+  for (int i = 0; i < 4; i++) a[i] = in[10 * lane + i];
+  mma_from_zero<float>(d, a, in[10 * lane + 4], in[10 * lane + 5]);
+  for (int i = 0; i < 4; i++) out[4 * lane + i] = d[i];
+}
+#endif
+
 // ---- tensor cores of a warpgroup: the tiles come ready, swizzled, 32 bytes of k are taken at a time
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// Steps [0, steps) of four; the last one in a group of its own, for which a second wait waits.
-template <class T, int N>
+// Steps [0, steps) of four, the first of which adds to `start` or does not; the last one in a group of its own, for which
+// a second wait waits.
+template <class T, int N, bool ADD>
 __global__ void warpgroup_products(const uint4* a, const uint4* b, const float* start, float* out, int steps) {
   PYDEFORM_DYNAMIC_SHARED(unsigned char, tiles);
   int t = threadIdx.x;
@@ -97,7 +109,8 @@ __global__ void warpgroup_products(const uint4* a, const uint4* b, const float* 
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; step++) {
-    if (step < steps) wgmma<T, N>(d, tiles + 32 * step, tiles + 8192 + 32 * step);
+    if (step == 0) wgmma<T, N, ADD>(d, tiles, tiles + 8192);
+    else if (step < steps) wgmma<T, N>(d, tiles + 32 * step, tiles + 8192 + 32 * step);
     if (step >= 2) wgmma_commit();
   }
   wgmma_wait<1>();

@@ -21,6 +21,7 @@ from tests.cuda_emulation.streams import configuration
 IGNORED = re.compile(r"-{1,2}(lineinfo|generate-line-info|default-device|ftz=|fmad=|ptxas-options|maxrregcount)")
 ACCESS = ("read", "write", "atomic")
 _lock = threading.Lock()  # the runtime runs one launch at a time
+_dynamic_limits: dict[tuple[object, ...], int] = {}  # bytes of shared memory that a function may be launched with
 
 
 class EmulationError(RuntimeError):
@@ -180,19 +181,23 @@ class Function:
     def __init__(self, module: RawModule, name: str, architecture: str):
         self._module, self.name, self._architecture = module, name, architecture
         self._prepared: dict[bool, _Prepared] = {}
-        self._dynamic_limits: dict[int, int] = {}  # by device
         self._prepare()
 
     @property
+    def _limit(self) -> tuple[object, ...]:
+        """Whose limit it is: the driver has one function for all who ask one module for one name."""
+        return self._module._code, tuple(self._module._options), self._architecture, self.name, streams.Device().id
+
+    @property
     def max_dynamic_shared_size_bytes(self) -> int:
-        return self._dynamic_limits.get(streams.Device().id, 48 * 1024)
+        return _dynamic_limits.get(self._limit, 48 * 1024)
 
     @max_dynamic_shared_size_bytes.setter
     def max_dynamic_shared_size_bytes(self, nbytes: int) -> None:
         capability = streams.Device().compute_capability
         if nbytes > streams.SHARED_KIB[capability] * 1024:
             raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: {nbytes} bytes of shared memory on sm_{capability}")
-        self._dynamic_limits[streams.Device().id] = nbytes
+        _dynamic_limits[self._limit] = nbytes
 
     def _prepare(self) -> _Prepared:
         checked = configuration.check or configuration.profile

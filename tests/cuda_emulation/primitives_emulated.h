@@ -26,7 +26,10 @@ template <> inline bf16 from_float<bf16>(float v) {
 template <class T> inline uint32_t pack2(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
-inline float tf32_high(float v) { return emulation::bits<float>(emulation::bits<uint32_t>(v) & 0xffffe000u); }
+inline float tf32_high(float v) {
+  const uint32_t u = emulation::bits<uint32_t>(v), rounded = u + ((u & 0x7fffffffu) < 0x7f7ff000u ? 0x1000u : 0u);
+  return emulation::bits<float>(rounded & 0xffffe000u);
+}
 
 namespace emulation {
 enum Type { F16, BF16, TF32 };
@@ -42,7 +45,7 @@ void wait_for_copies(int groups_left);
 void multiply_tile(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Type type);
 void fence_products();
 void fence_async_proxy();
-void start_product(float* d, int columns, const void* a, const void* b, Type type);
+void start_product(float* d, int columns, const void* a, const void* b, Type type, bool add);
 void commit_products();
 void wait_for_products(int groups_left);
 }  // namespace emulation
@@ -66,14 +69,22 @@ template <class T> EMULATION_INLINE void mma(float (&d)[4], const uint32_t (&a)[
   emulation::multiply_tile(d, a, b0, b1, emulation::TypeOf<T>::type);
 }
 
+template <class T>
+EMULATION_INLINE void mma_from_zero(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static_assert(emulation::TypeOf<T>::type == emulation::TF32);
+  for (float& v : d) v = 0;
+  mma<T>(d, a, b0, b1);
+}
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 EMULATION_INLINE void wgmma_fence() { emulation::fence_products(); }
 EMULATION_INLINE void fence_proxy_async() { emulation::fence_async_proxy(); }
 EMULATION_INLINE void wgmma_commit() { emulation::commit_products(); }
 template <int N> EMULATION_INLINE void wgmma_wait() { emulation::wait_for_products(N); }
-template <class T, int N> EMULATION_INLINE void wgmma(float (&d)[N / 2], const void* a, const void* b) {
+template <class T, int N, bool ADD = true>
+EMULATION_INLINE void wgmma(float (&d)[N / 2], const void* a, const void* b) {
   static_assert(N == 64 || N == 128 || N == 256);
-  emulation::start_product(d, N, a, b, emulation::TypeOf<T>::type);
+  emulation::start_product(d, N, a, b, emulation::TypeOf<T>::type, ADD);
 }
 #endif
 inline void wgmma_hold(float&) {}

@@ -27,7 +27,7 @@ struct Copy {  // a cp.async that has not been waited for
 };
 struct Product {  // a wgmma that has not been waited for
   const void *a, *b, *site;
-  int flight, columns, type, group;
+  int flight, columns, type, add, group;
   unsigned epoch;
 };
 // Accumulators that belong to the tensor cores: what they hold is kept here meanwhile, the kernel sees NaN.

@@ -1,6 +1,8 @@
 // Matrix loads, asynchronous copies, mma and wgmma: the last lane to arrive computes for its whole warp.
 #include "runtime.h"
 
+#include <cfenv>
+
 #include "primitives_emulated.h"
 #ifdef __AVX__
 #include <immintrin.h>
@@ -8,7 +10,7 @@
 
 namespace emulation {
 namespace {
-typedef float Floats __attribute__((vector_size(32)));
+typedef double Doubles __attribute__((vector_size(32)));
 constexpr int WIDE = 256 + 8;  // floats from row to row; with 256 the rows would compete for the same cache lines
 constexpr uint32_t IN_FLIGHT = 0xffa5a5a5;  // a signalling NaN: any arithmetic changes its bits
 
@@ -36,31 +38,45 @@ void widen(const void* from, Type type, float* to) {
   }
 }
 
-// s + v * a: a product of two halves is exact in float32, so that one rounding or two make no difference.
-inline Floats multiply_add(Floats v, float a, Floats s) {
+// Products of two floats of 11 bits are exact, their sums nearly so.
+inline Doubles multiply_add(Doubles v, float a, Doubles s) {
 #ifdef __FMA__
-  return _mm256_fmadd_ps(v, _mm256_set1_ps(a), s);
+  return _mm256_fmadd_pd(v, _mm256_set1_pd(a), s);
 #else
-  return s + v * a;
+  return s + v * static_cast<double>(a);
 #endif
 }
+#ifdef __AVX__
+inline Doubles to_doubles(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+inline void store_floats(float* p, Doubles v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }  // rounds as it is told
+#else
+inline Doubles to_doubles(const float* p) { return Doubles{p[0], p[1], p[2], p[3]}; }
+inline void store_floats(float* p, Doubles v) {
+  for (int i = 0; i < 4; i++) p[i] = static_cast<float>(v[i]);
+}
+#endif
 
-// sum[16][columns] += a[16][depth] b[depth][columns], two rows and BLOCK * 8 columns at a time; rows of sum and b lie
-// STRIDE apart
-template <int BLOCK, int STRIDE>
-void accumulate(float* sum, int columns, const float (*a)[16], const float* b, int depth) {
-  for (int first = 0; first < columns; first += 8 * BLOCK)
-    for (int i = 0; i < 16; i += 2) {
-      Floats s[2][BLOCK];
-      for (int h = 0; h < 2; h++) memcpy(s[h], sum + (i + h) * STRIDE + first, sizeof s[h]);
+// sum[16][columns] += a[16][depth] b[depth][columns]; rows of sum and b lie STRIDE apart. As the hardware does, which
+// adds the products of one instruction to the accumulator at once and drops what a float has no room for, toward zero:
+// many small steps lose far more than float32's rounding to nearest, all in one direction. (Hardware also drops bits of
+// the smaller terms; how many differs by generation.)
+template <int STRIDE> void accumulate(float* sum, int columns, const float (*a)[16], const float* b, int depth) {
+  const int rounding = fegetround();
+  fesetround(FE_TOWARDZERO);
+  for (int first = 0; first < columns; first += 8)
+    for (int i = 0; i < 16; i += 4) {
+      Doubles s[4][2];
+      for (int h = 0; h < 4; h++)
+        for (int e = 0; e < 2; e++) s[h][e] = to_doubles(sum + (i + h) * STRIDE + first + 4 * e);
       for (int k = 0; k < depth; k++) {
-        Floats v[BLOCK];
-        memcpy(v, b + k * STRIDE + first, sizeof v);
-        for (int q = 0; q < BLOCK; q++)
-          for (int h = 0; h < 2; h++) s[h][q] = multiply_add(v[q], a[i + h][k], s[h][q]);
+        const Doubles v[2] = {to_doubles(b + k * STRIDE + first), to_doubles(b + k * STRIDE + first + 4)};
+        for (int h = 0; h < 4; h++)
+          for (int e = 0; e < 2; e++) s[h][e] = multiply_add(v[e], a[i + h][k], s[h][e]);
       }
-      for (int h = 0; h < 2; h++) memcpy(sum + (i + h) * STRIDE + first, s[h], sizeof s[h]);
+      for (int h = 0; h < 4; h++)
+        for (int e = 0; e < 2; e++) store_floats(sum + (i + h) * STRIDE + first + 4 * e, s[h][e]);
     }
+  fesetround(rounding);
 }
 
 // to[k * stride + i] = from[i][k] for i < 8, k < 8
@@ -117,7 +133,7 @@ template <Type TYPE> void mma_collective(Warp& warp, unsigned lanes) {
   for (int i = 0; i < 16; i++) widen(packed_a[i], TYPE, a[i]);
   for (int j = 0; j < 8; j++) widen(packed_b[j], TYPE, rows[j]);
   for (int k = 0; k < depth; k += 8) transpose8(reinterpret_cast<const float(*)[16]>(&rows[0][k]), b[k], 8);
-  accumulate<1, 8>(&sum[0][0], 8, a, &b[0][0], depth);
+  accumulate<8>(&sum[0][0], 8, a, &b[0][0], depth);
   for (int l = 0; l < 32; l++)
     for (int h = 0; h < 2; h++)
       for (int e = 0; e < 2; e++) warp.lanes[l].d[2 * h + e] = sum[l / 4 + 8 * h][l % 4 * 2 + e];
@@ -163,7 +179,9 @@ void multiply(Warp& warp, const Product& product, float* sum, const void* site) 
   for (int j = 0; j < columns; j += 8)
     for (int k = 0; k < depth; k += 8)
       transpose8(reinterpret_cast<const float(*)[16]>(&rows[j][k]), b + k * WIDE + j, WIDE);
-  accumulate<4, WIDE>(sum, columns, a, b, depth);
+  if (!product.add)
+    for (int i = 0; i < 16; i++) memset(sum + i * WIDE, 0, columns * sizeof(float));
+  accumulate<WIDE>(sum, columns, a, b, depth);
 }
 
 void land(Fiber& fiber, Flight& flight) {  // the accumulators return to the kernel
@@ -276,7 +294,7 @@ void multiply_tile(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Type t
 
 void fence_products() { self()->product_fence = true; }
 void fence_async_proxy() { self()->proxy_epoch = epoch; }
-void start_product(float* d, int columns, const void* a, const void* b, Type type) {
+void start_product(float* d, int columns, const void* a, const void* b, Type type, bool add) {
   const void* site = __builtin_return_address(0);
   Fiber* fiber = self();
   const void* const tiles[2] = {a, b};
@@ -290,7 +308,7 @@ void start_product(float* d, int columns, const void* a, const void* b, Type typ
   if (!fiber->product_fence) fail("no wgmma_fence since the last wgmma_wait, at {%p}", site);
   int flight = flight_of(fiber, d, columns / 2);
   fiber->flight[flight].pending++;
-  fiber->product[fiber->products++] = {a, b, site, flight, columns, type, fiber->product_group, epoch};
+  fiber->product[fiber->products++] = {a, b, site, flight, columns, type, add, fiber->product_group, epoch};
 }
 void commit_products() { self()->product_group++; }
 void wait_for_products(int groups_left) {

@@ -34,7 +34,8 @@ FEWEST = 5.0  # a stage that would get less is not begun
 SANITIZER_FAULT = 86  # exit status that says that compute-sanitizer found something
 NO_TESTS = 5  # pytest's
 # In the order of their worth: when time runs out, the last ones are missing.
-EXERCISE = 90  # compiles what later stages find in CuPy's cache
+COMPILE = 60  # many processes at once: what later stages find in CuPy's cache
+EXERCISE = 40
 FIRST_TESTS = {"test_cuda_primitives": 50, "test_deform_conv2d": 110, "test_conv2d": 50, "test_roi": 60}
 TOOLS = {"memcheck": 50, "racecheck": 60, "initcheck": 40, "synccheck": 40}
 BENCHMARKS = {"cuda_deform_conv2d": 150, "cuda_roi": 60}
@@ -74,6 +75,7 @@ class Outcome(NamedTuple):
 # What there is to do -------------------------------------------------------------------------------------------------
 def stages(device: str) -> list[Stage]:
     return [
+        Stage("compile", [sys.executable, __file__, "--compile"], COMPILE),
         Stage("exercise", [sys.executable, __file__, "--exercise"], EXERCISE),
         *(pytest_stage(name, seconds) for name, seconds in FIRST_TESTS.items()),
         *(benchmark_stage(name, seconds, device) for name, seconds in BENCHMARKS.items()),
@@ -119,6 +121,48 @@ def sanitizer_stage(tool: str, seconds: float) -> Stage:
         return Stage(tool, (), seconds, "compute-sanitizer is not installed")
     flags = ["--tool", tool, "--error-exitcode", str(SANITIZER_FAULT), "--print-limit", "20"]
     return Stage(tool, [program, *flags, sys.executable, __file__, "--exercise"], seconds)
+
+
+def kernels_to_compile() -> list[tuple[str, str]]:
+    """(operator, expression) of all that `exercise` launches, found by calling everything and launching nothing."""
+    from pydeform.cuda import _launch
+
+    found: dict[tuple[str, str], None] = {}
+
+    class Nothing:
+        def __call__(self, *_: Any, **__: Any) -> None:
+            """In place of a kernel."""
+
+    def look_up(operator: str, expression: str, _: Any) -> Nothing:
+        found[operator, expression] = None
+        return Nothing()
+
+    real, _launch._kernel = _launch._kernel, look_up
+    try:
+        exercise()
+    finally:
+        _launch._kernel = real
+    return list(found)
+
+
+def compile_all(workers: int) -> int:
+    """CuPy compiles one kernel at a time in a process, so as many processes as there are processors."""
+    import cupy
+
+    print(f"numba {importlib.import_module('numba').__version__}, numpy {importlib.import_module('numpy').__version__}")
+    print(f"NVRTC {cupy.cuda.nvrtc.getVersion()}, {workers} processes")
+    commands = [[sys.executable, __file__, "--compile-part", f"{part}/{workers}"] for part in range(workers)]
+    running = [subprocess.Popen(command) for command in commands]
+    return max(abs(process.wait()) for process in running)
+
+
+def compile_part(part: int, parts: int) -> None:
+    from pydeform.cuda import _launch
+
+    mine = kernels_to_compile()[part::parts]
+    for operator, expression in mine:
+        _launch.kernel(operator, expression)
+    print(f"{len(mine)} kernels compiled")
 
 
 def exercise() -> None:
@@ -301,9 +345,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages together")
     parser.add_argument("--list", action="store_true", help="name the stages and run none")
     parser.add_argument("--exercise", action="store_true", help="what compute-sanitizer watches")
+    parser.add_argument("--compile", action="store_true", help="compile all that --exercise launches")
+    parser.add_argument("--compile-part", help="K/N: each N-th of them, from the K-th on, from 0")
     options = parser.parse_args()
     if options.exercise:
         exercise()
+        return 0
+    if options.compile:
+        return compile_all(min(os.cpu_count() or 1, 14))
+    if options.compile_part:
+        compile_part(*map(int, options.compile_part.split("/")))
         return 0
     if options.list:
         for stage in stages("<device>"):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import pydeform
+from tests.conftest import needs_emulation
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
@@ -160,6 +161,30 @@ def test_what_the_sanitizers_watch_is_sound(monkeypatch):
         )
     GPU["exercise"]()
     assert len(set(calls)) == 16 and len(calls) == 3 * 4 * 6
+
+
+@needs_emulation
+def test_what_is_compiled_ahead_is_what_is_launched(emulated, monkeypatch):
+    """All of it, in one part of three."""
+    import cupy
+
+    from pydeform.cuda import _launch
+    from tests.cuda_emulation import device
+
+    monkeypatch.setattr(cupy.cuda, "set_allocator", lambda allocator: None, raising=False)
+    _launch._device.cache_clear()
+    with device.settings(capability="90"):
+        found = GPU["kernels_to_compile"]()
+        compiled = []
+        monkeypatch.setattr(
+            _launch, "_kernel", lambda operator, expression, on: compiled.append((operator, expression))
+        )
+        for part in range(3):
+            GPU["compile_part"](part, 3)
+    _launch._device.cache_clear()
+    assert len(set(found)) == len(found) > 150
+    assert {operator for operator, _ in found} == {"conv2d", "deform_conv2d", "roi"}
+    assert any("Wgmma" in expression for _, expression in found)
 
 
 def test_without_a_gpu_it_says_so():

@@ -46,8 +46,9 @@ def test_width_follows_the_features_numba_compiles_for(monkeypatch, features, ex
 
 
 @functools.cache
-def runs_multiply_tile(width):
-    multiply_tile, rows = WIDTHS[width].multiply_tile, WIDTHS[width].rows
+def runs_multiply_tile(width, narrow):
+    multiply_tile = WIDTHS[width].multiply_narrow if narrow else WIDTHS[width].multiply_tile
+    rows = WIDTHS[width].narrow_rows if narrow else WIDTHS[width].rows
 
     @njit
     def run(a, b, c, depth, accumulate):
@@ -73,9 +74,12 @@ def runs_multiply_tile(width):
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 7])
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_multiply_tile(simd, dtype, rng, depth, accumulate):
-    run = runs_multiply_tile(simd.vector_bytes)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_multiply_tile(simd, dtype, rng, depth, accumulate, narrow):
+    run = runs_multiply_tile(simd.vector_bytes, narrow)
     rows, columns = simd.rows, 2 * simd.vector_bytes // dtype.itemsize
+    if narrow:
+        rows, columns = simd.narrow_rows, columns // 2
 
     a = rng.standard_normal((rows + 1, depth + 3)).astype(dtype)
     b = rng.standard_normal((depth + 1, columns + 5)).astype(dtype)
@@ -87,6 +91,21 @@ def test_multiply_tile(simd, dtype, rng, depth, accumulate):
         block[...] = product + (block if accumulate else 0)
     run(a, b, c, depth, accumulate)
     close(c, want, dtype, 10)
+
+
+@pytest.mark.parametrize("vectors", [0, 1, 3])
+def test_copy_vectors(simd, dtype, rng, vectors):
+    copy_vectors = simd.copy_vectors
+
+    @njit
+    def run(out, source, vectors):
+        copy_vectors(at(out, (1,)), at(source, (2,)), vectors)
+
+    count = vectors * simd.vector_bytes // dtype.itemsize
+    source, out = rng.standard_normal(count + 3).astype(dtype), np.full(count + 3, 99, dtype)
+    run(out, source, vectors)
+    assert (out[1 : 1 + count] == source[2 : 2 + count]).all()
+    assert out[0] == 99 and (out[1 + count :] == 99).all()
 
 
 def corners_of(rng, dtype, pixels, channels):

@@ -61,8 +61,8 @@ def as_it_is(variant: Any) -> Any:
 
 
 CROWD = [(0.625, 1.375, 4.875, 4.125), (-1.75, 2.25, 3.125, 7.375)] * 20  # boxes for which a copy of the image pays
-DENSE = Case(2, 40, 11, 13, 18, (3, 3), padding=((1, 1), (1, 1)), groups=1, offset_groups=1)
-DEPTHWISE = Case(2, 140, 12, 11, 140, (2, 2), groups=140, offset_groups=2)
+DENSE = Case(2, 40, 14, 15, 18, (3, 3), padding=((1, 1), (1, 1)), groups=1, offset_groups=1)
+DEPTHWISE = Case(2, 140, 16, 15, 140, (2, 2), groups=140, offset_groups=2)
 
 # Name, the kernel that it runs, the problem.
 PROBLEMS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -24,15 +25,23 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def workspace(*parts: tuple[tuple[int, ...], Any]) -> list[Any]:
     """An uninitialised array for each (shape, dtype), aligned to a cache line, all of them in one allocation."""
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
-    # A cache line more between them: arrays a power of two apart would share the same cache sets.
-    block = np.empty(sum(sizes) + len(parts) * 2 * ALIGNMENT, np.uint8)
-    start = -block.ctypes.data % ALIGNMENT
-    arrays = []
-    for (shape, dtype), size in zip(parts, sizes, strict=True):
-        arrays.append(np.ndarray(shape, dtype, block, start))
+    total, starts = _layout(parts)
+    block = np.empty(total, np.uint8)
+    origin = -block.__array_interface__["data"][0] % ALIGNMENT
+    make = np.ndarray
+    return [make(shape, dtype, block, origin + start) for (shape, dtype), start in zip(parts, starts, strict=True)]
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(parts: tuple[tuple[tuple[int, ...], Any], ...]) -> tuple[int, tuple[int, ...]]:
+    """Bytes of all arrays, and where each begins."""
+    starts, start = [], 0
+    for shape, dtype in parts:
+        size = math.prod(shape) * dtype.itemsize
+        starts.append(start)
+        # A cache line more between them: arrays a power of two apart would share the same cache sets.
         start += size + -size % ALIGNMENT + ALIGNMENT
-    return arrays
+    return start + ALIGNMENT, tuple(starts)
 
 
 class _Alias:

@@ -39,11 +39,17 @@ from pydeform.cpu._simd import (
     blend_dots_scatter,
     multiply_tile,
     sum_values,
+    transpose_block,
 )
 from pydeform.cpu._simd_roi import plane_scatter
 from pydeform.cpu._threads import advance_counter, claim, finish, own_counters, wait_for, wait_until
 
-POSITIONS = 96  # of a tile: its columns, their gradient and that of the output stay in the second-level cache
+POSITIONS = 192  # of a tile: its columns, their gradient and that of the output stay in the second-level cache
+DEPTH = 128  # of one product over output channels: panel and gradients stay in the first-level cache
+# Elements from an output channel's gradients of a tile to the next one's, and from a sample's columns to the next
+# one's: see _conv_forward.ROW.
+ROW = POSITIONS + 16
+COLUMN_ROW = CHANNELS + 16
 WEIGHT_COPIES = 16 << 20  # bytes for partial weight gradients, one for each range of images
 PROGRESS = own_counters(3)  # and on, (image, block): taps of tiles whose part of the dots a block has added
 
@@ -55,7 +61,6 @@ class BackwardPlan(NamedTuple):
     tiles: int  # of an image
     splits: int  # ranges of images, each with a weight gradient of its own
     rows: int  # output channels of a group, rounded up to the register block
-    width: int  # widest block of channels, rounded up to a panel
     weight_size: int  # elements of one partial weight gradient
     depthwise: int
     planes: int  # 1: corners are gathered from the input, and its gradient added up, as they lie; 0: channels last
@@ -89,7 +94,7 @@ def backward(
         pixel_dtype = _conv_common.pixel_dtype(g)
         lanes = VECTOR_BYTES // dtype.itemsize
         panel = 2 * lanes
-        blocks, weight_size, packed_size, width, rows = _backward_blocks(g, panel)
+        blocks, weight_size, packed_size, rows = _backward_blocks(g, panel)
         splits = max(1, min(g.batch, WEIGHT_COPIES // (weight_size * dtype.itemsize)))
         tiles = -(-positions_out // POSITIONS)
         positions = round_up(-(-positions_out // tiles), ROWS)
@@ -98,7 +103,6 @@ def backward(
             tiles=-(-positions_out // positions),
             splits=splits,
             rows=rows,
-            width=width,
             weight_size=weight_size,
             depthwise=int(is_depthwise(g)),
             planes=int(planes),
@@ -129,9 +133,10 @@ def backward(
                 ((0 if planes else image_size,), dtype),
                 ((image_size if plan.need_input and not planes else lanes,), dtype),
                 ((packed_size,), dtype),
+                ((threads, lanes * taps * lanes), dtype),
                 ((splits if plan.need_weight else 0, weight_size), dtype),
-                ((threads, plan.rows, positions), dtype),
-                ((threads, 2, positions, width), dtype),
+                ((threads, plan.rows, ROW), dtype),
+                ((threads, 2, positions, COLUMN_ROW), dtype),
                 ((threads, 4, positions), pixel_dtype),
                 ((threads, 10, positions), dtype),
                 ((threads, 2, positions), INT32),
@@ -176,6 +181,7 @@ def _backward(
     image: Any,
     grad_image: Any,
     packed: Any,
+    packing: Any,
     partial: Any,
     tile_grad: Any,
     tile_columns: Any,
@@ -189,7 +195,7 @@ def _backward(
     g: Any,
     p: Any,
 ) -> None:
-    _prepare_backward(counters, input, image, grad_image, weight, packed, blocks, g, p)
+    _prepare_backward(counters, input, image, grad_image, weight, packed, at(packing, (thread, 0)), blocks, g, p)
 
     # Phase 1: every unit is one block of channels of one range of images, and owns its slices of all gradients.
     low = lowest_coordinate(g.boundary, image)
@@ -219,7 +225,7 @@ def _backward(
                     grads = at(tile_grad, (thread, 0, 0))
                     for c in range(channels):
                         for i in range(count):
-                            grads[i * p.width + c] = grad_output[b, channel + c, start + i]
+                            grads[i * COLUMN_ROW + c] = grad_output[b, channel + c, start + i]
                 else:  # (output channel, position)
                     for o in range(out_channels):
                         for i in range(count):
@@ -234,25 +240,26 @@ def _backward(
                             at(tile_grad, (thread, 0, 0)),
                             at(packed, (row.packed_at + tap * width,)),
                             at(tile_columns, (thread, 1, 0, 0)),
-                            p.width,
+                            COLUMN_ROW,
                             count,
                             channels,
                         )
                     elif p.need_input | p.need_dots:
                         # grad_columns[i, c] = sum_o grad_output[o, i] * weight[o, c, tap]
                         for j in range(0, width, panel):
-                            for i in range(0, count, ROWS):
-                                multiply_tile(
-                                    at(tile_grad, (thread, 0, i)),
-                                    1,
-                                    p.positions,
-                                    at(packed, (row.packed_at + (tap * width + j) * out_channels,)),
-                                    panel,
-                                    out_channels,
-                                    at(tile_columns, (thread, 1, i, j)),
-                                    p.width,
-                                    False,
-                                )
+                            for o in range(0, out_channels, DEPTH):
+                                for i in range(0, count, ROWS):
+                                    multiply_tile(
+                                        at(tile_grad, (thread, o, i)),
+                                        1,
+                                        ROW,
+                                        at(packed, (row.packed_at + (tap * width + j) * out_channels + o * panel,)),
+                                        panel,
+                                        min(DEPTH, out_channels - o),
+                                        at(tile_columns, (thread, 1, i, j)),
+                                        COLUMN_ROW,
+                                        o > 0,
+                                    )
                     if p.planes:
                         _sample_planes(
                             planes,
@@ -288,7 +295,7 @@ def _backward(
                     if is_infinite and p.planes == 0:
                         blend_infinite(
                             at(tile_columns, (thread, 0, 0, 0)),
-                            p.width,
+                            COLUMN_ROW,
                             at(image, (origin,)),
                             corner,
                             blending,
@@ -318,7 +325,7 @@ def _backward(
                             at(tile_grad, (thread, 0, 0)),
                             at(tile_columns, (thread, 0, 0, 0)),
                             at(partial, (split, row.partial_at + tap * width)),
-                            p.width,
+                            COLUMN_ROW,
                             count,
                             channels,
                             b > first_image or tile > 0,
@@ -329,10 +336,10 @@ def _backward(
                             for o in range(0, out_channels, ROWS):
                                 multiply_tile(
                                     at(tile_grad, (thread, o, 0)),
-                                    p.positions,
+                                    ROW,
                                     1,
                                     at(tile_columns, (thread, 0, 0, j)),
-                                    p.width,
+                                    COLUMN_ROW,
                                     count,
                                     at(partial, (split, row.partial_at + (tap * p.rows + o) * width + j)),
                                     width,
@@ -342,12 +349,33 @@ def _backward(
         unit = claim(counters, 1)
     wait_for(counters, 1, working)
 
-    _finish_backward(counters, grad_output, grad_image, partial, grad_input, grad_weight, grad_bias, blocks, g, p)
+    _finish_backward(
+        counters,
+        grad_output,
+        grad_image,
+        partial,
+        at(packing, (thread, 0)),
+        grad_input,
+        grad_weight,
+        grad_bias,
+        blocks,
+        g,
+        p,
+    )
 
 
 @inline
 def _prepare_backward(
-    counters: Any, input: Any, image: Any, grad_image: Any, weight: Any, packed: Any, blocks: Any, g: Any, p: Any
+    counters: Any,
+    input: Any,
+    image: Any,
+    grad_image: Any,
+    weight: Any,
+    packed: Any,
+    packing: Any,
+    blocks: Any,
+    g: Any,
+    p: Any,
 ) -> None:
     """Phase 0: the image to channels-last, its gradient to zero, the weight into panels."""
     pixels = g.in_h * g.in_w
@@ -368,7 +396,7 @@ def _prepare_backward(
                     for i in range(origin + part * PIXELS * channels, origin + last * channels):
                         grad_image[i] = 0
         else:
-            _pack_backward(weight, packed, blocks[unit - converting], g, p)
+            _pack_backward(weight, packed, packing, blocks[unit - converting], g, p)
         finish(counters, 0)
         unit = claim(counters, 0)
     wait_for(counters, 0, preparing)
@@ -380,6 +408,7 @@ def _finish_backward(
     grad_output: Any,
     grad_image: Any,
     partial: Any,
+    packing: Any,
     grad_input: Any,
     grad_weight: Any,
     grad_bias: Any,
@@ -391,9 +420,12 @@ def _finish_backward(
     pixels = g.in_h * g.in_w
     parts = pixel_parts(pixels)
     inputs = 0 if p.planes else g.batch * parts * p.need_input
-    outputs = inputs + g.out_channels
+    lanes = VECTOR_BYTES // partial.itemsize
+    rows = 1 if p.depthwise else -(-(g.out_channels // g.groups) // lanes)
+    outputs = inputs + len(blocks) * rows * p.need_weight
+    biases = outputs + g.out_channels * p.need_bias
     unit = claim(counters, 2)
-    while unit < outputs:
+    while unit < biases:
         if unit < inputs:
             b = unit // parts
             for block in range(len(blocks)):
@@ -401,18 +433,19 @@ def _finish_backward(
                 origin = (b * g.in_channels + channel) * (pixels + 1)
                 part = unit - b * parts
                 block_to_channels_first(grad_image, origin, channels, channels, grad_input, b, channel, 1, part, pixels)
-        else:
-            o = unit - inputs
-            if p.need_weight:
-                _reduce_weight(partial, grad_weight, blocks, o, g, p)
-            if p.need_bias:  # eq. 7
-                total = sum_values(at(grad_output, (0, o, 0)), g.out_h * g.out_w)
-                for b in range(1, g.batch):
-                    total += sum_values(at(grad_output, (b, o, 0)), g.out_h * g.out_w)
-                grad_bias[o] = total
+        elif unit < outputs:
+            block = (unit - inputs) // rows
+            first = (unit - inputs - block * rows) * lanes
+            _reduce_weight(partial, grad_weight, packing, blocks[block], first, g, p)
+        else:  # eq. 7
+            o = unit - outputs
+            total = sum_values(at(grad_output, (0, o, 0)), g.out_h * g.out_w)
+            for b in range(1, g.batch):
+                total += sum_values(at(grad_output, (b, o, 0)), g.out_h * g.out_w)
+            grad_bias[o] = total
         finish(counters, 2)
         unit = claim(counters, 2)
-    wait_for(counters, 2, outputs)
+    wait_for(counters, 2, biases)
 
 
 @inline
@@ -433,8 +466,8 @@ def _sample_backward(
         i0, i1 = corner[0, i] * channels, corner[1, i] * channels
         i2, i3 = corner[2, i] * channels, corner[3, i] * channels
         w0, w1, w2, w3 = weights[0, i], weights[1, i], weights[2, i], weights[3, i]
-        out = advance(columns, i * p.width)
-        grad = advance(grad_columns, i * p.width)
+        out = advance(columns, i * COLUMN_ROW)
+        grad = advance(grad_columns, i * COLUMN_ROW)
         if p.need_input:
             dots = blend_dots_scatter(out, grad, image, grad_image, i0, i1, i2, i3, w0, w1, w2, w3, channels)
             weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
@@ -471,8 +504,8 @@ def _sample_planes(
     i1, i2, i3 = channels, 2 * channels, 3 * channels
     for i in range(count):
         w0, w1, w2, w3 = weights[0, i], weights[1, i], weights[2, i], weights[3, i]
-        out = advance(columns, i * p.width)
-        grad = advance(grad_columns, i * p.width)
+        out = advance(columns, i * COLUMN_ROW)
+        grad = advance(grad_columns, i * COLUMN_ROW)
         gather_corners(planes, b, channel, channels, corner, i, g, pixels)
         if p.need_input | p.need_dots:
             dots = blend_dots(out, grad, pixels, pixels, 0, i1, i2, i3, w0, w1, w2, w3, channels)
@@ -557,7 +590,7 @@ def _sum_channels(grads: Any, columns: Any, target: Any, row: int, count: int, c
 
 
 @inline
-def _pack_backward(weight: Any, packed: Any, block: Any, g: Any, p: Any) -> None:
+def _pack_backward(weight: Any, packed: Any, scratch: Any, block: Any, g: Any, p: Any) -> None:
     """packed[tap][panel][o][c] of one block, zeros behind its last channel. Depthwise: packed[tap][c]."""
     channel, channels, width, packed_at = block.channel, block.channels, block.width, block.packed_at
     taps = g.kernel_h * g.kernel_w
@@ -566,66 +599,84 @@ def _pack_backward(weight: Any, packed: Any, block: Any, g: Any, p: Any) -> None
             for c in range(channels):
                 packed[packed_at + tap * width + c] = weight[channel + c, 0, tap]
         return
-    out_channels = g.out_channels // g.groups
-    panel = 2 * VECTOR_BYTES // packed.itemsize
-    for o in range(out_channels):
-        for c in range(width):
+    out_channels, lanes = g.out_channels // g.groups, VECTOR_BYTES // packed.itemsize
+    panel = 2 * lanes
+    for o in range(0, out_channels, lanes):
+        outs = min(lanes, out_channels - o)
+        for c in range(0, width, lanes):
+            some = min(lanes, channels - c)
             row = packed_at + (c // panel * out_channels + o) * panel + c % panel
-            for tap in range(taps):
-                if c < channels:
-                    value = weight[block.first_out + o, channel - block.first_in + c, tap]
-                else:
-                    value = weight.dtype.type(0)
-                packed[row + tap * width * out_channels] = value
-
-
-@inline
-def _first_block(blocks: Any, o: int, out_channels: int, p: Any) -> int:
-    """The first block that has to do with output channel o: they are in the order of their channels."""
-    low, high = 0, len(blocks)
-    while low < high:
-        middle = (low + high) // 2
-        row = blocks[middle]
-        last = row.channel + row.channels if p.depthwise else row.first_out + out_channels
-        low, high = (low, middle) if last > o else (middle + 1, high)
-    return low
-
-
-@inline
-def _reduce_weight(partial: Any, grad_weight: Any, blocks: Any, o: int, g: Any, p: Any) -> None:
-    """Eq. 6 for one output channel: the partial gradients added in the order of their images."""
-    out_channels = g.out_channels // g.groups
-    for block in range(_first_block(blocks, o, out_channels, p), len(blocks)):
-        if blocks[block].first_out > o or (p.depthwise and blocks[block].channel > o):
-            break
-        channel, width = blocks[block].channel, blocks[block].width
-        first_c, count, local = 0, blocks[block].channels, channel - blocks[block].first_in
-        row, rows = o - blocks[block].first_out, p.rows
-        if p.depthwise:
-            if o < channel or o >= channel + count:
+            if outs == lanes and some == lanes:
+                # Turned twice, in registers: to (channel, tap, output), and then each tap to (output, channel).
+                source = at(weight, (block.first_out + o, channel - block.first_in + c, 0))
+                for k in range(0, lanes * taps, lanes):
+                    target = advance(scratch, k * lanes)
+                    transpose_block(advance(source, k), weight.shape[1] * taps, target, lanes, target)
+                for tap in range(taps):
+                    target = at(packed, (row + tap * width * out_channels,))
+                    transpose_block(advance(scratch, tap * lanes), taps * lanes, target, panel, target)
                 continue
-            first_c, count, local, row, rows = o - channel, 1, 0, 0, 1
-        elif row < 0 or row >= out_channels:
+            for i in range(outs):
+                for tap in range(taps):
+                    target = at(packed, (row + tap * width * out_channels + i * panel,))
+                    for k in range(some):
+                        target[k] = weight[block.first_out + o + i, channel - block.first_in + c + k, tap]
+                    for k in range(max(some, 0), lanes):
+                        target[k] = 0
+
+
+@inline
+def _reduce_weight(partial: Any, grad_weight: Any, scratch: Any, block: Any, first: int, g: Any, p: Any) -> None:
+    """Eq. 6 for one block and one vector of output channels, from `first` on: the partial gradients, added in the order
+    of their images, as (output, channel, tap). Depthwise: for all channels of the block."""
+    taps, channels, width, local = g.kernel_h * g.kernel_w, block.channels, block.width, block.channel - block.first_in
+    if p.depthwise:
+        for tap in range(taps):
+            _add_partials(partial, block.partial_at + tap * width, channels, p)
+            for c in range(channels):
+                grad_weight[block.channel + c, 0, tap] = partial[0, block.partial_at + tap * width + c]
+        return
+    lanes = VECTOR_BYTES // partial.itemsize
+    outs, o = min(lanes, g.out_channels // g.groups - first), block.first_out + first
+    for tap in range(taps):
+        for i in range(outs):
+            _add_partials(partial, block.partial_at + (tap * p.rows + first + i) * width, channels, p)
+    for c in range(0, channels, lanes):
+        some = min(lanes, channels - c)
+        if outs == lanes and some == lanes:  # turned twice, in registers, as by _pack_backward
+            for tap in range(taps):
+                source = at(partial, (0, block.partial_at + (tap * p.rows + first) * width + c))
+                target = advance(scratch, tap * lanes)
+                transpose_block(source, width, target, taps * lanes, target)
+            for k in range(0, lanes * taps, lanes):
+                target = advance(at(grad_weight, (o, local + c, 0)), k)
+                transpose_block(advance(scratch, k * lanes), lanes, target, grad_weight.shape[1] * taps, target)
             continue
-        for tap in range(g.kernel_h * g.kernel_w):
-            first = blocks[block].partial_at + (tap * rows + row) * width + first_c
-            for c in range(count):
-                total = partial[0, first + c]
-                for split in range(1, p.splits):
-                    total += partial[split, first + c]
-                grad_weight[o, local + c, tap] = total
+        for tap in range(taps):
+            for i in range(outs):
+                row = block.partial_at + (tap * p.rows + first + i) * width + c
+                for k in range(some):
+                    grad_weight[o + i, local + c + k, tap] = partial[0, row + k]
 
 
-def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int, int]:
+@inline
+def _add_partials(partial: Any, start: int, count: int, p: Any) -> None:
+    """To the first one all others."""
+    for split in range(1, p.splits):
+        for k in range(start, start + count):
+            partial[0, k] += partial[split, k]
+
+
+def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int]:
     return (_kept_blocks if is_small(g) else _kept_blocks.__wrapped__)(g, panel)
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_blocks(g: Any, panel: int) -> tuple[Any, int, int, int, int]:
+def _kept_blocks(g: Any, panel: int) -> tuple[Any, int, int, int]:
     one, times = period_of(g)
     # Two blocks at least, where channels allow it: a block is a unit of work. Never by batch, which must not show.
     largest = CHANNELS if g.in_channels >= 2 * CHANNELS else max(CHANNELS // 4, round_up(-(-g.in_channels // 2), panel))
-    blocks, weight_size, packed_size, width, rows = _blocks_of_period(one, panel, largest, is_depthwise(g))
+    blocks, weight_size, packed_size, rows = _blocks_of_period(one, panel, largest, is_depthwise(g))
     every = repeated(
         blocks,
         times,
@@ -639,12 +690,12 @@ def _kept_blocks(g: Any, panel: int) -> tuple[Any, int, int, int, int]:
     first = np.diff(every["og"], prepend=-1) > 0
     every["previous"] = np.where(first, -1, np.arange(len(every)) - 1)
     every["is_last"] = np.append(first[1:], True)
-    return every, weight_size * times, packed_size * times, width, rows
+    return every, weight_size * times, packed_size * times, rows
 
 
-def _blocks_of_period(g: Any, panel: int, largest: int, depthwise: bool) -> tuple[Any, int, int, int, int]:
-    """The blocks of channels, the elements of a partial weight gradient and of packed, the largest width of a block,
-    and the rows of a tile of the output's gradient. `previous` is the block before in the same offset group, or -1;
+def _blocks_of_period(g: Any, panel: int, largest: int, depthwise: bool) -> tuple[Any, int, int, int]:
+    """The blocks of channels, the elements of a partial weight gradient and of packed, and the rows of a tile of the
+    output's gradient. `previous` is the block before in the same offset group, or -1;
     `is_last` says that none follows in it.
     """
     taps = g.kernel_h * g.kernel_w
@@ -657,6 +708,5 @@ def _blocks_of_period(g: Any, panel: int, largest: int, depthwise: bool) -> tupl
         rows_of.append((group * outs, group * ins, og, channel, channels, width, -1, packed_size, weight_size, 0))
         packed_size += taps * width * (1 if depthwise else outs)
         weight_size += taps * width * (1 if depthwise else rows)
-    width = max(row[5] for row in rows_of)
     names = "first_out first_in og channel channels width previous packed_at partial_at is_last"
-    return table(names, rows_of), weight_size, packed_size, width, width if depthwise else rows
+    return table(names, rows_of), weight_size, packed_size, COLUMN_ROW if depthwise else rows

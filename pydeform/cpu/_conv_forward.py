@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 from pydeform.cpu import _conv_common, _threads
@@ -27,12 +28,27 @@ from pydeform.cpu._conv_common import (
 from pydeform.cpu._jit import Kernel, inline
 from pydeform.cpu._planes import NO_PLANES, gather_corners, planes_of
 from pydeform.cpu._sampling import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
-from pydeform.cpu._simd import ROWS, VECTOR_BYTES, advance, at, blend, multiply_tile
+from pydeform.cpu._simd import (
+    NARROW_ROWS,
+    ROWS,
+    VECTOR_BYTES,
+    advance,
+    at,
+    blend,
+    copy_vectors,
+    multiply_narrow,
+    multiply_tile,
+    transpose_block,
+)
 from pydeform.cpu._threads import claim, finish, wait_for
 
-# Sizes that keep a tile's columns in the second-level cache and a panel of weights in the first.
-POSITIONS = 96
-DEPTH = 256  # of one product
+# Sizes that keep a tile's columns in the second-level cache and a panel of weights in the first. With half as many
+# positions, weights that fill the second level are waited for.
+POSITIONS = 192
+DEPTH = 256  # of one product, or as many channels more as a block has
+# Elements from a sample's columns to the next one's: a number that the compiler knows, so that one register is the
+# address of all rows of a product. No power of two, which would crowd them into few cache lines.
+ROW = DEPTH + CHANNELS + 16
 
 
 class ForwardPlan(NamedTuple):
@@ -41,63 +57,80 @@ class ForwardPlan(NamedTuple):
     positions: int  # of a tile
     tiles: int  # of an image
     panels: int  # of 2 vectors of output channels
-    row: int  # elements of a row of columns
     depthwise: int
     planes: int  # 1: corners are gathered from the input as it lies; 0: a copy with channels last is made
     has_offset: int
     has_mask: int
 
 
+class Prepared(NamedTuple):
+    """All that is decided before the arrays are known."""
+
+    threads: int
+    key: str  # of the kernel's types
+    workspace: tuple[Any, ...]
+    tables: tuple[Any, Any, Any]
+    plan: ForwardPlan
+
+
 def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) -> Any:
     dtype = compute_dtype(input.dtype)
     output = empty((g.batch, g.out_channels, g.out_h * g.out_w), dtype)
     if output.size:
-        pixel_dtype = _conv_common.pixel_dtype(g)
-        lanes = VECTOR_BYTES // dtype.itemsize
-        blocks, entries, chunks, depth, panels, packed_size = _forward_steps(g, 2 * lanes)
-        planes = prefers_planes(g)
-        positions = out_positions = g.out_h * g.out_w
-        threads = threads_for(g, 1, g.batch * -(-positions // (4 * ROWS)))
-        tiles = -(-positions // POSITIONS)
-        if threads > 1:  # enough tiles for all; no sum depends on where a tile ends
-            tiles = max(tiles, min(-(-4 * threads // g.batch), -(-positions // (4 * ROWS))))
-        positions = round_up(-(-out_positions // tiles), ROWS)
-        plan = ForwardPlan(
-            positions=positions,
-            tiles=-(-out_positions // positions),
-            panels=panels,
-            depthwise=int(is_depthwise(g)),
-            planes=int(planes),
-            row=depth + lanes,
-            has_offset=int(offset is not None),
-            has_mask=int(mask is not None),
-        )
-        threads = min(threads, g.batch * plan.tiles)
+        threads = threads_for(g, 1, g.batch * -(-g.out_h * g.out_w // (4 * ROWS)))
+        prepare = _kept if is_small(g) else _kept.__wrapped__
+        how = prepare(g, dtype, threads, offset is not None, mask is not None)
+        planes = how.plan.planes
         _threads.run(
             _forward,
-            dtype.char + pixel_dtype.char,
-            threads,
+            how.key,
+            how.threads,
             _threads.new_counters(2),
             *flat_arguments(None if planes else input, offset, weight, bias, mask, g, dtype),
             planes_of(input) if planes else NO_PLANES,
             output,
-            *workspace(
-                ((0 if planes else channels_last_size(g) + lanes,), dtype),
-                ((packed_size,), dtype),
-                ((threads, positions, plan.row), dtype),
-                ((threads, positions, panels * 2 * lanes), dtype),
-                ((threads, 4, positions), pixel_dtype),
-                ((threads, 6, positions), dtype),
-                ((threads, 2, positions), INT32),
-                ((threads, corners_size(blocks) if planes else 0), dtype),
-            ),
-            blocks,
-            entries,
-            chunks,
+            *workspace(*how.workspace),
+            *how.tables,
             g,
-            plan,
+            how.plan,
         )
     return to_result(output, input.dtype, (g.batch, g.out_channels, g.out_h, g.out_w))
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(g: Any, dtype: Any, threads: int, has_offset: bool, has_mask: bool) -> Prepared:
+    pixel_dtype = _conv_common.pixel_dtype(g)
+    lanes = VECTOR_BYTES // dtype.itemsize
+    blocks, entries, chunks, panels, packed_size = _forward_steps(g, 2 * lanes)
+    planes = prefers_planes(g)
+    out_positions = g.out_h * g.out_w
+    tiles = -(-out_positions // POSITIONS)
+    if threads > 1:  # enough tiles for all, and as many for each; no sum depends on where a tile ends
+        tiles = max(tiles, min(-(-4 * threads // g.batch), -(-out_positions // (4 * ROWS))))
+        tiles = round_up(tiles, threads // math.gcd(threads, g.batch))
+    positions = round_up(-(-out_positions // tiles), math.lcm(ROWS, NARROW_ROWS))
+    plan = ForwardPlan(
+        positions=positions,
+        tiles=-(-out_positions // positions),
+        panels=panels,
+        depthwise=int(is_depthwise(g)),
+        planes=int(planes),
+        has_offset=int(has_offset),
+        has_mask=int(has_mask),
+    )
+    threads = min(threads, g.batch * plan.tiles)
+    parts = (
+        ((0 if planes else channels_last_size(g) + lanes,), dtype),
+        ((packed_size,), dtype),
+        ((threads, lanes * g.kernel_h * g.kernel_w * 2 * lanes), dtype),
+        ((threads, positions, ROW), dtype),
+        ((threads, positions, panels * 2 * lanes), dtype),
+        ((threads, 4, positions), pixel_dtype),
+        ((threads, 6, positions), dtype),
+        ((threads, 2, positions), INT32),
+        ((threads, corners_size(blocks) if planes else 0), dtype),
+    )
+    return Prepared(threads, dtype.char + pixel_dtype.char, parts, (blocks, entries, chunks), plan)
 
 
 @Kernel
@@ -113,6 +146,7 @@ def _forward(
     output: Any,
     image: Any,
     packed: Any,
+    packing: Any,
     columns: Any,
     sums: Any,
     corners: Any,
@@ -128,18 +162,27 @@ def _forward(
     # Phase 0: the image to channels-last, the weight into panels.
     parts = pixel_parts(g.in_h * g.in_w)
     converting = 0 if p.planes else g.batch * parts
-    preparing = converting + len(chunks) * p.panels
+    preparing = converting + len(blocks) * p.panels
     unit = claim(counters, 0)
     while unit < preparing:
         if unit < converting:
             b = unit // parts
-            for block in range(len(blocks)):
-                channel, channels = blocks[block].channel, blocks[block].channels
+            for number in range(len(blocks)):
+                channel, channels = blocks[number].channel, blocks[number].channels
                 origin = (b * g.in_channels + channel) * (g.in_h * g.in_w + 1)
                 to_channels_last(input, b, channel, 1, image, origin, channels, channels, unit % parts, g.in_h * g.in_w)
         else:
+            block = (unit - converting) // p.panels
             _pack_forward(
-                weight, packed, entries, chunks[(unit - converting) // p.panels], (unit - converting) % p.panels, p
+                weight,
+                packed,
+                at(packing, (thread, 0)),
+                entries,
+                chunks,
+                block,
+                unit - converting - block * p.panels,
+                g,
+                p,
             )
         finish(counters, 0)
         unit = claim(counters, 0)
@@ -202,11 +245,15 @@ def _forward(
                         count,
                         gathered,
                         at(tile_columns, (0, column)),
-                        p.row,
+                        ROW,
                         g,
                     )
                     continue
                 source = at(image, ((b * g.in_channels + entry.channel) * pixels,))
+                if not has_offset:
+                    for i in range(count):
+                        copy_vectors(at(tile_columns, (i, column)), advance(source, corner[0, i] * channels), vectors)
+                    continue
                 for i in range(count):
                     blend(
                         at(tile_columns, (i, column)),
@@ -223,15 +270,13 @@ def _forward(
                     )
                 if is_infinite:
                     here = at(mask, (b, at_group, at_tap, start))
-                    blend_infinite(
-                        at(tile_columns, (0, column)), p.row, source, corner, blending, here, count, channels
-                    )
+                    blend_infinite(at(tile_columns, (0, column)), ROW, source, corner, blending, here, count, channels)
             if p.depthwise:
                 for e in range(product.first_entry, product.last_entry):
                     column = entries[e].column
                     _multiply_channels(
                         at(tile_columns, (0, column)),
-                        p.row,
+                        ROW,
                         at(packed, (product.packed_at + column,)),
                         at(tile_sums, (0, 0)),
                         p.panels * panel,
@@ -241,18 +286,20 @@ def _forward(
                     )
             else:
                 for j in range(p.panels):
-                    for i in range(0, count, ROWS):
-                        multiply_tile(
-                            at(tile_columns, (i, 0)),
-                            p.row,
-                            1,
-                            at(packed, (product.packed_at + j * depth * panel,)),
-                            panel,
-                            depth,
-                            at(tile_sums, (i, j * panel)),
-                            p.panels * panel,
-                            product.is_first == 0,
-                        )
+                    weights_of_panel = at(packed, (product.packed_at + j * depth * panel,))
+                    add, row = product.is_first == 0, p.panels * panel
+                    if 2 * (product.outs - j * panel) > panel:
+                        for i in range(0, count, ROWS):
+                            target = at(tile_sums, (i, j * panel))
+                            multiply_tile(
+                                at(tile_columns, (i, 0)), ROW, 1, weights_of_panel, panel, depth, target, row, add
+                            )
+                    else:  # one vector of outputs
+                        for i in range(0, count, NARROW_ROWS):
+                            target = at(tile_sums, (i, j * panel))
+                            multiply_narrow(
+                                at(tile_columns, (i, 0)), ROW, 1, weights_of_panel, panel, depth, target, row, add
+                            )
             if product.is_last:
                 to_channels_first(tile_sums, output, b, product.first_out, product.outs, start, count, bias)
         finish(counters, 1)
@@ -306,39 +353,63 @@ def _gather_columns(
 
 
 @inline
-def _pack_forward(weight: Any, packed: Any, entries: Any, product: Any, j: int, p: Any) -> None:
-    """Panel j of one chunk: packed[panel][column][o], zeros behind the last output channel of the group.
+def _pack_forward(
+    weight: Any, packed: Any, scratch: Any, entries: Any, chunks: Any, block: int, j: int, g: Any, p: Any
+) -> None:
+    """Panel j of one block of channels: packed[panel][column][o] of each chunk, zeros behind the last output channel of
+    the group. Depthwise: packed[column], one weight for each.
 
-    Depthwise: packed[column], one weight for each.
+    A weight's channels and taps are turned to lie in rows of outputs, in registers, and then the rows brought to the
+    order of the chunks.
     """
-    panel = 2 * VECTOR_BYTES // packed.itemsize
-    first = product.first_out + j * panel
+    taps = g.kernel_h * g.kernel_w
+    entry = entries[block * taps]
+    product = chunks[entry.chunk]
+    if p.depthwise:
+        if j == 0:
+            for tap in range(taps):
+                row = chunks[entries[block * taps + tap].chunk].packed_at + entries[block * taps + tap].column
+                for c in range(entry.channels):
+                    packed[row + c] = weight[entry.channel + c, 0, tap]
+        return
+    lanes = VECTOR_BYTES // packed.itemsize
+    panel = 2 * lanes
+    first, first_channel = product.first_out + j * panel, entry.channel - product.first_in
     width = min(panel, product.outs - j * panel)
-    for e in range(product.first_entry, product.last_entry):
-        tap, channel, channels, column = entries[e].tap, entries[e].channel, entries[e].channels, entries[e].column
-        if p.depthwise:
-            if j == 0:
-                for c in range(channels):
-                    packed[product.packed_at + column + c] = weight[channel + c, 0, tap]
-            continue
-        for c in range(channels):
-            row = product.packed_at + (j * product.depth + column + c) * panel
-            for o in range(width):
-                packed[row + o] = weight[first + o, channel - product.first_in + c, tap]
-            for o in range(width, panel):
-                packed[row + o] = 0
+    for c in range(0, entry.channels, lanes):
+        channels = min(lanes, entry.channels - c)
+        whole = width // lanes * lanes if channels == lanes else 0
+        for o in range(0, whole, lanes):
+            source = at(weight, (first + o, first_channel + c, 0))
+            for k in range(0, lanes * taps, lanes):
+                target = advance(scratch, k * panel + o)
+                transpose_block(advance(source, k), weight.shape[1] * taps, target, panel, target)
+        for o in range(whole, width):
+            source = at(weight, (first + o, first_channel + c, 0))
+            for k in range(channels * taps):
+                scratch[k * panel + o] = source[k]
+        for tap in range(taps):
+            column = entries[block * taps + tap].column + c
+            chunk = chunks[entries[block * taps + tap].chunk]
+            for i in range(channels):
+                target = at(packed, (chunk.packed_at + (j * chunk.depth + column + i) * panel,))
+                source = advance(scratch, (i * taps + tap) * panel)
+                for o in range(width):
+                    target[o] = source[o]
+                for o in range(width, panel):
+                    target[o] = 0
 
 
-def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int, int]:
+def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int]:
     return (_kept_steps if is_small(g) else _kept_steps.__wrapped__)(g, panel)
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int, int]:
+def _kept_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int]:
     one, times = period_of(g)
-    blocks, entries, chunks, deepest, panels, packed_size = _steps_of_period(one, panel, is_depthwise(g))
+    blocks, entries, chunks, panels, packed_size = _steps_of_period(one, panel, is_depthwise(g))
     count = len(entries)
-    entries = repeated(entries, times, channel=one.in_channels)
+    entries = repeated(entries, times, channel=one.in_channels, chunk=len(chunks))
     entries["og"] = entries["channel"] // (g.in_channels // g.offset_groups)
     return (
         repeated(blocks, times, channel=one.in_channels),
@@ -352,17 +423,16 @@ def _kept_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int, int]:
             last_entry=count,
             packed_at=packed_size,
         ),
-        deepest,
         panels,
         packed_size * times,
     )
 
 
-def _steps_of_period(g: Any, panel: int, depthwise: bool) -> tuple[Any, Any, Any, int, int, int]:
+def _steps_of_period(g: Any, panel: int, depthwise: bool) -> tuple[Any, Any, Any, int, int]:
     """The blocks of channels, the entries in the order of a tile's work, and the chunks of entries multiplied at once.
 
-    `is_first` and `is_last` say whether a chunk begins or ends the sums of its outputs. After the tables: the greatest
-    depth, the panels of a chunk, the elements of packed.
+    `is_first` and `is_last` say whether a chunk begins or ends the sums of its outputs. After the tables: the panels of
+    a chunk, the elements of packed.
     """
     taps = g.kernel_h * g.kernel_w
     blocks = channel_blocks(g, CHANNELS, depthwise)
@@ -385,7 +455,7 @@ def _steps_of_period(g: Any, panel: int, depthwise: bool) -> tuple[Any, Any, Any
         first_chunk = len(chunks)
         depth, first = 0, len(entries)
         for number, step in enumerate(steps):
-            entries.append((*step, depth))
+            entries.append((*step, depth, len(chunks)))
             depth += step[3]
             if depth >= target or number == len(steps) - 1:
                 chunks.append([first_out, out_channels, first_in, first, len(entries), depth, packed_size, 0, 0])
@@ -393,12 +463,10 @@ def _steps_of_period(g: Any, panel: int, depthwise: bool) -> tuple[Any, Any, Any
                 depth, first = 0, len(entries)
         chunks[first_chunk][7] = 1
         chunks[-1][8] = 1
-    deepest = max(chunk[5] for chunk in chunks)
     return (
         table("channel channels", [block[2:] for block in blocks]),
-        table("tap og channel channels column", entries),
+        table("tap og channel channels column chunk", entries),
         table("first_out outs first_in first_entry last_entry depth packed_at is_first is_last", chunks),
-        deepest,
         panels,
         packed_size,
     )

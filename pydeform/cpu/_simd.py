@@ -37,8 +37,9 @@ def host_vector_bytes() -> int:
 
 
 def rows_for(vector_bytes: int) -> int:
-    """Rows of the register block: rows x 2 vectors of sums, plus two vectors and a broadcast, fill the registers."""
-    return 12 if vector_bytes == 64 else 6
+    """Rows of the register block: rows x 2 vectors of sums, which with two vectors and a broadcast have room in the
+    registers, of which there are 32 or 16. Not all of the 32: schedulers that load many factors first would spill."""
+    return 8 if vector_bytes == 64 else 6
 
 
 def _const(value: int) -> Any:
@@ -184,55 +185,77 @@ def advance(typing_context: Any, pointer: Any, elements: Any) -> Any:
     return pointer(pointer, types.int64), codegen
 
 
-def primitives(vector_bytes: int) -> SimpleNamespace:
+def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:
     """The primitives for vectors of `vector_bytes`, as Numba intrinsics for float32 and float64 pointers."""
-    rows = rows_for(vector_bytes)
+    rows = rows or rows_for(vector_bytes)
+    narrow_rows = 16 if vector_bytes == 64 else 8  # as many sums, one vector wide
+
+    def make_multiply(rows: int, vectors: int) -> Any:
+        @intrinsic  # type: ignore[misc]
+        def multiply_tile(
+            typing_context: Any,
+            a: Any,
+            a_row: Any,
+            a_step: Any,
+            b: Any,
+            b_step: Any,
+            depth: Any,
+            c: Any,
+            c_row: Any,
+            accumulate: Any,
+        ) -> Any:
+            """c[r*c_row + j] (+)= sum_k a[r*a_row + k*a_step] * b[k*b_step + j], r < rows, j < vectors * lanes."""
+            count = types.int64
+            signature = types.void(a, count, count, b, count, count, c, count, types.boolean)
+
+            def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                a_, a_row_, a_step_, b_, b_step_, depth_, c_, c_row_, accumulate_ = arguments
+                v = _Vectors(builder, a.dtype, vector_bytes)
+                places = [_const(j * v.lanes) for j in range(vectors)]
+                a_rows = [v.offset(a_, builder.mul(a_row_, _const(r))) for r in range(rows)]
+
+                def body(k: Any, sums: list[Any]) -> list[Any]:
+                    b_k = v.offset(b_, builder.mul(k, b_step_))
+                    columns = [v.load(v.offset(b_k, place)) for place in places]
+                    a_k = builder.mul(k, a_step_)
+                    out = []
+                    for r in range(rows):
+                        scalar = v.splat(builder.load(v.offset(a_rows[r], a_k)))
+                        out += [v.fma(scalar, columns[j], sums[vectors * r + j]) for j in range(vectors)]
+                    return out
+
+                sums = _loop(builder, depth_, [v.zero] * (vectors * rows), body)
+                targets = []
+                for r in range(rows):
+                    c_r = v.offset(c_, builder.mul(c_row_, _const(r)))
+                    targets += [v.offset(c_r, place) for place in places]
+                with builder.if_else(accumulate_) as (add, replace):
+                    with add:
+                        for target, total in zip(targets, sums, strict=True):
+                            v.store(builder.fadd(v.load(target), total), target)
+                    with replace:
+                        for target, total in zip(targets, sums, strict=True):
+                            v.store(total, target)
+                return context.get_dummy_value()
+
+            return signature, codegen
+
+        return multiply_tile
 
     @intrinsic  # type: ignore[misc]
-    def multiply_tile(
-        typing_context: Any,
-        a: Any,
-        a_row: Any,
-        a_step: Any,
-        b: Any,
-        b_step: Any,
-        depth: Any,
-        c: Any,
-        c_row: Any,
-        accumulate: Any,
-    ) -> Any:
-        """c[r*c_row + j] (+)= sum_k a[r*a_row + k*a_step] * b[k*b_step + j], r < rows, j < 2 vectors."""
-        count = types.int64
-        signature = types.void(a, count, count, b, count, count, c, count, types.boolean)
+    def copy_vectors(typing_context: Any, out: Any, source: Any, vectors: Any) -> Any:
+        """out[c] = source[c]."""
+        signature = types.void(out, source, types.int64)
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            a_, a_row_, a_step_, b_, b_step_, depth_, c_, c_row_, accumulate_ = arguments
-            v = _Vectors(builder, a.dtype, vector_bytes)
-            second = _const(v.lanes)
-            a_rows = [v.offset(a_, builder.mul(a_row_, _const(r))) for r in range(rows)]
+            v = _Vectors(builder, out.dtype, vector_bytes)
 
-            def body(k: Any, sums: list[Any]) -> list[Any]:
-                b_k = v.offset(b_, builder.mul(k, b_step_))
-                columns = [v.load(b_k), v.load(v.offset(b_k, second))]
-                a_k = builder.mul(k, a_step_)
-                out = []
-                for r in range(rows):
-                    scalar = v.splat(builder.load(v.offset(a_rows[r], a_k)))
-                    out += [v.fma(scalar, columns[j], sums[2 * r + j]) for j in range(2)]
-                return out
+            def body(i: Any, _: list[Any]) -> list[Any]:
+                c = builder.mul(i, _const(v.lanes))
+                v.store(v.load(v.offset(arguments[1], c)), v.offset(arguments[0], c))
+                return []
 
-            sums = _loop(builder, depth_, [v.zero] * (2 * rows), body)
-            targets = []
-            for r in range(rows):
-                c_r = v.offset(c_, builder.mul(c_row_, _const(r)))
-                targets += [c_r, v.offset(c_r, second)]
-            with builder.if_else(accumulate_) as (add, replace):
-                with add:
-                    for target, total in zip(targets, sums, strict=True):
-                        v.store(builder.fadd(v.load(target), total), target)
-                with replace:
-                    for target, total in zip(targets, sums, strict=True):
-                        v.store(total, target)
+            _loop(builder, arguments[2], [], body)
             return context.get_dummy_value()
 
         return signature, codegen
@@ -419,7 +442,10 @@ def primitives(vector_bytes: int) -> SimpleNamespace:
     return SimpleNamespace(
         vector_bytes=vector_bytes,
         rows=rows,
-        multiply_tile=multiply_tile,
+        narrow_rows=narrow_rows,
+        multiply_tile=make_multiply(rows, 2),
+        multiply_narrow=make_multiply(narrow_rows, 1),
+        copy_vectors=copy_vectors,
         blend=blend,
         blend_dots=make_blend_backward(scatter=False),
         blend_dots_scatter=make_blend_backward(scatter=True),
@@ -432,7 +458,9 @@ def primitives(vector_bytes: int) -> SimpleNamespace:
 VECTOR_BYTES = host_vector_bytes()
 _HOST = primitives(VECTOR_BYTES)
 ROWS: int = _HOST.rows
-multiply_tile = _HOST.multiply_tile
+NARROW_ROWS: int = _HOST.narrow_rows
+multiply_tile, multiply_narrow = _HOST.multiply_tile, _HOST.multiply_narrow
+copy_vectors = _HOST.copy_vectors
 blend = _HOST.blend
 blend_dots = _HOST.blend_dots
 blend_dots_scatter = _HOST.blend_dots_scatter

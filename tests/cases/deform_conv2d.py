@@ -57,6 +57,8 @@ CASES = {
     # Several blocks of channels, whole vectors and a rest: two blocks in one offset group, sums from block to block.
     "channel_blocks": Case(2, 150, 3, 4, 5, (1, 2), padding=((0, 0), (1, 0)), groups=1, offset_groups=1),
     "depthwise_blocks": Case(2, 146, 3, 5, 146, (2, 1), padding=((1, 0), (0, 0)), groups=146, offset_groups=2),
+    # More outputs than are multiplied at once for the column's gradient, with whole vectors of channels.
+    "many_outputs": Case(1, 32, 3, 4, 150, (1, 2)),
     # One tap: only the offset group tells one sample from the next.
     "kernel_of_1": Case(2, 6, 5, 4, 7, (1, 1), offset_groups=3),
     "kernel_of_1_groups": Case(1, 36, 4, 5, 6, (1, 1), groups=3, offset_groups=4, mask=False),

@@ -1,0 +1,127 @@
+"""What LLVM makes of the SIMD primitives for processors that this machine need not be.
+
+A vector that goes to the stack in an inner loop costs more than the arithmetic around it, and which processor's
+scheduler sends it there shows nowhere else: with 12 rows, `multiply_tile` ran at half speed on one kind of AVX-512 and
+at full speed on another.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+from numba import types
+
+from pydeform.cpu import _simd, _simd_bands, _simd_roi
+from tests.codegen import PROCESSORS, Loop, assembly, loops
+
+NUMBER, FLAG, INDEX = types.int64, types.boolean, types.CPointer(types.int32)
+
+
+def arguments_of(name: str, real: Any, lanes: int) -> tuple[list[Any], dict[int, int]]:
+    """Types of a primitive's arguments, and those of them that kernels give as constants."""
+    p = types.CPointer(real)
+    band = [p, INDEX, p, NUMBER, NUMBER, NUMBER, p]
+    return {
+        "multiply_tile": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 336, 2: 1, 4: 2 * lanes}),
+        "multiply_tile of any rows": (
+            [p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG],
+            {2: 1, 4: 2 * lanes},
+        ),
+        "multiply_narrow": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 336, 2: 1, 4: 2 * lanes}),
+        "copy_vectors": ([p, p, NUMBER], {}),
+        "multiply_tile transposed": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 1, 8: 0}),
+        "blend": ([p, p, *[NUMBER] * 4, *[real] * 4, NUMBER], {}),
+        "blend_dots": ([p, p, p, p, *[NUMBER] * 4, *[real] * 4, NUMBER], {}),
+        "blend_dots_scatter": ([p, p, p, p, *[NUMBER] * 4, *[real] * 4, NUMBER], {}),
+        "transpose_block": ([p, NUMBER, p, NUMBER, p], {}),
+        "transpose_block_shifted": ([p, NUMBER, p, NUMBER, p], {}),
+        "sum_values": ([p, NUMBER], {}),
+        "weighted_sum": ([p, p, INDEX, p, NUMBER, NUMBER, NUMBER, real, FLAG], {}),
+        "weighted_dots": ([p, p, INDEX, p, p, p, NUMBER, NUMBER, NUMBER], {}),
+        "scatter": ([p, p, INDEX, p, NUMBER, NUMBER, NUMBER, real], {}),
+        "largest_pixel": ([p, INDEX, p, INDEX, p, *[NUMBER] * 4, FLAG], {}),
+        "largest_point": ([p, INDEX, p, INDEX, p, *[NUMBER] * 4, FLAG], {}),
+        "band_sum": ([*band, NUMBER], {}),
+        "band_dots": ([p, INDEX, p, p, NUMBER, NUMBER, NUMBER, p, p, NUMBER], {}),
+        "band_scatter": ([*band, NUMBER, real], {}),
+    }[name]
+
+
+PRIMITIVES = (
+    "multiply_tile",
+    "multiply_narrow",
+    "copy_vectors",
+    "multiply_tile transposed",
+    "blend",
+    "blend_dots",
+    "blend_dots_scatter",
+    "transpose_block",
+    "transpose_block_shifted",
+    "sum_values",
+    "weighted_sum",
+    "weighted_dots",
+    "scatter",
+    "largest_pixel",
+    "largest_point",
+    "band_sum",
+    "band_dots",
+    "band_scatter",
+)
+# Loads for each multiply-add, where there is such an instruction, in the loop that does most of them. A block of r rows
+# x 2 vectors has (r + 2) / (2 * r), a blend four loads for three and a product, and what a list of pixels is read with
+# has its weights and places besides.
+LOADS = {
+    "multiply_tile": 0.67,
+    "multiply_narrow": 1.13,
+    "multiply_tile transposed": 0.67,
+    "blend": 1.34,
+    "blend_dots": 0.72,
+}
+LOADS |= {"blend_dots_scatter": 0.82, "weighted_sum": 1.13, "weighted_dots": 1.1, "scatter": 1.13}
+# A loop that runs once at most, on processors of 2008.
+STACK_STORES = {("weighted_sum", "nehalem", 32): 1}
+
+
+@functools.cache
+def found(name: str, processor: str, bits: int, rows: int | None = None) -> list[Loop]:
+    on = PROCESSORS[processor]
+    real = types.float32 if bits == 32 else types.float64
+    own = _simd.primitives(on.vector_bytes, rows) if rows else _simd.primitives(on.vector_bytes)
+    places = (own, _simd_roi.primitives(on.vector_bytes), _simd_bands)
+    primitive = next(getattr(place, name.split()[0]) for place in places if hasattr(place, name.split()[0]))
+    arguments, constants = arguments_of(name, real, on.vector_bytes * 8 // bits)
+    return loops(assembly(primitive, arguments, constants, on), on)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_vectors_stay_in_registers(name, processor, bits):
+    allowed = STACK_STORES.get((name, processor, bits), 0)
+    assert max((loop.stack_stores for loop in found(name, processor, bits)), default=0) <= allowed
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("processor", [name for name in PROCESSORS if name != "nehalem"])
+@pytest.mark.parametrize("name", LOADS)
+def test_loads_for_each_multiply_add(name, processor, bits):
+    busiest = max(found(name, processor, bits), key=lambda loop: loop.multiply_adds)
+    assert busiest.multiply_adds >= 3
+    assert busiest.loads_each <= LOADS[name]
+
+
+@pytest.mark.parametrize("processor", ["znver4", "znver5"])
+def test_the_block_that_did_not_fit_is_told(processor):
+    """12 rows x 2 vectors of 64 bytes: 24 sums of 32 registers, but this scheduler loads all factors first."""
+    name = "multiply_tile of any rows"  # whose distance the compiler does not know
+    busiest = max(found(name, processor, 32, rows=12), key=lambda loop: loop.multiply_adds)
+    assert busiest.stack_stores > 10 and busiest.loads_each > 0.9
+    assert found(name, "skylake-avx512", 32, rows=12)[0].stack_stores == 0
+
+
+def test_every_primitive_is_looked_at():
+    for module in (_simd.primitives(32), _simd_roi.primitives(32)):
+        names = {name for name, value in vars(module).items() if hasattr(value, "_defn")}
+        assert names <= set(PRIMITIVES)

@@ -20,15 +20,37 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def device_slug() -> str:
-    """A folder name for this machine, such as amd-epyc-2-cores."""
-    name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*$", " ", timing.cpu_name().lower())
-    return "-".join([*re.findall(r"[a-z0-9]+", name), str(os.cpu_count()), "cores"])
+    """A folder name for this machine and its vectors, such as amd-epyc-2-cores-avx2."""
+    name = re.sub(r"\((r|tm)\)|\b(cpu|processor)\b|@.*$", " ", timing.cpu_name().lower())
+    return "-".join([*re.findall(r"[a-z0-9]+", name), str(os.cpu_count()), "cores", vectors()])
+
+
+def vectors() -> str:
+    """The widest that kernels use in a new process."""
+    width = timing.python("-c", "from pydeform.cpu import _simd; print(_simd.VECTOR_BYTES)").strip()
+    return {"64": "avx512", "32": "avx2"}.get(width, f"{width}-bytes")
+
+
+def force_avx2() -> None:
+    """For all processes from here on, ours and those of libraries that let themselves be told."""
+    import llvmlite.binding
+
+    wide = re.compile(r"avx512|avx10|amx|evex512|vp2intersect")
+    features = llvmlite.binding.get_host_cpu_features().items()
+    os.environ |= {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": ",".join(f"+{name}" for name, there in features if there and not wide.search(name)),
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+    }
 
 
 def write(result: dict[str, Any], path: Path) -> None:
     """The result with the machine, versions and date it was measured with. Seconds and bytes throughout."""
     header = {
-        "device": {"cpu": timing.cpu_name(), "cores": os.cpu_count(), "system": sys.platform},
+        "device": {"cpu": timing.cpu_name(), "cores": os.cpu_count(), "system": sys.platform, "vectors": vectors()},
         "versions": timing.versions(),
         "python": sys.version.split()[0],
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

@@ -48,10 +48,10 @@ calls = {
 """
 
 
-def speed(threads: list[int], shapes: list[str], rounds: int) -> dict[str, Any]:
+def speed(threads: list[int], shapes: list[str], rounds: int, runtimes: bool) -> dict[str, Any]:
     results = {}
     for count in threads:
-        results[str(count)] = bench.run(count, shapes, rounds)
+        results[str(count)] = bench.run(count, shapes, rounds, runtimes)
         for what in ("forward", "training"):
             print(f"\nthreads {count}\n{bench.report(results[str(count)], what)}", flush=True)
     return results
@@ -110,6 +110,11 @@ def main() -> int:
     parser.add_argument("--shapes", default=",".join(bench.SHAPES), type=bench.shape_names)
     parser.add_argument("--threads", default="1,2", help="numbers of threads to measure speed with")
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 7, and the most threads only")
+    parser.add_argument(
+        "--avx2",
+        action="store_true",
+        help="no wider vectors; without OpenVINO and onnxruntime, which use them anyway",
+    )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>/deform_conv2d.json")
     for part in PARTS:
         parser.add_argument(f"--{part}", action="store_true")
@@ -117,10 +122,12 @@ def main() -> int:
     parts = [part for part in PARTS if getattr(options, part)] or list(PARTS)
     threads = [int(count) for count in options.threads.split(",")]
     threads, rounds = (threads[-1:], 3) if options.quick else (threads, 7)
+    if options.avx2:
+        _timing.force_avx2()
 
     result: dict[str, Any] = {"rounds": rounds}
     if "speed" in parts:
-        result["speed"] = speed(threads, options.shapes, rounds)
+        result["speed"] = speed(threads, options.shapes, rounds, not options.avx2)
         print()
     if "scaling" in parts:
         result["scaling"] = scaling(rounds)

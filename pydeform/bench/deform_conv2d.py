@@ -230,11 +230,11 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def forward_candidates(p: Problem, threads: int) -> dict[str, Callable[[], Any]]:
+def forward_candidates(p: Problem, threads: int, runtimes: bool) -> dict[str, Callable[[], Any]]:
     calls: dict[str, Callable[[], Any]] = {"pydeform": lambda: ours_forward(p)}
-    if _installed("openvino"):
+    if runtimes and _installed("openvino"):
         calls["openvino"] = openvino_forward(p, threads)
-    if _installed("onnxruntime") and _installed("onnx") and (call := onnxruntime_forward(p, threads)):
+    if runtimes and _installed("onnxruntime") and _installed("onnx") and (call := onnxruntime_forward(p, threads)):
         calls["onnxruntime"] = call
     if _installed("torchvision"):
         calls["torchvision"] = torchvision_call(p, threads, gradients=False)
@@ -243,7 +243,8 @@ def forward_candidates(p: Problem, threads: int) -> dict[str, Callable[[], Any]]
     return calls | products(p, threads, gradients=False)
 
 
-def training_candidates(p: Problem, threads: int) -> dict[str, Callable[[], Any]]:
+def training_candidates(p: Problem, threads: int, runtimes: bool) -> dict[str, Callable[[], Any]]:
+    """Neither runtime has a backward."""
     calls: dict[str, Callable[[], Any]] = {
         "pydeform": lambda: (ours_forward(p), ours_backward(p)),
         "pydeform backward": lambda: ours_backward(p),
@@ -267,7 +268,7 @@ def differences(calls: dict[str, Callable[[], Any]], name: str) -> dict[str, flo
     return found
 
 
-def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, threads: int, rounds: int, runtimes: bool = True) -> dict[str, Any]:
     p = problem(SHAPES[name])
     time.sleep(timing.PAUSE)
     result: dict[str, Any] = {"busy elsewhere": timing.busy_elsewhere()}
@@ -277,7 +278,7 @@ def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
             timing.show_progress(f"{name} {what}, threads {threads}: {text}")
 
         progress("setting up")
-        calls = candidates(p, threads)
+        calls = candidates(p, threads, runtimes)
         if what == "forward":
             result["largest difference"] = differences(calls, name)
         result[what] = {n: t._asdict() for n, t in timing.interleaved(calls, rounds, progress).items()}
@@ -316,9 +317,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=count, default=pydeform.get_num_threads())
     parser.add_argument("--shapes", default=",".join(SHAPES), type=shape_names)
     parser.add_argument("--rounds", type=count, default=7)
+    parser.add_argument("--no-runtimes", action="store_true", help="without OpenVINO and onnxruntime")
     options = parser.parse_args(argv)
     pydeform.set_num_threads(options.threads)
-    results = {name: measure(name, options.threads, options.rounds) for name in options.shapes}
+    results = {name: measure(name, options.threads, options.rounds, not options.no_runtimes) for name in options.shapes}
     timing.show_progress("")
     print(json.dumps(results))
     return 0
@@ -332,9 +334,10 @@ def shape_names(text: str) -> list[str]:
     return names
 
 
-def run(threads: int, shapes: list[str], rounds: int) -> dict[str, Any]:
+def run(threads: int, shapes: list[str], rounds: int, runtimes: bool = True) -> dict[str, Any]:
     """`measure` for several shapes in a process of its own, whose libraries all use that many threads."""
-    arguments = ("--threads", str(threads), "--shapes", ",".join(shapes), "--rounds", str(rounds))
+    arguments = ["--threads", str(threads), "--shapes", ",".join(shapes), "--rounds", str(rounds)]
+    arguments += [] if runtimes else ["--no-runtimes"]
     output = timing.python("-m", __name__, *arguments, env=timing.thread_environment(threads))
     results: dict[str, Any] = json.loads(output.splitlines()[-1])
     return results

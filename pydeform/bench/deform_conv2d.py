@@ -48,7 +48,8 @@ SHAPES = {
 }
 TAPS = 9
 BUSY = 0.2  # processors' worth of other programs' work above which a time is worth little
-PEERS = ("openvino", "onnxruntime", "torchvision")
+RUNTIMES = ("openvino", "onnxruntime")
+PEERS = (*RUNTIMES, "torchvision")
 
 
 class Problem(NamedTuple):
@@ -230,11 +231,11 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def forward_candidates(p: Problem, threads: int, runtimes: bool) -> dict[str, Callable[[], Any]]:
+def forward_candidates(p: Problem, threads: int) -> dict[str, Callable[[], Any]]:
     calls: dict[str, Callable[[], Any]] = {"pydeform": lambda: ours_forward(p)}
-    if runtimes and _installed("openvino"):
+    if _installed("openvino"):
         calls["openvino"] = openvino_forward(p, threads)
-    if runtimes and _installed("onnxruntime") and _installed("onnx") and (call := onnxruntime_forward(p, threads)):
+    if _installed("onnxruntime") and _installed("onnx") and (call := onnxruntime_forward(p, threads)):
         calls["onnxruntime"] = call
     if _installed("torchvision"):
         calls["torchvision"] = torchvision_call(p, threads, gradients=False)
@@ -243,8 +244,7 @@ def forward_candidates(p: Problem, threads: int, runtimes: bool) -> dict[str, Ca
     return calls | products(p, threads, gradients=False)
 
 
-def training_candidates(p: Problem, threads: int, runtimes: bool) -> dict[str, Callable[[], Any]]:
-    """Neither runtime has a backward."""
+def training_candidates(p: Problem, threads: int) -> dict[str, Callable[[], Any]]:
     calls: dict[str, Callable[[], Any]] = {
         "pydeform": lambda: (ours_forward(p), ours_backward(p)),
         "pydeform backward": lambda: ours_backward(p),
@@ -278,7 +278,7 @@ def measure(name: str, threads: int, rounds: int, runtimes: bool = True) -> dict
             timing.show_progress(f"{name} {what}, threads {threads}: {text}")
 
         progress("setting up")
-        calls = candidates(p, threads, runtimes)
+        calls = {n: c for n, c in candidates(p, threads).items() if runtimes or n not in RUNTIMES}
         if what == "forward":
             result["largest difference"] = differences(calls, name)
         result[what] = {n: t._asdict() for n, t in timing.interleaved(calls, rounds, progress).items()}

@@ -377,6 +377,18 @@ def test_many_bins_take_little_beside_them(one_thread):
         assert (output == 1).all() and taken < output.nbytes + (3 << 20)
 
 
+@pytest.mark.parametrize("inputs, outputs, size", [(1, 1, 300), (1, 20_000, 1), (16, 16, 40)])
+def test_large_kernels_and_many_outputs_keep_to_the_bound(one_thread, inputs, outputs, size):
+    """One position, so that there are as many products as weights."""
+    x = np.ones((1, inputs, size, size), np.float32)
+    weight, grad_output = np.ones((outputs, inputs, size, size), np.float32), np.ones((1, outputs, 1, 1), np.float32)
+    taken, (output,) = _peak(lambda: (pydeform.conv2d(x, weight),))
+    assert output[0, 0] == inputs * size**2 and taken < 4 * (64 + 64) * weight.size + (4 << 20)
+    taken, grads = _peak(lambda: pydeform.conv2d_backward(grad_output, x, weight, needs=("weight",)))
+    beyond = taken - grads.weight.nbytes
+    assert (grads.weight == 1).all() and beyond < 4 * ((64 + 256) * weight.size + 256 * outputs) + (20 << 20)
+
+
 def _geometry(groups: int, offset_groups: int, ins: int, outs: int) -> Conv2dGeometry:
     return Conv2dGeometry(1, groups * ins, 8, 8, groups * outs, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1, groups, offset_groups, 0)
 
@@ -398,7 +410,7 @@ def test_tables_of_groups_are_those_of_one_repeated(groups, offset_groups, ins, 
     g = _geometry(groups, offset_groups, ins, outs)
     depthwise = _conv_common.is_depthwise(g)
     want = _conv_forward._steps_of_period(g, 32, depthwise)
-    for got, whole in zip(_conv_forward._forward_steps(g, 32), want, strict=True):
+    for got, whole in zip(_conv_forward._steps(g, 32), want, strict=True):
         np.testing.assert_array_equal(got, whole)
     blocks, *sizes = _conv_backward._backward_blocks(g, 32)
     largest = int(max(blocks["channels"]))
@@ -422,11 +434,12 @@ def test_tables_of_many_groups(monkeypatch):
     for module, name in ((_conv_forward, "_steps_of_period"), (_conv_backward, "_blocks_of_period")):
         make = getattr(module, name)
         monkeypatch.setattr(module, name, lambda one, *rest, make=make: (seen.append(one.groups), make(one, *rest))[1])
-    kept = _conv_forward._kept_steps.cache_info().currsize, _conv_backward._kept_blocks.cache_info().currsize
-    assert len(_conv_forward._forward_steps(g, 32)[1]) == 9 * 30_000
+    kept = _conv_forward._kept.cache_info().currsize, _conv_backward._kept_blocks.cache_info().currsize
+    prepared = _conv_forward._prepared(g, np.dtype(np.float32), 1, True, True)
+    assert len(prepared.tables[1]) == 9 * 30_000
     assert len(_conv_backward._backward_blocks(g, 32)[0]) == 30_000
     assert seen == [1, 1]
-    assert kept == (_conv_forward._kept_steps.cache_info().currsize, _conv_backward._kept_blocks.cache_info().currsize)
+    assert kept == (_conv_forward._kept.cache_info().currsize, _conv_backward._kept_blocks.cache_info().currsize)
     kept_bins = _roi_common.bins_table.cache_info().currsize
     variant = Variant("roi_align", {"output_size": (5000, 1)}, 1)
     arrays, _ = problem(variant, "float32", corners=CORNERS[:1])

@@ -25,6 +25,7 @@ from pydeform.cpu._conv_common import (
     round_up,
     table,
     threads_for,
+    turned_size,
 )
 from pydeform.cpu._jit import Kernel, inline
 from pydeform.cpu._planes import NO_PLANES, gather_corners, planes_of
@@ -133,7 +134,7 @@ def backward(
                 ((0 if planes else image_size,), dtype),
                 ((image_size if plan.need_input and not planes else lanes,), dtype),
                 ((packed_size,), dtype),
-                ((threads, lanes * taps * lanes), dtype),
+                ((threads, turned_size(g, lanes)), dtype),
                 ((splits if plan.need_weight else 0, weight_size), dtype),
                 ((threads, plan.rows, ROW), dtype),
                 ((threads, 2, positions, COLUMN_ROW), dtype),

@@ -50,6 +50,12 @@ def corners_size(blocks: Any) -> int:
     return 4 * int(max(blocks["channels"])) + VECTOR_BYTES // 4
 
 
+def turned_size(g: Any, lanes: int) -> int:
+    """Numbers of a square block of the weight, at every tap, that a thread turns: none where no block is whole."""
+    has_whole = min(g.in_channels, g.out_channels) // g.groups >= lanes
+    return lanes * lanes * g.kernel_h * g.kernel_w if has_whole else 0
+
+
 def flat_arguments(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, dtype: Any) -> tuple[Any, ...]:
     """input, offset, mask, weight, bias in the kernels' shapes; an absent one is empty, or zeros for bias."""
     taps = g.kernel_h * g.kernel_w

@@ -24,6 +24,7 @@ from pydeform.cpu._conv_common import (
     round_up,
     table,
     threads_for,
+    turned_size,
 )
 from pydeform.cpu._jit import Kernel, inline
 from pydeform.cpu._planes import NO_PLANES, gather_corners, planes_of
@@ -78,8 +79,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
     output = empty((g.batch, g.out_channels, g.out_h * g.out_w), dtype)
     if output.size:
         threads = threads_for(g, 1, g.batch * -(-g.out_h * g.out_w // (4 * ROWS)))
-        prepare = _kept if is_small(g) else _kept.__wrapped__
-        how = prepare(g, dtype, threads, offset is not None, mask is not None)
+        how = _prepared(g, dtype, threads, offset is not None, mask is not None)
         planes = how.plan.planes
         _threads.run(
             _forward,
@@ -97,11 +97,15 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
     return to_result(output, input.dtype, (g.batch, g.out_channels, g.out_h, g.out_w))
 
 
+def _prepared(g: Any, *rest: Any) -> Prepared:
+    return (_kept if is_small(g) else _kept.__wrapped__)(g, *rest)
+
+
 @functools.lru_cache(maxsize=64)
 def _kept(g: Any, dtype: Any, threads: int, has_offset: bool, has_mask: bool) -> Prepared:
     pixel_dtype = _conv_common.pixel_dtype(g)
     lanes = VECTOR_BYTES // dtype.itemsize
-    blocks, entries, chunks, panels, packed_size = _forward_steps(g, 2 * lanes)
+    blocks, entries, chunks, panels, packed_size = _steps(g, 2 * lanes)
     planes = prefers_planes(g)
     out_positions = g.out_h * g.out_w
     tiles = -(-out_positions // POSITIONS)
@@ -122,7 +126,7 @@ def _kept(g: Any, dtype: Any, threads: int, has_offset: bool, has_mask: bool) ->
     parts = (
         ((0 if planes else channels_last_size(g) + lanes,), dtype),
         ((packed_size,), dtype),
-        ((threads, lanes * g.kernel_h * g.kernel_w * 2 * lanes), dtype),
+        ((threads, turned_size(g, lanes)), dtype),
         ((threads, positions, ROW), dtype),
         ((threads, positions, panels * 2 * lanes), dtype),
         ((threads, 4, positions), pixel_dtype),
@@ -359,8 +363,7 @@ def _pack_forward(
     """Panel j of one block of channels: packed[panel][column][o] of each chunk, zeros behind the last output channel of
     the group. Depthwise: packed[column], one weight for each.
 
-    A weight's channels and taps are turned to lie in rows of outputs, in registers, and then the rows brought to the
-    order of the chunks.
+    Square blocks of whole vectors are turned in registers, to rows of outputs, which then take the order of the chunks.
     """
     taps = g.kernel_h * g.kernel_w
     entry = entries[block * taps]
@@ -374,38 +377,33 @@ def _pack_forward(
         return
     lanes = VECTOR_BYTES // packed.itemsize
     panel = 2 * lanes
-    first, first_channel = product.first_out + j * panel, entry.channel - product.first_in
-    width = min(panel, product.outs - j * panel)
-    for c in range(0, entry.channels, lanes):
-        channels = min(lanes, entry.channels - c)
-        whole = width // lanes * lanes if channels == lanes else 0
-        for o in range(0, whole, lanes):
-            source = at(weight, (first + o, first_channel + c, 0))
-            for k in range(0, lanes * taps, lanes):
-                target = advance(scratch, k * panel + o)
-                transpose_block(advance(source, k), weight.shape[1] * taps, target, panel, target)
-        for o in range(whole, width):
-            source = at(weight, (first + o, first_channel + c, 0))
-            for k in range(channels * taps):
-                scratch[k * panel + o] = source[k]
-        for tap in range(taps):
-            column = entries[block * taps + tap].column + c
-            chunk = chunks[entries[block * taps + tap].chunk]
-            for i in range(channels):
-                target = at(packed, (chunk.packed_at + (j * chunk.depth + column + i) * panel,))
-                source = advance(scratch, (i * taps + tap) * panel)
-                for o in range(width):
-                    target[o] = source[o]
-                for o in range(width, panel):
-                    target[o] = 0
+    first_channel = entry.channel - product.first_in
+    for part in range(0, panel, lanes):
+        o = product.first_out + j * panel + part
+        outs = min(lanes, product.outs - j * panel - part)
+        for c in range(0, entry.channels, lanes):
+            channels = min(lanes, entry.channels - c)
+            is_whole = outs == lanes and channels == lanes
+            if is_whole:
+                source = at(weight, (o, first_channel + c, 0))
+                for k in range(0, lanes * taps, lanes):
+                    target = advance(scratch, k * lanes)
+                    transpose_block(advance(source, k), weight.shape[1] * taps, target, lanes, target)
+            for tap in range(taps):
+                column = entries[block * taps + tap].column + c
+                chunk = chunks[entries[block * taps + tap].chunk]
+                for i in range(channels):
+                    target = at(packed, (chunk.packed_at + (j * chunk.depth + column + i) * panel + part,))
+                    if is_whole:
+                        copy_vectors(target, advance(scratch, (i * taps + tap) * lanes), 1)
+                        continue
+                    for k in range(outs):
+                        target[k] = weight[o + k, first_channel + c + i, tap]
+                    for k in range(max(outs, 0), lanes):
+                        target[k] = 0
 
 
-def _forward_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int]:
-    return (_kept_steps if is_small(g) else _kept_steps.__wrapped__)(g, panel)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int]:
+def _steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int]:
     one, times = period_of(g)
     blocks, entries, chunks, panels, packed_size = _steps_of_period(one, panel, is_depthwise(g))
     count = len(entries)

@@ -101,9 +101,9 @@ def conv2d_backward(
     Returns   Conv2dGrads, of the kind, device and dtype of `grad_output`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
     Notes     Same bits for any number of threads on the CPU. Memory beyond the gradients: at most 64 numbers for each
-              product that is summed and for each weight, 16 MB (on CUDA 64 MB), and some MB for each thread, whatever
-              the size of the image; for that of input up to four times its own in float32; on CUDA an input that is not
-              contiguous is copied.
+              product that is summed, 256 for each weight, 16 MB (on CUDA 64 MB), and for each thread some MB and 256
+              numbers for each output channel, whatever the size of the image; for that of input up to four times its
+              own in float32; on CUDA an input that is not contiguous is copied.
     Example
     >>> import numpy as np
     >>> from pydeform import conv2d_backward

@@ -125,9 +125,9 @@ def deform_conv2d_backward(
               the derivative from the right (towards larger coordinates), at exactly -1 what `boundary` says. A NaN
               coordinate gives NaN in its own gradients; a sample outside gives zeros. The input's gradient is exact.
               Nothing there waits for the device; the first call compiles. Memory beyond the gradients: at most 64
-              numbers for each product that is summed and for each weight, 16 MB (on CUDA 64 MB), and some MB for each
-              thread, whatever the size of the image; for that of input up to four times its own in float32; on CUDA an
-              input that is not contiguous is copied.
+              numbers for each product that is summed, 256 for each weight, 16 MB (on CUDA 64 MB), and for each thread
+              some MB and 256 numbers for each output channel, whatever the size of the image; for that of input up to
+              four times its own in float32; on CUDA an input that is not contiguous is copied.
     Source    arXiv:1703.06211 appendix A; arXiv:1811.11168. Same bits for any number of threads on the CPU.
     Example
     >>> import numpy as np

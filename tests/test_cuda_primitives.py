@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import shutil
 import sys
+from contextlib import nullcontext
 
 import ml_dtypes
 import numpy as np
@@ -43,7 +44,7 @@ def expressions(architecture):
     names = [f"{kernel}<{T}>" for kernel in ("widen", "narrow", "pack") for T in halves]
     names += ["widen<float>", "narrow<float>", "widen_double", "tf32_part", "load", "copies", "reductions"]
     names += ["products<f16>", "matrices<false>", "matrices<true>", "shuffles<32>", "shuffles<8>"]
-    names += ["votes", "atomics", "arithmetic"]
+    names += ["votes", "atomics", "arithmetic", "denormals", "double_denormals"]
     if architecture != "75":
         names += ["products<bf16>", "products<float>", "products_from_zero"]
     if architecture == "90a":
@@ -242,6 +243,51 @@ def test_red_add4(architecture):
     start = np.random.default_rng(7).integers(-99, 99, (8, 4)).astype(np.float32)
     (got,) = run(architecture, "reductions", [v], start, grid=2)
     same(got, start + v.reshape(8, 8, 4).sum(0))
+
+
+def flushed(v):
+    """A denormal is a zero of its sign."""
+    v = np.asarray(v, np.float32)
+    return np.where(np.abs(v) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), v), v)
+
+
+def near_the_smallest_normal():
+    """Of both signs, from 0 to four times that number, every other one below it."""
+    v = np.random.default_rng(12).uniform(-4, 4, 32).astype(np.float32) * np.finfo(np.float32).tiny
+    v[::2] /= 4
+    return v
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_denormals_are_flushed(architecture):
+    """CuPy compiles with -ftz=true: a float32 denormal counts as 0 and none results, and atomics flush anyway."""
+    v, start = near_the_smallest_normal(), np.tile(near_the_smallest_normal()[::-1], 2)
+    added, got = run(architecture, "denormals", [v], start, np.zeros((5, 32), np.float32))
+    a, b = flushed(v), flushed(np.roll(v, -1))
+    want = [a + b, a * b, 0.5 * a.astype(np.float64) + b, 0.5 * a.astype(np.float64), a > 0]
+    same(got, np.stack([flushed(w) for w in want]))
+    same(added, flushed(flushed(start) + np.tile(a, 2)))
+    assert 8 < (a == 0).sum() < 24 and (got[0] == 0).any() and (got[3] == 0).sum() > (a == 0).sum()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_double_denormals_stay(architecture):
+    v = near_the_smallest_normal().astype(np.float64) * 2.0**-896  # the exponents of float64's denormals
+    (got,) = run(architecture, "double_denormals", [v], np.zeros(32))
+    want = v * 0.5 + np.roll(v, -1)
+    assert ((want != 0) & (np.abs(want) < np.finfo(np.float64).tiny)).sum() > 8
+    same(got, want)
+
+
+def test_launches_leave_the_arithmetic_as_it_was():
+    """Also one that fails in the middle: two of 16 lanes would shuffle with ones that are not there."""
+    cupy, half = device.cupy, np.float32(0.5)
+    with device.settings(capability="80"):
+        kernel = module(cupy, "80").get_function("shuffles<32>")
+        for lanes, outcome in ((32, nullcontext()), (16, pytest.raises(device.EmulationError, match="has returned"))):
+            with outcome:
+                kernel((1,), (lanes,), (cupy.zeros(32, np.float32), cupy.zeros(160, np.float32)))
+            assert np.float32(1e-40) * half != 0
 
 
 def operand(random, shape, dtype, exact):

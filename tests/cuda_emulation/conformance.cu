@@ -67,6 +67,23 @@ __global__ void reductions(const float* in, float* out) {
   red_add4(out + 4 * (i % 8), in[4 * i], in[4 * i + 1], in[4 * i + 2], in[4 * i + 3]);
 }
 
+// ---- numbers below the smallest normal one, under -ftz=true
+__global__ void denormals(const float* in, float* added, float* out) {
+  int i = threadIdx.x;
+  float a = in[i], b = in[(i + 1) % 32];
+  out[i] = a + b;
+  out[32 + i] = a * b;
+  out[64 + i] = fmaf(a, 0.5f, b);
+  out[96 + i] = (float)((double)a * 0.5);
+  out[128 + i] = a > 0.f ? 1.f : 0.f;
+  atomicAdd(added + i, a);
+  if (i < 8) red_add4(added + 32 + 4 * i, in[4 * i], in[4 * i + 1], in[4 * i + 2], in[4 * i + 3]);
+}
+__global__ void double_denormals(const double* in, double* out) {
+  int i = threadIdx.x;
+  out[i] = in[i] * 0.5 + in[(i + 1) % 32];
+}
+
 // ---- tensor cores of a warp: in[lane] = a[4], b[2], d[4]
 template <class T> __global__ void products(const uint32_t* in, float* out) {
   int lane = threadIdx.x;

@@ -16,6 +16,7 @@ constexpr int MAX_THREADS = 1024, MAX_WARPS = 32, MAX_SHARED = 64;
 constexpr int MAX_COPIES = 256, MAX_PRODUCTS = 64, MAX_FLIGHTS = 8;  // that a thread may have under way
 constexpr size_t GUARD = 2048;  // bytes of no man's land on each side of a buffer; arrays.py has the same number
 constexpr unsigned char GUARD_BYTE = 0xA5;
+constexpr unsigned FLUSH_TO_ZERO = 0x8040;  // FTZ and DAZ of MXCSR
 
 struct Warp;
 using Collective = void (*)(Warp&, unsigned lanes);

@@ -1,12 +1,9 @@
 // Matrix loads, asynchronous copies, mma and wgmma: the last lane to arrive computes for its whole warp.
 #include "runtime.h"
 
-#include <cfenv>
+#include <immintrin.h>
 
 #include "primitives_emulated.h"
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
 
 namespace emulation {
 namespace {
@@ -56,13 +53,20 @@ inline void store_floats(float* p, Doubles v) {
 }
 #endif
 
+// Switches the processor's arithmetic; what reads or writes memory stays on its side of this.
+inline void set_arithmetic(unsigned csr) {
+  asm volatile("" ::: "memory");
+  _mm_setcsr(csr);
+  asm volatile("" ::: "memory");
+}
+
 // sum[16][columns] += a[16][depth] b[depth][columns]; rows of sum and b lie STRIDE apart. As the hardware does, which
 // adds the products of one instruction to the accumulator at once and drops what a float has no room for, toward zero:
 // many small steps lose far more than float32's rounding to nearest, all in one direction. (Hardware also drops bits of
-// the smaller terms; how many differs by generation.)
+// the smaller terms; how many differs by generation.) Denormals count, in and out.
 template <int STRIDE> void accumulate(float* sum, int columns, const float (*a)[16], const float* b, int depth) {
-  const int rounding = fegetround();
-  fesetround(FE_TOWARDZERO);
+  const unsigned before = _mm_getcsr();
+  set_arithmetic((before & ~FLUSH_TO_ZERO) | _MM_ROUND_TOWARD_ZERO);
   for (int first = 0; first < columns; first += 8)
     for (int i = 0; i < 16; i += 4) {
       Doubles s[4][2];
@@ -76,7 +80,7 @@ template <int STRIDE> void accumulate(float* sum, int columns, const float (*a)[
       for (int h = 0; h < 4; h++)
         for (int e = 0; e < 2; e++) store_floats(sum + (i + h) * STRIDE + first + 4 * e, s[h][e]);
     }
-  fesetround(rounding);
+  set_arithmetic(before);
 }
 
 // to[k * stride + i] = from[i][k] for i < 8, k < 8

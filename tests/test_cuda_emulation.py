@@ -55,6 +55,21 @@ WGMMA = {
     "REFILL": "race, no barrier between|a tile is written between a wgmma and its wait",
     "TOUCH": "accumulators of a wgmma change before its wait",
 }
+# Bits of a descriptor that are turned over -> what is said of it
+DESCRIPTORS = {
+    1 << 62 | 1 << 63: "does not say 128-byte swizzle",
+    1 << 62: "does not say 128-byte swizzle",
+    1 << 49: "has a base offset",
+    1 << 15: "has bits that mean nothing",
+    1 << 48: "has bits that mean nothing",
+    1 << 61: "has bits that mean nothing",
+    3 << 16: "has a leading dimension",
+    3 << 37: "strides groups of 8 rows by no multiple of 1024",
+    1 << 38: "strides groups of 8 rows by no multiple of 1024",
+    1 << 0: "a tile must start on a multiple of 1024 bytes",
+    1 << 3: "a tile must start on a multiple of 1024 bytes",
+    1 << 13: "out of bounds: read of 16 bytes",
+}
 # These are caught in the plain build as well.
 IN_PLAIN = {
     "never_waits_for_the_copy": FAULTS["never_waits_for_the_copy"],
@@ -73,7 +88,7 @@ def module():
     flags = ("true", "false")
     expressions = [f"{name}<{flag}>" for name in (*FAULTS, "writes_elsewhere", "bank_conflicts") for flag in flags]
     expressions += [f"strided<{stride}>" for stride in (0, 1, 2, 8)] + ["vectors", "writes_an_input<true>"]
-    expressions += [f"wgmma_with<{fault}>" for fault in (*WGMMA, "NONE")]
+    expressions += [*(f"wgmma_with<{fault}>" for fault in (*WGMMA, "NONE")), "wgmma_of"]
     code = build.inlined("faults.cu")
     return cupy.RawModule(code=code, options=("-arch=sm_90a",), name_expressions=expressions)
 
@@ -200,6 +215,27 @@ def test_wgmma_fault_is_caught(fault):
                 function(f"wgmma_with<{fault}>")((1,), (128,), (x, y), shared_mem=8192)
             assert any(line in str(caught.value) for line in lines(f"FAULT.* {fault}", "wgmma_with")), caught.value
             function("wgmma_with<NONE>")((1,), (128,), (x, y), shared_mem=8192)
+
+
+@pytest.mark.parametrize("turned", DESCRIPTORS, ids=hex)
+def test_wgmma_descriptor_is_read_bit_by_bit(turned):
+    x, y = cupy.asarray(np.arange(128, dtype=np.float32)), cupy.empty(4096, np.float32)
+    with device.settings(check=True), pytest.raises(device.EmulationError, match=DESCRIPTORS[turned]) as caught:
+        function("wgmma_of")((1,), (128,), (x, y, np.uint64(turned)), shared_mem=16384)
+    assert lines("FAULT", "wgmma_of")[0] in str(caught.value) or turned == 1 << 13
+
+
+def test_wgmma_descriptor_says_where_its_rows_are():
+    """Groups of 8 rows may lie 2048 bytes apart: of rows of 32 numbers, those from 64 to 127 have 1 added."""
+    x, results = cupy.asarray(np.arange(128, dtype=np.float32)), []
+    for turned in (0, 1 << 38 | 1 << 39):
+        y = cupy.empty(4096, np.float32)
+        with device.settings(check=True):
+            function("wgmma_of")((1,), (128,), (x, y, np.uint64(turned)), shared_mem=16384)
+        results.append(y.get())
+    assert (results[0] != results[1]).any()
+    twice, once = (result.reshape(128, 8, 2, 2) for result in reversed(results))
+    assert (twice[:, :4] == once[:, :4]).all() and (twice[:, 4:] != once[:, 4:]).any()
 
 
 def test_wgmma_without_its_wait_gives_nan():

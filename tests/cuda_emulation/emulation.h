@@ -13,7 +13,7 @@
 #define __device__
 #define __host__
 #define __constant__
-#define __forceinline__ inline
+#define __forceinline__ inline __attribute__((always_inline))  // so that the runtime sees the kernel's line
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -200,6 +200,7 @@ EMULATION_ATOMIC(atomicAdd, double, old + value)
 EMULATION_ATOMIC(atomicExch, float, value)
 
 template <class T> EMULATION_REPORTS T __ldg(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T)) emulation::fail("__ldg of an address that is not aligned");
   EMULATION_TOUCH(address, sizeof(T), emulation::READ_ONLY_PATH);
   return *address;
 }

@@ -234,6 +234,21 @@ template <int FAULT> __global__ void wgmma_with(const float* x, float* y) {
   if (FAULT != NO_WAIT) wgmma_wait<0>();  // FAULT NO_BARRIER TOUCH
   for (int i = 0; i < 32; i++) y[32 * t + i] = d[i];
 }
+
+// The same with a descriptor of B some of whose bits are turned over.
+__global__ void wgmma_of(const float* x, float* y, unsigned long long turned) {
+  PYDEFORM_DYNAMIC_SHARED(unsigned char, tile);
+  int t = threadIdx.x;
+  float d[32] = {};
+  for (int i = t; i < 4096; i += 128) reinterpret_cast<float*>(tile)[i] = x[i % 128] + i / 2048;
+  fence_proxy_async();
+  __syncthreads();
+  wgmma_fence();
+  ptx::wgmma<float, 64>::run<1>(d, wgmma_tile(tile), wgmma_tile(tile) ^ turned);  // FAULT
+  wgmma_commit();
+  wgmma_wait<0>();
+  for (int i = 0; i < 32; i++) y[32 * t + i] = d[i];
+}
 #endif
 
 // ---- for the counters: one warp

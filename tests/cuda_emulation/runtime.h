@@ -27,7 +27,8 @@ struct Copy {  // a cp.async that has not been waited for
   int group;
 };
 struct Product {  // a wgmma that has not been waited for
-  const void *a, *b, *site;
+  uint64_t a, b;  // descriptors
+  const void* site;
   int flight, columns, type, add, group;
   unsigned epoch;
 };

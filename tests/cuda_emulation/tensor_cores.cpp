@@ -11,8 +11,6 @@ typedef double Doubles __attribute__((vector_size(32)));
 constexpr int WIDE = 256 + 8;  // floats from row to row; with 256 the rows would compete for the same cache lines
 constexpr uint32_t IN_FLIGHT = 0xffa5a5a5;  // a signalling NaN: any arithmetic changes its bits
 
-bool is_shared(const void* p) { return static_cast<size_t>(static_cast<const char*>(p) - arena) < ARENA; }
-
 // 32 bytes of one row of a matrix, 16 half or 8 tf32 elements, as floats.
 void widen(const void* from, Type type, float* to) {
   uint32_t words[8];
@@ -23,7 +21,7 @@ void widen(const void* from, Type type, float* to) {
     return;
   }
 #ifdef __F16C__
-  if (type == F16) {
+  if (type != BF16) {
     for (int i = 0; i < 2; i++)
       _mm256_storeu_ps(to + 8 * i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words) + i)));
     return;
@@ -31,7 +29,7 @@ void widen(const void* from, Type type, float* to) {
 #endif
   for (int i = 0; i < 16; i++) {
     uint16_t half = static_cast<uint16_t>(words[i / 2] >> (i & 1) * 16);
-    to[i] = type == F16 ? to_float(f16{half}) : to_float(bf16{half});
+    to[i] = type == BF16 ? bits<float>(static_cast<uint32_t>(half) << 16) : float_of_half(half);
   }
 }
 
@@ -122,7 +120,7 @@ template <bool TRANSPOSED> void ldmatrix_collective(Warp& warp, unsigned lanes) 
 
 template <Type TYPE> void mma_collective(Warp& warp, unsigned lanes) {
   if (lanes != ~0u) fail("mma without all 32 lanes");
-  constexpr int depth = TYPE == TF32 ? 8 : 16;
+  constexpr int depth = TYPE == TF32 || TYPE == F16_K8 ? 8 : 16;
   uint32_t packed_a[16][8], packed_b[8][8];  // 32 bytes of k for each row
   float a[16][16], rows[8][16], b[depth][8], sum[16][8];
   for (int l = 0; l < 32; l++) {
@@ -143,13 +141,35 @@ template <Type TYPE> void mma_collective(Warp& warp, unsigned lanes) {
       for (int e = 0; e < 2; e++) warp.lanes[l].d[2 * h + e] = sum[l / 4 + 8 * h][l % 4 * 2 + e];
 }
 
-// Bytes k .. k + 15 of a row of a wgmma tile: the hardware flips bits 4-6 of the address by bits 7-9.
-const char* tile_chunk(const void* base, int row, int k) {
-  uintptr_t p = reinterpret_cast<uintptr_t>(base) + row * 128 + k;
-  return reinterpret_cast<const char*>(p ^ (p >> 7 & 7) << 4);
+// The descriptor of a tile of wgmma. All lengths and addresses are in units of 16 bytes.
+struct Descriptor {
+  uint64_t address : 14, : 2, leading : 14, : 2, stride : 14, : 3, base_offset : 3, : 10, swizzle : 2;
+};
+constexpr uint64_t UNUSED_BITS = 0x3ff1'c000'c000'c000;
+
+// What the twin knows is one layout, whose rows are read 128 bytes at a time: eight to a group, swizzled.
+void check_descriptor(uint64_t of, const char* operand, const void* site) {
+  const Descriptor tile = bits<Descriptor>(of);
+  const char* wrong = of & UNUSED_BITS                        ? "has bits that mean nothing"
+                      : tile.swizzle != 1                     ? "does not say 128-byte swizzle"
+                      : tile.base_offset                      ? "has a base offset, for tiles off a multiple of 1024"
+                      : tile.leading != 1                     ? "has a leading dimension, which this swizzle does not use"
+                      : tile.stride * 16 % 1024 || !tile.stride ? "strides groups of 8 rows by no multiple of 1024"
+                                                              : nullptr;
+  if (wrong) fail("wgmma: the descriptor %016llx of %s %s, at {%p}", (unsigned long long)of, operand, wrong, site);
+  const unsigned offset = tile.address * 16 % 1024;
+  if (offset >= 128 || offset & 31)
+    fail("wgmma: a tile must start on a multiple of 1024 bytes, plus 32 for each step of k, at {%p}", site);
 }
 
-void read_tile(const void* base, int first, int rows, const Product& product, const void* site, float (*to)[16]) {
+// Bytes k .. k + 15 of a row of a wgmma tile: the hardware flips bits 4-6 of the address by bits 7-9.
+const char* tile_chunk(uint64_t of, int row, int k) {
+  const Descriptor tile = bits<Descriptor>(of);
+  const uint32_t p = tile.address * 16 + row / 8 * tile.stride * 16 + row % 8 * 128 + k;
+  return arena + (p ^ (p >> 7 & 7) << 4);
+}
+
+void read_tile(uint64_t base, int first, int rows, const Product& product, const void* site, float (*to)[16]) {
   for (int r = 0; r < rows; r++) {
     char bytes[32];
     for (int half = 0; half < 2; half++) {
@@ -247,33 +267,34 @@ int flight_of(Fiber* fiber, float* d, int count) {
 }
 }  // namespace
 
-void load_matrices(uint32_t* to, const void* row, bool transposed) {
+// Where a shared address leads, as wide as on hardware.
+uint32_t shared_address(const void* p) {
+  const size_t address = static_cast<size_t>(static_cast<const char*>(p) - arena);
+  if (address >= ARENA) fail("an address of shared memory is asked for of what is not shared, at {%p}", __builtin_return_address(0));
+  return static_cast<uint32_t>(address);
+}
+
+void load_matrices(uint32_t* to, uint32_t row, bool transposed) {
   const void* site = __builtin_return_address(0);
-  if (reinterpret_cast<uintptr_t>(row) & 15) fail("ldmatrix: a row is not on a multiple of 16 bytes, at {%p}", site);
-  if (!is_shared(row)) fail("ldmatrix of memory that is not shared, at {%p}", site);
-  if (checking) touch(row, 16, READ, site);
+  if (row & 15) fail("ldmatrix: a row is not on a multiple of 16 bytes, at {%p}", site);
+  if (checking) touch(arena + row, 16, READ, site);
   Fiber* fiber = self();
-  fiber->row = row, fiber->fragments = to;
+  fiber->row = arena + row, fiber->fragments = to;
   meet(~0u, transposed ? ldmatrix_collective<true> : ldmatrix_collective<false>, site);
 }
 
-void start_copy(void* to, const void* from, bool valid, bool at_once) {
+void start_copy(uint32_t to, const void* from, int bytes) {
   const void* site = __builtin_return_address(0);
   Fiber* fiber = self();
-  if ((reinterpret_cast<uintptr_t>(to) | (valid ? reinterpret_cast<uintptr_t>(from) : 0)) & 15)
+  if (bytes != 0 && bytes != 16) fail("cp.async reads %d of its 16 bytes, at {%p}", bytes, site);
+  if ((to | (bytes ? reinterpret_cast<uintptr_t>(from) : 0)) & 15)
     fail("cp.async: an address is not a multiple of 16 bytes, at {%p}", site);
-  if (!is_shared(to)) fail("cp.async to memory that is not shared, at {%p}", site);
-  if (valid && checking) touch(from, 16, READ, site);
-  if (at_once) {
-    if (checking) touch(to, 16, WRITE, site);
-    if (valid) memcpy(to, from, 16);
-    else memset(to, 0, 16);
-    return;
-  }
+  if (bytes && checking) touch(from, 16, READ, site);
   if (fiber->copies == MAX_COPIES) fail("more than %d cp.async of one thread are under way, at {%p}", MAX_COPIES, site);
-  copy_started(to, site);
-  memset(to, 0xff, 16);
-  fiber->copy[fiber->copies++] = {to, valid ? from : nullptr, site, fiber->copy_group};
+  void* target = arena + to;
+  copy_started(target, site);
+  memset(target, 0xff, 16);
+  fiber->copy[fiber->copies++] = {target, bytes ? from : nullptr, site, fiber->copy_group};
 }
 void commit_copies() { self()->copy_group++; }
 void wait_for_copies(int groups_left) {
@@ -290,7 +311,8 @@ void wait_for_copies(int groups_left) {
 }
 
 void multiply_tile(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Type type) {
-  static constexpr Collective collectives[3] = {mma_collective<F16>, mma_collective<BF16>, mma_collective<TF32>};
+  static constexpr Collective collectives[] = {mma_collective<F16>, mma_collective<BF16>, mma_collective<TF32>,
+                                               mma_collective<F16_K8>};
   Fiber* fiber = self();
   fiber->d = d, fiber->a = a, fiber->b0 = b0, fiber->b1 = b1;
   meet(~0u, collectives[type], __builtin_return_address(0));
@@ -298,16 +320,11 @@ void multiply_tile(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Type t
 
 void fence_products() { self()->product_fence = true; }
 void fence_async_proxy() { self()->proxy_epoch = epoch; }
-void start_product(float* d, int columns, const void* a, const void* b, Type type, bool add) {
+void start_product(float* d, int columns, uint64_t a, uint64_t b, Type type, bool add) {
   const void* site = __builtin_return_address(0);
   Fiber* fiber = self();
-  const void* const tiles[2] = {a, b};
-  for (const void* tile : tiles) {
-    uintptr_t offset = reinterpret_cast<uintptr_t>(tile) & 1023;
-    if (offset >= 128 || offset & 31)
-      fail("wgmma: a tile must start on a multiple of 1024 bytes, plus 32 for each step of k, at {%p}", site);
-    if (!is_shared(tile)) fail("wgmma of memory that is not shared, at {%p}", site);
-  }
+  check_descriptor(a, "A", site);
+  check_descriptor(b, "B", site);
   if (fiber->products == MAX_PRODUCTS) fail("more than %d wgmma are under way, at {%p}", MAX_PRODUCTS, site);
   if (!fiber->product_fence) fail("no wgmma_fence since the last wgmma_wait, at {%p}", site);
   int flight = flight_of(fiber, d, columns / 2);

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import re
 import shutil
 import sys
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from tests.cuda_emulation import build, device
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation is compiled with g++")
 CODE = build.inlined("conformance.cu")
+PRIMITIVES = CODE.partition('#line 1 "primitives.cuh"')[2].partition("\n#line")[0]
 ARCHITECTURES = ("75", "80", "90a")
 NEW_ONLY = ("80", "90a")  # with bf16, tf32 and cp.async
 DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16), "float": np.dtype(np.float32)}
@@ -94,13 +96,16 @@ def run(architecture, expression, inputs, *outputs, block=32, grid=1, shared_mem
 def _bits(a):
     """As bytes; every NaN is one: the hardware has its own favourites."""
     if a.dtype.kind == "f" or a.dtype == ml_dtypes.bfloat16:
-        a = np.where(a != a, np.asarray(np.nan, a.dtype), a)
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            a = np.where(a != a, np.asarray(np.nan, a.dtype), a)
     return a.tobytes()
 
 
 def same(got, want):
     assert got.dtype == want.dtype and got.shape == want.shape
-    assert _bits(got) == _bits(want), np.flatnonzero(got != want)[:5]
+    if _bits(got) != _bits(want):
+        with np.errstate(invalid="ignore"):
+            raise AssertionError(f"other bits at {np.flatnonzero(got != want)[:5]}")
 
 
 # Mantissas: ties of f16 and bf16 and their neighbours, the largest, and others that carry over when rounded.
@@ -424,3 +429,46 @@ def test_arithmetic(architecture):
     steps = np.clip(np.trunc(4 * a), -5, 7) + 0.0  # an int has no -0.0
     want = [np.floor(a), a * b + c, np.floor(a * 3), a * b + c, np.fmin(a, b), np.fmax(a, b), -a, steps]
     same(got, np.stack(want).astype(np.float32))
+
+
+# What differs between device and emulation ---------------------------------------------------------------------------
+def test_what_is_told_apart_computes_nothing():
+    """Plain C++ among the instructions would be a text that the emulation never runs."""
+    apart = PRIMITIVES.partition("namespace ptx {")[2].partition("}  // namespace ptx")[0]
+    apart = re.sub(r'//.*|"[^"]*"|template <.*?>|^#(?:.*\\\n)*.*', "", apart, flags=re.MULTILINE)
+    assert apart.count("asm") > 15
+    assert not re.findall(r".*(?:\?| [-+*/%&|^=<>]+ |\b(?:if|for|while|switch)\b|__(?!cvta)\w+\().*", apart)
+
+
+PLAIN_FAULTS = {  # in branches that only some devices take: what is right, what is wrong, the test that sees it
+    "no rule for NaN": ("v != v ? 0x7fff : (u", "(u", lambda: test_from_float("bf16", "75")),
+    "ties go up": ("0x7fff + (u >> 16 & 1)", "0x8000", lambda: test_from_float("bf16", "75")),
+    "halves change places": (
+        "from_float<T>(low).bits |",
+        "from_float<T>(high).bits |",
+        lambda: test_pack2("f16", "75"),
+    ),
+    "wrong half of k": ("mma_k8(d, a[2], a[3], b1)", "mma_k8(d, a[2], a[3], b0)", lambda: test_mma("f16", "75", True)),
+    "reads what is not valid": ("valid ? load16(source) :", "true ? load16(source) :", lambda: test_cp_async("75")),
+    "adds twice": ("atomicAdd(p + 3, d)", "atomicAdd(p + 2, d)", lambda: test_red_add4("80")),
+    "too short a stride": ("(1024 >> 4) << 32", "(512 >> 4) << 32", lambda: test_wgmma("f16", True, 64, 1, True)),
+}
+
+
+@pytest.fixture
+def with_fault(monkeypatch):
+    def plant(right, wrong):
+        assert PRIMITIVES.count(right) == 1, right
+        monkeypatch.setattr(sys.modules[__name__], "CODE", CODE.replace(right, wrong))
+        module.cache_clear()
+
+    yield plant
+    module.cache_clear()
+
+
+@pytest.mark.parametrize("fault", PLAIN_FAULTS)
+def test_fault_of_plain_text_is_seen(fault, with_fault):
+    right, wrong, test = PLAIN_FAULTS[fault]
+    with_fault(right, wrong)
+    with pytest.raises((AssertionError, device.EmulationError)):
+        test()

@@ -1,7 +1,8 @@
 """Each primitive of primitives.cuh, lane by lane, against the PTX manual's definition written out in NumPy.
 
-The kernels of conformance.cu run on the emulation. On a machine with a GPU they run there too, and both must agree in
-every bit; sums of mma and wgmma only nearly, as the hardware adds up in an order and width of its own.
+The kernels of conformance.cu run on the emulation, and their PTX, as NVRTC makes it, in an interpreter, where the
+strings inside `asm` have their turn. On a machine with a GPU they run there too. All must agree in every bit; sums of mma
+and wgmma only nearly, as the hardware adds up in an order and width of its own.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.cuda_emulation import build, device
+from tests.cuda_emulation import build, device, nvrtc, ptx
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation is compiled with g++")
 CODE = build.inlined("conformance.cu")
+PTX_CODE = CODE  # a fault may be in the one and not in the other
 PRIMITIVES = CODE.partition('#line 1 "primitives.cuh"')[2].partition("\n#line")[0]
 ARCHITECTURES = ("75", "80", "90a")
 NEW_ONLY = ("80", "90a")  # with bf16, tf32 and cp.async
@@ -82,15 +84,31 @@ def run(architecture, expression, inputs, *outputs, block=32, grid=1, shared_mem
             found.append(run_on(device.cupy, architecture, expression, inputs, outputs, block, grid, shared_mem))
     for other in found[1:]:
         assert [a.tobytes() for a in other] == [a.tobytes() for a in found[0]]
+    others = []
+    if nvrtc.toolkits():
+        others.append(run_ptx(architecture, expression, inputs, outputs, block, grid, shared_mem))
     cupy = real_cupy()
     if cupy and cupy.cuda.Device().compute_capability == capability:
-        native = run_on(cupy, architecture, expression, inputs, outputs, block, grid, shared_mem)
-        for emulated, real in zip(found[0], native, strict=True):
+        others.append(run_on(cupy, architecture, expression, inputs, outputs, block, grid, shared_mem))
+    for other in others:
+        for emulated, real in zip(found[0], other, strict=True):
             if tolerance is None:
                 assert _bits(emulated) == _bits(real)
             else:
                 assert (np.abs(emulated - real) <= tolerance).all()
     return found[0]
+
+
+def run_ptx(architecture, expression, inputs, outputs, block, grid, shared_mem):
+    """What NVRTC makes of the kernel, its `asm` included, instruction by instruction."""
+    every = expressions(architecture) if PTX_CODE == CODE else (expression,)
+    text, names = nvrtc.cached_ptx(nvrtc.toolkits()[-1], PTX_CODE, every, architecture, ("-std=c++17",))
+    results = [a.copy() for a in outputs]
+    arrays = [a.copy() for a in inputs if isinstance(a, np.ndarray)]
+    scalars = [a for a in inputs if not isinstance(a, np.ndarray)]
+    with np.errstate(all="ignore"):
+        ptx.kernel(text, names[expression]).run(grid, block, (*arrays, *results, *scalars), shared_mem)
+    return results
 
 
 def _bits(a):
@@ -455,20 +473,85 @@ PLAIN_FAULTS = {  # in branches that only some devices take: what is right, what
 }
 
 
-@pytest.fixture
-def with_fault(monkeypatch):
-    def plant(right, wrong):
-        assert PRIMITIVES.count(right) == 1, right
-        monkeypatch.setattr(sys.modules[__name__], "CODE", CODE.replace(right, wrong))
+@pytest.mark.parametrize("fault", PLAIN_FAULTS)
+def test_fault_of_plain_text_is_seen(fault, monkeypatch):
+    right, wrong, test = PLAIN_FAULTS[fault]
+    assert PRIMITIVES.count(right) == 1
+    monkeypatch.setattr(sys.modules[__name__], "CODE", CODE.replace(right, wrong))
+    module.cache_clear()
+    try:
+        with pytest.raises((AssertionError, device.EmulationError)):
+            test()
+    finally:
         module.cache_clear()
 
-    yield plant
-    module.cache_clear()
+
+ASM_FAULTS = [  # what is right, what is wrong, the test that sees it
+    (
+        '"f"(high), "f"(low));\n  return r;\n}\nPYDEFORM_DEVICE uint32_t cvt_bf',
+        '"f"(low), "f"(high));\n  return r;\n}\nPYDEFORM_DEVICE uint32_t cvt_bf',
+        lambda: test_pack2("f16", "80"),
+    ),
+    ("cvt.rn.bf16x2.f32 %0, %1, %2", "cvt.rn.bf16x2.f32 %0, %2, %1", lambda: test_pack2("bf16", "80")),
+    ("cvt.rn.f16.f32", "cvt.rz.f16.f32", lambda: test_from_float("f16", "75")),
+    ("x4.shared.b16 {%0, %1, %2, %3}", "x4.shared.b16 {%0, %2, %1, %3}", lambda: test_ldmatrix(False, "75")),
+    ("x4.trans.shared.b16 {%0, %1, %2, %3}", "x4.trans.shared.b16 {%0, %1, %3, %2}", lambda: test_ldmatrix(True, "75")),
+    ("x4.trans.shared", "x4.shared", lambda: test_ldmatrix(True, "75")),
+    ("[%0], [%1], 16, %2;", "[%0], [%1], 16;", lambda: test_cp_async("80")),
+    ("cp.async.commit_group;", "", lambda: test_cp_async("80")),
+    ("{%1, %2, %3, %4}", "{%1, %2, %4, %3}", lambda: test_red_add4("90a")),
+    (
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};",
+        "{%4, %6, %5, %7}, {%8, %9}, {%0, %1, %2, %3};",
+        lambda: test_mma("bf16", "80", True),
+    ),
+    ("{%8, %9}, {%0, %1, %2, %3};", "{%9, %8}, {%0, %1, %2, %3};", lambda: test_mma("float", "80", True)),
+    (
+        'f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "',
+        'f32 {%0, %2, %1, %3}, {%4, %5, %6, %7}, {%8, %9}, "',
+        lambda: test_mma("from zero", "80", True),
+    ),
+    ("{%10, %10, %10, %10}", "{%0, %1, %2, %3}", lambda: test_mma("from zero", "80", False)),
+    ('"r"(a0), "r"(a1), "r"(b)', '"r"(a1), "r"(a0), "r"(b)', lambda: test_mma("f16", "75", True)),
+    (
+        'MMA("m16n8k16.row.col.f32.bf16.bf16.f32")',
+        'MMA("m16n8k16.row.col.f32.f16.f16.f32")',
+        lambda: test_mma("bf16", "80", True),
+    ),
+    ('"}, " a_tile ", " b_tile', '"}, " b_tile ", " a_tile', lambda: test_wgmma("f16", True, 64, 1, True)),
+    (
+        '"%0, %1, %2, %3, %4, %5, %6, %7, %8',
+        '"%0, %1, %3, %2, %4, %5, %6, %7, %8',
+        lambda: test_wgmma("f16", True, 64, 1, True),
+    ),
+    (
+        '"+f"(d[i + 4]), "+f"(d[i + 5])',
+        '"+f"(d[i + 5]), "+f"(d[i + 4])',
+        lambda: test_wgmma("float", True, 128, 4, True),
+    ),
+    (
+        "PYDEFORM_D32(32), PYDEFORM_D32(64), ",
+        "PYDEFORM_D32(64), PYDEFORM_D32(32), ",
+        lambda: test_wgmma("bf16", True, 256, 1, True),
+    ),
+    ('add ", 0;', 'add ", 2;', lambda: test_wgmma("float", False, 64, 1, True)),
+    (
+        ', "k16", ".f32.f16.f16", ", 0, 0"',
+        ', "k16", ".f32.f16.f16", ", 0, 1"',
+        lambda: test_wgmma("f16", True, 64, 1, True),
+    ),
+    (', "k16", ".f32.bf16.bf16"', ', "k16", ".f32.f16.f16"', lambda: test_wgmma("bf16", True, 64, 1, True)),
+    ("wgmma.fence.sync.aligned;", "", lambda: test_wgmma("f16", True, 64, 1, True)),
+    ("wgmma.wait_group.sync.aligned %0;", "", lambda: test_wgmma("f16", True, 64, 1, True)),
+]
 
 
-@pytest.mark.parametrize("fault", PLAIN_FAULTS)
-def test_fault_of_plain_text_is_seen(fault, with_fault):
-    right, wrong, test = PLAIN_FAULTS[fault]
-    with_fault(right, wrong)
-    with pytest.raises((AssertionError, device.EmulationError)):
+@pytest.mark.skipif(not nvrtc.toolkits(), reason="NVRTC is not installed")
+@pytest.mark.parametrize("number", range(len(ASM_FAULTS)))
+def test_fault_of_asm_is_seen(number, monkeypatch):
+    """With the emulation as it is: what runs the PTX must differ from it, or refuse."""
+    right, wrong, test = ASM_FAULTS[number]
+    assert PRIMITIVES.count(right) == 1
+    monkeypatch.setattr(sys.modules[__name__], "PTX_CODE", CODE.replace(right, wrong))
+    with pytest.raises((AssertionError, ptx.Unknown, RuntimeError)):
         test()

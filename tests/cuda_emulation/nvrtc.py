@@ -83,17 +83,30 @@ class Toolkit:
         """Instances of the templates in `source` as CuPy would have them compiled. `architecture` is like "90a"."""
         flags = (f"-arch=sm_{architecture}", *options, *CUPY_OPTIONS, "--ptxas-options=-v")
         with self._program(source) as program:
-            for expression in expressions:
-                self._call("AddNameExpression", program, expression.encode())
-            encoded = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
-            status = self._library.nvrtcCompileProgram(program, len(flags), encoded)
-            log = self._bytes(program, "ProgramLog").rstrip(b"\0").decode()
-            if status:
-                raise CompileError(f"{self}, {' '.join(flags)}: {self._error(status)}\n{log}")
+            log = self._build(program, expressions, flags)
             lowered = {expression: self._lowered(program, expression) for expression in expressions}
             found = resources(log)
             kernels = {expression: found[name] for expression, name in lowered.items()}
             return Compiled(kernels, lowered, log, self._bytes(program, "CUBIN"))
+
+    def ptx(self, source: str, expressions: Sequence[str], architecture: str, options: Sequence[str]) -> Any:
+        """(the text, the kernels' names in it by name expression). `ptxas` is not asked."""
+        flags = (f"-arch=compute_{architecture}", *options, *CUPY_OPTIONS)
+        with self._program(source) as program:
+            self._build(program, expressions, flags)
+            names = {expression: self._lowered(program, expression) for expression in expressions}
+            return self._bytes(program, "PTX").rstrip(b"\0").decode(), names
+
+    def _build(self, program: ctypes.c_void_p, expressions: Sequence[str], flags: Sequence[str]) -> str:
+        """The log."""
+        for expression in expressions:
+            self._call("AddNameExpression", program, expression.encode())
+        encoded = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+        status = self._library.nvrtcCompileProgram(program, len(flags), encoded)
+        log = self._bytes(program, "ProgramLog").rstrip(b"\0").decode()
+        if status:
+            raise CompileError(f"{self}, {' '.join(flags)}: {self._error(status)}\n{log}")
+        return log
 
     @contextmanager
     def _program(self, source: str) -> Iterator[ctypes.c_void_p]:
@@ -167,6 +180,15 @@ def cached(
 
     numbers, remarks = _from_cache((toolkit.version, source, expression, architecture, *options), compile)
     return Resources(*numbers), remarks
+
+
+def cached_ptx(
+    toolkit: Toolkit, source: str, expressions: Sequence[str], architecture: str, options: Sequence[str] = ()
+) -> tuple[str, dict[str, str]]:
+    """(PTX, names in it by expression), likewise."""
+    key = (toolkit.version, source, *expressions, "PTX", architecture, *options)
+    text, names = _from_cache(key, lambda: toolkit.ptx(source, expressions, architecture, options))
+    return text, names
 
 
 def _from_cache(key: tuple[str, ...], compute: Callable[[], Any]) -> Any:

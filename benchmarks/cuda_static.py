@@ -12,17 +12,9 @@ memory is counted for one offset group in a tile. The main loop is the innermost
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import re
-import shutil
 import struct
-import subprocess
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from pydeform.cuda import _kernels, _source  # noqa: E402
 from pydeform.cuda._conv_common import C_TYPES, ITEMSIZE, Product  # noqa: E402
-from tests.cuda_emulation import nvrtc  # noqa: E402
+from tests.cuda_emulation import nvrtc, sass  # noqa: E402
 
 OPTIONS = ("-std=c++17",)
 KILOBYTE = 1024
@@ -39,7 +31,6 @@ REGISTERS = 65536  # of a multiprocessor, on all of these
 REGISTER_UNIT = 256  # registers are given to warps in this many
 WARP_UNIT = 4  # and to this many warps at a time
 RESERVED_SHARED = KILOBYTE  # of each block, from sm_80 on
-PRODUCTS = re.compile(r"[A-Z0-9]*MMA\b")
 CLASSES = {
     "LDG": re.compile(r"LDG\b(?!STS)"),
     "LDGSTS": re.compile(r"LDGSTS"),
@@ -69,11 +60,6 @@ MULTIPROCESSORS = {
     120: Multiprocessor(1536, 24, 100 * KILOBYTE),
     121: Multiprocessor(1536, 24, 100 * KILOBYTE),
 }
-
-
-class Instruction(NamedTuple):
-    opcode: str
-    operands: str
 
 
 def round_up(value: int, unit: int) -> int:
@@ -130,55 +116,6 @@ def threads_of(cubin: bytes, kernel: str) -> int | None:
     return None
 
 
-def disassembler() -> str | None:
-    found = shutil.which("nvdisasm")
-    if found is None:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
-            found = next((str(file.locate()) for file in files if file.name == "nvdisasm"), None)
-    return found
-
-
-def disassemble(program: str, cubin: bytes, kernel: str) -> list[Instruction]:
-    """Every instruction has 16 bytes, so that its address is 16 times its place in the list."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([program, "-json", file.name], stdout=subprocess.PIPE, text=True, check=True)
-    _, functions = json.loads(done.stdout)
-    (function,) = [entry for entry in functions if entry["function-name"] == kernel]
-    return [Instruction(i["opcode"], i.get("operands", "")) for i in function["sass-instructions"]]
-
-
-def loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
-    """From each target of a backward branch to the branch."""
-    for index, instruction in enumerate(code):
-        target = re.search(r"0x([0-9a-f]+)$", instruction.operands)
-        if instruction.opcode.startswith("BRA") and target and int(target[1], 16) < 16 * index:
-            yield code[int(target[1], 16) // 16 : index + 1]
-
-
-def count(code: list[Instruction], pattern: re.Pattern[str]) -> int:
-    return sum(1 for instruction in code if pattern.match(instruction.opcode))
-
-
-def main_loop(code: list[Instruction]) -> tuple[list[Instruction], str]:
-    """(the innermost loop with the most products, the products' opcode)."""
-    for pattern in (PRODUCTS, re.compile(r"DFMA"), re.compile(r"FFMA")):
-        having = [loop for loop in loops(code) if count(loop, pattern)]
-        innermost = [a for a in having if not any(len(b) < len(a) and _within(b, a) for b in having)]
-        if innermost:
-            loop = max(innermost, key=lambda loop: count(loop, pattern))
-            names = Counter(i.opcode.partition(".")[0] for i in loop if pattern.match(i.opcode))
-            return loop, names.most_common(1)[0][0]
-    return [], ""
-
-
-def _within(inner: list[Instruction], outer: list[Instruction]) -> bool:
-    """By identity: equal instructions occur in many places."""
-    return any(item is inner[0] for item in outer)
-
-
 def figures(instance: Any, architecture: str, program: str | None) -> dict[str, Any]:
     toolkit = nvrtc.toolkits()[-1]
     compiled = toolkit.compile(_source.source(instance.operator), [instance.expression], architecture, OPTIONS)
@@ -195,15 +132,15 @@ def figures(instance: Any, architecture: str, program: str | None) -> dict[str, 
         blocks, limit = occupancy(architecture, resources.registers, shared, threads)
         row |= {"threads": threads, "blocks": f"{blocks} ({limit})"}
     if program:
-        code = disassemble(program, compiled.cubin, kernel)
-        loop, product = main_loop(code)
+        code = sass.disassemble(program, compiled.cubin, kernel)
+        loop, product = sass.main_loop(code)
         if loop:
             products = sum(1 for i in loop if i.opcode.partition(".")[0] == product)
             row |= {
                 "loop": len(loop),
                 "products": f"{products} {product}",
                 "per product": f"{len(loop) / products:.1f}",
-                **{name: count(loop, pattern) for name, pattern in CLASSES.items()},
+                **{name: sass.count(loop, pattern) for name, pattern in CLASSES.items()},
             }
         row["all"] = len(code)
     return row
@@ -222,7 +159,7 @@ def main() -> int:
     options = parser.parse_args()
     if not nvrtc.toolkits():
         raise SystemExit(f"needs one of {', '.join(nvrtc.WHEELS)}")
-    program = disassembler()
+    program = sass.disassembler()
     operators = sorted(path.stem for path in (ROOT / "pydeform" / "cuda").glob("*.cu"))
     wanted = options.architectures and options.architectures.split(",")
     rows = [

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pydeform.cuda import _kernels, _source
-from tests.cuda_emulation import nvrtc
+from tests.cuda_emulation import nvrtc, sass
 
 OPTIONS = ("-std=c++17",)
 CUDA = Path(importlib.util.find_spec("pydeform.cuda").origin).parent
@@ -120,6 +120,108 @@ def test_every_kernel_is_compiled():
     }
     assert len(defined) > 25
     assert not defined - {instance.expression.partition("<")[0] for instance in INSTANCES}
+
+
+# What the assembler makes of it ---------------------------------------------------------------------------------------
+needs_disassembler = pytest.mark.skipif(
+    not TOOLKITS or sass.disassembler() is None, reason="NVRTC or nvidia-cuda-nvdisasm is not installed"
+)
+ASYNCHRONOUS_COPY = "LDGSTS.E.BYPASS.128"  # past L1
+VECTOR_RED = "REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU"
+# (kernel, architecture) -> products, copies and loads of matrices in its main loop, and no others of these kinds; adds
+# to global memory anywhere.
+FORMS = {
+    ("forward<Wgmma<f16, 128, 256, false>, int, 1>", "90a"): ({"HGMMA.64x256x16.F32": 4, ASYNCHRONOUS_COPY: 8}, {}),
+    ("forward<Wgmma<bf16, 128, 128, false>, int, 1>", "90a"): (
+        {"HGMMA.64x128x16.F32.BF16": 4, ASYNCHRONOUS_COPY: 4},
+        {},
+    ),
+    ("forward<Wgmma<float, 128, 128, true>, int, 1>", "90a"): (
+        {"HGMMA.64x128x8.F32.TF32": 12, ASYNCHRONOUS_COPY: 8},
+        {},
+    ),
+    ("backward_data<Wgmma<f16, 128, 64, false>, int, false>", "90a"): (
+        {"HGMMA.64x64x16.F32": 4, ASYNCHRONOUS_COPY: 6},
+        {VECTOR_RED: 32},
+    ),
+    ("backward_weight<TurnedMma<f16, 256, 64, 64, 32>, int, 1>", "90a"): (
+        {"HMMA.16816.F32": 64, "LDSM.16.MT88.4": 24, ASYNCHRONOUS_COPY: 8},
+        {},
+    ),
+    ("backward_weight<TurnedMma<bf16, 256, 64, 64, 32>, int, 1>", "80"): (
+        {"HMMA.16816.F32.BF16": 64, "LDSM.16.MT88.4": 24, ASYNCHRONOUS_COPY: 8},
+        {},
+    ),
+    ("forward<Mma<float, 128, 128, 64, 32, 3>, int, 1>", "80"): (
+        {"HMMA.1688.F32.TF32": 48, "LDSM.16.M88.4": 6},
+        {},
+    ),
+    ("forward<Mma<f16, 64, 64, 32, 32>, int, 1>", "75"): ({"HMMA.1688.F32": 32, "LDSM.16.M88.4": 8}, {}),
+}
+
+
+def machine_code(expression, architecture, source=None):
+    return nvrtc.cached_code(TOOLKITS[-1], source or _source.source("deform_conv2d"), expression, architecture, OPTIONS)
+
+
+def wrong_forms(code, in_loop, elsewhere):
+    """Differences from what FORMS says, and barriers that wgmma may meet without a fence."""
+    loop, _ = sass.main_loop(code)
+    kinds = re.compile(r"[A-Z]+MMA\.|LDSM|LDGSTS|REDG|ATOM|STL|LDL")
+    got = {i.opcode: 0 for i in loop if kinds.match(i.opcode)}
+    for name in got:
+        got[name] = sum(i.opcode == name for i in loop)
+    found = [] if got == in_loop else [f"in the main loop {got}"]
+    names = [i.opcode for i in code]
+    adds = {name for name in names if name.startswith(("REDG", "ATOM"))}
+    found += [f"{names.count(name)} {name}" for name in elsewhere if names.count(name) != elsewhere[name]]
+    found += [f"{name} too" for name in adds - set(elsewhere)]
+    if any(name.startswith("HGMMA") for name in got):
+        fenced = False
+        for i in [*loop, *loop]:  # what ends one turn comes before what begins the next
+            if i.opcode.startswith("FENCE.VIEW.ASYNC"):
+                fenced = True
+            elif i.opcode.startswith(("STS", "DEPBAR", "LDGSTS")):
+                fenced = False
+            elif i.opcode.startswith("BAR") and not fenced:
+                found.append("a barrier with no fence since the last store or wait for a copy")
+                break
+    return found
+
+
+@needs_disassembler
+@pytest.mark.parametrize("expression, architecture", FORMS)
+def test_instructions_have_the_form_that_was_meant(expression, architecture):
+    assert any(i.expression == expression and architecture in i.architectures for i in INSTANCES)
+    assert wrong_forms(machine_code(expression, architecture), *FORMS[expression, architecture]) == []
+
+
+WGMMA = "forward<Wgmma<f16, 128, 256, false>, int, 1>", "90a"
+BACKWARD = "backward_data<Wgmma<f16, 128, 64, false>, int, false>", "90a"
+WEIGHT = "backward_weight<TurnedMma<f16, 256, 64, 64, 32>, int, 1>", "90a"
+SASS_FAULTS = {  # kernel, what is right, what is wrong, what is said of it
+    "no fence": (WGMMA, "P::ready();", "", "a barrier with no fence"),
+    "fence before the wait": (
+        BACKWARD,
+        "      cp_async_wait<0>();\n      P::ready();\n      __syncthreads();\n      if (s + 1 < steps)",
+        "      P::ready();\n      cp_async_wait<0>();\n      __syncthreads();\n      if (s + 1 < steps)",
+        "a barrier with no fence",
+    ),
+    "through L1": (WGMMA, "cp.async.cg.shared.global", "cp.async.ca.shared.global", "'LDGSTS.E.128': 8"),
+    "one by one": (BACKWARD, "#if __CUDA_ARCH__ >= 900\n  ptx::red", "#if 0\n  ptx::red", "0 REDG.E.ADD.F32x4"),
+    "not turned": (WEIGHT, "x4.trans.shared", "x4.shared", "'LDSM.16.M88.4': 24"),
+    "half of the tile": (WGMMA, "ROW; k += K_BYTES", "ROW / 2; k += K_BYTES", "'HGMMA.64x256x16.F32': 2"),
+}
+
+
+@needs_disassembler
+@pytest.mark.parametrize("fault", SASS_FAULTS)
+def test_a_wrong_form_is_seen(fault):
+    key, right, wrong, said = SASS_FAULTS[fault]
+    source = _source.source("deform_conv2d")
+    assert right in source
+    found = wrong_forms(machine_code(*key, source.replace(right, wrong)), *FORMS[key])
+    assert any(said in text for text in found), found
 
 
 # The gate itself -----------------------------------------------------------------------------------------------------

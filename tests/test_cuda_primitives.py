@@ -1,8 +1,8 @@
 """Each primitive of primitives.cuh, lane by lane, against the PTX manual's definition written out in NumPy.
 
 The kernels of conformance.cu run on the emulation, and their PTX, as NVRTC makes it, in an interpreter, where the
-strings inside `asm` have their turn. On a machine with a GPU they run there too. All must agree in every bit; sums of mma
-and wgmma only nearly, as the hardware adds up in an order and width of its own.
+strings inside `asm` have their turn. On a machine with a GPU they run there too. All must agree in every bit; sums of
+mma and wgmma only nearly, as the hardware adds up in an order and width of its own.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.cuda_emulation import sass
+
 WHEELS = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")
 CACHE = Path(tempfile.gettempdir()) / "pydeform-nvrtc"
 # What CuPy adds to the options of every kernel.
@@ -189,6 +191,19 @@ def cached_ptx(
     key = (toolkit.version, source, *expressions, "PTX", architecture, *options)
     text, names = _from_cache(key, lambda: toolkit.ptx(source, expressions, architecture, options))
     return text, names
+
+
+def cached_code(
+    toolkit: Toolkit, source: str, expression: str, architecture: str, options: Sequence[str] = ()
+) -> list[sass.Instruction]:
+    """Machine code, likewise. Needs nvdisasm."""
+
+    def compile() -> Any:
+        compiled = toolkit.compile(source, [expression], architecture, options)
+        return sass.disassemble(str(sass.disassembler()), compiled.cubin, compiled.lowered[expression])
+
+    key = (toolkit.version, source, expression, "SASS", architecture, *options)
+    return [sass.Instruction(*instruction) for instruction in _from_cache(key, compile)]
 
 
 def _from_cache(key: tuple[str, ...], compute: Callable[[], Any]) -> Any:

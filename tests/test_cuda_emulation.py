@@ -88,6 +88,7 @@ def module():
     flags = ("true", "false")
     expressions = [f"{name}<{flag}>" for name in (*FAULTS, "writes_elsewhere", "bank_conflicts") for flag in flags]
     expressions += [f"strided<{stride}>" for stride in (0, 1, 2, 8)] + ["vectors", "writes_an_input<true>"]
+    expressions += [f"reads_again<{flag}>" for flag in flags]
     expressions += [*(f"wgmma_with<{fault}>" for fault in (*WGMMA, "NONE")), "wgmma_of"]
     code = build.inlined("faults.cu")
     return cupy.RawModule(code=code, options=("-arch=sm_90a",), name_expressions=expressions)
@@ -282,3 +283,63 @@ def test_vectors_are_one_request():
         1,
         4,
     )  # a quarter of the warp at a time, though all read the same 128 bytes
+
+
+# What bounds a kernel ------------------------------------------------------------------------------------------------
+def traffic(expression, *arguments, threads=32, shared_mem=0):
+    with device.settings(profile=True) as run:
+        function(expression)((1,), (threads,), arguments, shared_mem=shared_mem)
+    (found,) = run.kernels().values()
+    assert found.launches == 1
+    return found
+
+
+@pytest.mark.parametrize("stride, lines", [(0, 1), (1, 1), (2, 2), (8, 8)])
+def test_a_load_passes_once_for_each_line(stride, lines):
+    x, y = cupy.zeros(256, np.float32), cupy.zeros(32, np.float32)
+    found = traffic(f"strided<{stride}>", x, y)
+    sectors = 32 if stride == 8 else 4 * max(1, stride) if stride else 1
+    assert (found.global_passes, found.shared_passes, found.operand_bytes) == (lines + 1, 0, 0)
+    assert found.l2_bytes == 32 * sectors + 128
+
+
+def test_vectors_pass_128_bytes_at_a_time():
+    found = traffic("vectors", cupy.zeros(128, np.float32), cupy.zeros(128, np.float32))
+    assert (found.global_passes, found.shared_passes, found.l2_bytes) == (8, 8, 1024)
+    assert found.data_path_cycles == 16
+
+
+@pytest.mark.parametrize("shared, kept", [(1024, True), (226 << 10, False)])
+def test_l1_is_what_shared_memory_leaves(shared, kept):
+    """300 lines are 38 KB: more than is left beside 226 KB of shared memory, and what is needed next is gone."""
+    kernel = function("reads_again<false>")
+    kernel.max_dynamic_shared_size_bytes = 227 << 10
+    x, y = cupy.zeros(9600, np.float32), cupy.zeros(32, np.float32)
+    found = traffic("reads_again<false>", x, y, np.int32(300), shared_mem=shared)
+    assert found.global_passes == 601
+    assert found.l2_bytes == 128 * (1 + 300 * (1 if kept else 2))
+
+
+def test_copies_pass_by_l1():
+    found = traffic(
+        "reads_again<true>", cupy.zeros(128, np.float32), cupy.zeros(32, np.float32), np.int32(3), shared_mem=128
+    )
+    assert (found.global_passes, found.shared_passes) == (1, 6)
+    assert found.l2_bytes == 128 * (6 + 1)
+
+
+def test_wgmma_reads_its_operands_over_the_same_path():
+    """One of 64 x 64 x 8: 64 rows of 32 bytes on each side."""
+    x, y = cupy.zeros(128, np.float32), cupy.zeros(4096, np.float32)
+    found = traffic("wgmma_with<NONE>", x, y, threads=128, shared_mem=8192)
+    assert found.operand_bytes == 2 * 64 * 32 and found.tf32_multiply_adds == 64 * 64 * 8
+    assert found.multiply_adds == 0 and found.data_path_cycles == found.global_passes + found.shared_passes + 32
+
+
+def test_mma_is_counted():
+    code = build.inlined("conformance.cu")
+    kernel = cupy.RawModule(code=code, options=("-arch=sm_80",), name_expressions=("products<bf16>",))
+    with device.settings(profile=True, capability="80") as run:
+        kernel.get_function("products<bf16>")((1,), (32,), (cupy.zeros(320, np.uint32), cupy.zeros(128, np.float32)))
+    (found,) = run.kernels().values()
+    assert (found.multiply_adds, found.tf32_multiply_adds, found.operand_bytes) == (16 * 8 * 16, 0, 0)

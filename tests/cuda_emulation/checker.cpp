@@ -21,7 +21,7 @@ constexpr size_t CELL_BYTES = 2;
 
 namespace {
 Cell arena_cells[ARENA / CELL_BYTES];
-const char* const ACCESS[] = {"read", "write", "atomic", "read-only load"};
+const char* const ACCESS[] = {"read", "write", "atomic", "read-only load", "copy"};
 const char UNINITIALISED_SHARED[] = "uninitialised shared memory";
 const char UNINITIALISED_GLOBAL[] = "uninitialised global memory";
 const char RACE[] = "race, no barrier between";
@@ -180,7 +180,7 @@ void visit(const Place& at, Cell* cells, size_t whole) {
   if (profiling) record(at.p, at.bytes, at.access, at.site, at.shared);
   size_t first = static_cast<size_t>(at.p - at.begin) / CELL_BYTES;
   size_t last = static_cast<size_t>(at.p - at.begin + at.bytes - 1) / CELL_BYTES;
-  if (at.access == READ || at.access == READ_ONLY_PATH) check_cells<check_read>(cells + first, cells + last, at);
+  if (at.access != WRITE && at.access != ATOMIC) check_cells<check_read>(cells + first, cells + last, at);
   else check_cells<check_write>(cells + first, cells + last, at);
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.cuda_emulation import arrays, build, launch, streams
+from tests.cuda_emulation import arrays, build, launch, streams, traffic
 from tests.cuda_emulation.launch import Counter, EmulationError, RawModule
 from tests.cuda_emulation.streams import configuration
 
@@ -23,6 +23,7 @@ class Run:
 
     def __init__(self) -> None:
         self._counters: dict[tuple[str, str, str], Counter] = {}
+        self._kernels: dict[str, traffic.Traffic] = {}
 
     def counters(self) -> dict[tuple[str, str, str], Counter]:
         """By (file:line, "read" | "write" | "atomic", "global" | "shared"); available inside and after the context."""
@@ -30,6 +31,12 @@ class Run:
             old = self._counters.get(key)
             self._counters[key] = Counter(*map(sum, zip(new, old, strict=True))) if old else new
         return self._counters
+
+    def kernels(self) -> dict[str, traffic.Traffic]:
+        """By the kernel's name, likewise."""
+        for name, new in traffic.take().items():
+            self._kernels[name] = traffic.added(new, self._kernels[name]) if name in self._kernels else new
+        return self._kernels
 
 
 @contextmanager
@@ -46,6 +53,7 @@ def settings(**chosen: Any) -> Iterator[Run]:
     finally:
         if configuration.profile:
             run.counters()
+            run.kernels()
         vars(configuration).clear()
         vars(configuration).update(before)
 

@@ -47,7 +47,7 @@ EMULATION_VECTOR(double, double, 16, 16)
 struct dim3 { unsigned x, y, z; };
 
 namespace emulation {
-enum Access { READ, WRITE, ATOMIC, READ_ONLY_PATH };  // the last: ld.global.nc, of memory that no one writes
+enum Access { READ, WRITE, ATOMIC, READ_ONLY_PATH, PAST_L1 };  // ld.global.nc, of memory that no one writes; cp.async.cg
 struct Thread { uint3 index; int linear, lane; };
 extern Thread* current;
 extern uint3 block_index;

@@ -276,3 +276,21 @@ __global__ void vectors(const float4* x, float4* y) {
   __syncwarp();
   y[t] = tile[t % 8];  // COUNTED
 }
+
+// Twice over `lines` runs of 128 bytes: through L1, or past it.
+template <bool COPY> __global__ void reads_again(const float* x, float* y, int lines) {
+  PYDEFORM_DYNAMIC_SHARED(float, tile);
+  int t = threadIdx.x;
+  float sum = 0.0f;
+  for (int turn = 0; turn < 2; turn++)
+    for (int i = 0; i < lines; i++) {
+      if (!COPY) {
+        sum += x[32 * i + t];
+      } else if (t < 8) {
+        cp_async16(tile + 4 * t, x + 32 * i + 4 * t, true);
+        cp_async_commit();
+        cp_async_wait<0>();
+      }
+    }
+  y[t] = sum;
+}

@@ -24,6 +24,7 @@ const Module* module;
 namespace {
 constexpr size_t GAP = 512;  // lies after each shared array
 constexpr size_t STATIC_LIMIT = 48 << 10;
+constexpr size_t L1_ALONE = 29 << 10;  // bytes of a multiprocessor's memory that shared memory cannot have
 const Entry* kernel;
 char* arguments;
 char message[2048];
@@ -55,6 +56,7 @@ void prepare_block() {
   block_serial++;
   shared_count = 0, shared_used = static_bytes = 0;
   if (dynamic_bytes) add_shared(dynamic_bytes, "dynamic shared memory");
+  if (profiling) empty_l1(shared_limit + L1_ALONE - dynamic_bytes);
   prepare_fibers();
 }
 
@@ -251,6 +253,7 @@ const char* emulation_launch(const Module* which, const Launch* launch) {
   dynamic_bytes = launch->shared_bytes, shared_limit = launch->shared_limit;
   checking = launch->checked, profiling = launch->profiled;
   failed = false;
+  if (profiling) begin_counting(kernel->name);
   grid_size = {launch->grid[0], launch->grid[1], launch->grid[2]};
   block_size = {launch->block[0], launch->block[1], launch->block[2]};
   block.threads = static_cast<int>(block_size.x * block_size.y * block_size.z);

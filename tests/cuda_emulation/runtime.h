@@ -128,6 +128,9 @@ void copy_started(const void* to, const void* site);
 void copy_landed(const void* to, const void* site);
 void product_reads(const void* p, size_t bytes, unsigned issued, const void* site);
 void record(const void* p, size_t bytes, int access, const void* site, bool shared);
+void begin_counting(const char* kernel);
+void empty_l1(size_t bytes);
+void count_product(int64_t multiply_adds, bool tf32, int64_t operand_bytes);
 void count_requests();
 void discard_requests();
 }  // namespace emulation

@@ -136,6 +136,7 @@ template <Type TYPE> void mma_collective(Warp& warp, unsigned lanes) {
   for (int j = 0; j < 8; j++) widen(packed_b[j], TYPE, rows[j]);
   for (int k = 0; k < depth; k += 8) transpose8(reinterpret_cast<const float(*)[16]>(&rows[0][k]), b[k], 8);
   accumulate<8>(&sum[0][0], 8, a, &b[0][0], depth);
+  if (profiling) count_product(16 * 8 * depth, TYPE == TF32, 0);
   for (int l = 0; l < 32; l++)
     for (int h = 0; h < 2; h++)
       for (int e = 0; e < 2; e++) warp.lanes[l].d[2 * h + e] = sum[l / 4 + 8 * h][l % 4 * 2 + e];
@@ -206,6 +207,8 @@ void multiply(Warp& warp, const Product& product, float* sum, const void* site) 
   if (!product.add)
     for (int i = 0; i < 16; i++) memset(sum + i * WIDE, 0, columns * sizeof(float));
   accumulate<WIDE>(sum, columns, a, b, depth);
+  // Four warps read their own rows of A and, together, those of B.
+  if (profiling) count_product(16 * columns * depth, product.type == TF32, 16 * 32 + columns * 32 / 4);
 }
 
 void land(Fiber& fiber, Flight& flight) {  // the accumulators return to the kernel
@@ -289,7 +292,7 @@ void start_copy(uint32_t to, const void* from, int bytes) {
   if (bytes != 0 && bytes != 16) fail("cp.async reads %d of its 16 bytes, at {%p}", bytes, site);
   if ((to | (bytes ? reinterpret_cast<uintptr_t>(from) : 0)) & 15)
     fail("cp.async: an address is not a multiple of 16 bytes, at {%p}", site);
-  if (bytes && checking) touch(from, 16, READ, site);
+  if (bytes && checking) touch(from, 16, PAST_L1, site);
   if (fiber->copies == MAX_COPIES) fail("more than %d cp.async of one thread are under way, at {%p}", MAX_COPIES, site);
   void* target = arena + to;
   copy_started(target, site);

@@ -3,7 +3,7 @@
 # make bench   time every operator against the peers that are installed
 # make fuzz    MINUTES=10: random problems of every operator against the float64 oracles, fresh seeds
 # make mutants SAMPLE=10: plant that many small faults in each part of the source and see whether the tests notice; long
-# make gpu     on a machine with a GPU: tests, sanitizers, benchmarks; installs nothing, takes PYTHON as it is
+# make gpu     on a machine with a GPU: tests, measurements, sanitizers, benchmarks; installs nothing, takes PYTHON as is
 # make clean   remove the environment and whatever was built
 #
 # Each but gpu makes .venv when it is missing and installs into it only when setup.cfg or pyproject.toml changed.
@@ -24,7 +24,7 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror pydeform/cuda/*.cu pydeform/cuda/*.cuh
+	$(BIN)/clang-format --dry-run --Werror pydeform/cuda/*.cu pydeform/cuda/*.cuh benchmarks/*.cu
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses=auto
 	$(BIN)/python -m tests.fuzz --minutes 1

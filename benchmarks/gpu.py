@@ -1,12 +1,15 @@
 """Everything that needs a GPU, in one go of at most 9 minutes and without a network: `make gpu`.
 
-    python benchmarks/gpu.py                    tests, compute-sanitizer, benchmarks; whatever is missing is skipped
-    python benchmarks/gpu.py --only memcheck,interop    stages whose name has one of these in it
-    python benchmarks/gpu.py --list             the stages and the seconds that each may take
+    python benchmarks/gpu.py                     all parts in their order; whatever is missing is skipped
+    python benchmarks/gpu.py values memcheck     these only, each with its own time limit
+    python benchmarks/gpu.py --list              the parts and the seconds that each may take
 
-Each stage is a process of its own, so that a kernel that poisons its CUDA context spoils one stage only, and is killed
-when its time is over. Nothing is installed: stages take the CuPy, PyTorch and pytest that this Python has. Logs and the
-summary go to build/gpu/, timings to benchmarks/results/<device>/, and a copy of all to $OUT where that is set.
+Parts are in the order of their worth: what would explain a failure of the next one comes before it. The limits of those
+that always run add up to less than 9 minutes; the others run in what is left of these.
+
+Each part is a process of its own, so that a kernel that poisons its CUDA context spoils one part only, and is killed
+when its time is over. Nothing is installed: parts take the CuPy, PyTorch and pytest that this Python has. Logs and the
+summary go to benchmarks/results/<device>/gpu/, timings beside it, and a copy of all to $OUT where that is set.
 """
 
 from __future__ import annotations
@@ -27,28 +30,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-LOGS = ROOT / "build" / "gpu"
 RESULTS = ROOT / "benchmarks" / "results"
-SECONDS = 530.0  # for all stages together
-FEWEST = 5.0  # a stage that would get less is not begun
+PARTS = "benchmarks/gpu_parts.py"
+SECONDS = 535.0  # for all parts together
+FEWEST = 5.0  # a part that would get less is not begun
 SANITIZER_FAULT = 86  # exit status that says that compute-sanitizer found something
 NO_TESTS = 5  # pytest's
-# In the order of their worth: when time runs out, the last ones are missing.
-COMPILE = 60  # many processes at once: what later stages find in CuPy's cache
-EXERCISE = 40
-FIRST_TESTS = {"test_cuda_primitives": 50, "test_deform_conv2d": 110, "test_conv2d": 50, "test_roi": 60}
-TOOLS = {"memcheck": 50, "racecheck": 60, "initcheck": 40, "synccheck": 40}
-BENCHMARKS = {"cuda_deform_conv2d": 150, "cuda_roi": 60}
-LAST_TESTS = {
-    "test_interop_cuda": 40,
-    "test_vectors": 30,
-    "test_vectors_roi": 30,
-    "test_cuda_names": 20,
-    "test_cuda_compile": 90,
-    "test_properties": 40,
-    "test_analysis": 20,
-    "test_errors": 20,
-}
+METRICS = (
+    *("gpu__time_duration.sum", "sm__cycles_elapsed.max", "sm__inst_executed.sum", "sm__inst_issued.sum"),
+    *("sm__inst_executed_pipe_tensor.sum", "l1tex__data_pipe_lsu_wavefronts.sum", "l1tex__data_bank_reads.sum"),
+    *("l1tex__data_bank_writes.sum", "lts__t_sectors_op_red.sum", "lts__t_bytes.sum", "dram__bytes.sum"),
+    *(
+        f"smsp__average_warps_issue_stalled_{why}_per_issue_active.ratio"
+        for why in ("barrier", "long_scoreboard", "gmma")
+    ),
+)
 DEVICE = """
 import json
 import cupy
@@ -74,14 +70,41 @@ class Outcome(NamedTuple):
 
 # What there is to do -------------------------------------------------------------------------------------------------
 def stages(device: str) -> list[Stage]:
+    """Those that always run; `spare_stages` has the rest."""
     return [
-        Stage("compile", [sys.executable, __file__, "--compile"], COMPILE),
-        Stage("exercise", [sys.executable, __file__, "--exercise"], EXERCISE),
-        *(pytest_stage(name, seconds) for name, seconds in FIRST_TESTS.items()),
-        *(benchmark_stage(name, seconds, device) for name, seconds in BENCHMARKS.items()),
-        *(sanitizer_stage(tool, seconds) for tool, seconds in TOOLS.items()),
-        *(pytest_stage(name, seconds) for name, seconds in LAST_TESTS.items()),
+        own_stage("versions", 15),
+        own_stage("compile", 60),
+        pytest_stage("test_cuda_primitives", 40),
+        Stage("measure", [sys.executable, "benchmarks/cuda_measurements.py"], 20),
+        own_stage("values", 60),
+        sanitizer_stage("memcheck", "exercise-few", 35),
+        sanitizer_stage("racecheck", "exercise-few", 35),
+        own_stage("times", 40),
+        profiler_stage(40),
+        own_stage("torch", 25, "torch"),
+        pytest_stage("test_interop_cuda", 25),
+        pytest_stage("test_deform_conv2d", 40),
+        pytest_stage("test_roi", 25),
+        benchmark_stage("cuda_deform_conv2d", 50, device),
+        benchmark_stage("cuda_roi", 20, device),
     ]
+
+
+def spare_stages() -> list[Stage]:
+    return [
+        pytest_stage("test_conv2d", 50),
+        own_stage("exercise", 40),
+        *(sanitizer_stage(tool, "exercise", 60) for tool in ("initcheck", "synccheck")),
+        sanitizer_stage("memcheck", "exercise", 60)._replace(name="memcheck-all"),
+        *(pytest_stage(f"test_{name}", 30) for name in ("vectors", "vectors_roi", "cuda_names", "properties")),
+        *(pytest_stage(f"test_{name}", 30) for name in ("analysis", "errors")),
+        pytest_stage("test_cuda_compile", 90),
+    ]
+
+
+def own_stage(name: str, seconds: float, needs: str = "cupy") -> Stage:
+    missing = importlib.util.find_spec(needs) is None
+    return Stage(name, [sys.executable, PARTS, name], seconds, f"not installed: {needs}" if missing else "")
 
 
 def pytest_stage(name: str, seconds: float) -> Stage:
@@ -111,129 +134,30 @@ def missing_imports(paths: Iterable[Path]) -> list[str]:
 def benchmark_stage(name: str, seconds: float, device: str) -> Stage:
     output = RESULTS / device / f"{name.removeprefix('cuda_')}.json"
     # It stops by itself before it would be killed, with what it has.
-    command = [sys.executable, f"benchmarks/bench_{name}.py", "--output", str(output), "--seconds", str(seconds - 20)]
+    command = [sys.executable, f"benchmarks/bench_{name}.py", "--output", str(output), "--seconds", str(seconds - 10)]
     return Stage(name, command, seconds)
 
 
-def sanitizer_stage(tool: str, seconds: float) -> Stage:
-    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if program is None:
+def program(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+def sanitizer_stage(tool: str, part: str, seconds: float) -> Stage:
+    found = program("compute-sanitizer")
+    if found is None:
         return Stage(tool, (), seconds, "compute-sanitizer is not installed")
     flags = ["--tool", tool, "--error-exitcode", str(SANITIZER_FAULT), "--print-limit", "20"]
-    return Stage(tool, [program, *flags, sys.executable, __file__, "--exercise"], seconds)
+    return Stage(tool, [found, *flags, sys.executable, PARTS, part], seconds)
 
 
-def kernels_to_compile() -> list[tuple[str, str]]:
-    """(operator, expression) of all that `exercise` launches, found by calling everything and launching nothing."""
-    from pydeform.cuda import _launch
-
-    found: dict[tuple[str, str], None] = {}
-
-    class Nothing:
-        def __call__(self, *_: Any, **__: Any) -> None:
-            """In place of a kernel."""
-
-    def look_up(operator: str, expression: str, _: Any) -> Nothing:
-        found[operator, expression] = None
-        return Nothing()
-
-    real, _launch._kernel = _launch._kernel, look_up
-    try:
-        exercise()
-    finally:
-        _launch._kernel = real
-    return list(found)
-
-
-def compile_all(workers: int) -> int:
-    """CuPy compiles one kernel at a time in a process, so as many processes as there are processors."""
-    import cupy
-
-    print(f"numba {importlib.import_module('numba').__version__}, numpy {importlib.import_module('numpy').__version__}")
-    print(f"NVRTC {cupy.cuda.nvrtc.getVersion()}, {workers} processes")
-    commands = [[sys.executable, __file__, "--compile-part", f"{part}/{workers}"] for part in range(workers)]
-    running = [subprocess.Popen(command) for command in commands]
-    return max(abs(process.wait()) for process in running)
-
-
-def compile_part(part: int, parts: int) -> None:
-    from pydeform.cuda import _launch
-
-    mine = kernels_to_compile()[part::parts]
-    for operator, expression in mine:
-        _launch.kernel(operator, expression)
-    print(f"{len(mine)} kernels compiled")
-
-
-def exercise() -> None:
-    """Every family of kernels on small problems, for the sanitizers.
-
-    Without CuPy's pool, in which an access beyond an array is an access to another one.
-    """
-    import cupy
-    import ml_dtypes
-    import numpy as np
-
-    import pydeform
-
-    cupy.cuda.set_allocator(None)
-    rng = np.random.default_rng(0)
-    dtypes = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
-    # (batch, channels, height, width, outputs, groups, offset groups): tiles with ragged edges, groups, depthwise
-    for n, c, h, w, o, groups, offset_groups in (
-        (2, 40, 9, 7, 72, 1, 2),
-        (1, 32, 6, 11, 48, 2, 1),
-        (2, 6, 7, 5, 6, 6, 3),
-    ):
-        for dtype in dtypes:
-
-            def array(*shape: int, dtype: Any = dtype) -> Any:
-                return cupy.asarray(rng.standard_normal(shape).astype(dtype))
-
-            x, weight, bias, y = array(n, c, h, w), array(o, c // groups, 3, 3), array(o), array(n, o, h, w)
-            offset, mask = array(n, 18 * offset_groups, h, w), array(n, 9 * offset_groups, h, w)
-            pydeform.conv2d(x, weight, bias, padding=1, groups=groups)
-            pydeform.conv2d_backward(y, x, weight, bias, padding=1, groups=groups)
-            for allow_tf32 in (False, True):
-                pydeform.deform_conv2d(x, offset, weight, bias, padding=1, mask=mask, allow_tf32=allow_tf32)
-            for deterministic in (False, True):
-                pydeform.deform_conv2d_backward(
-                    y, x, offset, weight, bias, padding=1, mask=mask, deterministic=deterministic
-                )
-    for h, w in ((9, 7), (36, 41)):
-        for dtype in dtypes:
-            exercise_roi(lambda a, dtype=dtype: cupy.asarray(a.astype(dtype)), rng, h, w)
-    cupy.cuda.Device().synchronize()
-    print("every kernel ran")
-
-
-def exercise_roi(send: Any, rng: Any, h: int, w: int) -> None:
-    """Every RoI operator, with classes of many channels and of few. `send` makes a device's array of NumPy's."""
-    import pydeform
-
-    def array(*shape: int) -> Any:
-        return send(rng.standard_normal(shape))
-
-    size = 3  # bins, groups and parts on each axis
-    corners = rng.uniform(-3, max(h, w), (5, 5))  # across every border, and some upside down
-    corners[:, 0] = 0, 1, 1, 0, 1
-    boxes = send(corners)
-    for c in (40, 2):
-        x, y = array(2, c, h, w), array(5, c, size, size)
-        cells = array(2, c * size**2, h, w)
-        offset, trans, mask = array(5, 2, size, size), array(5, 4, size, size), array(5, 1, size, size)
-        psroi = {"output_dim": c, "pooled_size": size, "group_size": size, "sample_per_part": 2, "trans_std": 0.1}
-        for name, arrays, options in (
-            ("roi_pool", (x, boxes), {"output_size": size}),
-            ("roi_align", (x, boxes), {"output_size": size, "aligned": True}),
-            ("roi_align", (x, boxes), {"output_size": size, "sampling_ratio": 2, "mode": "max"}),
-            ("ps_roi_pool", (cells, boxes), {"output_size": size}),
-            ("ps_roi_align", (cells, boxes), {"output_size": size}),
-            ("deform_roi_pool", (x, boxes, offset), {"output_size": size, "mask": mask}),
-            ("deform_psroi_pool", (cells, boxes, trans), {**psroi, "mask": mask}),
-        ):
-            getattr(pydeform, name)(*arrays, **options)
-            getattr(pydeform, f"{name}_backward")(y, *arrays, **options)
+def profiler_stage(seconds: float) -> Stage:
+    """One launch each of the kernels that do the work, at the clocks that the device chooses."""
+    found = program("ncu")
+    if found is None:
+        return Stage("ncu", (), seconds, "ncu is not installed")
+    kernels = "regex:forward|backward_data|backward_weight|to_channels_last"
+    flags = ["--clock-control", "none", "--kernel-name", kernels, "--metrics", ",".join(METRICS)]
+    return Stage("ncu", [found, *flags, sys.executable, PARTS, "once"], seconds)
 
 
 # Running it ----------------------------------------------------------------------------------------------------------
@@ -339,35 +263,35 @@ def find_device() -> tuple[dict[str, Any], str]:
     return found, "-".join(re.findall(r"[a-z0-9]+", found["name"].lower()))
 
 
+def chosen(device: str, names: Sequence[str]) -> list[Stage]:
+    every = {stage.name: stage for stage in [*stages(device), *spare_stages()]}
+    unknown = [name for name in names if name not in every]
+    if unknown:
+        raise ValueError(f"no such part: {', '.join(unknown)}; there are {', '.join(every)}")
+    return [every[name] for name in names] or list(every.values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="stages whose name has one of these words in it")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages together")
-    parser.add_argument("--list", action="store_true", help="name the stages and run none")
-    parser.add_argument("--exercise", action="store_true", help="what compute-sanitizer watches")
-    parser.add_argument("--compile", action="store_true", help="compile all that --exercise launches")
-    parser.add_argument("--compile-part", help="K/N: each N-th of them, from the K-th on, from 0")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="default: all")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")
+    parser.add_argument("--list", action="store_true", help="name the parts and run none")
     options = parser.parse_args()
-    if options.exercise:
-        exercise()
-        return 0
-    if options.compile:
-        return compile_all(min(os.cpu_count() or 1, 14))
-    if options.compile_part:
-        compile_part(*map(int, options.compile_part.split("/")))
-        return 0
     if options.list:
-        for stage in stages("<device>"):
+        for stage in [*stages("<device>"), *spare_stages()]:
             print(f"{stage.seconds:4.0f} s  {stage.name}{f' (skipped: {stage.skip})' if stage.skip else ''}")
         return 0
+    try:
+        chosen("", options.parts)
+    except ValueError as error:
+        parser.error(str(error))
     begin, since = time.monotonic(), time.time()
     description, device = find_device()
     say(json.dumps(description))
     copies = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
-    shutil.rmtree(LOGS, ignore_errors=True)
-    words = options.only.split(",")
-    planned = [stage for stage in stages(device) if any(word in stage.name for word in words)]
-    outcomes = run_all(planned, LOGS, copies, options.seconds - (time.monotonic() - begin))
+    logs = RESULTS / device / "gpu"
+    planned = chosen(device, options.parts)
+    outcomes = run_all(planned, logs, copies, options.seconds - (time.monotonic() - begin))
     if copies is not None:
         copy_results(device, copies, since)
     print("\n".join(map(line, outcomes)))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ import pytest
 
 import pydeform
 from tests.conftest import needs_emulation
+from tests.cuda_emulation import nvrtc
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 GPU = runpy.run_path(str(SCRIPT))
+PARTS = runpy.run_path(str(SCRIPT.with_name("gpu_parts.py")))
+MEASUREMENTS = runpy.run_path(str(SCRIPT.with_name("cuda_measurements.py")))
 Stage, Outcome = GPU["Stage"], GPU["Outcome"]
 
 
@@ -138,11 +142,34 @@ def test_missing_packages_are_found_before_a_test_fails_for_them(tmp_path):
 
 
 def test_stages_are_made_of_files_that_exist():
-    planned = GPU["stages"]("some-device")
+    planned = [*GPU["stages"]("some-device"), *GPU["spare_stages"]()]
     assert len({entry.name for entry in planned}) == len(planned)
     assert not [entry.name for entry in planned if entry.skip == "there is no such file"]
     scripts = [Path(word) for entry in planned for word in entry.command if word.startswith("benchmarks/")]
     assert scripts and all((ROOT / script).is_file() for script in scripts)
+    own = [entry.command[2] for entry in planned if GPU["PARTS"] in entry.command[:2]]
+    assert {"versions", "compile", "values", "times", "exercise"} <= set(own) and set(own) <= set(PARTS["PARTS"])
+
+
+def test_limits_fit_in_nine_minutes(monkeypatch):
+    """Also where every tool is installed."""
+    monkeypatch.setitem(GPU["program"].__globals__, "program", lambda name: name)
+    planned = GPU["stages"]("some-device")
+    assert not [entry.name for entry in planned if "installed" in entry.skip and "cupy" not in entry.skip]
+    assert sum(entry.seconds for entry in planned) <= GPU["SECONDS"] < 9 * 60
+    assert [entry.name for entry in planned[:6]] == [
+        *("versions", "compile", "test_cuda_primitives", "measure", "values", "memcheck")
+    ]
+
+
+def test_parts_can_be_run_one_by_one():
+    assert [entry.name for entry in GPU["chosen"]("some-device", ["values", "initcheck"])] == ["values", "initcheck"]
+    everything = GPU["chosen"]("some-device", [])
+    assert len(everything) == len(GPU["stages"]("")) + len(GPU["spare_stages"]())
+    with pytest.raises(ValueError, match="no such part: speed; there are versions, compile"):
+        GPU["chosen"]("some-device", ["speed"])
+    done = subprocess.run([sys.executable, str(SCRIPT), "speed"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no such part: speed" in done.stderr
 
 
 def test_what_the_sanitizers_watch_is_sound(monkeypatch):
@@ -159,32 +186,177 @@ def test_what_the_sanitizers_watch_is_sound(monkeypatch):
         monkeypatch.setattr(
             pydeform, name, lambda *a, f=function, n=name, **k: calls.append((n, a[0].dtype.name)) or f(*a, **k)
         )
-    GPU["exercise"]()
+    PARTS["exercise"]()
     assert len(set(calls)) == 16 and len(calls) == 3 * 4 * 6
+    calls.clear()
+    PARTS["exercise"](few=True)
+    assert len(set(calls)) == 8 and len(calls) == 2 * 6
+
+
+# On the emulated device ----------------------------------------------------------------------------------------------
+def forget_plans():
+    from pydeform.cuda import _conv_backward, _conv_forward, _launch
+
+    for cached in (
+        _conv_backward.plan_of,
+        _conv_forward.tiles_of,
+        _conv_forward._turn,
+        _launch._kernel,
+        _launch._device,
+    ):
+        cached.cache_clear()
+    _launch._allowed.clear()
+
+
+@pytest.fixture
+def gpu(emulated, monkeypatch):
+    """As a GPU looks to the parts: one that can be waited for, and that has an allocator and a clock."""
+    import cupy
+
+    from pydeform.bench import cuda_timing
+    from tests.cuda_emulation import device, streams
+
+    nvrtc = types.SimpleNamespace(getVersion=lambda: (13, 0))
+    core = types.SimpleNamespace(assemble_cupy_compiler_options=lambda options: ("-DX=1", *options))
+    monkeypatch.setitem(sys.modules, "cupy._core.core", core)
+    monkeypatch.setattr(cupy.cuda, "nvrtc", nvrtc, raising=False)
+    monkeypatch.setattr(cupy.cuda, "set_allocator", lambda allocator: None, raising=False)
+    monkeypatch.setattr(streams.Event, "synchronize", lambda self: None)
+    monkeypatch.setattr(streams.Device, "synchronize", lambda self: None)
+    monkeypatch.setattr(cupy.cuda, "get_elapsed_time", lambda a, b: 0.5)
+    monkeypatch.setattr(cuda_timing, "environment", lambda: {"clocks.sm": "1980 MHz"})
+    monkeypatch.setattr(cuda_timing, "waiter", lambda: lambda seconds: None)
+    forget_plans()
+    with device.settings(capability="90", processors=1):
+        yield cupy
+    forget_plans()
 
 
 @needs_emulation
-def test_what_is_compiled_ahead_is_what_is_launched(emulated, monkeypatch):
+def test_versions_are_told(gpu, capsys):
+    PARTS["versions"]()
+    said = capsys.readouterr().out
+    assert f"numpy {np.__version__}" in said and "torchvision" in said and "clocks.sm: 1980 MHz" in said
+    assert "NVRTC (13, 0)" in said and "CuPy adds ('-DX=1',)" in said
+
+
+@needs_emulation
+def test_what_is_compiled_ahead_is_what_is_launched(gpu, monkeypatch):
     """All of it, in one part of three."""
-    import cupy
-
     from pydeform.cuda import _launch
-    from tests.cuda_emulation import device
 
-    monkeypatch.setattr(cupy.cuda, "set_allocator", lambda allocator: None, raising=False)
-    _launch._device.cache_clear()
-    with device.settings(capability="90"):
-        found = GPU["kernels_to_compile"]()
-        compiled = []
-        monkeypatch.setattr(
-            _launch, "_kernel", lambda operator, expression, on: compiled.append((operator, expression))
-        )
+    found = PARTS["kernels_to_compile"]()
+    compiled = []
+    with monkeypatch.context() as patch:
+        patch.setattr(_launch, "kernel", lambda operator, expression: compiled.append((operator, expression)))
+        patch.setitem(PARTS["compile_share"].__globals__, "kernels_to_compile", lambda: found)
         for part in range(3):
-            GPU["compile_part"](part, 3)
-    _launch._device.cache_clear()
+            PARTS["compile_share"](part, 3)
+    assert sorted(compiled) == sorted(found)
     assert len(set(found)) == len(found) > 150
     assert {operator for operator, _ in found} == {"conv2d", "deform_conv2d", "roi"}
     assert any("Wgmma" in expression for _, expression in found)
+
+
+@needs_emulation
+def test_measurements_count_what_they_do(gpu, capsys):
+    """Four blocks of 8 warps, one turn: every one of the 3 x 7 launches adds what it says."""
+    MEASUREMENTS["main"](turns=2, blocks=1, stride=64)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said] == [
+        *(f"adds, {together} warps at one place" for together in (" 1", " 9", "36")),
+        "sum of all 21504, of 21504",
+        "a turn of 48 KB each, 4 lines a load",
+        "a turn of 48 KB each, 8 lines a load",
+        "fence, nothing on its way",
+        "fence, a load on its way",
+    ]
+    assert "multiply 250000 ns, load 250000 ns, both 250000 ns; both / sum 0.50" in said[4]
+
+
+@needs_emulation
+def test_measurements_do_what_is_right(gpu):
+    """Under the checks of the emulated device, and each load of a warp lies in as many lines as are asked for."""
+    from tests.cuda_emulation import device
+
+    expressions = ("add_rate", "share<4>", "share<8>", "fence_cost")
+    module = gpu.RawModule(code=MEASUREMENTS["source"](), options=("-arch=sm_90a",), name_expressions=expressions)
+    with device.settings(check=True, schedule=3, capability="90"):
+        MEASUREMENTS["measure_adds"](module, 1, 2, places=40)
+        MEASUREMENTS["measure_fences"](module, 2, 64)
+    for lines in (4, 8):
+        data, out = gpu.zeros(16384, np.uint32), gpu.ones(512, np.float32)
+        with device.settings(profile=True, capability="90") as run:
+            arguments = data, out, np.int32(1), np.int32(3)
+            module.get_function(f"share<{lines}>")((1,), (512,), arguments, shared_mem=32768)
+        (found,) = run.kernels().values()
+        loads = 8 * 12  # of 512 bytes
+        assert found.operand_bytes == loads * 512 == 2 * 4 * (64 + 128) * 32
+        assert found.global_passes == loads * lines + 512 * 4 // 128
+        assert not out.get().any()
+
+
+@pytest.mark.skipif(not nvrtc.toolkits(), reason="NVRTC is not installed")
+@pytest.mark.parametrize("architecture", ["75", "80", "90a"])
+def test_measurements_compile_without_spills(architecture):
+    expressions = ["add_rate", *(("share<4>", "share<8>", "fence_cost") if architecture == "90a" else ())]
+    for expression in expressions:
+        source = MEASUREMENTS["source"]()
+        found, remarks = nvrtc.cached(nvrtc.toolkits()[-1], source, expression, architecture, ("-std=c++17",))
+        assert not remarks and not found.stack and not found.spill_stores and found.registers <= 128
+
+
+@needs_emulation
+def test_values_are_near_those_of_float64(gpu, capsys):
+    PARTS["values"](size=5, channels=16, sums=(2, 8))
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 * 4 * 4 * 10 + 2 * 10 + 1
+    groups = [line.split()[2] for line in said if "deform_conv2d  " in line and ", float16 " in line]
+    assert groups == ["1", "4", "1", "2"] * 2
+    largest = dict(text.split() for text in said[-1].partition(": ")[2].split(", "))
+    bounds = {"float64": 1e-12, "float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
+    assert largest.keys() == bounds.keys()
+    for dtype, bound in bounds.items():
+        assert float(largest[dtype]) < bound, dtype
+    assert any(line.startswith("float32, K =   72, nothing negative") for line in said)
+
+
+@needs_emulation
+def test_every_kernel_is_timed(gpu, capsys, monkeypatch):
+    from pydeform.bench import cuda_deform_conv2d as bench
+    from pydeform.bench.deform_conv2d import Shape
+
+    monkeypatch.setattr(bench, "SHAPES", {"G1": Shape(1, 16, 5, 6, 1, 1, True)})
+    PARTS["kernel_times"](("G1",), repeats=2)
+    said = capsys.readouterr().out.splitlines()
+    for dtype in ("float16", "float32", "tf32"):
+        lines = [line for line in said if line.startswith(f"G1, {dtype}:")]
+        assert any("1.0 x    500.0 us  forward<" in line for line in lines)
+        assert any("backward_data<" in line for line in lines) and any("backward_weight<" in line for line in lines)
+        assert any("to_channels_last<" in line for line in lines)
+    PARTS["once"]()
+
+
+def test_graphs_that_differ_are_a_failure(monkeypatch, capsys):
+    """With tensors of the CPU in place of CUDA's: first nothing differs, then everything."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(pydeform, "deform_conv2d", lambda x, offset, weight, padding: x * padding)
+    cuda = types.SimpleNamespace(
+        synchronize=lambda: None,
+        current_stream=lambda: None,
+        stream=lambda stream: nullcontext(),
+        graph=lambda graph: nullcontext(),
+        Stream=lambda: types.SimpleNamespace(wait_stream=lambda other: None),
+    )
+    cuda.CUDAGraph = lambda: types.SimpleNamespace(replay=lambda: None)
+    randn = torch.randn
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "randn", lambda shape, device, dtype: randn(shape, dtype=dtype))
+    monkeypatch.setattr(torch, "equal", lambda a, b: outcome)
+    for outcome, status in ((True, 0), (False, 1)):
+        assert PARTS["torch_graphs_and_streams"]() == status
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == 12 and all(("same bits" if outcome else "DIFFERENT, at most by") in line for line in said)
 
 
 def test_without_a_gpu_it_says_so():

@@ -48,13 +48,13 @@ def expressions(architecture):
     names = [f"{kernel}<{T}>" for kernel in ("widen", "narrow", "pack") for T in halves]
     names += ["widen<float>", "narrow<float>", "widen_double", "tf32_part", "load", "copies", "reductions"]
     names += ["products<f16>", "matrices<false>", "matrices<true>", "shuffles<32>", "shuffles<8>"]
-    names += ["votes", "atomics", "arithmetic", "denormals", "double_denormals"]
+    names += ["votes", "atomics", "arithmetic"]
     if architecture != "75":
         names += ["products<bf16>", "products<float>", "products_from_zero"]
     if architecture == "90a":
         kinds = [*((T, "true") for T in DTYPES), ("float", "false")]
         names += [f"warpgroup_products<{T}, {N}, {add}>" for T, add in kinds for N in (64, 128, 256)]
-    return tuple(names)
+    return (*names, "denormals", "double_denormals")
 
 
 @functools.cache

@@ -195,16 +195,14 @@ def test_what_the_sanitizers_watch_is_sound(monkeypatch):
 
 # On the emulated device ----------------------------------------------------------------------------------------------
 def forget_plans():
-    from pydeform.cuda import _conv_backward, _conv_forward, _launch
+    """And all else that the launch code keeps."""
+    from pydeform.cuda import _launch, deform_conv2d  # noqa: F401  (imports the rest)
 
-    for cached in (
-        _conv_backward.plan_of,
-        _conv_forward.tiles_of,
-        _conv_forward._turn,
-        _launch._kernel,
-        _launch._device,
-    ):
-        cached.cache_clear()
+    for name, loaded in list(sys.modules.items()):
+        if name.startswith("pydeform.cuda."):
+            for value in vars(loaded).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
     _launch._allowed.clear()
 
 

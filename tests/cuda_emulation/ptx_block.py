@@ -262,6 +262,20 @@ class Block:
         value = self.get(inserted, "u64") << place & mask | self.get(base, "u64") & ~mask
         self.put(to, name[-1], value)
 
+    def do_prmt(self, name: list[str], operands: list[str]) -> None:
+        to, a, b, selector = operands
+        if name != ["prmt", "b32"]:
+            raise Unknown(".".join(name))
+        both = self.get(b, "u32").astype(np.uint64) << np.uint64(32) | self.get(a, "u32")
+        digits = self.get(selector, "u32").astype(np.uint64)
+        result = np.zeros(self.size, np.uint64)
+        for i in range(4):
+            digit = digits >> np.uint64(4 * i)
+            byte = both >> (digit & np.uint64(7)) * np.uint64(8) & np.uint64(255)
+            sign = np.where(byte >> np.uint64(7), np.uint64(255), np.uint64(0))
+            result |= np.where(digit & np.uint64(8), sign, byte) << np.uint64(8 * i)
+        self.put(to, "u32", result)
+
     def do_setp(self, name: list[str], operands: list[str]) -> None:
         kind = name[-1]
         a, b = (

@@ -302,6 +302,17 @@ def test_double_denormals_stay(architecture):
     same(got, want)
 
 
+def test_tensor_cores_of_the_emulation_keep_denormals():
+    """Each product of 2**-70 and 2**-64 is one, and so is the sum of 16."""
+    a, b = (np.full(2, value, DTYPES["bf16"]).view(np.uint32) for value in (2.0**-70, 2.0**-64))
+    given = np.zeros((32, 10), np.uint32)
+    given[:, :4], given[:, 4:6] = a, b
+    with device.settings(capability="80"):
+        arguments = [given], [np.zeros((32, 4), np.float32)]
+        (got,) = run_on(device.cupy, "80", "products<bf16>", *arguments, block=32, grid=1, shared_mem=0)
+    assert (got == np.float32(2.0**-130)).all()
+
+
 def test_launches_leave_the_arithmetic_as_it_was():
     """Also one that fails in the middle: two of 16 lanes would shuffle with ones that are not there."""
     cupy, half = device.cupy, np.float32(0.5)

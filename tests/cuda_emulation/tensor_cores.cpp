@@ -61,7 +61,7 @@ inline void set_arithmetic(unsigned csr) {
 // sum[16][columns] += a[16][depth] b[depth][columns]; rows of sum and b lie STRIDE apart. As the hardware does, which
 // adds the products of one instruction to the accumulator at once and drops what a float has no room for, toward zero:
 // many small steps lose far more than float32's rounding to nearest, all in one direction. (Hardware also drops bits of
-// the smaller terms; how many differs by generation.) Denormals count, in and out.
+// the smaller terms; how many differs by generation. What becomes of denormals the manual leaves open: here they count.)
 template <int STRIDE> void accumulate(float* sum, int columns, const float (*a)[16], const float* b, int depth) {
   const unsigned before = _mm_getcsr();
   set_arithmetic((before & ~FLUSH_TO_ZERO) | _MM_ROUND_TOWARD_ZERO);
@@ -154,7 +154,7 @@ void check_descriptor(uint64_t of, const char* operand, const void* site) {
   const char* wrong = of & UNUSED_BITS                        ? "has bits that mean nothing"
                       : tile.swizzle != 1                     ? "does not say 128-byte swizzle"
                       : tile.base_offset                      ? "has a base offset, for tiles off a multiple of 1024"
-                      : tile.leading != 1                     ? "has a leading dimension, which this swizzle does not use"
+                      : tile.leading != 1                     ? "has a leading dimension, of no use to this swizzle"
                       : tile.stride * 16 % 1024 || !tile.stride ? "strides groups of 8 rows by no multiple of 1024"
                                                               : nullptr;
   if (wrong) fail("wgmma: the descriptor %016llx of %s %s, at {%p}", (unsigned long long)of, operand, wrong, site);
@@ -273,7 +273,7 @@ int flight_of(Fiber* fiber, float* d, int count) {
 // Where a shared address leads, as wide as on hardware.
 uint32_t shared_address(const void* p) {
   const size_t address = static_cast<size_t>(static_cast<const char*>(p) - arena);
-  if (address >= ARENA) fail("an address of shared memory is asked for of what is not shared, at {%p}", __builtin_return_address(0));
+  if (address >= ARENA) fail("what is not shared has no shared address, at {%p}", __builtin_return_address(0));
   return static_cast<uint32_t>(address);
 }
 

@@ -412,6 +412,23 @@ def test_torch_graphs_capture_forward_and_backward(torch, cupy, name, warm):
         np.testing.assert_allclose(captured[key].host, array, rtol=1e-4, atol=1e-4, err_msg=key)
 
 
+def test_lent_memory_during_a_capture(library, cupy, launches, monkeypatch):
+    """No event is recorded, which nobody could ask later, and none is asked, which would end the capture."""
+    from pydeform.cuda import _dlpack
+
+    with cupy.cuda.Stream() as stream:
+        with monkeypatch.context() as patch:
+            patch.setattr(cupy.cuda.Event, "done", False)
+            pydeform.conv2d(**arrays(Producer))
+        assert len(_dlpack._held._arrays) == 1
+        stream.begin_capture(streams.GLOBAL)
+        pydeform.conv2d(**arrays(Producer))
+        stream.end_capture()
+        assert len(_dlpack._held._arrays) == 1
+        pydeform.conv2d(**arrays(Producer))
+    assert not _dlpack._held._arrays
+
+
 @pytest.mark.parametrize("first", ["torch", "cupy"])
 def test_streams_wait_for_each_other_when_kinds_are_mixed(torch, cupy, launches, waits, first):
     """Torch's for what CuPy's may still be making, and CuPy's before it hands out memory that was read on torch's."""

@@ -95,7 +95,12 @@ class Held:
 
     def hold(self, arrays: list[Any]) -> None:
         with arrays[0].device:
-            event = _mark(cupy.cuda.get_current_stream())
+            stream = cupy.cuda.get_current_stream()
+            if stream.is_capturing():
+                # Nothing reads them yet: whoever captures keeps what the graph reads. Nobody could ask an event that is
+                # recorded now, and to ask any other may end the capture.
+                return
+            event = _mark(stream)
         with self._lock:
             self._arrays.append((event, arrays))
             while self._arrays and self._arrays[0][0].done:

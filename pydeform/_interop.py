@@ -135,15 +135,18 @@ def _take_torch(must_be: str, tensor: Any) -> Taken:
 
 
 def _torch_stream(device: Any) -> Stream:
-    cuda = sys.modules["torch"].cuda
+    cuda, at_the_end = sys.modules["torch"].cuda, sys.is_finalizing
     stream = cuda.current_stream(device)
     pointer = stream.cuda_stream
-    return Stream(
-        stream.device_index,
-        pointer,
-        lambda nbytes, device: cuda.caching_allocator_alloc(nbytes, device, pointer),
-        lambda address, device: cuda.caching_allocator_delete(address),
-    )
+
+    def allocate(nbytes: int, device: int) -> int:
+        return int(cuda.caching_allocator_alloc(nbytes, device, pointer))
+
+    def free(address: int, _: int) -> None:
+        if not at_the_end():  # of the program, when parts of torch are gone already
+            cuda.caching_allocator_delete(address)
+
+    return Stream(stream.device_index, pointer, allocate, free)
 
 
 def _take_jax(must_be: str, array: Any) -> Taken:

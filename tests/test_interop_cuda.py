@@ -338,6 +338,18 @@ def test_memory_for_torchs_stream_is_torchs(torch, cupy, monkeypatch):
     assert mine.data.ptr not in torch.memory.blocks
 
 
+def test_a_result_may_outlive_torch(torch, cupy, launches, monkeypatch):
+    """At the end of the program, when functions of torch find its modules empty."""
+    monkeypatch.setattr(torch.cuda, "caching_allocator_delete", lambda address: 1 / 0)
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    result = pydeform.conv2d(**arrays(Tensor))
+    monkeypatch.setattr(sys, "unraisablehook", lambda problem: problems.append(problem))
+    problems = []
+    del result
+    gc.collect()
+    assert not problems and torch.memory.blocks
+
+
 def test_no_memory_of_torch_when_kinds_are_mixed(torch, cupy, monkeypatch):
     """The result is in the order of both streams then, which is not for torch to know; on one stream it is."""
     from pydeform.cuda import conv2d

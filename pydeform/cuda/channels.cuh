@@ -127,17 +127,24 @@ __global__ void __launch_bounds__(256)
   for (I q0 = (I)blockIdx.y * WIDTH; q0 < all; q0 += (I)gridDim.y * WIDTH) {
     const ChunkChannels from((int)q0 + high * V, channels, unit, pitch, cells);
     for (I b = blockIdx.z; b < images; b += gridDim.z) {
-      const One* source = reinterpret_cast<const One*>(input) + (b * channels + from.first) * pixels;
-      const I step = from.step * pixels;
+      const One* source = reinterpret_cast<const One*>(input);
       const int place = turned(low, high);
       if (from.count < V) {
 #pragma unroll 1
-        for (int k = 0; k < V; k++, source += step) {
-          reinterpret_cast<One*>(tile + place)[k] = k < from.count && near < pixels ? source[near] : One{};
-          reinterpret_cast<One*>(other + place)[k] = k < from.count && far < pixels ? source[far] : One{};
+        for (int k = 0; k < V; k++) {
+          One a{}, c{};
+          if (k < from.count && near < pixels) {
+            const I start = (b * channels + from.first + k * from.step) * pixels;
+            a = source[start + near];
+            if (far < pixels) c = source[start + far];
+          }
+          reinterpret_cast<One*>(tile + place)[k] = a;
+          reinterpret_cast<One*>(other + place)[k] = c;
         }
       } else if (near < pixels) {
         Two v[V];
+        source += (b * channels + from.first) * pixels;
+        const I step = from.step * pixels;
         if (at.pairs) {
 #pragma unroll
           for (int k = 0; k < V; k++, source += step) v[k] = __ldg(reinterpret_cast<const Two*>(source + near));
@@ -152,8 +159,8 @@ __global__ void __launch_bounds__(256)
       __syncthreads();
       if (chunks) {
         const I p = p0 + row * at.along;
-        uint4* const target = reinterpret_cast<uint4*>(output + (b * pixels + p) * all + q0) + column;
         if (p < pixels && q0 + column * V < all) {
+          uint4* const target = reinterpret_cast<uint4*>(output + (b * pixels + p) * all + q0) + column;
           *target = tile[turned(row, column)];
           if (p + at.across < pixels) target[(I)at.across * all / V] = other[turned(row, column)];
         }
@@ -210,10 +217,12 @@ __global__ void __launch_bounds__(256)
     for (I b = blockIdx.z; b < images; b += gridDim.z) {
       if (chunks) {
         const I p = p0 + row * at.along;
-        const Chunk* const source = reinterpret_cast<const Chunk*>(input + (b * pixels + p) * all + q0) + column;
-        const bool valid = q0 + column * V < all;
-        const Chunk a = valid && p < pixels ? __ldg(source) : Chunk{};
-        const Chunk c = valid && p + at.across < pixels ? __ldg(source + (I)at.across * all / V) : Chunk{};
+        Chunk a{}, c{};
+        if (p < pixels && q0 + column * V < all) {
+          const Chunk* const source = reinterpret_cast<const Chunk*>(input + (b * pixels + p) * all + q0) + column;
+          a = __ldg(source);
+          if (p + at.across < pixels) c = __ldg(source + (I)at.across * all / V);
+        }
         tile[turned(row, column)] = a;
         other[turned(row, column)] = c;
       } else {
@@ -226,7 +235,7 @@ __global__ void __launch_bounds__(256)
         }
       }
       __syncthreads();
-      if (near < pixels) {
+      if (near < pixels && to.count > 0) {
         T* target = output + (b * channels + to.first) * pixels;
         A a[V], c[V];
         ChunkOfSums<A>::unpack(a, tile[turned(low, high)]);

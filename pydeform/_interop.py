@@ -43,12 +43,21 @@ class Back:
 UNCHANGED = Back(None)
 
 
+class Stream(NamedTuple):
+    """Of a library that reuses CUDA memory in the stream's order, and memory that it then reuses so."""
+
+    device: int
+    pointer: int
+    allocate: Callable[[int, int], int]  # bytes, device -> address
+    free: Callable[[int, int], None]  # address, device
+
+
 class Taken(NamedTuple):
     """A caller's array as NumPy or CuPy sees it."""
 
     array: Any
     convert: Callable[[Any], Any] | None = None  # takes a result to the kind of the caller's array
-    stream: tuple[int, int] | None = None  # device and pointer: its library reuses CUDA memory in that stream's order
+    stream: Stream | None = None  # in whose order its library reuses CUDA memory
     lent: bool = False  # CUDA memory that its library may reuse as soon as we let go of it
 
 
@@ -125,9 +134,19 @@ def _take_torch(must_be: str, tensor: Any) -> Taken:
     return Taken(native, export, stream)
 
 
-def _torch_stream(device: Any) -> tuple[int, int]:
-    stream = sys.modules["torch"].cuda.current_stream(device)
-    return stream.device_index, stream.cuda_stream
+def _torch_stream(device: Any) -> Stream:
+    cuda, at_the_end = sys.modules["torch"].cuda, sys.is_finalizing
+    stream = cuda.current_stream(device)
+    pointer = stream.cuda_stream
+
+    def allocate(nbytes: int, device: int) -> int:
+        return int(cuda.caching_allocator_alloc(nbytes, device, pointer))
+
+    def free(address: int, _: int) -> None:
+        if not at_the_end():  # of the program, when parts of torch are gone already
+            cuda.caching_allocator_delete(address)
+
+    return Stream(stream.device_index, pointer, allocate, free)
 
 
 def _take_jax(must_be: str, array: Any) -> Taken:

@@ -304,20 +304,20 @@ def test_memory(emulated, monkeypatch):
 @pytest.mark.parametrize(("dtype", "capability"), [("float64", "75"), ("float32", "80"), ("float16", "90")])
 def test_long_indices(emulated, monkeypatch, dtype, capability):
     """What arrays of more than 2^31 elements would use gives the same bits."""
-    from pydeform.cuda import _conv_backward, _conv_common, _conv_forward
+    from pydeform.cuda import _channels, _conv_backward, _conv_common, _conv_forward
 
     arrays = {name: make(CASES[name], dtype) for name in CASES}
     with on(capability=capability, check=True):
         short, long = [], []
         for results, limit in ((short, _conv_common.INT32_ELEMENTS), (long, 0)):
             monkeypatch.setattr(_conv_common, "INT32_ELEMENTS", limit)
-            for cache in (_conv_forward.tiles_of, _conv_forward._turn, _conv_backward.plan_of):
+            for cache in (_conv_forward.tiles_of, _channels._turn, _conv_backward.plan_of):
                 cache.cache_clear()
             for name in ("narrow", "wide"):
                 case = CASES[name]
                 grad_output = make_grad_output(case, dtype)
                 results.append(both(arrays[name], grad_output, case.options, deterministic=True))
-    for cache in (_conv_forward.tiles_of, _conv_forward._turn, _conv_backward.plan_of):
+    for cache in (_conv_forward.tiles_of, _channels._turn, _conv_backward.plan_of):
         cache.cache_clear()
     for a, b in zip(short, long, strict=True):
         for key in a:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cuda_emulation import build, device
+from tests.cuda_emulation import build, device, dlpack, streams
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation is compiled with g++")
 cupy = device.cupy
@@ -370,6 +370,109 @@ def test_streams_and_devices():
             far = arguments()
         with pytest.raises(ValueError, match="on another device"):
             function("takes")((1,), (32,), far)
+
+
+# ---- allocators and captures
+@pytest.fixture
+def fresh(monkeypatch):
+    """No capture under way after a test that failed, and a stream whose arena is empty."""
+    monkeypatch.setattr(streams, "_captures", {})
+    with cupy.cuda.Stream() as stream:
+        yield stream
+
+
+def test_the_pool_keeps_memory_for_its_stream(fresh):
+    cupy.empty(1000, np.uint8)
+    fresh.begin_capture(streams.GLOBAL)
+    first = cupy.empty(1024, np.uint8)  # pieces are of 512 bytes
+    with pytest.raises(RuntimeError, match="cudaErrorStreamCaptureUnsupported: cudaMalloc"):
+        cupy.empty(1, np.uint8)
+    del first
+    cupy.zeros(3)
+    with cupy.cuda.Stream(), pytest.raises(RuntimeError, match="cudaMalloc"):  # in any thread, on any stream
+        cupy.empty(1, np.uint8)
+    fresh.end_capture()
+    with cupy.cuda.Stream():
+        cupy.empty(1, np.uint8)
+
+
+def test_what_only_a_relaxed_capture_permits(fresh):
+    before = fresh.record()
+    fresh.begin_capture()
+    assert fresh.is_capturing() and not cupy.cuda.Stream.null.is_capturing()
+    cupy.empty(1, np.uint8)
+    assert before.done
+    inside = fresh.record()
+    with pytest.raises(RuntimeError, match="cudaErrorStreamCaptureIsolation"):
+        fresh.wait_event(before)
+    fresh.wait_event(inside)
+    fresh.end_capture()
+    with pytest.raises(RuntimeError, match="cudaErrorCapturedEvent"):
+        inside.done  # noqa: B018
+    fresh.begin_capture(streams.GLOBAL)
+    with pytest.raises(RuntimeError, match="cudaEventQuery is not permitted"):
+        before.done  # noqa: B018
+    with pytest.raises(RuntimeError, match="default"):
+        cupy.cuda.Stream.null.begin_capture()
+
+
+def test_a_graph_needs_the_memory_of_its_kernels(fresh):
+    x, y = cupy.ones(128, np.float32), cupy.zeros(128, np.float32)
+    for kept in (True, False):
+        fresh.begin_capture()
+        temporary = cupy.empty(128, np.float32)
+        function("reverse")((1,), (128,), (x, temporary))
+        function("reverse")((1,), (128,), (temporary, y))
+        graph = fresh.end_capture()
+        graph.launch()
+        if kept:
+            continue
+        place = temporary.data.ptr, temporary.nbytes
+        del temporary
+        with pytest.raises(RuntimeError, match="memory that was given back: argument 1 of reverse"):
+            graph.launch()
+        with pytest.raises(RuntimeError, match="given back"):
+            graph.launch(kept=[(place[0], place[1] - 1)])
+        graph.launch(kept=[place])
+
+
+def test_exported_memory_is_alive(fresh):
+    """Also without the array, as long as whoever imported it has it."""
+    a = cupy.ones(128, np.float32)
+    fresh.begin_capture(streams.GLOBAL)
+    imported = dlpack.to_host(a, 1)
+    del a
+    with pytest.raises(RuntimeError, match="cudaMalloc"):
+        cupy.empty(128, np.float32)
+    assert (imported == 1).all()
+    del imported
+    cupy.empty(128, np.float32)
+
+
+def test_allocators_of_functions():
+    taken, given_back = {}, []
+
+    def malloc(size, number):
+        memory = np.zeros(size, np.uint8)
+        taken[memory.ctypes.data] = memory, number
+        return memory.ctypes.data
+
+    allocator = cupy.cuda.PythonFunctionAllocator(malloc, lambda *place: given_back.append(place))
+    with cupy.cuda.using_allocator(allocator.malloc):
+        a = cupy.empty(8, np.float32)
+        b, nothing = a + 1, cupy.empty(0)
+        with cupy.cuda.using_allocator(cupy.cuda.PythonFunctionAllocator(None, None).malloc):
+            pass
+        assert np.isnan(a._host).all() and nothing.size == 0
+    places = [a.data.ptr, b.data.ptr]
+    assert list(taken) == places and cupy.empty(1).data.ptr not in taken
+    function("reverse")((1,), (128,), (cupy.ones(128, np.float32), cupy.empty(128, np.float32)))
+    del a, b
+    assert given_back == [(place, 0) for place in places]
+    with device.settings(check=True), cupy.cuda.using_allocator(allocator.malloc):
+        x, y = cupy.ones(128, np.float32), cupy.empty(127, np.float32)
+        with pytest.raises(device.EmulationError, match="out of bounds"):
+            function("reverse")((1,), (128,), (x, y))
 
 
 def test_settings_end_with_their_context():

@@ -48,7 +48,7 @@ def expressions(architecture):
     names = [f"{kernel}<{T}>" for kernel in ("widen", "narrow", "pack") for T in halves]
     names += ["widen<float>", "narrow<float>", "widen_double", "tf32_part", "load", "copies", "reductions"]
     names += ["products<f16>", "matrices<false>", "matrices<true>", "shuffles<32>", "shuffles<8>"]
-    names += ["votes", "atomics", "arithmetic"]
+    names += ["votes", "atomics", "arithmetic", "permuted_bytes"]
     if architecture != "75":
         names += ["products<bf16>", "products<float>", "products_from_zero"]
     if architecture == "90a":
@@ -446,6 +446,18 @@ def test_atomics(architecture):
     same(i, np.concatenate([[64], 100 + t]).astype(np.int32))
     same(f, (0.5 * t).reshape(16, 4).sum(0).astype(np.float32))
     same(d, (0.25 * t).reshape(16, 4).sum(0))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_byte_perm(architecture):
+    """Byte i of the result is that of the eight of a and b, a's first, which digit i of the selector names."""
+    random = np.random.default_rng(12)
+    a, b = random.integers(0, 2**32, (2, 32), dtype=np.uint32)
+    digits = random.integers(0, 8, (32, 4))
+    selectors = (digits << np.arange(0, 16, 4)).sum(1).astype(np.uint32)
+    (got,) = run(architecture, "permuted_bytes", [a, b, selectors], np.zeros(32, np.uint32))
+    every = np.stack([a, b], 1).view(np.uint8)
+    same(got, np.take_along_axis(every, digits, 1).view(np.uint32)[:, 0])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -143,16 +143,16 @@ def test_wide_indices_change_no_bit(take, monkeypatch, way, name):
     take(way)
     arrays, grad_output = problem(VARIANTS[name], "float32")
     want = solve(VARIANTS[name], arrays, grad_output)
-    for module in ("roi", "_conv_forward"):
+    for module in ("roi", "_channels"):
         monkeypatch.setattr(f"pydeform.cuda.{module}.index_type", lambda *sizes: "long long")
     # The launches of copies are kept by the sizes of their arrays.
-    from pydeform.cuda import _conv_forward
+    from pydeform.cuda import _channels
 
-    _conv_forward._turn.cache_clear()
+    _channels._turn.cache_clear()
     try:
         assert_same(solve(VARIANTS[name], arrays, grad_output), want)
     finally:
-        _conv_forward._turn.cache_clear()
+        _channels._turn.cache_clear()
 
 
 @each_variant

@@ -6,12 +6,15 @@ with the real ones.
 
 import gc
 import importlib.util
+import inspect
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import types
 import weakref
+from contextlib import contextmanager
 
 import ml_dtypes
 import numpy as np
@@ -19,9 +22,12 @@ import pytest
 
 import pydeform
 from pydeform import _interop
-from tests.cuda_emulation import device, dlpack
+from tests.conftest import needs_emulation
+from tests.cuda_emulation import device, dlpack, streams
+from tests.cuda_emulation.arrays import Memory
 
-OTHER_STREAM = 0x7000  # of a stand-in for torch
+OTHER_STREAM = 0x7000  # of a stand-in for torch; its streams are even on device 0, odd on device 1
+CAPTURE_STREAMS = itertools.count(0x8000, 0x10)
 
 
 def why_no_gpu():
@@ -50,6 +56,7 @@ def cupy(monkeypatch):
 
     monkeypatch.setattr(_dlpack, "cupy", device.cupy)
     monkeypatch.setattr(_dlpack, "_held", _dlpack.Held())
+    monkeypatch.setattr(streams, "_captures", {})
     with device.settings(devices=2):
         yield device.cupy
 
@@ -80,6 +87,31 @@ class Imported:
         self.device = array.__dlpack_device__()[1]
 
 
+class TorchMemory:
+    """Torch's caching allocator. What is taken on a stream while it captures belongs to the graph, also when freed."""
+
+    def __init__(self):
+        self.blocks, self.graph = {}, []
+
+    def allocate(self, size, number=None, stream=None):
+        assert size > 0 and isinstance(stream, int) and number == device_of(stream)
+        memory = Memory(size)
+        self.blocks[memory.pointer] = memory
+        if device.cupy.cuda.ExternalStream(stream).is_capturing():
+            self.graph.append(memory)
+        return memory.pointer
+
+    def delete(self, mem_ptr):
+        self.blocks.pop(mem_ptr).bytes[...] = 0xFF  # NaN: whoever still reads it shall notice
+
+
+class CUDAGraph:
+    captured = memory = None
+
+    def replay(self):
+        self.captured.launch(kept=[(block.pointer, block.nbytes) for block in self.memory])
+
+
 class Tensor(Producer):
     """As much of torch.Tensor on CUDA as we look at."""
 
@@ -104,18 +136,40 @@ class Tensor(Producer):
         return viewed
 
 
+def device_of(stream):
+    return stream % 2
+
+
 @pytest.fixture
 def torch(cupy, monkeypatch):
     """A torch with a current stream of its own on every device."""
-    module = types.ModuleType("torch")
+    module, current, memory = types.ModuleType("torch"), [OTHER_STREAM], TorchMemory()
     module.Tensor, module.strided, module.bfloat16, module.int16 = Tensor, "strided", "bfloat16", "int16"
     module.is_grad_enabled = lambda: True
-    module.from_dlpack = lambda array: Tensor(dlpack.to_host(array, OTHER_STREAM), array.__dlpack_device__()[1])
+    module.from_dlpack = lambda array: Tensor(dlpack.to_host(array, current[-1]), array.__dlpack_device__()[1])
+
+    @contextmanager
+    def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
+        """On a stream that nobody has used before, unless one is given."""
+        current.append(next(CAPTURE_STREAMS) if stream is None else stream)
+        stream = cupy.cuda.ExternalStream(current[-1])
+        stream.begin_capture(streams.GLOBAL)
+        try:
+            yield
+        finally:
+            cuda_graph.captured, cuda_graph.memory, memory.graph = stream.end_capture(), memory.graph, []
+            current.pop()
+
     module.cuda = types.SimpleNamespace(
         current_stream=lambda place: types.SimpleNamespace(
-            cuda_stream=OTHER_STREAM + place.index, device_index=place.index
-        )
+            cuda_stream=current[-1] + place.index, device_index=place.index
+        ),
+        caching_allocator_alloc=memory.allocate,
+        caching_allocator_delete=memory.delete,
+        CUDAGraph=CUDAGraph,
+        graph=graph,
     )
+    module.memory = memory
     monkeypatch.setitem(sys.modules, "torch", module)
     return module
 
@@ -258,6 +312,135 @@ def test_memory_for_torchs_stream_is_allocated_on_it(torch, cupy, monkeypatch):
     assert seen == [OTHER_STREAM]
 
 
+def test_memory_for_torchs_stream_is_torchs(torch, cupy, monkeypatch):
+    """Until the result is gone; what CuPy allocates elsewhere is its own."""
+    from pydeform.cuda import conv2d
+
+    inside = []
+
+    def forward(input, weight, bias, g, **_):
+        temporary, nothing = cupy.empty(8, np.float32), cupy.empty((0, 3), np.float32)
+        inside.append((temporary.data.ptr in torch.memory.blocks, nothing.data.ptr, len(torch.memory.blocks)))
+        return cupy.ones(input.shape, input.dtype)
+
+    monkeypatch.setattr(conv2d, "forward", forward)
+    for number in (0, 1):
+        result = pydeform.conv2d(**arrays(Tensor, number))
+        assert inside.pop() == (True, 0, 1)
+        assert list(torch.memory.blocks) == [result.host.ctypes.data]
+        again = pydeform.conv2d(result, arrays(Tensor, number)["weight"])
+        assert len(torch.memory.blocks) == 2 and (again.host == 1).all()
+        del result, again
+        gc.collect()
+        assert torch.memory.blocks == {}
+        inside.clear()
+    mine = cupy.empty(8, np.float32)
+    assert mine.data.ptr not in torch.memory.blocks
+
+
+def test_a_result_may_outlive_torch(torch, cupy, launches, monkeypatch):
+    """At the end of the program, when functions of torch find its modules empty."""
+    monkeypatch.setattr(torch.cuda, "caching_allocator_delete", lambda address: 1 / 0)
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    result = pydeform.conv2d(**arrays(Tensor))
+    monkeypatch.setattr(sys, "unraisablehook", lambda problem: problems.append(problem))
+    problems = []
+    del result
+    gc.collect()
+    assert not problems and torch.memory.blocks
+
+
+def test_no_memory_of_torch_when_kinds_are_mixed(torch, cupy, monkeypatch):
+    """The result is in the order of both streams then, which is not for torch to know; on one stream it is."""
+    from pydeform.cuda import conv2d
+
+    monkeypatch.setattr(conv2d, "forward", lambda input, weight, bias, g, **_: cupy.ones(input.shape, input.dtype))
+    mixed = arrays(Tensor, weight=cupy.ones((2, 2, 1, 1), np.float32))
+    with cupy.cuda.Stream():
+        pydeform.conv2d(**mixed)
+        assert torch.memory.blocks == {}
+    with cupy.cuda.ExternalStream(OTHER_STREAM):
+        result = pydeform.conv2d(**mixed)
+    assert list(torch.memory.blocks) == [result.host.ctypes.data]
+
+
+def test_an_error_leaves_cupys_allocator(torch, cupy, monkeypatch):
+    from pydeform.cuda import conv2d
+
+    monkeypatch.setattr(torch.cuda, "caching_allocator_alloc", lambda *_: 1 / 0)
+    monkeypatch.setattr(conv2d, "forward", lambda input, *_, **__: cupy.empty(input.shape, input.dtype))
+    with pytest.raises(ZeroDivisionError):
+        pydeform.conv2d(**arrays(Tensor))
+    assert cupy.ones(3).get().tolist() == [1, 1, 1]
+
+
+def graph_problem():
+    rng = np.random.default_rng(6)
+    shapes = {"input": (2, 9, 5, 6), "offset": (2, 18, 5, 6), "weight": (4, 9, 3, 3), "mask": (2, 9, 5, 6)}
+    return {name: rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+GRAPHS = {
+    "deform_conv2d": ({}, {}),
+    "deform_conv2d, deterministic": ({}, {"deterministic": True}),
+    "conv2d": ({}, {}),
+    "roi_align": ({"output_size": 3}, {}),
+}
+
+
+@needs_emulation
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_torch_graphs_capture_forward_and_backward(torch, cupy, name, warm):
+    """As torch.cuda.graph is used, on a stream of its own, for which CuPy's pool has nothing; `warm`: where it has."""
+    operator = name.partition(",")[0]
+    options, more = GRAPHS[name]
+    forward, backward = getattr(pydeform, operator), getattr(pydeform, f"{operator}_backward")
+    given = graph_problem()
+    if operator == "conv2d":
+        given, options = {key: given[key] for key in ("input", "weight")}, {"padding": 1}
+    elif operator == "roi_align":
+        boxes = np.array([[0, 0.5, 1, 4, 4.5], [1, 1, 0, 3, 3]], np.float32)
+        given = {"input": np.tile(given["input"], (1, 2, 1, 1)), "boxes": boxes}
+    else:
+        options = {"padding": 1}
+    theirs = {key: Tensor(array) for key, array in given.items()}
+
+    def both(arrays):
+        output = forward(**arrays, **options)
+        grads = backward(output, **arrays, **options, **(more if arrays is theirs else {}))
+        return {"output": output} | {key: grad for key, grad in grads._asdict().items() if grad is not None}
+
+    want = both(given)
+    graph, stream = torch.cuda.CUDAGraph(), None
+    if warm:
+        with cupy.cuda.Stream() as own:
+            both({key: cupy.asarray(array) for key, array in given.items()})
+        stream = own.ptr
+    with torch.cuda.graph(graph, stream=stream):
+        captured = both(theirs)
+    graph.replay()
+    for key, array in want.items():
+        np.testing.assert_allclose(captured[key].host, array, rtol=1e-4, atol=1e-4, err_msg=key)
+
+
+def test_lent_memory_during_a_capture(library, cupy, launches, monkeypatch):
+    """No event is recorded, which nobody could ask later, and none is asked, which would end the capture."""
+    from pydeform.cuda import _dlpack
+
+    with cupy.cuda.Stream() as stream:
+        with monkeypatch.context() as patch:
+            patch.setattr(cupy.cuda.Event, "done", False)
+            pydeform.conv2d(**arrays(Producer))
+        assert len(_dlpack._held._arrays) == 1
+        stream.begin_capture(streams.GLOBAL)
+        pydeform.conv2d(**arrays(Producer))
+        stream.end_capture()
+        assert len(_dlpack._held._arrays) == 1
+        pydeform.conv2d(**arrays(Producer))
+    assert not _dlpack._held._arrays
+
+
 @pytest.mark.parametrize("first", ["torch", "cupy"])
 def test_streams_wait_for_each_other_when_kinds_are_mixed(torch, cupy, launches, waits, first):
     """Torch's for what CuPy's may still be making, and CuPy's before it hands out memory that was read on torch's."""
@@ -347,6 +530,14 @@ def test_kernels_compute_on_foreign_memory(torch):
         np.testing.assert_allclose(getattr(got, name).host, getattr(want, name), rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+@needs_torch
+def test_torchs_allocator_takes_these_arguments():
+    import torch
+
+    assert [*inspect.signature(torch.cuda.caching_allocator_alloc).parameters] == ["size", "device", "stream"]
+    assert [*inspect.signature(torch.cuda.caching_allocator_delete).parameters] == ["mem_ptr"]
+
+
 # The real ones -------------------------------------------------------------------------------------------------------
 def real_torch_problem(dtype):
     """(arguments on the GPU, the same as float64 NumPy arrays)."""
@@ -433,23 +624,39 @@ def test_real_torch_memory_is_not_reused_under_a_running_kernel():
 
 @needs_gpu
 @needs_torch
-def test_real_torch_graphs_capture_our_kernels():
+@pytest.mark.parametrize("warm", [False, True])
+def test_real_torch_graphs_capture_forward_and_backward(warm):
+    """`warm`: on a stream for which CuPy's pool has memory."""
+    import cupy
     import torch
 
     theirs, _ = real_torch_problem(torch.float32)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles, and leaves memory for the capture in CuPy's pool
-            pydeform.deform_conv2d(**theirs, padding=1)
-    stream.synchronize()
+
+    def both(arrays):
+        output = pydeform.deform_conv2d(**arrays, padding=1)
+        grads = pydeform.deform_conv2d_backward(output, **arrays, padding=1, deterministic=True)
+        return [output, *(grad for grad in grads if grad is not None)]
+
+    both(theirs)  # compiles
+    stream = None
+    if warm:
+        stream = torch.cuda.Stream()
+        with cupy.cuda.ExternalStream(stream.cuda_stream):
+            both({name: cupy.from_dlpack(tensor) for name, tensor in theirs.items()})
+        stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        captured = pydeform.deform_conv2d(**theirs, padding=1)
+        captured = both(theirs)
     theirs["input"].mul_(2)
+    want = both(theirs)
+    with cupy.cuda.ExternalStream(0 if stream is None else stream.cuda_stream):
+        others = [cupy.ones(1 << size, np.uint8) for size in range(9, 24) for _ in range(4)]
+    torch.cuda.synchronize()
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(captured, pydeform.deform_conv2d(**theirs, padding=1))
+    for got, expected in zip(captured, want, strict=True):
+        assert torch.equal(got, expected)
+    assert all(bool((other == 1).all()) for other in others)
 
 
 # JAX takes most of the GPU's memory unless told otherwise before it starts, so another process has it.

@@ -9,6 +9,7 @@ import cupy
 import numpy as np
 
 from pydeform.cuda import _conv_common, _conv_direct, _conv_gather
+from pydeform.cuda._channels import to_channels_first, to_channels_last
 from pydeform.cuda._conv_common import (
     ADJOINT,
     C_TYPES,
@@ -32,8 +33,6 @@ from pydeform.cuda._conv_forward import (
     contiguous,
     images_at_a_time,
     part_of,
-    to_channels_first,
-    to_channels_last,
 )
 from pydeform.cuda._launch import Device, Launch, device
 

@@ -12,6 +12,7 @@ import cupy
 import numpy as np
 
 from pydeform.cuda import _conv_gather
+from pydeform.cuda._channels import to_channels_first
 from pydeform.cuda._conv_common import (
     C_TYPES,
     WORKSPACE,
@@ -148,16 +149,7 @@ class _Data(NamedTuple):
             columns = cupy.empty((some, count, g.in_channels), dtype)
             self._run(None, columns, first, count, tap0, some, store=True)
             _conv_gather.accumulate(columns, self.offset, self.mask, sums, g, g.in_channels, first, count, tap0, some)
-        index = index_type(sums.size)
-        _launch(
-            self.operator,
-            f"to_channels_first<{C_TYPES[grad_input.dtype.name]}, {index}>",
-            g.batch * ceil_div(g.in_h * g.in_w, 32) * ceil_div(g.in_channels, 32) * THREADS,
-            (
-                *(sums, grad_input, np.int32(g.batch), np.int32(g.in_channels)),
-                *(integer(index, g.in_h * g.in_w), np.int32(g.in_channels), np.int32(g.in_channels)),
-            ),
-        )
+        to_channels_first(self.operator, sums, grad_input, g.in_channels, g.in_channels)
 
     def _run(
         self, accumulator: Any, columns: Any, first: int, count: int, tap0: int, some: int, *, store: bool

@@ -9,6 +9,7 @@ import cupy
 import numpy as np
 
 from pydeform.cuda import _conv_common, _conv_direct
+from pydeform.cuda._channels import to_channels_last
 from pydeform.cuda._conv_common import (
     C_TYPES,
     COPIES,
@@ -18,7 +19,6 @@ from pydeform.cuda._conv_common import (
     compute_dtype,
     corner_bytes,
     index_type,
-    integer,
     own_types,
     pixels,
     taps,
@@ -154,48 +154,3 @@ class Tiles:
         partial = cupy.empty((self._slices, output.size), compute_dtype(self.dtype))
         self._forward(copy, offset, mask, packed, None, output, partial)
         self._sum(partial, bias, output)
-
-
-def to_channels_last(operator: str, array: Any, unit: int, pitch: int, cells: int = 1) -> Any:
-    """(N*H*W + 1, channels): each `unit` of channels in a space of `pitch`, and behind the last pixel one of zeros.
-
-    A unit's channels come `cells` apart in the array.
-    """
-    batch, count, height, width = array.shape
-    copy = cupy.empty((batch * height * width + 1, count // unit * pitch), array.dtype)
-    sizes = (batch, count, height * width, unit, pitch)
-    _turn("to_channels_last", operator, array.dtype.name, *sizes, device(), cells)(array, copy)
-    return copy
-
-
-def to_channels_first(operator: str, sums: Any, output: Any, unit: int, pitch: int) -> None:
-    """The sums of `to_channels_last`'s layout, rounded into `output` (N, C, H, W)."""
-    batch, count, height, width = output.shape
-    _turn("to_channels_first", operator, output.dtype.name, batch, count, height * width, unit, pitch, device())(
-        sums, output
-    )
-
-
-@functools.lru_cache(maxsize=PLANS)
-def _turn(
-    name: str,
-    operator: str,
-    dtype: str,
-    batch: int,
-    count: int,
-    image: int,
-    unit: int,
-    pitch: int,
-    on: Device,
-    *more: int,
-) -> Launch:
-    memory = count // unit * pitch
-    index = index_type((batch * image + 1) * memory)
-    return Launch(
-        operator,
-        f"{name}<{C_TYPES[dtype]}, {index}>",
-        (batch * ceil_div(image, 32) * ceil_div(memory, 32),),
-        THREADS,
-        *(np.int32(batch), np.int32(count), integer(index, image), np.int32(unit), np.int32(pitch)),
-        *map(np.int32, more),
-    )

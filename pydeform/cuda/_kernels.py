@@ -76,6 +76,8 @@ def _expressions(deformed: bool) -> Iterator[tuple[str, tuple[str, ...], int]]:
 
 def _long() -> Iterator[tuple[str, tuple[str, ...], int]]:
     """One of each kernel for arrays of more than 2^31 elements."""
+    for name in ("to_channels_last", "to_channels_first"):
+        yield f"{name}<f16, long long>", EVERY[-1:], 96
     for dtype, capability in (("float32", 80), ("float16", 90), ("float64", 75)):
         architectures = CAPABILITIES[capability][-1:]
         forward = forward_product(dtype, capability, 128, False)

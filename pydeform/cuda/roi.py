@@ -16,6 +16,7 @@ import numpy as np
 
 from pydeform._roi_geometry import RoiGeometry
 from pydeform.cuda import _conv_common
+from pydeform.cuda._channels import to_channels_last
 from pydeform.cuda._conv_common import (
     C_TYPES,
     COPIES,
@@ -26,7 +27,7 @@ from pydeform.cuda._conv_common import (
     own_types,
     round_up,
 )
-from pydeform.cuda._conv_forward import contiguous, to_channels_last
+from pydeform.cuda._conv_forward import contiguous
 from pydeform.cuda._launch import geometry, kernel, launch
 
 OPERATOR = "roi"

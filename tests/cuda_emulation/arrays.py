@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import functools
 import operator
@@ -61,9 +62,18 @@ class Memory:
         self._raw[start + nbytes : start + nbytes + GUARD] = GUARD_BYTE
         self.bytes[...] = 0xFF  # NaN: whatever nobody writes shows up in a result
         self.pointer, self.nbytes = self._raw.ctypes.data + start, nbytes
-        self.guarded, self.freed = True, False
+        self.guarded, self.freed, self.borrowed = True, False, False
         self._written: list[tuple[int, int]] = []
         self._cells: int | None = None
+        self._give_back: Callable[[], None] | None = None
+
+    @classmethod
+    def of_allocator(cls, pointer: int, nbytes: int, give_back: Callable[[], None]) -> Memory:
+        """What a function of another library allocated."""
+        self = cls.foreign(np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer)))
+        self.bytes[...] = 0xFF
+        self.borrowed, self._written, self._give_back = False, [], give_back
+        return self
 
     @classmethod
     def foreign(cls, host: np.ndarray) -> Memory:
@@ -72,8 +82,8 @@ class Memory:
         low, high = _bounds(host)
         self._raw = self.bytes = host
         self.pointer, self.nbytes = low, high - low
-        self.guarded, self.freed = False, False
-        self._written, self._cells = [(0, self.nbytes)], None
+        self.guarded, self.freed, self.borrowed = False, False, True
+        self._written, self._cells, self._give_back = [(0, self.nbytes)], None, None
         return self
 
     def mark_written(self, pointer: int, nbytes: int) -> None:
@@ -102,12 +112,53 @@ class Memory:
     def __del__(self) -> None:
         if getattr(self, "_cells", None) is not None:
             self._release(self._cells)
+        if getattr(self, "_give_back", None) is not None:
+            self._give_back()
 
 
 class MemoryPointer(NamedTuple):
     ptr: int
     mem: Memory
     device: streams.Device
+
+
+class PythonFunctionAllocator:
+    """CuPy's allocator by functions of another library: (bytes, device) -> address, and (address, device)."""
+
+    def __init__(self, malloc_func: Callable[[int, int], int], free_func: Callable[[int, int], None]):
+        self._malloc, self._free = malloc_func, free_func
+
+    def malloc(self, size: int) -> MemoryPointer:
+        device = streams.Device()
+        if size == 0:
+            return MemoryPointer(0, Memory(0), device)
+        pointer = self._malloc(size, device.id)
+        memory = Memory.of_allocator(pointer, size, functools.partial(self._free, pointer, device.id))
+        return MemoryPointer(pointer, memory, device)
+
+
+# Sizes of what CuPy's pool has, in order, for who allocates on a stream of a device what was given back there.
+_pool: dict[tuple[int, int], list[int]] = {}
+
+
+def _allocate(nbytes: int) -> Memory:
+    """From the allocator in use, or else a pool as CuPy's, which asks the driver for what its arenas do not hold."""
+    allocator = streams.get_allocator()
+    if allocator is not None:
+        memory: Memory = allocator(nbytes).mem
+        return memory
+    if nbytes == 0:
+        return Memory(0)
+    size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+    arena = _pool.setdefault((streams.Device().id, streams.get_current_stream().ptr), [])
+    place = bisect.bisect_left(arena, size)
+    if place < len(arena):
+        size = arena.pop(place)
+    else:
+        streams.refuse_while_capturing("cudaMalloc")
+    memory = Memory(nbytes)
+    memory._give_back = functools.partial(bisect.insort, arena, size)
+    return memory
 
 
 class ndarray:
@@ -122,7 +173,7 @@ class ndarray:
             dtype = np.dtype(dtype)
             shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
             size = int(np.prod(shape, dtype=np.int64))
-            memory = Memory(size * dtype.itemsize)
+            memory = _allocate(size * dtype.itemsize)
             host = np.ndarray(shape, dtype, memory.bytes)
         assert memory is not None
         self._host, self._memory, self.device = host, memory, streams.Device()
@@ -265,7 +316,7 @@ class ndarray:
     def __dlpack__(
         self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: Any = None
     ) -> Any:
-        return dlpack.to_capsule(self._alive(), self.device.id, max_version)
+        return dlpack.to_capsule(dlpack.owned(self._alive(), self), self.device.id, max_version)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return dlpack.CUDA, self.device.id
@@ -348,7 +399,7 @@ def ones(shape: Any, dtype: Any = float) -> ndarray:
 def empty_like(a: Any, dtype: Any = None, order: str = "K") -> ndarray:
     like = a._host if isinstance(a, ndarray) else a
     template = np.empty_like(like, dtype, order)  # type: ignore[call-overload]
-    memory = Memory(template.nbytes)
+    memory = _allocate(template.nbytes)
     host = np.ndarray(template.shape, template.dtype, memory.bytes, strides=template.strides)
     return ndarray((), memory=memory, host=host)
 

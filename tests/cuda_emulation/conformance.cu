@@ -162,6 +162,10 @@ __global__ void atomics(int* i, float* f, double* d) {
   atomicAdd(f + t % 4, 0.5f * t);
   atomicAdd(d + t % 4, 0.25 * t);
 }
+__global__ void permuted_bytes(const uint32_t* a, const uint32_t* b, const uint32_t* selectors, uint32_t* out) {
+  int i = threadIdx.x;
+  out[i] = __byte_perm(a[i], b[i], selectors[i]);
+}
 __global__ void arithmetic(const float* in, float* out) {
   int i = threadIdx.x;
   float a = in[i], b = in[(i + 1) % 32], c = in[(i + 2) % 32];

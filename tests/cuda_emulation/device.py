@@ -97,8 +97,9 @@ def _runtime_module() -> ModuleType:
 def _modules() -> dict[str, ModuleType]:
     top, cuda, compiler = ModuleType("cupy"), ModuleType("cupy.cuda"), ModuleType("cupy.cuda.compiler")
     compiler.CompileException = build.CompileException  # type: ignore[attr-defined]
-    names = ("Device", "Event", "ExternalStream", "Stream", "get_current_stream", "get_elapsed_time")
+    names = ("Device", "Event", "ExternalStream", "Stream", "get_current_stream", "get_elapsed_time", "using_allocator")
     vars(cuda).update({name: getattr(streams, name) for name in names})
+    vars(cuda).update({name: getattr(arrays, name) for name in ("MemoryPointer", "PythonFunctionAllocator")})
     vars(cuda).update(runtime=_runtime_module(), compiler=compiler, is_available=_is_available)
     functions = (
         *("array", "asarray", "ascontiguousarray", "asnumpy", "cumsum", "empty", "empty_like", "from_dlpack", "full"),

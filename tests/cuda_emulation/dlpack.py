@@ -72,18 +72,23 @@ def to_host(producer: Any, stream: int) -> np.ndarray:
 
 
 class _Bytes:
-    """Memory that belongs to another array, writable although NumPy takes it from a capsule as read-only."""
+    """An array's memory, writable although NumPy takes it from a capsule as read-only."""
 
-    def __init__(self, owner: np.ndarray):
+    def __init__(self, host: np.ndarray, owner: Any):
         self._owner = owner
         self.__array_interface__ = {
-            "data": (owner.ctypes.data, False),
-            "shape": owner.shape,
-            "strides": owner.strides,
-            "typestr": f"|V{owner.itemsize}",
+            "data": (host.ctypes.data, False),
+            "shape": host.shape,
+            "strides": host.strides,
+            "typestr": f"|V{host.itemsize}",
             "version": 3,
         }
 
 
+def owned(host: np.ndarray, owner: Any) -> np.ndarray:
+    """The same memory, which keeps `owner` alive."""
+    return np.asarray(_Bytes(host, owner)).view(host.dtype)
+
+
 def _writable(host: np.ndarray) -> np.ndarray:
-    return np.asarray(_Bytes(host)).view(host.dtype)
+    return owned(host, host)

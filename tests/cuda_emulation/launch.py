@@ -7,6 +7,7 @@ import functools
 import re
 import struct
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,6 +224,10 @@ class Function:
             self._prepare().launch(sizes[0], sizes[1], args, shared_mem, streams.SHARED_KIB[capability] * 1024)
 
 
+def _self(memory: Memory) -> Memory:
+    return memory
+
+
 def _loads(architecture: str, capability: str) -> bool:
     """Machine code runs within its major version, on its minor version or a later one; "90a" is for 90 alone."""
     if architecture.endswith("a"):
@@ -278,6 +283,12 @@ class _Prepared:
                 struct.pack_into("Q", self._values, offset, pointer)
             else:
                 self._values[offset : offset + size] = self._by_value(number, value, size, kind)
+        capture = streams.capture_of(streams.get_current_stream())
+        if capture is not None:
+            for place, memory in enumerate(memories):
+                what = f"argument {self._buffers[place].argument} of {self.name}"
+                # The caller keeps what is not ours for as long as the graph, as for every graph.
+                capture.use(what, memory, functools.partial(_self, memory) if memory.borrowed else weakref.ref(memory))
         launch.grid[:], launch.block[:] = grid, block
         launch.shared_bytes, launch.shared_limit, launch.buffer_count = shared_mem, shared_limit, len(memories)
         launch.schedule, launch.profiled = configuration.schedule, configuration.profile

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # Shared memory that a block may ask for, in KiB, by compute capability.
@@ -28,6 +30,7 @@ class _Current(threading.local):
     def __init__(self) -> None:
         self.devices = [0]
         self.streams: list[Stream] = []
+        self.allocator: Callable[[int], Any] | None = None
 
 
 _current = _Current()
@@ -83,17 +86,56 @@ class Device:
         }
 
 
+GLOBAL, THREAD_LOCAL, RELAXED = 0, 1, 2  # modes of a capture
+_captures: dict[int, Capture] = {}  # under way, by the stream's pointer
+
+
+class Capture:
+    """A stream's launches, which run at once nevertheless, and then the graph of them."""
+
+    def __init__(self, mode: int):
+        self.mode = mode
+        self._uses: list[tuple[str, int, int, Callable[[], Any]]] = []  # of memory: by whom, where, how to find it
+
+    def use(self, what: str, memory: Any, find: Callable[[], Any]) -> None:
+        self._uses.append((what, memory.pointer, memory.nbytes, find))
+
+    def launch(self, stream: Stream | None = None, *, kept: Iterable[tuple[int, int]] = ()) -> None:
+        """Runs nothing: what the kernels use must be there still, or in (address, bytes) of what the graph keeps."""
+        kept = list(kept)
+        for what, pointer, nbytes, find in self._uses:
+            if find() is None and not any(p <= pointer and pointer + nbytes <= p + size for p, size in kept):
+                raise RuntimeError(f"a graph is replayed on memory that was given back: {what}")
+
+
+def refuse_while_capturing(what: str) -> None:
+    """As the driver does unless the capture is relaxed, wherever it is under way."""
+    if any(capture.mode != RELAXED for capture in _captures.values()):
+        raise RuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} is not permitted when a stream is capturing")
+
+
+def capture_of(stream: Stream) -> Capture | None:
+    return _captures.get(stream.ptr)
+
+
 class Event:
     def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False):
         self.recorded_on: int | None = None
+        self._capture: Capture | None = None
 
     def record(self, stream: Stream | None = None) -> None:
-        self.recorded_on = (stream or get_current_stream()).ptr
+        stream = stream or get_current_stream()
+        self.recorded_on, self._capture = stream.ptr, capture_of(stream)
 
     def synchronize(self) -> None:
         _refuse("Event.synchronize")
 
-    done = True
+    @property
+    def done(self) -> bool:
+        if self._capture is not None:
+            raise RuntimeError("cudaErrorCapturedEvent: the event was recorded in a stream that was capturing")
+        refuse_while_capturing("cudaEventQuery")
+        return True
 
 
 class Stream:
@@ -137,7 +179,22 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         if event.recorded_on is None:
             raise RuntimeError("wait_event: nobody has recorded this event")
+        if capture_of(self) is not event._capture:
+            raise RuntimeError("cudaErrorStreamCaptureIsolation: the event is not of this capture")
         self.waited_for.append(event)
+
+    def begin_capture(self, mode: int | None = None) -> None:
+        if self.ptr in (0, 1):
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        if self.ptr in _captures:
+            raise RuntimeError("cudaErrorIllegalState: the stream is capturing")
+        _captures[self.ptr] = Capture(RELAXED if mode is None else mode)
+
+    def end_capture(self) -> Capture:
+        return _captures.pop(self.ptr)
+
+    def is_capturing(self) -> bool:
+        return self.ptr in _captures
 
     def synchronize(self) -> None:
         _refuse("Stream.synchronize")
@@ -156,6 +213,20 @@ Stream.null = Stream(null=True)
 
 def get_current_stream(device_id: int | None = None) -> Stream:
     return _current.streams[-1] if _current.streams else Stream.null
+
+
+@contextmanager
+def using_allocator(allocator: Callable[[int], Any]) -> Iterator[None]:
+    before, _current.allocator = _current.allocator, allocator
+    try:
+        yield
+    finally:
+        _current.allocator = before
+
+
+def get_allocator() -> Callable[[int], Any] | None:
+    """This thread's own, or None."""
+    return _current.allocator
 
 
 def get_elapsed_time(start: Event, end: Event) -> float:

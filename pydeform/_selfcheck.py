@@ -89,6 +89,21 @@ def problem(operator: str, channels: int = 2) -> Problem:
     return Problem(arrays, options, eighths(2, 6, *size))
 
 
+def problems(operator: str) -> Iterator[Problem]:
+    """Those that together go every way: few and many channels of a group, and few samples of a large image."""
+    for channels in CHANNELS:
+        yield problem(operator, channels)
+    if "roi" not in operator:
+        yield _few_samples(problem(operator))
+
+
+def _few_samples(p: Problem) -> Problem:
+    """A convolution's problem with a larger image, of which only the first output is left."""
+    arrays = {name: array[..., :1, :1] if name in ("offset", "mask") else array for name, array in p.arrays.items()}
+    arrays["input"] = np.tile(arrays["input"], (1, 1, 5, 5))
+    return Problem(arrays, {**p.options, "stride": 100}, p.grad_output[..., :1, :1])
+
+
 # Four boxes of 2 x 4 pixels of the input, inside and across its borders, times two for a spatial_scale of 1/2. Those of
 # deform_psroi_pool are rounded, and end one pixel later.
 BOXES = [[0, 1.5, 1.5, 9.5, 5.5], [1, -0.5, 3.5, 7.5, 7.5], [1, 5.5, -0.5, 13.5, 3.5], [0, 3.5, 5.5, 11.5, 9.5]]
@@ -202,11 +217,11 @@ def _check_gradients(operator: str, backend: Backend) -> None:
 
 def _check_numbers(operator: str, backend: Backend, dtype: str) -> None:
     """Against float64 on the CPU, which the vectors and finite differences vouch for."""
-    for channels in CHANNELS:
-        p = problem(operator, channels)
+    for p in problems(operator):
         got, want = run(operator, p, backend, DTYPES[dtype]), run(operator, p, CPU, np.float64)
         for name, expected in want.items():
-            _compare(f"{dtype}, {channels} channels", got, {name: expected}, 0, TOLERANCE[dtype] * abs(expected).max())
+            where = f"{dtype}, input {p.arrays['input'].shape}"
+            _compare(where, got, {name: expected}, 0, TOLERANCE[dtype] * abs(expected).max())
 
 
 def check(operator: str, backend: Backend, dtype: str) -> Result:

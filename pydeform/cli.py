@@ -13,9 +13,15 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 import pydeform
 from pydeform._program import count, without_traceback
+
+if TYPE_CHECKING:
+    from pydeform._selfcheck import Backend
 
 # extra -> the modules that it brings
 EXTRAS = {
@@ -36,8 +42,9 @@ EXTRAS = {
         "tqdm",
     ),
 }
-VECTOR_FEATURES = ("sse2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bf16", "avx512fp16", "neon", "sve")
-WARMUP_DTYPES = ("float32", "float64")
+VECTOR_FEATURES = "sse2 avx avx2 fma f16c avx512f avx512bf16 avx512fp16 amx-bf16 neon sve".split()
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+WARMUP_DTYPES = ("float32", "float64")  # those that kernels on the CPU compute in
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser_bench.add_argument("--quick", action="store_true", help="three small shapes only")
     parser_bench.add_argument("--threads", type=count, default=pydeform.get_num_threads())
     parser_bench.set_defaults(run=bench)
-    commands.add_parser("warmup", help="compile every kernel once").set_defaults(run=warmup)
+    parser_warmup = commands.add_parser("warmup", help="compile kernels now, so that no first call has to")
+    parser_warmup.add_argument("names", nargs="*", type=operator, metavar="OPERATOR", help="say deform_conv2d; all")
+    parser_warmup.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, dest="dtypes", help="float32 float64 on the CPU, all four on a GPU"
+    )
+    parser_warmup.set_defaults(run=warmup)
     commands.add_parser("demo", help="train deformable networks on real digits; `pydeform demo --help`")
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
@@ -154,22 +166,65 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def operator(text: str) -> str:
+    """An argument that names an operator; argparse prints the message."""
+    from pydeform import _selfcheck
+
+    if text not in _selfcheck.operators():
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(_selfcheck.operators())}, got {text!r}")
+    return text
+
+
 def warmup(options: argparse.Namespace) -> int:
+    from pydeform import _selfcheck
+
+    start = time.perf_counter()
+    names = options.names or _selfcheck.operators()
+    cpu, *gpus = _selfcheck.backends()
+    compiled, loaded = warm_cpu(cpu, names, options.dtypes or WARMUP_DTYPES)
+    print(
+        f"cpu: {compiled} kernels compiled, {loaded} loaded, in {time.perf_counter() - start:.1f} s; cache: {cache()}"
+    )
+    for gpu in gpus:
+        start = time.perf_counter()
+        warm(gpu, names, options.dtypes or DTYPES)
+        print(f"{gpu.name}: kernels ready in {time.perf_counter() - start:.1f} s; CuPy keeps them")
+    return 0
+
+
+def warm_cpu(cpu: Backend, names: Sequence[str], dtypes: Sequence[str]) -> tuple[int, int]:
+    """Compile, or load from the cache, each kernel that these operators call; how many of either kind."""
     from pydeform import _selfcheck
     from pydeform._progress import progress
 
-    start = time.perf_counter()
-    jobs = [
-        (operator, backend, dtype)
-        for backend in _selfcheck.backends()
-        for operator in _selfcheck.operators()
-        for dtype in (WARMUP_DTYPES if backend.name == "cpu" else _selfcheck.DTYPES)
-    ]
-    for operator, backend, dtype in progress(jobs, "warmup", lambda job: f"{job[0]} {job[1].name} {job[2]}"):
-        for channels in _selfcheck.CHANNELS:
-            _selfcheck.run(operator, _selfcheck.problem(operator, channels), backend, _selfcheck.DTYPES[dtype])
-    print(f"{len(jobs)} kernels ready in {time.perf_counter() - start:.1f} s; cache: {cache()}")
-    return 0
+    jit = importlib.import_module("pydeform.cpu._jit")
+    kernels: dict[Any, Any] = {}
+    labels: dict[Any, str] = {}
+    for name in names:
+        for dtype in dtypes:
+            with jit.listing() as listed, np.errstate(all="ignore"):  # results are whatever was in their memory
+                for problem in _selfcheck.problems(name):
+                    _selfcheck.run(name, problem, cpu, _selfcheck.DTYPES[dtype])
+            for key, (kernel, *_) in listed.items():
+                labels.setdefault(key, f"{name} {dtype} {kernel.call.__name__.strip('_')}")
+            kernels |= listed
+    compiled = 0
+    for key in progress(list(kernels), "warmup", labels.__getitem__):
+        kernel, *rest = kernels[key]
+        before = kernel.count_of_compiled()
+        kernel.prepare(*rest)
+        compiled += kernel.count_of_compiled() - before
+    return compiled, len(kernels) - compiled
+
+
+def warm(gpu: Backend, names: Sequence[str], dtypes: Sequence[str]) -> None:
+    from pydeform import _selfcheck
+    from pydeform._progress import progress
+
+    jobs = [(name, dtype) for name in names for dtype in dtypes]
+    for name, dtype in progress(jobs, f"warmup {gpu.name}", " ".join):
+        for problem in _selfcheck.problems(name):
+            _selfcheck.run(name, problem, gpu, _selfcheck.DTYPES[dtype])
 
 
 def demo(argv: Sequence[str]) -> int:

@@ -91,11 +91,41 @@ def test_check_of_gradients_alone(monkeypatch):
     assert "gradcheck: mask" in result.failure
 
 
-def test_warmup(capsys):
-    assert cli.main(["warmup"]) == 0
-    captured = capsys.readouterr()
-    assert "kernels ready in" in captured.out
-    assert "warmup" in captured.err
+def test_warmup(tmp_path):
+    """Kernels that were compiled are told from those that were loaded, and no call compiles afterwards."""
+    code = """
+import sys
+import pydeform
+from pydeform import _selfcheck, cli
+from pydeform.cpu import _jit
+
+if sys.argv[1:]:
+    sys.exit(cli.main(["warmup", *sys.argv[1:]]))
+assert cli.main(["warmup", "conv2d"]) == 0
+_jit.Kernel._compile = lambda kernel, key, arguments: sys.exit(f"compiles {kernel.call}")
+for name in ("float32", "float64"):
+    for problem in _selfcheck.problems("conv2d"):
+        _selfcheck.run("conv2d", problem, _selfcheck.CPU, _selfcheck.DTYPES[name])
+"""
+    for arguments, said in (
+        (["conv2d", "--dtype", "float32"], "cpu: 4 kernels compiled, 0 loaded"),
+        (["conv2d", "deform_conv2d", "--dtype", "float32"], "cpu: 0 kernels compiled, 4 loaded"),
+        ([], "cpu: 4 kernels compiled, 4 loaded"),
+    ):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+        assert "warmup 1/" in done.stderr and "conv2d float32 forward" in done.stderr
+        assert "Warning" not in done.stderr
+
+
+def test_warmup_of_what_there_is_not(capsys):
+    for argv, said in ((["deform_conv"], "must be one of conv2d, deform_conv2d"), (["--dtype", "int8"], "'int8'")):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["warmup", *argv])
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 def test_info_tells_of_the_stranger(monkeypatch, capsys):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import llvmlite.binding.ffi
 import numba
+from numba import _dynfunc
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder, PassManager
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.compiler_machinery import register_pass
+from numba.core.typed_passes import NativeLowering
 from numba.core.typing.typeof import typeof
 
 from pydeform import _background
@@ -15,20 +21,82 @@ from pydeform.cpu._kernel_cache import KernelCache, cache_directory, say_once
 
 _background.hold_at_fork(global_compiler_lock, llvmlite.binding.ffi.lib._lock)
 
+
+class _PartOfKernels(JITCodeLibrary):  # type: ignore[misc]
+    """LLVM's text of a function that only kernels call. They take it in and optimise it then, so nothing is gained by
+    optimising it by itself before, and by machine code that nobody calls: a third of the time to compile."""
+
+    def _optimize_functions(self, module: Any) -> None:
+        pass
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        return 0
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _LowerPartOfKernels(NativeLowering):  # type: ignore[misc]
+    """Numba's last step, without what would make the function callable from Python."""
+
+    _name = "lower_part_of_kernels"
+
+    def run_pass(self, state: Any) -> bool:
+        state.library = _PartOfKernels(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.flags.no_compile = True
+        super().run_pass(state)
+        state.library._ensure_finalized()
+        description, name = state.cr.fndesc, state.func_id.func_name
+        # Kernels find the text by this function, which has no code of its own.
+        function = _dynfunc.make_function(description.lookup_module(), name, "", 0, state.cr.env, (state.library,))
+        state.targetctx.insert_user_function(function, description, [state.library])
+        state["cr"] = state.cr._replace(cfunc=function)
+        return True
+
+
+class _CompilerOfParts(CompilerBase):  # type: ignore[misc]
+    def define_pipelines(self) -> list[Any]:
+        usual = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        steps = PassManager("part_of_kernels")
+        steps.passes = [(_LowerPartOfKernels if step is NativeLowering else step, why) for step, why in usual.passes]
+        steps.finalize()
+        return [steps]
+
+
 # Without Numba's runtime: kernels allocate nothing, and their callers hold all arrays, so nobody needs to count who
 # uses them, by atomic additions in the midst of loops.
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False, "no_cfunc_wrapper": True}
+_OPTIONS_OF_PARTS = {**_OPTIONS, "no_cpython_wrapper": True, "pipeline_class": _CompilerOfParts}
 
 
 def inline(function: Callable[..., Any]) -> Any:
-    """A function called by kernels; compiled into them."""
-    return numba.njit(**_OPTIONS)(function)
+    """A function called by kernels; compiled into them, and callable from nowhere else."""
+    return numba.njit(**_OPTIONS_OF_PARTS)(function)
 
 
 def inline_always(function: Callable[..., Any]) -> Any:
     """The same for a small step in a hot loop: where a call would be left, its arrays and records are copied word by
     word, which takes longer than the step."""
-    return numba.njit(forceinline=True, **_OPTIONS)(function)
+    return numba.njit(forceinline=True, **_OPTIONS_OF_PARTS)(function)
+
+
+_waiting: dict[Any, tuple[Kernel, Any, tuple[Any, ...]]] | None = None
+
+
+@contextlib.contextmanager
+def listing() -> Iterator[dict[Any, tuple[Kernel, Any, tuple[Any, ...]]]]:
+    """Kernels that are called meanwhile do not run: the dict gets what `prepare` needs for each that is not ready."""
+    global _waiting
+    _waiting = {}
+    try:
+        yield _waiting
+    finally:
+        _waiting = None
 
 
 class Kernel:
@@ -38,10 +106,16 @@ class Kernel:
         self.call = numba.njit(**_OPTIONS)(function)
         self._compiled: set[Any] = set()
 
-    def prepare(self, key: Any, arguments: tuple[Any, ...]) -> None:
-        """Compile for the types of `arguments`, or load from disk; `key` stands for those types."""
+    def prepare(self, key: Any, arguments: tuple[Any, ...]) -> bool:
+        """Compile for the types of `arguments`, or load from disk; `key` stands for those types. False: it must not
+        be called, kernels are only listed."""
+        if _waiting is not None:
+            if key not in self._compiled:
+                _waiting.setdefault((self, key), (self, key, arguments))
+            return False
         if key not in self._compiled:
             _background.complete(lambda: self._compile(key, arguments), self._say_compiling)
+        return True
 
     def _compile(self, key: Any, arguments: tuple[Any, ...]) -> None:
         if key in self._compiled:  # by another thread, meanwhile
@@ -53,6 +127,10 @@ class Kernel:
             self.call._cache = KernelCache(function, folder)
         self.call.compile(tuple(typeof(argument) for argument in arguments))
         self._compiled.add(key)
+
+    def count_of_compiled(self) -> int:
+        """For how many types this process has compiled it, rather than loaded it."""
+        return sum(self.call.stats.cache_misses.values())
 
     def _say_compiling(self) -> None:
         if self.call.stats.cache_misses.keys() - self.call.overloads:  # not loading, nor waiting for another kernel

@@ -201,7 +201,8 @@ def run(kernel: Kernel, key: Any, threads: int, counters: Any, *arguments: Any) 
     When it returns, no helper holds any of the arguments: else memory of a call would still be in use at the next one,
     which would have to get its own from the system. An error in one thread ends the others' work, and is raised here.
     """
-    kernel.prepare(key, (0, counters, *arguments))
+    if not kernel.prepare(key, (0, counters, *arguments)):
+        return
     helpers = _start_helpers(threads - 1) if threads > 1 else 0
     tasks = [_Task(kernel, thread, counters, arguments) for thread in range(1, helpers + 1)]
     if tasks:

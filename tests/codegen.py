@@ -128,7 +128,9 @@ def _described(lines: list[str], processor: Processor) -> Loop | None:
         loads = sum(len(re.findall(processor.vector + r"|\b[sd]\d+\b", target)) for target in targets)
         stack = sum(bool(re.match(r"\s+st[rpu]\w*\s+q", line)) and "[sp" in line for line in lines)
         return Loop(multiply_adds, loads, stack)
-    multiply_adds = sum("vfm" in line or "vfnm" in line or line.lstrip().startswith("mulp") for line in lines)
+    multiply_adds = sum(
+        "vfm" in line or "vfnm" in line or "vdpbf16ps" in line or line.lstrip().startswith("mulp") for line in lines
+    )
     # In what is AT&T's order the target comes last: memory anywhere before it is read.
     loads = sum(bool(re.search(r"\(%.*\).*,\s*%[xyz]mm\d+", line)) for line in lines)
     stack = sum(bool(re.search(r"%[xyz]mm\d+, -?\d*\(%r[sb]p\)", line)) for line in lines)

@@ -409,12 +409,13 @@ def _geometry(groups: int, offset_groups: int, ins: int, outs: int) -> Conv2dGeo
 def test_tables_of_groups_are_those_of_one_repeated(groups, offset_groups, ins, outs):
     g = _geometry(groups, offset_groups, ins, outs)
     depthwise = _conv_common.is_depthwise(g)
-    want = _conv_forward._steps_of_period(g, 32, depthwise)
-    for got, whole in zip(_conv_forward._steps(g, 32), want, strict=True):
-        np.testing.assert_array_equal(got, whole)
-    blocks, *sizes = _conv_backward._backward_blocks(g, 32)
+    for has_pairs in (False, True):
+        want = _conv_forward._steps_of_period(g, 32, depthwise, has_pairs)
+        for got, whole in zip(_conv_forward._steps(g, 32, has_pairs), want, strict=True):
+            np.testing.assert_array_equal(got, whole)
+    blocks, *sizes = _conv_backward._backward_blocks(g, 32, 8, outs)
     largest = int(max(blocks["channels"]))
-    whole, *want_sizes = _conv_backward._blocks_of_period(g, 32, largest, depthwise)
+    whole, *want_sizes = _conv_backward._blocks_of_period(g, 32, largest, depthwise, 8, outs)
     latest: dict[int, int] = {}
     for number, row in enumerate(blocks):
         assert row["previous"] == latest.get(row["og"], -1)
@@ -435,9 +436,10 @@ def test_tables_of_many_groups(monkeypatch):
         make = getattr(module, name)
         monkeypatch.setattr(module, name, lambda one, *rest, make=make: (seen.append(one.groups), make(one, *rest))[1])
     kept = _conv_forward._kept.cache_info().currsize, _conv_backward._kept_blocks.cache_info().currsize
-    prepared = _conv_forward._prepared(g, np.dtype(np.float32), 1, True, True)
+    single = np.dtype(np.float32)
+    prepared = _conv_forward._prepared(g, single, single, 1, True, True)
     assert len(prepared.tables[1]) == 9 * 30_000
-    assert len(_conv_backward._backward_blocks(g, 32)[0]) == 30_000
+    assert len(_conv_backward._backward_blocks(g, 32, 8, 2)[0]) == 30_000
     assert seen == [1, 1]
     assert kept == (_conv_forward._kept.cache_info().currsize, _conv_backward._kept_blocks.cache_info().currsize)
     kept_bins = _roi_common.bins_table.cache_info().currsize

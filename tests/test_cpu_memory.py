@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import pydeform
-from pydeform.cpu import _arrays, _conv_common, _roi_common, _threads
+from pydeform.cpu import _arrays, _conv_common, _roi_common, _simd_pairs, _threads
 from pydeform.cpu._jit import Kernel
 from pydeform.cpu._simd import at
 from tests.cases.deform_conv2d import ARRAYS, CASES, make, make_grad_output
@@ -164,14 +164,17 @@ def test_bins_moved_far_away(check, name, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_deform_conv2d(check, name, dtype):
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_deform_conv2d(check, name, dtype, monkeypatch):
+    # In pairs, on every processor.
+    monkeypatch.setattr(_conv_common, "pair_dtype", lambda: _simd_pairs.pair_dtype() or _simd_pairs.DOTS)
     case = CASES[name]
     arrays, grad_output = make(case, dtype), make_grad_output(case, dtype)
     check("deform_conv2d", ARRAYS, arrays, grad_output, case.options, all_subsets=True)
-    offset = arrays["offset"]
+    offset, coordinates = arrays["offset"], "float32" if dtype == "bfloat16" else dtype
     signs = np.random.default_rng(2).choice([-1, 0, 1], offset.size)
-    arrays["offset"] = (np.resize(_magnitudes(dtype), offset.size) * signs).reshape(offset.shape).astype(offset.dtype)
+    arrays["offset"] = (np.resize(_magnitudes(coordinates), offset.size) * signs).reshape(offset.shape)
+    arrays["offset"] = arrays["offset"].astype(coordinates)
     check("deform_conv2d", ARRAYS, arrays, grad_output, case.options)
 
 

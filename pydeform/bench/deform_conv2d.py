@@ -5,7 +5,8 @@
 prints one JSON object: shape -> "forward" and "training" (forward and backward) -> candidate -> seconds.
 "pydeform" is this library; "openvino", "onnxruntime" and "torchvision" compute the same thing, are compared with it
 first, and are called as their users call them. The rest are references: "dense ..." is the plain convolution of that
-size, "products ..." the bare matrix products without any sampling (one forward, three with gradients).
+size, "products ..." the bare matrix products without any sampling (one forward, three with gradients). All in float32,
+but "... bfloat16", whose arrays are in that already.
 """
 
 from __future__ import annotations
@@ -84,6 +85,11 @@ def problem(shape: Shape) -> Problem:
         mask=1 / (1 + np.exp(-logits)) if shape.mask else None,
         grad_output=normal(n, c, h, w),
     )
+
+
+def in_bfloat16(p: Problem) -> Problem:
+    half = importlib.import_module("ml_dtypes").bfloat16
+    return Problem(p.shape, *(None if a is None else a.astype(half) for a in p[1:]))
 
 
 def ours_forward(p: Problem) -> Any:
@@ -168,13 +174,15 @@ def torchvision_call(p: Problem, threads: int, gradients: bool) -> Callable[[], 
     return call
 
 
-def dense_call(p: Problem, threads: int, gradients: bool) -> Callable[[], Any]:
+def dense_call(p: Problem, threads: int, gradients: bool, dtype: str = "float32") -> Callable[[], Any]:
     torch, (x, _, weight, bias, _) = torch_tensors(p, threads, gradients)
+    x, weight, bias = (a.detach().to(getattr(torch, dtype)).requires_grad_(gradients) for a in (x, weight, bias))
+    grad_output = torch.from_numpy(p.grad_output).to(x.dtype)
     d = p.shape.dilation
 
     def call() -> Any:
         y = torch.nn.functional.conv2d(x, weight, bias, padding=d, dilation=d)
-        return torch.autograd.grad(y, (x, weight, bias), torch.from_numpy(p.grad_output)) if gradients else y
+        return torch.autograd.grad(y, (x, weight, bias), grad_output) if gradients else y
 
     return call
 
@@ -232,7 +240,11 @@ def _installed(module: str) -> bool:
 
 
 def forward_candidates(p: Problem, threads: int) -> dict[str, Callable[[], Any]]:
-    calls: dict[str, Callable[[], Any]] = {"pydeform": lambda: ours_forward(p)}
+    half = in_bfloat16(p)
+    calls: dict[str, Callable[[], Any]] = {
+        "pydeform": lambda: ours_forward(p),
+        "pydeform bfloat16": lambda: ours_forward(half),
+    }
     if _installed("openvino"):
         calls["openvino"] = openvino_forward(p, threads)
     if _installed("onnxruntime") and _installed("onnx") and (call := onnxruntime_forward(p, threads)):
@@ -241,18 +253,22 @@ def forward_candidates(p: Problem, threads: int) -> dict[str, Callable[[], Any]]
         calls["torchvision"] = torchvision_call(p, threads, gradients=False)
     if _installed("torch"):
         calls["dense torch"] = dense_call(p, threads, gradients=False)
+        calls["dense torch bfloat16"] = dense_call(p, threads, gradients=False, dtype="bfloat16")
     return calls | products(p, threads, gradients=False)
 
 
 def training_candidates(p: Problem, threads: int) -> dict[str, Callable[[], Any]]:
+    half = in_bfloat16(p)
     calls: dict[str, Callable[[], Any]] = {
         "pydeform": lambda: (ours_forward(p), ours_backward(p)),
         "pydeform backward": lambda: ours_backward(p),
+        "pydeform bfloat16": lambda: (ours_forward(half), ours_backward(half)),
     }
     if _installed("torchvision"):
         calls["torchvision"] = torchvision_call(p, threads, gradients=True)
     if _installed("torch"):
         calls["dense torch"] = dense_call(p, threads, gradients=True)
+        calls["dense torch bfloat16"] = dense_call(p, threads, gradients=True, dtype="bfloat16")
     return calls | products(p, threads, gradients=True)
 
 
@@ -278,11 +294,16 @@ def measure(name: str, threads: int, rounds: int, runtimes: bool = True) -> dict
             timing.show_progress(f"{name} {what}, threads {threads}: {text}")
 
         progress("setting up")
-        calls = {n: c for n, c in candidates(p, threads).items() if runtimes or n not in RUNTIMES}
+        calls = {n: c for n, c in candidates(p, threads).items() if runtimes or not _needs_wide_vectors(n)}
         if what == "forward":
             result["largest difference"] = differences(calls, name)
         result[what] = {n: t._asdict() for n, t in timing.interleaved(calls, rounds, progress).items()}
     return result
+
+
+def _needs_wide_vectors(name: str) -> bool:
+    """Cannot be told to do without, or takes seconds then."""
+    return name in RUNTIMES or name.endswith("bfloat16")
 
 
 def fastest(timings: dict[str, Any], names: tuple[str, ...]) -> tuple[str, float] | None:
@@ -317,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=count, default=pydeform.get_num_threads())
     parser.add_argument("--shapes", default=",".join(SHAPES), type=shape_names)
     parser.add_argument("--rounds", type=count, default=7)
-    parser.add_argument("--no-runtimes", action="store_true", help="without OpenVINO and onnxruntime")
+    parser.add_argument("--no-runtimes", action="store_true", help="without OpenVINO, onnxruntime and bfloat16")
     options = parser.parse_args(argv)
     pydeform.set_num_threads(options.threads)
     results = {name: measure(name, options.threads, options.rounds, not options.no_runtimes) for name in options.shapes}

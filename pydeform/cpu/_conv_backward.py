@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform.cpu import _conv_common, _threads
+from pydeform.cpu import _conv_common, _simd_pairs, _threads
 from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, workspace
 from pydeform.cpu._channels_last import PIXELS, block_to_channels_first, pixel_parts, to_channels_last
 from pydeform.cpu._conv_common import (
@@ -19,6 +20,7 @@ from pydeform.cpu._conv_common import (
     flat_arguments,
     is_depthwise,
     is_small,
+    numbers_of,
     period_of,
     prefers_planes,
     repeated,
@@ -27,8 +29,8 @@ from pydeform.cpu._conv_common import (
     threads_for,
     turned_size,
 )
-from pydeform.cpu._jit import Kernel, inline
-from pydeform.cpu._planes import NO_PLANES, gather_corners, planes_of
+from pydeform.cpu._jit import Kernel, inline, inline_always
+from pydeform.cpu._planes import gather_corners, planes_of
 from pydeform.cpu._sampling import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import (
     ROWS,
@@ -38,10 +40,11 @@ from pydeform.cpu._simd import (
     blend,
     blend_dots,
     blend_dots_scatter,
-    multiply_tile,
+    copy_vectors,
     sum_values,
     transpose_block,
 )
+from pydeform.cpu._simd_pairs import begin_products, end_products, multiply_tile, pack_rows, put, rows_of
 from pydeform.cpu._simd_roi import plane_scatter
 from pydeform.cpu._threads import advance_counter, claim, finish, own_counters, wait_for, wait_until
 
@@ -61,7 +64,9 @@ class BackwardPlan(NamedTuple):
     positions: int  # of a tile
     tiles: int  # of an image
     splits: int  # ranges of images, each with a weight gradient of its own
-    rows: int  # output channels of a group, rounded up to the register block
+    lines: int  # rows of a block of a product
+    rows: int  # output channels of a group, rounded up to those
+    depth: int  # output channels of a group, for pairs rounded up to the depth of a product
     weight_size: int  # elements of one partial weight gradient
     depthwise: int
     planes: int  # 1: corners are gathered from the input, and its gradient added up, as they lie; 0: channels last
@@ -95,15 +100,24 @@ def backward(
         pixel_dtype = _conv_common.pixel_dtype(g)
         lanes = VECTOR_BYTES // dtype.itemsize
         panel = 2 * lanes
-        blocks, weight_size, packed_size, rows = _backward_blocks(g, panel)
+        numbers = numbers_of(input.dtype, g)
+        has_pairs = numbers != dtype
+        lines, depth = rows_of(numbers)[0], g.out_channels // g.groups
+        fill = math.lcm(ROWS, lines)
+        if has_pairs:
+            depth, fill = round_up(depth, _simd_pairs.DEPTH), math.lcm(lines, _simd_pairs.DEPTH)
+        blocks, weight_size, packed_size, rows = _backward_blocks(g, panel, lines, depth)
         splits = max(1, min(g.batch, WEIGHT_COPIES // (weight_size * dtype.itemsize)))
         tiles = -(-positions_out // POSITIONS)
-        positions = round_up(-(-positions_out // tiles), ROWS)
+        positions = round_up(-(-positions_out // tiles), fill)
+        tiles = -(-positions_out // positions)
         plan = BackwardPlan(
             positions=positions,
-            tiles=-(-positions_out // positions),
+            tiles=tiles,
             splits=splits,
+            lines=lines,
             rows=rows,
+            depth=depth,
             weight_size=weight_size,
             depthwise=int(is_depthwise(g)),
             planes=int(planes),
@@ -117,14 +131,24 @@ def backward(
         parts = -(-g.in_h * g.in_w // PIXELS)
         threads = threads_for(g, 3, max(g.batch * parts, splits * len(blocks), g.out_channels))
         image_size = channels_last_size(g) + lanes
+        # Rows of an odd number of cache lines: else those of a tile would crowd into few of them.
+        by_position, by_output, paired = (
+            workspace(
+                ((g.batch, g.groups, tiles * positions, _odd_lines(depth)), numbers),
+                ((g.batch * g.out_channels + lines, _odd_lines(tiles * positions)), numbers),
+                ((threads, positions // 2, COLUMN_ROW, 2), numbers),
+            )
+            if has_pairs
+            else (None, None, None)
+        )
         _threads.run(
             _backward,
-            dtype.char + pixel_dtype.char,
+            dtype.char + numbers.char + pixel_dtype.char + planes * "p",
             threads,
             _threads.new_counters(3, g.batch * len(blocks)),
             contiguous(grad_output, dtype, (g.batch, g.out_channels, positions_out)),
             *flat_arguments(None if planes else input, offset, weight, bias, mask, g, dtype),
-            planes_of(input) if planes else NO_PLANES,
+            planes_of(input) if planes else None,
             grad_input,
             grad_offset,
             grad_mask,
@@ -133,10 +157,10 @@ def backward(
             *workspace(
                 ((0 if planes else image_size,), dtype),
                 ((image_size if plan.need_input and not planes else lanes,), dtype),
-                ((packed_size,), dtype),
+                ((packed_size,), numbers),
                 ((threads, turned_size(g, lanes)), dtype),
                 ((splits if plan.need_weight else 0, weight_size), dtype),
-                ((threads, plan.rows, ROW), dtype),
+                ((threads, 0 if has_pairs else plan.rows, ROW), dtype),
                 ((threads, 2, positions, COLUMN_ROW), dtype),
                 ((threads, 4, positions), pixel_dtype),
                 ((threads, 10, positions), dtype),
@@ -145,6 +169,9 @@ def backward(
                 ((threads, 4), pixel_dtype),
                 ((threads, 4), dtype),
             ),
+            by_position,
+            by_output,
+            paired,
             blocks,
             g,
             plan,
@@ -192,11 +219,31 @@ def _backward(
     all_pixels: Any,
     all_places: Any,
     all_products: Any,
+    by_position: Any,
+    by_output: Any,
+    paired: Any,
     blocks: Any,
     g: Any,
     p: Any,
 ) -> None:
-    _prepare_backward(counters, input, image, grad_image, weight, packed, at(packing, (thread, 0)), blocks, g, p)
+    """`by_position`, `by_output` and `paired`: the output's gradient and a tile's columns in pairs, or None."""
+    scratch = at(tile_columns, (thread, 0, 0, 0))
+    _prepare_backward(
+        counters,
+        input,
+        image,
+        grad_image,
+        weight,
+        packed,
+        at(packing, (thread, 0)),
+        grad_output,
+        by_position,
+        by_output,
+        scratch,
+        blocks,
+        g,
+        p,
+    )
 
     # Phase 1: every unit is one block of channels of one range of images, and owns its slices of all gradients.
     low = lowest_coordinate(g.boundary, image)
@@ -209,6 +256,8 @@ def _backward(
     blending = weights[thread]
     base = bases[thread]
     working = p.splits * len(blocks) * (p.need_input | p.need_dots | p.need_weight)
+    if paired is not None:
+        begin_products(at(paired, (thread, 0, 0, 0)))
     unit = claim(counters, 1)
     while unit < working:
         split = unit // len(blocks)
@@ -227,7 +276,7 @@ def _backward(
                     for c in range(channels):
                         for i in range(count):
                             grads[i * COLUMN_ROW + c] = grad_output[b, channel + c, start + i]
-                else:  # (output channel, position)
+                elif paired is None:  # (output channel, position)
                     for o in range(out_channels):
                         for i in range(count):
                             tile_grad[thread, o, i] = grad_output[b, row.first_out + o, start + i]
@@ -248,20 +297,58 @@ def _backward(
                     elif p.need_input | p.need_dots:
                         # grad_columns[i, c] = sum_o grad_output[o, i] * weight[o, c, tap]
                         for j in range(0, width, panel):
-                            for o in range(0, out_channels, DEPTH):
-                                for i in range(0, count, ROWS):
+                            panel_at = row.packed_at + (tap * width + j) * p.depth
+                            if paired is None:
+                                for o in range(0, out_channels, DEPTH):
+                                    for i in range(0, count, ROWS):
+                                        multiply_tile(
+                                            at(tile_grad, (thread, o, i)),
+                                            1,
+                                            ROW,
+                                            at(packed, (panel_at + o * panel,)),
+                                            panel,
+                                            min(DEPTH, out_channels - o),
+                                            at(tile_columns, (thread, 1, i, j)),
+                                            COLUMN_ROW,
+                                            o > 0,
+                                        )
+                            else:
+                                for i in range(0, count, p.lines):
                                     multiply_tile(
-                                        at(tile_grad, (thread, o, i)),
+                                        at(by_position, (b, row.first_out // out_channels, start + i, 0)),
+                                        by_position.shape[3],
                                         1,
-                                        ROW,
-                                        at(packed, (row.packed_at + (tap * width + j) * out_channels + o * panel,)),
+                                        at(packed, (panel_at,)),
                                         panel,
-                                        min(DEPTH, out_channels - o),
+                                        p.depth,
                                         at(tile_columns, (thread, 1, i, j)),
                                         COLUMN_ROW,
-                                        o > 0,
+                                        False,
                                     )
-                    if p.planes:
+                    if planes is None:
+                        _sample_backward(
+                            at(tile_columns, (thread, 0, 0, 0)),
+                            at(tile_columns, (thread, 1, 0, 0)),
+                            at(image, (origin,)),
+                            at(grad_image, (origin * p.need_input,)),
+                            corner,
+                            blending,
+                            count,
+                            channels,
+                            p,
+                        )
+                        if is_infinite:
+                            blend_infinite(
+                                at(tile_columns, (thread, 0, 0, 0)),
+                                COLUMN_ROW,
+                                at(image, (origin,)),
+                                corner,
+                                blending,
+                                at(mask, (b, og, tap, start)),
+                                count,
+                                channels,
+                            )
+                    else:
                         _sample_planes(
                             planes,
                             b,
@@ -280,29 +367,6 @@ def _backward(
                             at(all_products, (thread, 0)),
                             g,
                             p,
-                        )
-                    else:
-                        _sample_backward(
-                            at(tile_columns, (thread, 0, 0, 0)),
-                            at(tile_columns, (thread, 1, 0, 0)),
-                            at(image, (origin,)),
-                            at(grad_image, (origin * p.need_input,)),
-                            corner,
-                            blending,
-                            count,
-                            channels,
-                            p,
-                        )
-                    if is_infinite and p.planes == 0:
-                        blend_infinite(
-                            at(tile_columns, (thread, 0, 0, 0)),
-                            COLUMN_ROW,
-                            at(image, (origin,)),
-                            corner,
-                            blending,
-                            at(mask, (b, og, tap, start)),
-                            count,
-                            channels,
                         )
                     if p.need_dots and previous >= 0:
                         # Sums over channels go from block to block: this one adds where the one before has been.
@@ -333,21 +397,42 @@ def _backward(
                         )
                     elif p.need_weight:
                         # partial[o, c] += sum_i grad_output[o, i] * columns[i, c]: eq. 6 for one tap of one tile
+                        more = b > first_image or tile > 0
+                        if paired is not None:
+                            _pair_columns(
+                                at(tile_columns, (thread, 0, 0, 0)), at(paired, (thread, 0, 0, 0)), count, width
+                            )
                         for j in range(0, width, panel):
-                            for o in range(0, out_channels, ROWS):
-                                multiply_tile(
-                                    at(tile_grad, (thread, o, 0)),
-                                    ROW,
-                                    1,
-                                    at(tile_columns, (thread, 0, 0, j)),
-                                    COLUMN_ROW,
-                                    count,
-                                    at(partial, (split, row.partial_at + (tap * p.rows + o) * width + j)),
-                                    width,
-                                    b > first_image or tile > 0,
-                                )
+                            for o in range(0, out_channels, p.lines):
+                                sums = at(partial, (split, row.partial_at + (tap * p.rows + o) * width + j))
+                                if paired is None:
+                                    multiply_tile(
+                                        at(tile_grad, (thread, o, 0)),
+                                        ROW,
+                                        1,
+                                        at(tile_columns, (thread, 0, 0, j)),
+                                        COLUMN_ROW,
+                                        count,
+                                        sums,
+                                        width,
+                                        more,
+                                    )
+                                else:
+                                    multiply_tile(
+                                        at(by_output, (b * g.out_channels + row.first_out + o, start)),
+                                        by_output.shape[1],
+                                        1,
+                                        at(paired, (thread, 0, j, 0)),
+                                        COLUMN_ROW,
+                                        _filled(count),
+                                        sums,
+                                        width,
+                                        more,
+                                    )
         finish(counters, 1)
         unit = claim(counters, 1)
+    if paired is not None:
+        end_products(at(paired, (thread, 0, 0, 0)))
     wait_for(counters, 1, working)
 
     _finish_backward(
@@ -374,15 +459,23 @@ def _prepare_backward(
     weight: Any,
     packed: Any,
     packing: Any,
+    grad_output: Any,
+    by_position: Any,
+    by_output: Any,
+    scratch: Any,
     blocks: Any,
     g: Any,
     p: Any,
 ) -> None:
-    """Phase 0: the image to channels-last, its gradient to zero, the weight into panels."""
+    """Phase 0: the image to channels-last, its gradient to zero, the weight into panels; the output's gradient into
+    pairs."""
     pixels = g.in_h * g.in_w
     parts = pixel_parts(pixels)
     converting = 0 if p.planes else g.batch * parts
-    preparing = converting + len(blocks)
+    packing_too = converting + len(blocks)
+    preparing = packing_too
+    if by_position is not None:
+        preparing += g.batch * p.tiles
     unit = claim(counters, 0)
     while unit < preparing:
         if unit < converting:
@@ -396,11 +489,75 @@ def _prepare_backward(
                     last = pixels + 1 if part == parts - 1 else (part + 1) * PIXELS
                     for i in range(origin + part * PIXELS * channels, origin + last * channels):
                         grad_image[i] = 0
-        else:
+        elif unit < packing_too:
             _pack_backward(weight, packed, packing, blocks[unit - converting], g, p)
+        elif by_position is not None:
+            b = (unit - packing_too) // p.tiles
+            start = (unit - packing_too - b * p.tiles) * p.positions
+            _pair_gradients(grad_output, b, start, by_position, by_output, scratch, g, p)
         finish(counters, 0)
         unit = claim(counters, 0)
     wait_for(counters, 0, preparing)
+
+
+@inline_always
+def _filled(depth: int) -> int:
+    """What a product of pairs takes for this depth: behind it both factors have zeros."""
+    return -(-depth // _simd_pairs.DEPTH) * _simd_pairs.DEPTH
+
+
+@inline
+def _pair_gradients(
+    grad_output: Any, b: int, start: int, by_position: Any, by_output: Any, scratch: Any, g: Any, p: Any
+) -> None:
+    """The output's gradient at one tile's positions of image b: by_position[group, position, output of the group] and
+    by_output[output, position], zeros behind the last output and the last position."""
+    nothing = grad_output.dtype.type(0)
+    lanes = VECTOR_BYTES // grad_output.itemsize
+    outs, length = g.out_channels // g.groups, g.out_h * g.out_w
+    last = min(start + p.positions, length)
+    whole = start + (last - start) // lanes * lanes
+    for o in range(g.out_channels):
+        target = at(by_output, (b * g.out_channels + o, 0))
+        copy_vectors(advance(target, start), at(grad_output, (b, o, start)), (whole - start) // lanes)
+        for i in range(whole, last):
+            put(target, i, grad_output[b, o, i])
+        for i in range(last, start + p.positions):
+            put(target, i, nothing)
+    for group in range(g.groups):
+        first = group * outs
+        for o in range(0, outs, lanes):
+            some = min(lanes, outs - o)
+            for i in range(start, last if some < lanes else whole, lanes):
+                if some < lanes:
+                    for k in range(i, min(i + lanes, last)):
+                        for n in range(some):
+                            put(at(by_position, (b, group, k, o)), n, grad_output[b, first + o + n, k])
+                    continue
+                transpose_block(at(grad_output, (b, first + o, i)), length, scratch, lanes, scratch)
+                for k in range(lanes):
+                    copy_vectors(at(by_position, (b, group, i + k, o)), advance(scratch, k * lanes), 1)
+            if some == lanes:
+                for k in range(whole, last):
+                    for n in range(lanes):
+                        put(at(by_position, (b, group, k, o)), n, grad_output[b, first + o + n, k])
+        for k in range(start, last):
+            for n in range(outs, p.depth):
+                put(at(by_position, (b, group, k, 0)), n, nothing)
+
+
+@inline
+def _pair_columns(columns: Any, paired: Any, count: int, width: int) -> None:
+    """paired[i // 2, c, i % 2] = columns[i, c], rounded; zeros behind the last position."""
+    lanes = VECTOR_BYTES // 4
+    for i in range(count, _filled(count)):
+        for c in range(width):
+            columns[i * COLUMN_ROW + c] = 0
+    for i in range(0, _filled(count), 2):
+        row = advance(columns, i * COLUMN_ROW)
+        for c in range(0, width, lanes):
+            target = advance(paired, i * COLUMN_ROW + 2 * c)
+            pack_rows(target, advance(row, c), advance(row, COLUMN_ROW + c))
 
 
 @inline
@@ -592,7 +749,8 @@ def _sum_channels(grads: Any, columns: Any, target: Any, row: int, count: int, c
 
 @inline
 def _pack_backward(weight: Any, packed: Any, scratch: Any, block: Any, g: Any, p: Any) -> None:
-    """packed[tap][panel][o][c] of one block, zeros behind its last channel. Depthwise: packed[tap][c]."""
+    """packed[tap][panel][o][c] of one block, zeros behind its last channel. Of pairs, two outputs number by number, and
+    zeros behind the last one. Depthwise: packed[tap][c]."""
     channel, channels, width, packed_at = block.channel, block.channels, block.width, block.packed_at
     taps = g.kernel_h * g.kernel_w
     if p.depthwise:
@@ -600,30 +758,38 @@ def _pack_backward(weight: Any, packed: Any, scratch: Any, block: Any, g: Any, p
             for c in range(channels):
                 packed[packed_at + tap * width + c] = weight[channel + c, 0, tap]
         return
-    out_channels, lanes = g.out_channels // g.groups, VECTOR_BYTES // packed.itemsize
+    nothing = weight.dtype.type(0)
+    out_channels, lanes = g.out_channels // g.groups, VECTOR_BYTES // weight.itemsize
+    together = weight.itemsize // packed.itemsize  # 2 of pairs
     panel = 2 * lanes
-    for o in range(0, out_channels, lanes):
-        outs = min(lanes, out_channels - o)
+    for o in range(0, p.depth, lanes):
+        rows, outs = min(lanes, p.depth - o), min(lanes, out_channels - o)
         for c in range(0, width, lanes):
-            some = min(lanes, channels - c)
-            row = packed_at + (c // panel * out_channels + o) * panel + c % panel
-            if outs == lanes and some == lanes:
-                # Turned twice, in registers: to (channel, tap, output), and then each tap to (output, channel).
+            some = max(min(lanes, channels - c), 0)
+            row = packed_at + (c // panel * p.depth + o) * panel + c % panel * together
+            is_whole = outs == lanes and some == lanes
+            if is_whole:  # turned in registers, to (channel, tap, output)
                 source = at(weight, (block.first_out + o, channel - block.first_in + c, 0))
                 for k in range(0, lanes * taps, lanes):
                     target = advance(scratch, k * lanes)
                     transpose_block(advance(source, k), weight.shape[1] * taps, target, lanes, target)
-                for tap in range(taps):
-                    target = at(packed, (row + tap * width * out_channels,))
-                    transpose_block(advance(scratch, tap * lanes), taps * lanes, target, panel, target)
-                continue
-            for i in range(outs):
-                for tap in range(taps):
-                    target = at(packed, (row + tap * width * out_channels + i * panel,))
-                    for k in range(some):
-                        target[k] = weight[block.first_out + o + i, channel - block.first_in + c + k, tap]
-                    for k in range(max(some, 0), lanes):
-                        target[k] = 0
+            for tap in range(taps):
+                turned = advance(scratch, tap * lanes)
+                if is_whole:  # and then each tap to (output, channel)
+                    transpose_block(turned, taps * lanes, turned, taps * lanes, turned)
+                for i in range(0, rows, together):
+                    target = at(packed, (row + tap * width * p.depth + i * panel,))
+                    if is_whole:
+                        first = advance(turned, i * taps * lanes)
+                        pack_rows(target, first, advance(first, (together - 1) * taps * lanes))
+                        continue
+                    for n in range(together):
+                        there = some if i + n < outs else 0
+                        for k in range(there):
+                            from_channel = channel - block.first_in + c + k
+                            put(target, k * together + n, weight[block.first_out + o + i + n, from_channel, tap])
+                        for k in range(there, lanes):
+                            put(target, k * together + n, nothing)
 
 
 @inline
@@ -668,16 +834,22 @@ def _add_partials(partial: Any, start: int, count: int, p: Any) -> None:
             partial[0, k] += partial[split, k]
 
 
-def _backward_blocks(g: Any, panel: int) -> tuple[Any, int, int, int]:
-    return (_kept_blocks if is_small(g) else _kept_blocks.__wrapped__)(g, panel)
+def _odd_lines(count: int) -> int:
+    """At least `count` numbers of a pair, an odd number of cache lines."""
+    lines = -(-count // 32)
+    return 32 * (lines + 1 - lines % 2)
+
+
+def _backward_blocks(g: Any, panel: int, lines: int, depth: int) -> tuple[Any, int, int, int]:
+    return (_kept_blocks if is_small(g) else _kept_blocks.__wrapped__)(g, panel, lines, depth)
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_blocks(g: Any, panel: int) -> tuple[Any, int, int, int]:
+def _kept_blocks(g: Any, panel: int, lines: int, depth: int) -> tuple[Any, int, int, int]:
     one, times = period_of(g)
     # Two blocks at least, where channels allow it: a block is a unit of work. Never by batch, which must not show.
     largest = CHANNELS if g.in_channels >= 2 * CHANNELS else max(CHANNELS // 4, round_up(-(-g.in_channels // 2), panel))
-    blocks, weight_size, packed_size, rows = _blocks_of_period(one, panel, largest, is_depthwise(g))
+    blocks, weight_size, packed_size, rows = _blocks_of_period(one, panel, largest, is_depthwise(g), lines, depth)
     every = repeated(
         blocks,
         times,
@@ -694,20 +866,22 @@ def _kept_blocks(g: Any, panel: int) -> tuple[Any, int, int, int]:
     return every, weight_size * times, packed_size * times, rows
 
 
-def _blocks_of_period(g: Any, panel: int, largest: int, depthwise: bool) -> tuple[Any, int, int, int]:
+def _blocks_of_period(
+    g: Any, panel: int, largest: int, depthwise: bool, lines: int, depth: int
+) -> tuple[Any, int, int, int]:
     """The blocks of channels, the elements of a partial weight gradient and of packed, and the rows of a tile of the
     output's gradient. `previous` is the block before in the same offset group, or -1;
     `is_last` says that none follows in it.
     """
     taps = g.kernel_h * g.kernel_w
     outs, ins = g.out_channels // g.groups, g.in_channels // g.groups
-    rows = round_up(outs, ROWS)
-    rows_of: list[tuple[int, ...]] = []
+    rows = round_up(outs, lines)
+    table_rows: list[tuple[int, ...]] = []
     weight_size = packed_size = 0
     for group, og, channel, channels in channel_blocks(g, largest, depthwise):
         width = round_up(channels, panel)
-        rows_of.append((group * outs, group * ins, og, channel, channels, width, -1, packed_size, weight_size, 0))
-        packed_size += taps * width * (1 if depthwise else outs)
+        table_rows.append((group * outs, group * ins, og, channel, channels, width, -1, packed_size, weight_size, 0))
+        packed_size += taps * width * (1 if depthwise else depth)
         weight_size += taps * width * (1 if depthwise else rows)
     names = "first_out first_in og channel channels width previous packed_at partial_at is_last"
-    return table(names, rows_of), weight_size, packed_size, COLUMN_ROW if depthwise else rows
+    return table(names, table_rows), weight_size, packed_size, COLUMN_ROW if depthwise else rows

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from pydeform.cpu import _threads
-from pydeform.cpu._arrays import contiguous
+from pydeform.cpu._arrays import compute_dtype, contiguous
 from pydeform.cpu._simd import VECTOR_BYTES
+from pydeform.cpu._simd_pairs import pair_dtype
 
 CHANNELS = 64  # of a block, sampled together
 FEW_SAMPLES = 16  # pixels of an image for each sample, or more: then a copy of it would be most of the work
@@ -48,6 +49,12 @@ def prefers_planes(g: Any) -> bool:
 def corners_size(blocks: Any) -> int:
     """Numbers of the four corners of one sample, and behind them what the last vector reads too."""
     return 4 * int(max(blocks["channels"])) + VECTOR_BYTES // 4
+
+
+def numbers_of(dtype: Any, g: Any) -> Any:
+    """The dtype of what is multiplied, columns and weights: the one that is computed with, or pairs of bfloat16."""
+    is_pairs = dtype.itemsize == 2 and dtype.name == "bfloat16" and not is_depthwise(g)
+    return (pair_dtype() if is_pairs else None) or compute_dtype(dtype)
 
 
 def turned_size(g: Any, lanes: int) -> int:

@@ -6,7 +6,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-from pydeform.cpu import _conv_common, _threads
+from pydeform.cpu import _conv_common, _simd_pairs, _threads
 from pydeform.cpu._arrays import compute_dtype, empty, to_result, workspace
 from pydeform.cpu._channels_last import pixel_parts, to_channels_first, to_channels_last
 from pydeform.cpu._conv_common import (
@@ -18,6 +18,7 @@ from pydeform.cpu._conv_common import (
     flat_arguments,
     is_depthwise,
     is_small,
+    numbers_of,
     period_of,
     prefers_planes,
     repeated,
@@ -26,20 +27,19 @@ from pydeform.cpu._conv_common import (
     threads_for,
     turned_size,
 )
-from pydeform.cpu._jit import Kernel, inline
-from pydeform.cpu._planes import NO_PLANES, gather_corners, planes_of
+from pydeform.cpu._jit import Kernel, inline, inline_always
+from pydeform.cpu._planes import gather_corners, planes_of
 from pydeform.cpu._sampling import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
-from pydeform.cpu._simd import (
-    NARROW_ROWS,
-    ROWS,
-    VECTOR_BYTES,
-    advance,
-    at,
-    blend,
-    copy_vectors,
+from pydeform.cpu._simd import ROWS, VECTOR_BYTES, advance, at, blend, copy_vectors, transpose_block
+from pydeform.cpu._simd_pairs import (
+    begin_products,
+    end_products,
     multiply_narrow,
     multiply_tile,
-    transpose_block,
+    pack_rows,
+    pick,
+    put,
+    rows_of,
 )
 from pydeform.cpu._threads import claim, finish, wait_for
 
@@ -48,8 +48,8 @@ from pydeform.cpu._threads import claim, finish, wait_for
 POSITIONS = 192
 DEPTH = 256  # of one product, or as many channels more as a block has
 # Elements from a sample's columns to the next one's: a number that the compiler knows, so that one register is the
-# address of all rows of a product. No power of two, which would crowd them into few cache lines.
-ROW = DEPTH + CHANNELS + 16
+# address of all rows of a product. No power of two, which would crowd them into few cache lines; of pairs, whole lines.
+ROW, PAIRS_ROW = DEPTH + CHANNELS + 16, DEPTH + CHANNELS + 32
 
 
 class ForwardPlan(NamedTuple):
@@ -58,8 +58,11 @@ class ForwardPlan(NamedTuple):
     positions: int  # of a tile
     tiles: int  # of an image
     panels: int  # of 2 vectors of output channels
+    rows: int  # positions of a block of a product, and of one that is one vector wide
+    narrow_rows: int
     depthwise: int
-    planes: int  # 1: corners are gathered from the input as it lies; 0: a copy with channels last is made
+    planes: int  # 1: corners are gathered from the input as it lies; 0: a copy with channels last is made, and the
+    # kernel's argument of this name is None, so that it is compiled without what it would take
     has_offset: int
     has_mask: int
 
@@ -79,7 +82,8 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
     output = empty((g.batch, g.out_channels, g.out_h * g.out_w), dtype)
     if output.size:
         threads = threads_for(g, 1, g.batch * -(-g.out_h * g.out_w // (4 * ROWS)))
-        how = _prepared(g, dtype, threads, offset is not None, mask is not None)
+        numbers = numbers_of(input.dtype, g)
+        how = _prepared(g, dtype, numbers, threads, offset is not None, mask is not None)
         planes = how.plan.planes
         _threads.run(
             _forward,
@@ -87,7 +91,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
             how.threads,
             _threads.new_counters(2),
             *flat_arguments(None if planes else input, offset, weight, bias, mask, g, dtype),
-            planes_of(input) if planes else NO_PLANES,
+            planes_of(input) if planes else None,
             output,
             *workspace(*how.workspace),
             *how.tables,
@@ -102,21 +106,24 @@ def _prepared(g: Any, *rest: Any) -> Prepared:
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(g: Any, dtype: Any, threads: int, has_offset: bool, has_mask: bool) -> Prepared:
+def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_mask: bool) -> Prepared:
     pixel_dtype = _conv_common.pixel_dtype(g)
     lanes = VECTOR_BYTES // dtype.itemsize
-    blocks, entries, chunks, panels, packed_size = _steps(g, 2 * lanes)
+    rows, narrow_rows = rows_of(numbers)
+    blocks, entries, chunks, panels, packed_size = _steps(g, 2 * lanes, numbers != dtype)
     planes = prefers_planes(g)
     out_positions = g.out_h * g.out_w
     tiles = -(-out_positions // POSITIONS)
     if threads > 1:  # enough tiles for all, and as many for each; no sum depends on where a tile ends
         tiles = max(tiles, min(-(-4 * threads // g.batch), -(-out_positions // (4 * ROWS))))
         tiles = round_up(tiles, threads // math.gcd(threads, g.batch))
-    positions = round_up(-(-out_positions // tiles), math.lcm(ROWS, NARROW_ROWS))
+    positions = round_up(-(-out_positions // tiles), math.lcm(rows, narrow_rows))
     plan = ForwardPlan(
         positions=positions,
         tiles=-(-out_positions // positions),
         panels=panels,
+        rows=rows,
+        narrow_rows=narrow_rows,
         depthwise=int(is_depthwise(g)),
         planes=int(planes),
         has_offset=int(has_offset),
@@ -125,16 +132,18 @@ def _kept(g: Any, dtype: Any, threads: int, has_offset: bool, has_mask: bool) ->
     threads = min(threads, g.batch * plan.tiles)
     parts = (
         ((0 if planes else channels_last_size(g) + lanes,), dtype),
-        ((packed_size,), dtype),
+        ((packed_size,), numbers),
         ((threads, turned_size(g, lanes)), dtype),
-        ((threads, positions, ROW), dtype),
+        ((threads, positions, ROW if numbers == dtype else PAIRS_ROW), numbers),
         ((threads, positions, panels * 2 * lanes), dtype),
         ((threads, 4, positions), pixel_dtype),
         ((threads, 6, positions), dtype),
         ((threads, 2, positions), INT32),
         ((threads, corners_size(blocks) if planes else 0), dtype),
     )
-    return Prepared(threads, dtype.char + pixel_dtype.char, parts, (blocks, entries, chunks), plan)
+    return Prepared(
+        threads, dtype.char + numbers.char + pixel_dtype.char + planes * "p", parts, (blocks, entries, chunks), plan
+    )
 
 
 @Kernel
@@ -165,7 +174,7 @@ def _forward(
 ) -> None:
     # Phase 0: the image to channels-last, the weight into panels.
     parts = pixel_parts(g.in_h * g.in_w)
-    converting = 0 if p.planes else g.batch * parts
+    converting = g.batch * parts if planes is None else 0
     preparing = converting + len(blocks) * p.panels
     unit = claim(counters, 0)
     while unit < preparing:
@@ -193,7 +202,7 @@ def _forward(
     wait_for(counters, 0, preparing)
 
     # Phase 1: every unit is one tile of positions of one image, and owns its outputs.
-    low = lowest_coordinate(g.boundary, bias)
+    low, nothing = lowest_coordinate(g.boundary, bias), bias.dtype.type(0)
     has_offset, has_mask = p.has_offset != 0, p.has_mask != 0
     length = g.out_h * g.out_w
     pixels = g.in_h * g.in_w + 1
@@ -204,6 +213,8 @@ def _forward(
     base = bases[thread]
     gathered = at(all_pixels, (thread, 0))
     panel = sums.shape[2] // p.panels
+    row = pick(at(tile_columns, (0, 0)), ROW, PAIRS_ROW)
+    begin_products(at(tile_columns, (0, 0)))
     unit = claim(counters, 1)
     while unit < g.batch * p.tiles:
         b = unit // p.tiles
@@ -236,7 +247,34 @@ def _forward(
                     )
                 channels, column = entry.channels, entry.column
                 vectors = -(-channels * image.itemsize // VECTOR_BYTES)
-                if p.planes:
+                if planes is None:
+                    source = at(image, ((b * g.in_channels + entry.channel) * pixels,))
+                    if not has_offset:
+                        for i in range(count):
+                            copy_vectors(
+                                at(tile_columns, (i, column)), advance(source, corner[0, i] * channels), vectors
+                            )
+                    else:
+                        for i in range(count):
+                            blend(
+                                at(tile_columns, (i, column)),
+                                source,
+                                corner[0, i] * channels,
+                                corner[1, i] * channels,
+                                corner[2, i] * channels,
+                                corner[3, i] * channels,
+                                blending[0, i],
+                                blending[1, i],
+                                blending[2, i],
+                                blending[3, i],
+                                vectors,
+                            )
+                        if is_infinite:
+                            here = at(mask, (b, at_group, at_tap, start))
+                            blend_infinite(
+                                at(tile_columns, (0, column)), row, source, corner, blending, here, count, channels
+                            )
+                else:
                     _gather_columns(
                         planes,
                         b,
@@ -249,38 +287,19 @@ def _forward(
                         count,
                         gathered,
                         at(tile_columns, (0, column)),
-                        ROW,
+                        row,
                         g,
                     )
-                    continue
-                source = at(image, ((b * g.in_channels + entry.channel) * pixels,))
-                if not has_offset:
+                if entry.width > channels:  # what stands there may be no number, and its weights are zeros
                     for i in range(count):
-                        copy_vectors(at(tile_columns, (i, column)), advance(source, corner[0, i] * channels), vectors)
-                    continue
-                for i in range(count):
-                    blend(
-                        at(tile_columns, (i, column)),
-                        source,
-                        corner[0, i] * channels,
-                        corner[1, i] * channels,
-                        corner[2, i] * channels,
-                        corner[3, i] * channels,
-                        blending[0, i],
-                        blending[1, i],
-                        blending[2, i],
-                        blending[3, i],
-                        vectors,
-                    )
-                if is_infinite:
-                    here = at(mask, (b, at_group, at_tap, start))
-                    blend_infinite(at(tile_columns, (0, column)), ROW, source, corner, blending, here, count, channels)
+                        for k in range(channels, entry.width):
+                            put(at(tile_columns, (i, column)), k, nothing)
             if p.depthwise:
                 for e in range(product.first_entry, product.last_entry):
                     column = entries[e].column
                     _multiply_channels(
                         at(tile_columns, (0, column)),
-                        ROW,
+                        row,
                         at(packed, (product.packed_at + column,)),
                         at(tile_sums, (0, 0)),
                         p.panels * panel,
@@ -291,24 +310,31 @@ def _forward(
             else:
                 for j in range(p.panels):
                     weights_of_panel = at(packed, (product.packed_at + j * depth * panel,))
-                    add, row = product.is_first == 0, p.panels * panel
-                    if 2 * (product.outs - j * panel) > panel:
-                        for i in range(0, count, ROWS):
+                    add, sum_row = product.is_first == 0, p.panels * panel
+                    if _is_wide(product.outs - j * panel, panel):
+                        for i in range(0, count, p.rows):
                             target = at(tile_sums, (i, j * panel))
                             multiply_tile(
-                                at(tile_columns, (i, 0)), ROW, 1, weights_of_panel, panel, depth, target, row, add
+                                at(tile_columns, (i, 0)), row, 1, weights_of_panel, panel, depth, target, sum_row, add
                             )
-                    else:  # one vector of outputs
-                        for i in range(0, count, NARROW_ROWS):
+                    else:
+                        for i in range(0, count, p.narrow_rows):
                             target = at(tile_sums, (i, j * panel))
                             multiply_narrow(
-                                at(tile_columns, (i, 0)), ROW, 1, weights_of_panel, panel, depth, target, row, add
+                                at(tile_columns, (i, 0)), row, 1, weights_of_panel, panel, depth, target, sum_row, add
                             )
             if product.is_last:
                 to_channels_first(tile_sums, output, b, product.first_out, product.outs, start, count, bias)
         finish(counters, 1)
         unit = claim(counters, 1)
+    end_products(at(tile_columns, (0, 0)))
     wait_for(counters, 1, g.batch * p.tiles)
+
+
+@inline_always
+def _is_wide(outs: int, panel: int) -> bool:
+    """Whether a panel's outputs take more than one vector of it: else the other one is neither packed nor read."""
+    return 2 * outs > panel
 
 
 @inline
@@ -361,11 +387,13 @@ def _pack_forward(
     weight: Any, packed: Any, scratch: Any, entries: Any, chunks: Any, block: int, j: int, g: Any, p: Any
 ) -> None:
     """Panel j of one block of channels: packed[panel][column][o] of each chunk, zeros behind the last output channel of
-    the group. Depthwise: packed[column], one weight for each.
+    the group, and in the columns that only fill up. Of pairs, two columns number by number. Depthwise: packed[column],
+    one weight for each.
 
     Square blocks of whole vectors are turned in registers, to rows of outputs, which then take the order of the chunks.
     """
     taps = g.kernel_h * g.kernel_w
+    nothing = weight.dtype.type(0)
     entry = entries[block * taps]
     product = chunks[entry.chunk]
     if p.depthwise:
@@ -375,10 +403,11 @@ def _pack_forward(
                 for c in range(entry.channels):
                     packed[row + c] = weight[entry.channel + c, 0, tap]
         return
-    lanes = VECTOR_BYTES // packed.itemsize
+    lanes = VECTOR_BYTES // weight.itemsize
+    together = weight.itemsize // packed.itemsize  # 2 of pairs
     panel = 2 * lanes
     first_channel = entry.channel - product.first_in
-    for part in range(0, panel, lanes):
+    for part in range(0, panel if _is_wide(product.outs - j * panel, panel) else lanes, lanes):
         o = product.first_out + j * panel + part
         outs = min(lanes, product.outs - j * panel - part)
         for c in range(0, entry.channels, lanes):
@@ -390,22 +419,27 @@ def _pack_forward(
                     target = advance(scratch, k * lanes)
                     transpose_block(advance(source, k), weight.shape[1] * taps, target, lanes, target)
             for tap in range(taps):
-                column = entries[block * taps + tap].column + c
-                chunk = chunks[entries[block * taps + tap].chunk]
-                for i in range(channels):
-                    target = at(packed, (chunk.packed_at + (j * chunk.depth + column + i) * panel + part,))
-                    if is_whole:
-                        copy_vectors(target, advance(scratch, (i * taps + tap) * lanes), 1)
+                to = entries[block * taps + tap]
+                chunk = chunks[to.chunk]
+                last = min(c + lanes, to.width) if c + lanes < entry.channels else to.width
+                for i in range(0, last - c, together):
+                    place = (j * chunk.depth + to.column + c + i) * panel + part * together
+                    target = at(packed, (chunk.packed_at + place,))
+                    if is_whole and i < lanes:
+                        next_row = advance(scratch, ((i + together - 1) * taps + tap) * lanes)
+                        pack_rows(target, advance(scratch, (i * taps + tap) * lanes), next_row)
                         continue
-                    for k in range(outs):
-                        target[k] = weight[o + k, first_channel + c + i, tap]
-                    for k in range(max(outs, 0), lanes):
-                        target[k] = 0
+                    for n in range(together):
+                        there = max(outs, 0) if i + n < channels else 0
+                        for k in range(there):
+                            put(target, k * together + n, weight[o + k, first_channel + c + i + n, tap])
+                        for k in range(there, lanes):
+                            put(target, k * together + n, nothing)
 
 
-def _steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int]:
+def _steps(g: Any, panel: int, has_pairs: bool) -> tuple[Any, Any, Any, int, int]:
     one, times = period_of(g)
-    blocks, entries, chunks, panels, packed_size = _steps_of_period(one, panel, is_depthwise(g))
+    blocks, entries, chunks, panels, packed_size = _steps_of_period(one, panel, is_depthwise(g), has_pairs)
     count = len(entries)
     entries = repeated(entries, times, channel=one.in_channels, chunk=len(chunks))
     entries["og"] = entries["channel"] // (g.in_channels // g.offset_groups)
@@ -426,9 +460,10 @@ def _steps(g: Any, panel: int) -> tuple[Any, Any, Any, int, int]:
     )
 
 
-def _steps_of_period(g: Any, panel: int, depthwise: bool) -> tuple[Any, Any, Any, int, int]:
+def _steps_of_period(g: Any, panel: int, depthwise: bool, has_pairs: bool) -> tuple[Any, Any, Any, int, int]:
     """The blocks of channels, the entries in the order of a tile's work, and the chunks of entries multiplied at once.
 
+    An entry has `width` columns, its channels and what fills up pairs and, at the end of a chunk, a product's depth.
     `is_first` and `is_last` say whether a chunk begins or ends the sums of its outputs. After the tables: the panels of
     a chunk, the elements of packed.
     """
@@ -453,9 +488,12 @@ def _steps_of_period(g: Any, panel: int, depthwise: bool) -> tuple[Any, Any, Any
         first_chunk = len(chunks)
         depth, first = 0, len(entries)
         for number, step in enumerate(steps):
-            entries.append((*step, depth, len(chunks)))
-            depth += step[3]
-            if depth >= target or number == len(steps) - 1:
+            is_end = depth + step[3] >= target or number == len(steps) - 1
+            fill = (_simd_pairs.DEPTH if is_end else 2) if has_pairs else 1
+            after = round_up(depth + step[3], fill)
+            entries.append((*step, after - depth, depth, len(chunks)))
+            depth = after
+            if is_end:
                 chunks.append([first_out, out_channels, first_in, first, len(entries), depth, packed_size, 0, 0])
                 packed_size += depth * (1 if depthwise else panels * panel)
                 depth, first = 0, len(entries)
@@ -463,7 +501,7 @@ def _steps_of_period(g: Any, panel: int, depthwise: bool) -> tuple[Any, Any, Any
         chunks[-1][8] = 1
     return (
         table("channel channels", [block[2:] for block in blocks]),
-        table("tap og channel channels column chunk", entries),
+        table("tap og channel channels width column chunk", entries),
         table("first_out outs first_in first_entry last_entry depth packed_at is_first is_last", chunks),
         panels,
         packed_size,

@@ -13,6 +13,7 @@ import numpy as np
 from pydeform._geometry import BOUNDARIES
 from pydeform.cpu._jit import inline
 from pydeform.cpu._simd import advance, at, sum_values
+from pydeform.cpu._simd_pairs import put
 
 DCNV2, DCNV1 = BOUNDARIES.index("dcnv2"), BOUNDARIES.index("dcnv1")
 
@@ -193,4 +194,4 @@ def infinite_sample(
     hy, hx = one - ly, one - lx
     for c in range(channels):
         above = hy * (hx * image[i0 + c] + lx * image[i1 + c])
-        out[c] = m * (above + ly * (hx * image[i2 + c] + lx * image[i3 + c]))
+        put(out, c, m * (above + ly * (hx * image[i2 + c] + lx * image[i3 + c])))

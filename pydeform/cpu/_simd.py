@@ -21,6 +21,20 @@ from numba.extending import intrinsic
 
 _INT = ir.IntType(64)
 _LANE = ir.IntType(32)
+_BITS = ir.IntType(16)
+
+
+class BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
 
 
 def host_vector_bytes() -> int:
@@ -73,7 +87,17 @@ class _Vectors:
         return value
 
     def store(self, value: Any, pointer: Any) -> None:
+        """The numbers, or what is left of them in bfloat16 where the pointer is one to 16 bits."""
+        if pointer.type.pointee == _BITS:
+            narrow = self.rounded(value)
+            self.builder.store(narrow, self.builder.bitcast(pointer, narrow.type.as_pointer())).align = 2
+            return
         self.builder.store(value, self._as_vector(pointer)).align = self.itemsize
+
+    def rounded(self, value: Any) -> Any:
+        """float32 as the bits of bfloat16."""
+        narrow = self.builder.fptrunc(value, ir.VectorType(BFloat(), self.lanes))
+        return self.builder.bitcast(narrow, ir.VectorType(_BITS, self.lanes))
 
     def splat(self, scalar: Any) -> Any:
         undefined = ir.Constant(self.type, ir.Undefined)
@@ -248,7 +272,7 @@ def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:
         signature = types.void(out, source, types.int64)
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            v = _Vectors(builder, out.dtype, vector_bytes)
+            v = _Vectors(builder, source.dtype, vector_bytes)
 
             def body(i: Any, _: list[Any]) -> list[Any]:
                 c = builder.mul(i, _const(v.lanes))
@@ -276,11 +300,11 @@ def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:
         vectors: Any,
     ) -> Any:
         """out[c] = w0*image[i0 + c] + w1*image[i1 + c] + w2*image[i2 + c] + w3*image[i3 + c]."""
-        index, weight = types.int64, out.dtype
+        index, weight = types.int64, image.dtype
         signature = types.void(out, image, *(index,) * 4, *(weight,) * 4, types.int64)
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            v = _Vectors(builder, out.dtype, vector_bytes)
+            v = _Vectors(builder, image.dtype, vector_bytes)
             corners = [v.offset(arguments[1], i) for i in arguments[2:6]]
             weights = [v.splat(w) for w in arguments[6:10]]
 

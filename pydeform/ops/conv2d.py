@@ -55,7 +55,9 @@ def conv2d(
               out = (in + before + after - dilation*(kernel - 1) - 1)//stride + 1
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
     Notes     float16 and bfloat16 sum in float32. NaN and infinite pixels give what the sum gives; on CUDA, in float32,
-              infinite ones may give NaN. The same bits on every run and, on the CPU, for any number of threads. Memory
+              infinite ones may give NaN. Where the processor multiplies bfloat16 faster than float32 (AMX, or
+              AVX512-BF16 of AMD) its subnormal numbers are zeros.
+              The same bits on every run and, on the CPU, for any number of threads. Memory
               beyond the result: at most 64 numbers for each product that is summed and for each weight, and some MB for
               each thread, whatever the size of the image; on CUDA an input that is not contiguous is copied.
     Source    The regular grid R of arXiv:1703.06211 eq. 1. Layout as torch.nn.functional.conv2d.

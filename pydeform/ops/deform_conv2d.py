@@ -68,8 +68,10 @@ def deform_conv2d(
               out = (in + before + after - dilation*(kernel - 1) - 1)//stride + 1
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
     Notes     A NaN coordinate gives NaN wherever its sample is used, an infinite one is outside. float16 and bfloat16
-              sum in float32; on CUDA a sample is rounded to them before it is multiplied, and an infinite pixel or
-              weight in float32 may give NaN. The same bits on every run and, on the CPU, for any number of threads.
+              sum in float32. A sample is rounded to them before it is multiplied, on CUDA to both, on the CPU to
+              bfloat16 alone and where the processor multiplies that faster (AMX, or AVX512-BF16 of AMD; subnormal
+              numbers then are zeros). On CUDA an infinite pixel or weight in float32 may give NaN. The same bits on
+              every run and, on the CPU, for any number of threads.
               Memory beyond the result: at most 64 numbers for each product that is summed and for each weight, and some
               MB for each thread, whatever the size of the image; on CUDA an input that is not contiguous is copied.
     Source    arXiv:1703.06211 eq. 2; arXiv:1811.11168 eq. 1. Layout as torchvision.ops.deform_conv2d.
@@ -127,7 +129,8 @@ def deform_conv2d_backward(
               Nothing there waits for the device; the first call compiles. Memory beyond the gradients: at most 64
               numbers for each product that is summed, 256 for each weight, 16 MB (on CUDA 64 MB), and for each thread
               some MB and 256 numbers for each output channel, whatever the size of the image; for that of input up to
-              four times its own in float32; on CUDA an input that is not contiguous is copied.
+              four times its own in float32; beside bfloat16 up to twice `grad_output` in float32; on CUDA an input that
+              is not contiguous is copied.
     Source    arXiv:1703.06211 appendix A; arXiv:1811.11168. Same bits for any number of threads on the CPU.
     Example
     >>> import numpy as np

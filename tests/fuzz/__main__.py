@@ -113,19 +113,22 @@ def run_here(backend: str, seed: int, count: int) -> int:
         rng = np.random.default_rng(number)
         problem = problems.draw(rng, tuple(problems.MAKERS))
         print(f"problem {number} {backend} {problem.operator} {problem.dtype} {problem.kind}", flush=True)
-        if backend == "emulated":
-            take_way(str(rng.choice(list(conftest.WAYS))))
+        way = str(rng.choice(list(conftest.WAYS))) if backend == "emulated" else ""
+        take_way(backend + way, problem.operator)
         check.check(problem, rng, conftest.Backend(backend))
     return 0
 
 
-def take_way(way: str) -> None:
-    """Which kernels convolutions on CUDA go through: those for few channels, or those for many."""
-    from pydeform.cuda import _conv_common
+def take_way(backend: str, operator: str) -> None:
+    """Which kernels convolutions on CUDA go through, those for few channels or those for many; what is promised."""
     from tests import conftest
 
-    _conv_common.DIRECT_CHANNELS = conftest.WAYS[way]
-    conftest._tolerance = conftest.TOLERANCE_OF_TILES if way == "_tiles" else conftest.TOLERANCE
+    for way, most_channels in conftest.WAYS.items():
+        if backend.endswith(way):
+            from pydeform.cuda import _conv_common
+
+            _conv_common.DIRECT_CHANNELS = most_channels
+    conftest._tolerance = conftest.tolerance_of(backend, "roi" not in operator)
 
 
 def report(outcome: Outcome) -> None:

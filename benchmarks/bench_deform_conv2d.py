@@ -113,7 +113,7 @@ def main() -> int:
     parser.add_argument(
         "--avx2",
         action="store_true",
-        help="no wider vectors; without OpenVINO and onnxruntime, which use them anyway",
+        help="no wider vectors; without OpenVINO and onnxruntime, which use them anyway, and bfloat16",
     )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>/deform_conv2d.json")
     for part in PARTS:

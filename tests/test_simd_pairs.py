@@ -14,7 +14,7 @@ from numba import njit, types
 
 import pydeform
 from pydeform._geometry import BOUNDARIES, conv2d_geometry
-from pydeform.cpu import _conv_common, _conv_forward, _simd, _simd_pairs
+from pydeform.cpu import _conv_common, _conv_forward, _jit, _simd, _simd_pairs
 from pydeform.cpu._simd import at
 from pydeform.cpu._simd_pairs import DOTS, TILES
 from tests.cases.deform_conv2d import CASES, expected, make, make_grad_output
@@ -183,6 +183,25 @@ def test_operator_is_exact_where_its_numbers_are(use, name, count, monkeypatch):
         np.testing.assert_array_equal(array.astype(np.float32), rounded(grads[field]).astype(np.float32), field)
 
 
+def test_a_key_stands_for_the_types_of_one_kernel(use, monkeypatch):
+    """What is compiled for one is not taken to be there for the other."""
+    types_of, prepare = {}, _jit.Kernel.prepare
+
+    def watched(kernel, key, arguments):
+        kinds = tuple(_jit.typeof(argument) for argument in arguments)
+        assert types_of.setdefault((kernel, key), kinds) == kinds
+        return prepare(kernel, key, arguments)
+
+    monkeypatch.setattr(_jit.Kernel, "prepare", watched)
+    for name in ("odd channels", "planes"):
+        arrays, options, grad_output, *_ = solved(name)
+        for dtype in (np.float32, BFLOAT16, np.float64):
+            cast = {key: array.astype(dtype) for key, array in arrays.items()}
+            pydeform.deform_conv2d(**cast, padding=1, **options)
+            pydeform.deform_conv2d_backward(grad_output.astype(dtype), **cast, padding=1, **options)
+    assert len(types_of) == 12
+
+
 def geometry_of(arrays, options):
     rest = {key: arrays[key] for key in ("offset", "mask")}
     return conv2d_geometry("test", arrays["input"], arrays["weight"], arrays["bias"], options["stride"], 1, 1, **rest)
@@ -276,13 +295,14 @@ def oracle_geometry(groups):
         ("znver5", "+avx512f,+avx512vl,+avx512bf16", DOTS),
         ("cooperlake", "+avx512f,+avx512vl,+avx512bf16", None),  # no faster there than float32
         ("znver5", "+avx512f,+avx512vl", None),
+        ("znver5", "+avx512f,+avx512bf16", None),  # Numba may not use vectors of 64 bytes
         ("haswell", "+avx2,+fma", None),
     ],
 )
 def test_the_kind_follows_the_processor(monkeypatch, name, features, expected):
     monkeypatch.setattr(_simd_pairs.config, "CPU_NAME", name)
     monkeypatch.setattr(_simd_pairs.config, "CPU_FEATURES", features)
-    monkeypatch.setattr(_simd_pairs, "VECTOR_BYTES", 64 if "avx512" in features else 32)
+    monkeypatch.setattr(_simd_pairs, "VECTOR_BYTES", _simd.host_vector_bytes())
     assert _simd_pairs.pair_dtype.__wrapped__() == expected
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import pydeform
+from pydeform._checks import FLOAT_DTYPES
 from pydeform._program import count, without_traceback
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ EXTRAS = {
     ),
 }
 VECTOR_FEATURES = "sse2 avx avx2 fma f16c avx512f avx512bf16 avx512fp16 amx-bf16 neon sve".split()
-DTYPES = ("float64", "float32", "float16", "bfloat16")
 WARMUP_DTYPES = ("float32", "float64")  # those that kernels on the CPU compute in
 
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser_warmup = commands.add_parser("warmup", help="compile kernels now, so that no first call has to")
     parser_warmup.add_argument("names", nargs="*", type=operator, metavar="OPERATOR", help="say deform_conv2d; all")
     parser_warmup.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, dest="dtypes", help="float32 float64 on the CPU, all four on a GPU"
+        "--dtype", nargs="+", choices=FLOAT_DTYPES, dest="dtypes", help="float32 float64 on the CPU, all four on a GPU"
     )
     parser_warmup.set_defaults(run=warmup)
     commands.add_parser("demo", help="train deformable networks on real digits; `pydeform demo --help`")
@@ -187,7 +187,7 @@ def warmup(options: argparse.Namespace) -> int:
     )
     for gpu in gpus:
         start = time.perf_counter()
-        warm(gpu, names, options.dtypes or DTYPES)
+        warm(gpu, names, options.dtypes or FLOAT_DTYPES)
         print(f"{gpu.name}: kernels ready in {time.perf_counter() - start:.1f} s; CuPy keeps them")
     return 0
 

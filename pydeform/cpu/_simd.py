@@ -37,17 +37,21 @@ class BFloat(ir.Type):  # type: ignore[misc]
         return hash(BFloat)
 
 
+def host_features() -> set[str]:
+    """Of the processor, as far as Numba's code generator may use them."""
+    if config.CPU_FEATURES is not None:
+        return {name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
+    if config.CPU_NAME == "generic":
+        return set()
+    return {name for name, there in llvmlite.binding.get_host_cpu_features().items() if there}
+
+
 def host_vector_bytes() -> int:
     """Width of the vectors that Numba's code generator may use here."""
-    features = config.CPU_FEATURES
-    if features is None:
-        if config.CPU_NAME == "generic":
-            return 16
-        features = ",".join(f"+{name}" for name, there in llvmlite.binding.get_host_cpu_features().items() if there)
-    names = set(features.split(","))
-    if "+avx512f" in names and "+avx512vl" in names:
+    features = host_features()
+    if {"avx512f", "avx512vl"} <= features:
         return 64
-    return 32 if {"+avx2", "+fma"} <= names else 16
+    return 32 if {"avx2", "fma"} <= features else 16
 
 
 def rows_for(vector_bytes: int) -> int:
@@ -181,6 +185,21 @@ def _loop(builder: Any, count: Any, carried: list[Any], body: Callable[[Any, lis
     return values
 
 
+def _put_sums(v: _Vectors, sums: list[Any], c: Any, c_row: Any, places: list[Any], accumulate: Any) -> None:
+    """The sums of a block, row by row, each at `places` of its row of c, in place of or added to what is there."""
+    builder, targets = v.builder, []
+    for r in range(len(sums) // len(places)):
+        c_r = v.offset(c, builder.mul(c_row, _const(r)))
+        targets += [v.offset(c_r, place) for place in places]
+    with builder.if_else(accumulate) as (add, replace):
+        with add:
+            for target, total in zip(targets, sums, strict=True):
+                v.store(builder.fadd(v.load(target), total), target)
+        with replace:
+            for target, total in zip(targets, sums, strict=True):
+                v.store(total, target)
+
+
 @intrinsic  # type: ignore[misc]
 def at(typing_context: Any, array: Any, index: Any) -> Any:
     """Pointer to array[index] of a C-contiguous array; `index` is a tuple with one int per axis."""
@@ -249,17 +268,7 @@ def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:
                     return out
 
                 sums = _loop(builder, depth_, [v.zero] * (vectors * rows), body)
-                targets = []
-                for r in range(rows):
-                    c_r = v.offset(c_, builder.mul(c_row_, _const(r)))
-                    targets += [v.offset(c_r, place) for place in places]
-                with builder.if_else(accumulate_) as (add, replace):
-                    with add:
-                        for target, total in zip(targets, sums, strict=True):
-                            v.store(builder.fadd(v.load(target), total), target)
-                    with replace:
-                        for target, total in zip(targets, sums, strict=True):
-                            v.store(total, target)
+                _put_sums(v, sums, c_, c_row_, places, accumulate_)
                 return context.get_dummy_value()
 
             return signature, codegen

@@ -24,34 +24,25 @@ from numba.core import config
 from numba.extending import intrinsic
 
 from pydeform.cpu import _simd
-from pydeform.cpu._simd import _INT, _LANE, VECTOR_BYTES, BFloat, _const, _loop, _shuffle, _Vectors
+from pydeform.cpu._simd import _INT, _LANE, VECTOR_BYTES, BFloat, _const, _loop, _put_sums, _shuffle, _Vectors
 
 DOTS, TILES = np.dtype(np.uint16), np.dtype(np.int16)
 DEPTH = 32  # the depth of a product is a multiple: of a tile's
 _TILE = 16  # rows of a tile, each of 64 bytes
 _BYTE = ir.IntType(8)
-_PAIR = {types.uint16: DOTS, types.int16: TILES}
+_PAIRS = (types.uint16, types.int16)  # Numba's names of the two
 
 
 @functools.cache
 def pair_dtype() -> Any:
     """DOTS, TILES, or None where products of bfloat16 would be no faster than those of float32."""
-    features = set(features_here())
+    features = _simd.host_features()
     if VECTOR_BYTES != 64 or "avx512bf16" not in features:
         return None
     if {"amx-tile", "amx-bf16"} <= features and _may_use_tiles():
         return TILES
     name = config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
     return DOTS if name.startswith("znver") else None
-
-
-def features_here() -> list[str]:
-    """Of the processor, as far as Numba's code generator may use them."""
-    if config.CPU_FEATURES is not None:
-        return [name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")]
-    if config.CPU_NAME == "generic":
-        return []
-    return [name for name, there in llvmlite.binding.get_host_cpu_features().items() if there]
 
 
 def _may_use_tiles() -> bool:
@@ -67,8 +58,8 @@ def rows_of(dtype: Any) -> tuple[int, int]:
     return (2 * _TILE, 2 * _TILE) if dtype == TILES else (_simd.ROWS, _simd.NARROW_ROWS)
 
 
-def multiply(kind: Any, rows: int, vectors: int, vector_bytes: int, native: bool) -> Any:
-    """The intrinsic for pointers to numbers of one kind, types.uint16 or types.int16."""
+def multiply(rows: int, vectors: int, vector_bytes: int, native: bool, of_floats: Any = None) -> Any:
+    """The intrinsic for pointers to either kind of pairs; `of_floats` for others. `native`: there are dot products."""
 
     @intrinsic  # type: ignore[misc]
     def multiply_pairs(
@@ -85,12 +76,14 @@ def multiply(kind: Any, rows: int, vectors: int, vector_bytes: int, native: bool
     ) -> Any:
         """c[r*c_row + j] (+)= sum_k a[r*a_row + k] * b[k//2*2*b_step + 2*j + k%2], j < vectors * lanes; the depth is a
         multiple of DEPTH, a_step is 1."""
+        if a.dtype not in _PAIRS:
+            return of_floats._defn(typing_context, a, a_row, a_step, b, b_step, depth, c, c_row, accumulate)
         count = types.int64
         signature = types.void(a, count, count, b, count, count, c, count, types.boolean)
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             v = _Vectors(builder, types.float32, vector_bytes)
-            if kind == types.int16:
+            if a.dtype == types.int16:
                 _multiply_tiles(v, vectors, *arguments)
             else:
                 _multiply_dots(v, rows, vectors, native, *arguments)
@@ -144,14 +137,7 @@ def _multiply_dots(
         return out
 
     sums = _loop(builder, builder.sdiv(depth, _const(2)), [v.zero] * (vectors * rows), body)
-    targets = [v.offset(v.offset(c, builder.mul(c_row, _const(r))), place) for r in range(rows) for place in places]
-    with builder.if_else(accumulate) as (add, replace):
-        with add:
-            for target, total in zip(targets, sums, strict=True):
-                v.store(builder.fadd(v.load(target), total), target)
-        with replace:
-            for target, total in zip(targets, sums, strict=True):
-                v.store(total, target)
+    _put_sums(v, sums, c, c_row, places, accumulate)
 
 
 def _as_lanes(v: Any, pointer: Any) -> Any:
@@ -278,7 +264,7 @@ def pick(typing_context: Any, columns: Any, of_floats: Any, of_pairs: Any) -> An
     """The second of two constants where `columns` points to pairs, so that the compiler knows it too."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return arguments[2 if columns.dtype in _PAIR else 1]
+        return arguments[2 if columns.dtype in _PAIRS else 1]
 
     return types.int64(columns, types.int64, types.int64), codegen
 
@@ -286,11 +272,11 @@ def pick(typing_context: Any, columns: Any, of_floats: Any, of_pairs: Any) -> An
 @intrinsic  # type: ignore[misc]
 def put(typing_context: Any, out: Any, index: Any, value: Any) -> Any:
     """out[index] = value, rounded to bfloat16 where `out` points to pairs."""
-    wide = types.float32 if out.dtype in _PAIR else out.dtype
+    wide = types.float32 if out.dtype in _PAIRS else out.dtype
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer, number = builder.gep(arguments[0], [arguments[1]]), arguments[2]
-        if out.dtype in _PAIR:
+        if out.dtype in _PAIRS:
             number = builder.bitcast(builder.fptrunc(number, BFloat()), ir.IntType(16))
         builder.store(number, pointer)
         return context.get_dummy_value()
@@ -305,7 +291,7 @@ def pack_rows(typing_context: Any, out: Any, first: Any, second: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         v = _Vectors(builder, first.dtype, VECTOR_BYTES)
         target, *sources = arguments
-        if out.dtype not in _PAIR:
+        if out.dtype not in _PAIRS:
             v.store(v.load(sources[0]), target)
             return context.get_dummy_value()
         lanes = ir.VectorType(_LANE, v.lanes)
@@ -317,29 +303,6 @@ def pack_rows(typing_context: Any, out: Any, first: Any, second: Any) -> Any:
     return types.void(out, first, second), codegen
 
 
-def _by_kind(rows: int, vectors: int, of_floats: Any) -> Any:
-    @intrinsic  # type: ignore[misc]
-    def multiply_any(
-        typing_context: Any,
-        a: Any,
-        a_row: Any,
-        a_step: Any,
-        b: Any,
-        b_step: Any,
-        depth: Any,
-        c: Any,
-        c_row: Any,
-        accumulate: Any,
-    ) -> Any:
-        """_simd.multiply_tile, or `multiply_pairs` for pointers to pairs."""
-        rest = (a, a_row, a_step, b, b_step, depth, c, c_row, accumulate)
-        if a.dtype not in _PAIR:
-            return of_floats._defn(typing_context, *rest)
-        native = VECTOR_BYTES == 64 and "avx512bf16" in features_here()
-        return multiply(a.dtype, rows, vectors, VECTOR_BYTES, native)._defn(typing_context, *rest)
-
-    return multiply_any
-
-
-multiply_tile = _by_kind(_simd.ROWS, 2, _simd.multiply_tile)
-multiply_narrow = _by_kind(_simd.NARROW_ROWS, 1, _simd.multiply_narrow)
+_HAS_DOTS = VECTOR_BYTES == 64 and "avx512bf16" in _simd.host_features()
+multiply_tile = multiply(_simd.ROWS, 2, VECTOR_BYTES, _HAS_DOTS, _simd.multiply_tile)
+multiply_narrow = multiply(_simd.NARROW_ROWS, 1, VECTOR_BYTES, _HAS_DOTS, _simd.multiply_narrow)

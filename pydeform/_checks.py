@@ -50,14 +50,14 @@ def _is_float(dtype: Any) -> bool:
     return dtype.name in FLOAT_DTYPES and dtype.isnative
 
 
-def check_ndim(op: str, name: str, array: Any, formula: str, ndim: int) -> None:
-    if array.ndim != ndim:
-        raise ValueError(f"{op}: {name} must have shape {formula}, got {tuple(array.shape)}")
+def check_ndim(op: str, name: str, shape: Sequence[int], formula: str, ndim: int) -> None:
+    if len(shape) != ndim:
+        raise ValueError(f"{op}: {name} must have shape {formula}, got {tuple(shape)}")
 
 
-def check_shape(op: str, name: str, array: Any, formula: str, expected: Sequence[int]) -> None:
-    if tuple(array.shape) != tuple(expected):
-        raise ValueError(f"{op}: {name} must have shape {formula} = {tuple(expected)}, got {tuple(array.shape)}")
+def check_shape(op: str, name: str, shape: Sequence[int], formula: str, expected: Sequence[int]) -> None:
+    if tuple(shape) != tuple(expected):
+        raise ValueError(f"{op}: {name} must have shape {formula} = {tuple(expected)}, got {tuple(shape)}")
 
 
 def check_result(op: str, formula: str, shape: Sequence[int], itemsize: int) -> None:
@@ -78,6 +78,12 @@ def shown(value: Any) -> str:
     except Exception:  # of an int with more digits than Python prints, or of anything else
         return f"a value of type {type(value).__qualname__}"
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}..."
+
+
+def is_plain(value: Any) -> bool:
+    """Ints, texts, None, and tuples of such: two that are equal mean the same, which 1, 1.0 and True do not."""
+    kind = type(value)
+    return kind is int or kind is str or value is None or (kind is tuple and all(map(is_plain, value)))
 
 
 def _is_number(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -50,21 +51,44 @@ def conv2d_geometry(
     boundary: str = "torchvision",
 ) -> Conv2dGeometry:
     """Check every shape and option of a 2-D convolution. `groups` None: inferred from the weight."""
+    shapes = [None if array is None else array.shape for array in (input, weight, bias, offset, mask)]
+    options = (stride, padding, dilation, groups, boundary)
+    # A call like one before, as nearly all are, need not be checked again.
+    checked = _conv2d_geometry if _checks.is_plain(options) else _conv2d_geometry.__wrapped__
+    return checked(op, input.dtype.itemsize, *shapes, *options)
+
+
+@functools.lru_cache(maxsize=256)
+def _conv2d_geometry(
+    op: str,
+    itemsize: int,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    offset: Any,
+    mask: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int | None,
+    boundary: str,
+) -> Conv2dGeometry:
+    """Of shapes."""
     _checks.check_ndim(op, "input", input, "(N, C, H, W)", 4)
     _checks.check_ndim(op, "weight", weight, "(O, C/groups, kernel_h, kernel_w)", 4)
-    batch, in_channels, in_h, in_w = map(int, input.shape)
-    out_channels, group_channels, kernel_h, kernel_w = map(int, weight.shape)
+    batch, in_channels, in_h, in_w = map(int, input)
+    out_channels, group_channels, kernel_h, kernel_w = map(int, weight)
     if min(in_channels, in_h, in_w) < 1:
-        raise ValueError(f"{op}: input must have at least one channel and one pixel, got shape {tuple(input.shape)}")
-    if min(weight.shape) < 1:
-        raise ValueError(f"{op}: weight must have no axis of length 0, got shape {tuple(weight.shape)}")
+        raise ValueError(f"{op}: input must have at least one channel and one pixel, got shape {tuple(input)}")
+    if min(weight) < 1:
+        raise ValueError(f"{op}: weight must have no axis of length 0, got shape {tuple(weight)}")
     _checks.check_choice(op, "boundary", boundary, BOUNDARIES)
 
     if groups is None:
         if in_channels % group_channels:
             raise ValueError(
                 f"{op}: weight must have shape (O, C/groups, kernel_h, kernel_w) with C = {in_channels} "
-                f"a multiple of its second axis, got {tuple(weight.shape)}"
+                f"a multiple of its second axis, got {tuple(weight)}"
             )
         groups = in_channels // group_channels
     else:
@@ -80,7 +104,7 @@ def conv2d_geometry(
     if out_channels % groups:
         raise ValueError(
             f"{op}: weight must have shape (O, C/groups, kernel_h, kernel_w) with O a multiple of "
-            f"groups = {groups}, got {tuple(weight.shape)}"
+            f"groups = {groups}, got {tuple(weight)}"
         )
     if bias is not None:
         _checks.check_shape(op, "bias", bias, "(O,)", (out_channels,))
@@ -104,7 +128,7 @@ def conv2d_geometry(
         raise ValueError(
             f"{op}: input must have at most {_checks.MOST} rows and columns with padding, got {padded} of them"
         )
-    _checks.check_result(op, "(N, O, out_h, out_w)", (batch, out_channels, out_h, out_w), input.dtype.itemsize)
+    _checks.check_result(op, "(N, O, out_h, out_w)", (batch, out_channels, out_h, out_w), itemsize)
 
     offset_groups = 1
     if offset is not None:
@@ -112,17 +136,17 @@ def conv2d_geometry(
             (out_h - 1) * stride_h + (kernel_h - 1) * dilation_h,
             (out_w - 1) * stride_w + (kernel_w - 1) * dilation_w,
         ]
-        check_taps(op, (pad_h, pad_w), ends, input.dtype)
+        check_taps(op, (pad_h, pad_w), ends, itemsize)
         taps = kernel_h * kernel_w
         formula = "(N, 2*offset_groups*kernel_h*kernel_w, out_h, out_w)"
         mask_formula = "(N, offset_groups*kernel_h*kernel_w, out_h, out_w)"
         _checks.check_ndim(op, "offset", offset, formula, 4)
-        offset_groups = max(int(offset.shape[1]) // (2 * taps), 1)
+        offset_groups = max(int(offset[1]) // (2 * taps), 1)
         _checks.check_shape(op, "offset", offset, formula, (batch, 2 * offset_groups * taps, out_h, out_w))
         if in_channels % offset_groups:
             raise ValueError(
                 f"{op}: offset must have shape {formula} with offset_groups a divisor of C = {in_channels}, "
-                f"got {tuple(offset.shape)}, which has offset_groups = {offset_groups}"
+                f"got {tuple(offset)}, which has offset_groups = {offset_groups}"
             )
         if mask is not None:
             _checks.check_shape(op, "mask", mask, mask_formula, (batch, offset_groups * taps, out_h, out_w))
@@ -148,9 +172,9 @@ def conv2d_geometry(
     )
 
 
-def check_taps(op: str, before: Sequence[int], ends: Sequence[int], dtype: Any) -> None:
+def check_taps(op: str, before: Sequence[int], ends: Sequence[int], itemsize: int) -> None:
     """Coordinates can tell where all taps are. `before`: padding; `ends`: from the first tap to the last, each axis."""
-    coordinate = "float64" if dtype.itemsize == 8 else "float32"
+    coordinate = "float64" if itemsize == 8 else "float32"
     farthest = FARTHEST[coordinate]
     for axis, pad, end in zip("yx", before, ends, strict=True):
         if pad > farthest or end - pad > farthest:
@@ -162,5 +186,5 @@ def check_taps(op: str, before: Sequence[int], ends: Sequence[int], dtype: Any) 
 
 def check_grad_output(op: str, grad_output: Any, g: Conv2dGeometry) -> None:
     _checks.check_shape(
-        op, "grad_output", grad_output, "(N, O, out_h, out_w)", (g.batch, g.out_channels, g.out_h, g.out_w)
+        op, "grad_output", grad_output.shape, "(N, O, out_h, out_w)", (g.batch, g.out_channels, g.out_h, g.out_w)
     )

@@ -152,7 +152,7 @@ def roi_geometry(
     `output_dim` None: as many outputs as there are groups of group_h*group_w channels. `classes` None: inferred from
     the offset.
     """
-    _checks.check_ndim(op, "input", input, "(N, C, H, W)", 4)
+    _checks.check_ndim(op, "input", input.shape, "(N, C, H, W)", 4)
     batch, in_channels, in_h, in_w = map(int, input.shape)
     if min(in_channels, in_h, in_w) < 1:
         raise ValueError(f"{op}: input must have at least one channel and one pixel, got shape {tuple(input.shape)}")
@@ -164,7 +164,7 @@ def roi_geometry(
     cells = group[0] * group[1]
     if output_dim is not None:
         formula = "(N, output_dim*group_size**2, H, W)"
-        _checks.check_shape(op, "input", input, formula, (batch, output_dim * cells, in_h, in_w))
+        _checks.check_shape(op, "input", input.shape, formula, (batch, output_dim * cells, in_h, in_w))
     elif in_channels % cells:
         raise ValueError(
             f"{op}: input must have shape (N, C, H, W) with C a multiple of output_h*output_w = {cells}, "
@@ -178,7 +178,7 @@ def roi_geometry(
     if offset is not None:
         classes = _check_offset(op, offset_name, offset, count, part, classes, out_channels)
     if mask is not None:
-        _checks.check_shape(op, "mask", mask, "(R, 1, pooled_h, pooled_w)", (count, 1, *pooled))
+        _checks.check_shape(op, "mask", mask.shape, "(R, 1, pooled_h, pooled_w)", (count, 1, *pooled))
     return RoiGeometry(
         batch=batch,
         in_channels=in_channels,
@@ -205,12 +205,12 @@ def _check_offset(
 ) -> int:
     """The number of classes."""
     if classes is not None:
-        _checks.check_shape(op, name, offset, "(R, 2, pooled_h, pooled_w)", (count, 2 * classes, *part))
+        _checks.check_shape(op, name, offset.shape, "(R, 2, pooled_h, pooled_w)", (count, 2 * classes, *part))
         return classes
     formula = "(R, 2*classes, part_size, part_size)"
-    _checks.check_ndim(op, name, offset, formula, 4)
+    _checks.check_ndim(op, name, offset.shape, formula, 4)
     classes = max(int(offset.shape[1]) // 2, 1)
-    _checks.check_shape(op, name, offset, formula, (count, 2 * classes, *part))
+    _checks.check_shape(op, name, offset.shape, formula, (count, 2 * classes, *part))
     if out_channels % classes:
         raise ValueError(
             f"{op}: {name} must have shape {formula} with classes a divisor of output_dim = {out_channels}, "
@@ -221,5 +221,9 @@ def _check_offset(
 
 def check_grad_output(op: str, grad_output: Any, g: RoiGeometry) -> None:
     _checks.check_shape(
-        op, "grad_output", grad_output, "(R, C, pooled_h, pooled_w)", (g.boxes, g.out_channels, g.pooled_h, g.pooled_w)
+        op,
+        "grad_output",
+        grad_output.shape,
+        "(R, C, pooled_h, pooled_w)",
+        (g.boxes, g.out_channels, g.pooled_h, g.pooled_w),
     )

@@ -226,32 +226,36 @@ def test_ctrl_c_ends_a_process_that_compiles(tmp_path):
     assert (done.stdout, done.stderr) == ("9.0\n", "")
 
 
+OWN, FINISHED = _threads.own_counters(1), _threads._FINISHED * _threads._STRIDE
+
+
 @_jit.Kernel
 def each_waits(thread, counters, output):
-    _threads.wait_until(counters, 8 * thread, 1)
+    _threads.call_helpers(thread, counters)
+    _threads.finish(counters, 0)
+    _threads.wait_until(counters, OWN + thread, 1)
     output[thread] = 1
+    _threads.let_helpers_go(thread, counters)
 
 
 @needs_signals
 def test_ctrl_c_during_a_kernel_waits_for_the_helpers():
     """Else they would go on with arrays of a call that has ended."""
-    counters, output = np.zeros(16, np.int64), np.zeros(2)
-    _threads.run(each_waits, "test", 1, np.ones(16, np.int64), output)  # compiles
-    output[:] = 0
+    counters, output = _threads.new_counters(1, own=2), np.zeros(2)
+    counters[OWN : OWN + 2] = 1
+    _threads.run(each_waits, "test", 1, counters.copy(), output)  # compiles
+    counters[OWN : OWN + 2], output[:] = 0, 0
     memory = weakref.ref(output)
 
     def steer():
-        interrupt_main()
-        counters[0] = 1  # the caller's part ends, and he would raise
-        time.sleep(0.2)
-        counters[8] = 1
-
-    def both_run():
-        while len(_threads._helpers) < 1 or _threads._queue.qsize():
+        while counters[FINISHED] < 2:  # both are at work
             time.sleep(0.001)
-        steer()
+        interrupt_main()
+        counters[OWN] = 1  # the caller's part ends, and he would raise
+        time.sleep(0.2)
+        counters[OWN + 1] = 1
 
-    steering = threading.Thread(target=both_run)
+    steering = threading.Thread(target=steer)
     with pytest.raises(KeyboardInterrupt):
         steering.start()
         _threads.run(each_waits, "test", 2, counters, output)

@@ -413,7 +413,7 @@ def test_tables_of_groups_are_those_of_one_repeated(groups, offset_groups, ins, 
         want = _conv_forward._steps_of_period(g, 32, depthwise, has_pairs)
         for got, whole in zip(_conv_forward._steps(g, 32, has_pairs), want, strict=True):
             np.testing.assert_array_equal(got, whole)
-    blocks, *sizes = _conv_backward._backward_blocks(g, 32, 8, outs)
+    blocks, *sizes = _conv_backward._blocks(g, 32, 8, outs)
     largest = int(max(blocks["channels"]))
     whole, *want_sizes = _conv_backward._blocks_of_period(g, 32, largest, depthwise, 8, outs)
     latest: dict[int, int] = {}
@@ -435,13 +435,14 @@ def test_tables_of_many_groups(monkeypatch):
     for module, name in ((_conv_forward, "_steps_of_period"), (_conv_backward, "_blocks_of_period")):
         make = getattr(module, name)
         monkeypatch.setattr(module, name, lambda one, *rest, make=make: (seen.append(one.groups), make(one, *rest))[1])
-    kept = _conv_forward._kept.cache_info().currsize, _conv_backward._kept_blocks.cache_info().currsize
+    kept = _conv_forward._kept.cache_info().currsize, _conv_backward._kept.cache_info().currsize
     single = np.dtype(np.float32)
     prepared = _conv_forward._prepared(g, single, single, 1, True, True)
     assert len(prepared.tables[1]) == 9 * 30_000
-    assert len(_conv_backward._backward_blocks(g, 32, 8, 2)[0]) == 30_000
+    needs = frozenset({"input", "weight"})
+    assert len(_conv_backward._prepared(g, single, single, 1, True, True, needs).blocks) == 30_000
     assert seen == [1, 1]
-    assert kept == (_conv_forward._kept.cache_info().currsize, _conv_backward._kept_blocks.cache_info().currsize)
+    assert kept == (_conv_forward._kept.cache_info().currsize, _conv_backward._kept.cache_info().currsize)
     kept_bins = _roi_common.bins_table.cache_info().currsize
     variant = Variant("roi_align", {"output_size": (5000, 1)}, 1)
     arrays, _ = problem(variant, "float32", corners=CORNERS[:1])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import queue
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -104,7 +104,7 @@ def test_no_helper_keeps_the_memory_of_a_call(threads):
 def no_helpers(monkeypatch):
     """As after the start of a process; no problem is too small for threads, of which a call may have eight."""
     monkeypatch.setattr(_threads, "_helpers", [])
-    monkeypatch.setattr(_threads, "_queue", queue.SimpleQueue())
+    monkeypatch.setattr(_threads, "_free", [])
     monkeypatch.setattr(_conv_common, "SERIAL_FLOPS", 0)
     monkeypatch.setattr(_roi_common, "SERIAL_FLOPS", 0)
     monkeypatch.setattr(_threads, "get_num_threads", lambda: 8)
@@ -172,55 +172,116 @@ def test_fewer_helpers_than_asked_for_will_do(monkeypatch, capsys, no_helpers, e
     monkeypatch.setattr(_threads, "run", lambda kernel, *rest: calls.append(rest) or run_all(kernel, *rest))
     solve(PROBLEMS[1], "float32")
     assert {rest[1] for rest in calls} == {8}  # of which there are not so many
-    if there_are == 0:
-        assert _threads._queue.empty()  # nobody would ever empty it
+
+
+# Helpers ----------------------------------------------------------------------------------------------------------
 
 
 @_jit.Kernel
-def _do_nothing(thread, counters, units):
+def _count(thread, counters, units, others, done):
+    """Units that each thread has done; thread 0 begins when so many others have."""
+    _threads.call_helpers(thread, counters)
+    if thread == 0:
+        _threads.wait_for(counters, 1, others)
+    else:
+        _threads.finish(counters, 1)
     unit = _threads.claim(counters, 0)
     while unit < units:
+        done[thread] += 1
         _threads.finish(counters, 0)
         unit = _threads.claim(counters, 0)
     _threads.wait_for(counters, 0, units)
+    _threads.let_helpers_go(thread, counters)
 
 
-@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
-@pytest.mark.parametrize("bad", [0, 1, 2])
-def test_an_error_in_one_thread_is_raised_and_leaves_no_other_waiting(no_helpers, bad, error):
-    """The thread has claimed a unit that nobody will ever finish."""
-    together, outcome = threading.Barrier(3), []
+def count(helpers: int, threads: int | None = None) -> np.ndarray:
+    """A call in which so many helpers must have a part, else it never ends; `threads` may ask for more."""
+    threads = threads or helpers + 1
+    done = np.zeros(threads, np.int64)
+    _threads.run(_count, "n", threads, _threads.new_counters(2), 100, helpers, done)
+    assert done.sum() == 100
+    return done
 
-    class Broken:
-        prepare = _do_nothing.prepare
 
-        @staticmethod
-        def call(thread, counters, units):
-            if thread == bad:
-                counters[0] += 1
-            together.wait(30)
-            if thread == bad:
-                raise error("broken")
-            _do_nothing.call(thread, counters, units)
+def states() -> list[int]:
+    return [int(helper.place[_threads._STATE]) for helper in _threads._helpers]
+
+
+def until(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_helpers_are_called_asleep_or_awake(no_helpers, monkeypatch):
+    for helpers in (1, 3, 2):
+        for _ in range(20):  # awake
+            count(helpers)
+        assert sorted(_threads._free, key=id) == sorted(_threads._helpers, key=id)
+        until(lambda: set(states()) == {_threads._ASLEEP})
+        count(helpers)
+    assert len(_threads._helpers) == 3
+    monkeypatch.setattr(_threads, "_PATIENCE", 1)  # of new helpers: nearly always asleep
+    monkeypatch.setattr(_threads, "_helpers", [])
+    monkeypatch.setattr(_threads, "_free", [])
+    for _ in range(200):
+        count(2)
+
+
+def test_who_does_not_come_is_done_without(no_helpers, monkeypatch):
+    """One sleeps and is not woken, as where it falls asleep between being looked at and being called; another has been
+    given no processor yet."""
+    count(1)
+    until(lambda: states() == [_threads._ASLEEP])
+    asleep = _threads._helpers[0]
+    monkeypatch.setattr(_threads._Helper, "wake", lambda helper: None)
+    assert count(0, threads=2).tolist() == [100, 0]
+    assert states() == [_threads._ASLEEP] and _threads._free == [asleep]
+    late = object.__new__(_threads._Helper)
+    late.place = np.zeros(_threads._STRIDE, np.int64)
+    late.address, late.thread_id = late.place.ctypes.data, threading.get_native_id()
+    _threads._free.append(late)
+    assert count(0, threads=2).tolist() == [100, 0]
+    assert late.place[_threads._STATE] == _threads._AWAKE and late.place[_threads._PART]  # called, and let go
+    monkeypatch.undo()
+
+
+def test_helpers_are_free_after_an_error(no_helpers):
+    count(2)
+    for bad in ("no array", 1.5):
+        with pytest.raises(TypeError):
+            _threads.run(_count, "n", 3, _threads.new_counters(2), 100, 2, bad)
+    assert len(_threads._free) == len(_threads._helpers) == 2
+    count(2)
+
+
+def test_calls_at_once_share_the_helpers(no_helpers):
+    """Nobody waits for one that another call has."""
+    count(2)
+    failures = []
 
     def work():
         try:
-            _threads.run(Broken, "n", 3, _threads.new_counters(1), 100)
-        except BaseException as caught:
-            outcome.append(caught)
+            for _ in range(50):
+                count(0, threads=3)
+        except BaseException as error:
+            failures.append(error)
 
-    for _ in range(2):  # helpers outlive an error
-        outcome.clear()
-        worker = threading.Thread(target=work, daemon=True)
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
         worker.start()
+    for worker in workers:
         worker.join(60)
-        assert not worker.is_alive(), "still waiting for who has failed"
-        assert [type(caught) for caught in outcome] == [error]
-        together.reset()
-    counters = _threads.new_counters(1)
-    _threads.run(_do_nothing, "n", 3, counters, 100)
-    assert counters[_threads._FINISHED * _threads._STRIDE] == 100
-    assert len(_threads._helpers) == 2
+        assert not worker.is_alive()
+    assert not failures
+    assert len(_threads._helpers) == 2 == len(_threads._free)
+
+
+def test_one_thread_where_kernels_may_raise(monkeypatch, no_helpers):
+    assert _threads.threads_for(5) == 5
+    monkeypatch.setattr("numba.core.config.BOUNDSCHECK", 1)
+    assert _threads.threads_for(5) == 1
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -247,7 +308,7 @@ from tests.test_threads import PROBLEMS, assert_same_results, solve
 def child(want):
     signal.alarm(60)  # a child that hangs dies of it
     try:
-        assert not _threads._helpers
+        assert not _threads._helpers and not _threads._free
         for case, results in zip(PROBLEMS[:3], want):
             assert_same_results(solve(case, "float32"), results)
         assert _threads._helpers

@@ -194,7 +194,7 @@ def test_a_kernel_waits_for_every_phase(call):
         running.reach(lambda got=got, phase=phase: got.counters[claimed(phase)] > FAR)
         others = np.full_like(got.counters, FAR)  # the other phases: all claimed, all finished
         others[[claimed(phase), finished(phase)]] = 0
-        others[_threads.own_counters(phases_with_room(call)) :] = 0
+        others[_threads.own_counters(phases_with_room(call)) :] = 0  # nor has it helpers
         got.run(1, others)
         assert others[finished(phase)] == want.counters[finished(phase)] > 0
         got.counters[finished(phase)] = others[finished(phase)]
@@ -268,6 +268,18 @@ def calls_in_functions() -> dict[str, dict[str, list[str]]]:
 PRIMITIVES = ("claim", "finish", "wait_for", "advance_counter", "wait_until")
 
 
+def test_kernels_call_their_helpers_first_and_let_them_go_last():
+    kernels = {
+        name: kernel for module in MODULES for name, kernel in vars(module).items() if isinstance(kernel, Kernel)
+    }
+    for name in {kernel for kernel, _ in PROBLEMS.values()}:
+        (function,) = ast.parse(inspect.getsource(kernels[name].call.py_func)).body
+        statements = function.body[1:] if ast.get_docstring(function) else function.body
+        assert ast.unparse(statements[0]) == "call_helpers(thread, counters)", name
+        assert ast.unparse(statements[-1]) == "let_helpers_go(thread, counters)", name
+        assert not any(isinstance(node, ast.Return | ast.Raise) for node in ast.walk(function)), name
+
+
 def test_every_phase_is_claimed_finished_and_waited_for():
     """`wait_until` is tested above for one kernel: whoever calls it elsewhere writes that test for it."""
     functions = calls_in_functions()
@@ -306,8 +318,30 @@ def test_memory_orders(name):
     assert len(counted if kind == "count" else waited) > 0
 
 
+def test_memory_orders_of_calls():
+    """A helper sees what it is called with, and the caller what it has done."""
+
+    @Kernel
+    def both(thread, counters):
+        _threads.call_helpers(thread, counters)
+        _threads.let_helpers_go(thread, counters)
+
+    both.call.compile((types.int64, types.int64[::1]))
+    (kernel,) = both.call.inspect_llvm().values()
+    waiting = _threads._await_calls().library.get_llvm_str()
+    awake, called, at_work, asleep = _threads._AWAKE, _threads._CALLED, _threads._AT_WORK, _threads._ASLEEP
+    for text, changes in (kernel, {(awake, called), (called, awake)}), (waiting, {(called, at_work), (awake, asleep)}):
+        found = re.findall(r"cmpxchg (?:i64\*|ptr) \S+ i64 (\d), i64 (\d) acq_rel acquire", text)
+        assert {(int(old), int(new)) for old, new in found} == changes
+        waited = re.findall(r"load atomic i64, (?:i64\*|ptr) \S+ acquire, align 8", text)
+        assert text.count("cmpxchg") == len(found) and text.count("load atomic") == len(waited) > 0
+    assert len(re.findall(rf"store atomic i64 {awake}, (?:i64\*|ptr) \S+ release, align 8", waiting)) == 1
+
+
 def test_atomics_are_written_in_one_place():
     written = {
-        path.name for path in FOLDER.glob("*.py") if re.search(r"atomic_rmw|load_atomic|cmpxchg", path.read_text())
+        path.name
+        for path in FOLDER.glob("*.py")
+        if re.search(r"atomic_rmw|load_atomic|store_atomic|cmpxchg", path.read_text())
     }
     assert written == {"_threads.py"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from typing import Any
@@ -10,24 +11,31 @@ import numpy as np
 
 from pydeform.cpu import _half
 
+FLOAT64, FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
 ALIGNMENT = 64  # a cache line, the widest vector, and what JAX takes without a copy
 
 
 def compute_dtype(dtype: Any) -> Any:
     """float64 for itself, float32 for the rest: Numba has no half types, and they accumulate in float32."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    return FLOAT64 if dtype == FLOAT64 else FLOAT32
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
     """Like numpy.empty, aligned to a cache line."""
-    return workspace((shape, dtype))[0]
+    block, origin = _aligned(math.prod(shape) * dtype.itemsize)
+    return np.ndarray(shape, dtype, block, origin)
+
+
+def _aligned(size: int) -> tuple[Any, int]:
+    """Bytes, and where in them `size` begin that are aligned."""
+    block: Any = np.empty(size + ALIGNMENT, np.uint8)
+    return block, -ctypes.addressof(ctypes.c_char.from_buffer(block)) % ALIGNMENT
 
 
 def workspace(*parts: tuple[tuple[int, ...], Any]) -> list[Any]:
     """An uninitialised array for each (shape, dtype), aligned to a cache line, all of them in one allocation."""
     total, starts = _layout(parts)
-    block = np.empty(total, np.uint8)
-    origin = -block.__array_interface__["data"][0] % ALIGNMENT
+    block, origin = _aligned(total)
     make = np.ndarray
     return [make(shape, dtype, block, origin + start) for (shape, dtype), start in zip(parts, starts, strict=True)]
 
@@ -41,7 +49,7 @@ def _layout(parts: tuple[tuple[tuple[int, ...], Any], ...]) -> tuple[int, tuple[
         starts.append(start)
         # A cache line more between them: arrays a power of two apart would share the same cache sets.
         start += size + -size % ALIGNMENT + ALIGNMENT
-    return start + ALIGNMENT, tuple(starts)
+    return start, tuple(starts)
 
 
 class _Alias:
@@ -54,9 +62,11 @@ class _Alias:
 
 def contiguous(array: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
     """`array` as an aligned C-contiguous array of this dtype and shape; a copy only where it is none yet."""
+    flags = array.flags
+    if array.dtype == dtype and flags.carray:  # the usual case: aligned, contiguous, and writeable as well
+        return array.reshape(shape)
     if array.dtype == np.float16 and dtype == np.float32:
         return widened(array).reshape(shape)
-    flags = array.flags
     if array.dtype != dtype or not (flags.c_contiguous and flags.aligned):
         array = np.require(array, dtype, ("C", "A"))
     elif not flags.writeable:

@@ -46,7 +46,16 @@ from pydeform.cpu._simd import (
 )
 from pydeform.cpu._simd_pairs import begin_products, end_products, multiply_tile, pack_rows, put, rows_of
 from pydeform.cpu._simd_roi import plane_scatter
-from pydeform.cpu._threads import advance_counter, claim, finish, own_counters, wait_for, wait_until
+from pydeform.cpu._threads import (
+    advance_counter,
+    call_helpers,
+    claim,
+    finish,
+    let_helpers_go,
+    own_counters,
+    wait_for,
+    wait_until,
+)
 
 POSITIONS = 192  # of a tile: its columns, their gradient and that of the output stay in the second-level cache
 DEPTH = 128  # of one product over output channels: panel and gradients stay in the first-level cache
@@ -78,75 +87,45 @@ class BackwardPlan(NamedTuple):
     need_bias: int
 
 
+class Prepared(NamedTuple):
+    """All that is decided before the arrays are known."""
+
+    threads: int
+    key: str  # of the kernel's types
+    workspace: tuple[Any, ...]
+    pairs: tuple[Any, ...]  # the workspace that pairs take, if there are any
+    blocks: Any
+    plan: BackwardPlan
+
+
 def backward(
     grad_output: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, needs: Any
 ) -> tuple[Any, Any, Any, Any, Any]:
     dtype = compute_dtype(input.dtype)
     taps = g.kernel_h * g.kernel_w
-    positions_out = g.out_h * g.out_w
+    positions = g.out_h * g.out_w
     need_dots = "offset" in needs or "mask" in needs
-    planes = prefers_planes(g)
     # Zeros that are never touched cost nothing; with channels last every pixel is written.
-    make = np.zeros if planes else empty
+    make = np.zeros if prefers_planes(g) else empty
     grad_input = make((g.batch, g.in_channels, g.in_h * g.in_w) if "input" in needs else (0, 1, 1), dtype)
-    grad_offset = empty((g.batch, g.offset_groups, taps, 2, positions_out) if need_dots else (0, 1, 1, 2, 1), dtype)
-    grad_mask = empty((g.batch, g.offset_groups, taps, positions_out) if need_dots else (0, 1, 1, 1), dtype)
+    grad_offset = empty((g.batch, g.offset_groups, taps, 2, positions) if need_dots else (0, 1, 1, 2, 1), dtype)
+    grad_mask = empty((g.batch, g.offset_groups, taps, positions) if need_dots else (0, 1, 1, 1), dtype)
     grad_weight = empty((g.out_channels, g.in_channels // g.groups, taps) if "weight" in needs else (0, 1, 1), dtype)
     grad_bias = empty((g.out_channels,) if "bias" in needs else (0,), dtype)
     if g.batch == 0:
         grad_weight[...] = 0
         grad_bias[...] = 0
     elif needs:
-        pixel_dtype = _conv_common.pixel_dtype(g)
-        lanes = VECTOR_BYTES // dtype.itemsize
-        panel = 2 * lanes
         numbers = numbers_of(input.dtype, g)
-        has_pairs = numbers != dtype
-        lines, depth = rows_of(numbers)[0], g.out_channels // g.groups
-        fill = math.lcm(ROWS, lines)
-        if has_pairs:
-            depth, fill = round_up(depth, _simd_pairs.DEPTH), math.lcm(lines, _simd_pairs.DEPTH)
-        blocks, weight_size, packed_size, rows = _backward_blocks(g, panel, lines, depth)
-        splits = max(1, min(g.batch, WEIGHT_COPIES // (weight_size * dtype.itemsize)))
-        tiles = -(-positions_out // POSITIONS)
-        positions = round_up(-(-positions_out // tiles), fill)
-        tiles = -(-positions_out // positions)
-        plan = BackwardPlan(
-            positions=positions,
-            tiles=tiles,
-            splits=splits,
-            lines=lines,
-            rows=rows,
-            depth=depth,
-            weight_size=weight_size,
-            depthwise=int(is_depthwise(g)),
-            planes=int(planes),
-            has_offset=int(offset is not None),
-            has_mask=int(mask is not None),
-            need_input=int("input" in needs),
-            need_dots=int(need_dots),
-            need_weight=int("weight" in needs),
-            need_bias=int("bias" in needs),
-        )
-        parts = -(-g.in_h * g.in_w // PIXELS)
-        threads = threads_for(g, 3, max(g.batch * parts, splits * len(blocks), g.out_channels))
-        image_size = channels_last_size(g) + lanes
-        # Rows of an odd number of cache lines: else those of a tile would crowd into few of them.
-        by_position, by_output, paired = (
-            workspace(
-                ((g.batch, g.groups, tiles * positions, _odd_lines(depth)), numbers),
-                ((g.batch * g.out_channels + lines, _odd_lines(tiles * positions)), numbers),
-                ((threads, positions // 2, COLUMN_ROW, 2), numbers),
-            )
-            if has_pairs
-            else (None, None, None)
-        )
+        most_threads = threads_for(g, 3, g.batch * g.in_channels * positions)
+        how = _prepared(g, dtype, numbers, most_threads, offset is not None, mask is not None, needs)
+        planes = how.plan.planes
         _threads.run(
             _backward,
-            dtype.char + numbers.char + pixel_dtype.char + planes * "p",
-            threads,
-            _threads.new_counters(3, g.batch * len(blocks)),
-            contiguous(grad_output, dtype, (g.batch, g.out_channels, positions_out)),
+            how.key,
+            how.threads,
+            _threads.new_counters(3, g.batch * len(how.blocks)),
+            contiguous(grad_output, dtype, (g.batch, g.out_channels, positions)),
             *flat_arguments(None if planes else input, offset, weight, bias, mask, g, dtype),
             planes_of(input) if planes else None,
             grad_input,
@@ -154,27 +133,11 @@ def backward(
             grad_mask,
             grad_weight,
             grad_bias,
-            *workspace(
-                ((0 if planes else image_size,), dtype),
-                ((image_size if plan.need_input and not planes else lanes,), dtype),
-                ((packed_size,), numbers),
-                ((threads, turned_size(g, lanes)), dtype),
-                ((splits if plan.need_weight else 0, weight_size), dtype),
-                ((threads, 0 if has_pairs else plan.rows, ROW), dtype),
-                ((threads, 2, positions, COLUMN_ROW), dtype),
-                ((threads, 4, positions), pixel_dtype),
-                ((threads, 10, positions), dtype),
-                ((threads, 2, positions), INT32),
-                ((threads, corners_size(blocks) if planes else 0), dtype),
-                ((threads, 4), pixel_dtype),
-                ((threads, 4), dtype),
-            ),
-            by_position,
-            by_output,
-            paired,
-            blocks,
+            *workspace(*how.workspace),
+            *(workspace(*how.pairs) if how.pairs else (None, None, None)),
+            how.blocks,
             g,
-            plan,
+            how.plan,
         )
     taken = {
         "input": (grad_input, (g.batch, g.in_channels, g.in_h, g.in_w)),
@@ -188,6 +151,73 @@ def backward(
         for name, (grad, shape) in taken.items()
     ]
     return tuple(grads)  # type: ignore[return-value]
+
+
+def _prepared(g: Any, *rest: Any) -> Prepared:
+    return (_kept if is_small(g) else _kept.__wrapped__)(g, *rest)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(
+    g: Any, dtype: Any, numbers: Any, most_threads: int, has_offset: bool, has_mask: bool, needs: frozenset[str]
+) -> Prepared:
+    pixel_dtype = _conv_common.pixel_dtype(g)
+    lanes = VECTOR_BYTES // dtype.itemsize
+    has_pairs = numbers != dtype
+    lines, depth = rows_of(numbers)[0], g.out_channels // g.groups
+    fill = math.lcm(ROWS, lines)
+    if has_pairs:
+        depth, fill = round_up(depth, _simd_pairs.DEPTH), math.lcm(lines, _simd_pairs.DEPTH)
+    blocks, weight_size, packed_size, rows = _blocks(g, 2 * lanes, lines, depth)
+    splits = max(1, min(g.batch, WEIGHT_COPIES // (weight_size * dtype.itemsize)))
+    out_positions = g.out_h * g.out_w
+    tiles = -(-out_positions // POSITIONS)
+    positions = round_up(-(-out_positions // tiles), fill)
+    tiles = -(-out_positions // positions)
+    planes = prefers_planes(g)
+    plan = BackwardPlan(
+        positions=positions,
+        tiles=tiles,
+        splits=splits,
+        lines=lines,
+        rows=rows,
+        depth=depth,
+        weight_size=weight_size,
+        depthwise=int(is_depthwise(g)),
+        planes=int(planes),
+        has_offset=int(has_offset),
+        has_mask=int(has_mask),
+        need_input=int("input" in needs),
+        need_dots=int("offset" in needs or "mask" in needs),
+        need_weight=int("weight" in needs),
+        need_bias=int("bias" in needs),
+    )
+    parts = -(-g.in_h * g.in_w // PIXELS)
+    threads = min(most_threads, max(g.batch * parts, splits * len(blocks), g.out_channels))
+    image_size = channels_last_size(g) + lanes
+    arrays = (
+        ((0 if planes else image_size,), dtype),
+        ((image_size if plan.need_input and not planes else lanes,), dtype),
+        ((packed_size,), numbers),
+        ((threads, turned_size(g, lanes)), dtype),
+        ((splits if plan.need_weight else 0, weight_size), dtype),
+        ((threads, 0 if has_pairs else rows, ROW), dtype),
+        ((threads, 2, positions, COLUMN_ROW), dtype),
+        ((threads, 4, positions), pixel_dtype),
+        ((threads, 10, positions), dtype),
+        ((threads, 2, positions), INT32),
+        ((threads, corners_size(blocks) if planes else 0), dtype),
+        ((threads, 4), pixel_dtype),
+        ((threads, 4), dtype),
+    )
+    # Rows of an odd number of cache lines: else those of a tile would crowd into few of them.
+    pairs = (
+        ((g.batch, g.groups, tiles * positions, _odd_lines(depth)), numbers),
+        ((g.batch * g.out_channels + lines, _odd_lines(tiles * positions)), numbers),
+        ((threads, positions // 2, COLUMN_ROW, 2), numbers),
+    )
+    key = dtype.char + numbers.char + pixel_dtype.char + planes * "p"
+    return Prepared(threads, key, arrays, pairs if has_pairs else (), blocks, plan)
 
 
 @Kernel
@@ -227,6 +257,7 @@ def _backward(
     p: Any,
 ) -> None:
     """`by_position`, `by_output` and `paired`: the output's gradient and a tile's columns in pairs, or None."""
+    call_helpers(thread, counters)
     scratch = at(tile_columns, (thread, 0, 0, 0))
     _prepare_backward(
         counters,
@@ -448,6 +479,7 @@ def _backward(
         g,
         p,
     )
+    let_helpers_go(thread, counters)
 
 
 @inline
@@ -840,12 +872,7 @@ def _odd_lines(count: int) -> int:
     return 32 * (lines + 1 - lines % 2)
 
 
-def _backward_blocks(g: Any, panel: int, lines: int, depth: int) -> tuple[Any, int, int, int]:
-    return (_kept_blocks if is_small(g) else _kept_blocks.__wrapped__)(g, panel, lines, depth)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_blocks(g: Any, panel: int, lines: int, depth: int) -> tuple[Any, int, int, int]:
+def _blocks(g: Any, panel: int, lines: int, depth: int) -> tuple[Any, int, int, int]:
     one, times = period_of(g)
     # Two blocks at least, where channels allow it: a block is a unit of work. Never by batch, which must not show.
     largest = CHANNELS if g.in_channels >= 2 * CHANNELS else max(CHANNELS // 4, round_up(-(-g.in_channels // 2), panel))

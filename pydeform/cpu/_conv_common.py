@@ -15,7 +15,7 @@ from pydeform.cpu._simd_pairs import pair_dtype
 
 CHANNELS = 64  # of a block, sampled together
 FEW_SAMPLES = 16  # pixels of an image for each sample, or more: then a copy of it would be most of the work
-SERIAL_FLOPS = 2e7  # below this a second thread costs more than it saves
+SERIAL_FLOPS = 3e6  # below this a second thread costs more than it saves
 KEPT_ROWS = 1 << 16  # of a problem's tables: longer ones are made for each call
 INT32 = np.dtype(np.int32)
 

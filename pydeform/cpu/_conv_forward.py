@@ -41,7 +41,7 @@ from pydeform.cpu._simd_pairs import (
     put,
     rows_of,
 )
-from pydeform.cpu._threads import claim, finish, wait_for
+from pydeform.cpu._threads import call_helpers, claim, finish, let_helpers_go, wait_for
 
 # Sizes that keep a tile's columns in the second-level cache and a panel of weights in the first. With half as many
 # positions, weights that fill the second level are waited for.
@@ -172,6 +172,7 @@ def _forward(
     g: Any,
     p: Any,
 ) -> None:
+    call_helpers(thread, counters)
     # Phase 0: the image to channels-last, the weight into panels.
     parts = pixel_parts(g.in_h * g.in_w)
     converting = g.batch * parts if planes is None else 0
@@ -329,6 +330,7 @@ def _forward(
         unit = claim(counters, 1)
     end_products(at(tile_columns, (0, 0)))
     wait_for(counters, 1, g.batch * p.tiles)
+    let_helpers_go(thread, counters)
 
 
 @inline_always

@@ -33,8 +33,8 @@ def round_to_half(wide: Any, half: Any) -> None:
 
 def _run(kernel: Kernel, *arguments: Any) -> None:
     """In the calling thread alone: memory is the limit, not arithmetic."""
-    if kernel.prepare("", arguments):
-        kernel.call(*arguments)
+    if call := kernel.prepare("", arguments):
+        call(*arguments)
 
 
 @Kernel

@@ -104,18 +104,18 @@ class Kernel:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.call = numba.njit(**_OPTIONS)(function)
-        self._compiled: set[Any] = set()
+        self._compiled: dict[Any, Callable[..., None]] = {}
 
-    def prepare(self, key: Any, arguments: tuple[Any, ...]) -> bool:
-        """Compile for the types of `arguments`, or load from disk; `key` stands for those types. False: it must not
-        be called, kernels are only listed."""
+    def prepare(self, key: Any, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
+        """What to call for arguments of the types of these, compiled or loaded from disk; `key` stands for the types,
+        which are not looked at again. None: it must not be called, kernels are only listed."""
         if _waiting is not None:
             if key not in self._compiled:
                 _waiting.setdefault((self, key), (self, key, arguments))
-            return False
+            return None
         if key not in self._compiled:
             _background.complete(lambda: self._compile(key, arguments), self._say_compiling)
-        return True
+        return self._compiled[key]
 
     def _compile(self, key: Any, arguments: tuple[Any, ...]) -> None:
         if key in self._compiled:  # by another thread, meanwhile
@@ -125,8 +125,7 @@ class Kernel:
         # Kernels of others (tests, say) are not kept: nobody would see an edit in their sources.
         if not self._compiled and folder is not None and function.__module__.startswith("pydeform."):
             self.call._cache = KernelCache(function, folder)
-        self.call.compile(tuple(typeof(argument) for argument in arguments))
-        self._compiled.add(key)
+        self._compiled[key] = self.call.compile(tuple(typeof(argument) for argument in arguments))
 
     def count_of_compiled(self) -> int:
         """For how many types this process has compiled it, rather than loaded it."""

@@ -44,7 +44,7 @@ from pydeform.cpu._roi_common import (
 from pydeform.cpu._roi_largest import largest_of_bin, list_candidates, list_part
 from pydeform.cpu._simd import VECTOR_BYTES, advance, at
 from pydeform.cpu._simd_roi import plane_scatter, scatter, weighted_dots
-from pydeform.cpu._threads import claim, finish, wait_for
+from pydeform.cpu._threads import call_helpers, claim, finish, let_helpers_go, wait_for
 
 
 class BackwardPlan(NamedTuple):
@@ -264,6 +264,7 @@ def _mean_backward(
     g: Any,
     p: Any,
 ) -> None:
+    call_helpers(thread, counters)
     find_boxes(counters, 3, boxes, extents, states, g)
     if p.need_dots and not p.planes:
         convert_image(counters, 0, input, starts, image, blocks, g, p)
@@ -367,6 +368,7 @@ def _mean_backward(
         finish(counters, 2)
         unit = claim(counters, 2)
     wait_for(counters, 2, units)
+    let_helpers_go(thread, counters)
 
 
 @inline
@@ -477,6 +479,7 @@ def _largest_backward(
     g: Any,
     p: Any,
 ) -> None:
+    call_helpers(thread, counters)
     if not p.planes:
         convert_image(counters, 0, input, starts, image, blocks, g, p)
         _convert_grads(counters, grad_output, grads, blocks, g, p)
@@ -547,3 +550,4 @@ def _largest_backward(
         finish(counters, 2)
         unit = claim(counters, 2)
     wait_for(counters, 2, units)
+    let_helpers_go(thread, counters)

@@ -34,7 +34,7 @@ from pydeform.cpu._roi_common import (
 from pydeform.cpu._simd import advance, at
 from pydeform.cpu._simd_bands import BAND, band_dots, band_scatter, band_sum
 from pydeform.cpu._simd_roi import plane_scatter, plane_weighted_dots, plane_weighted_sum
-from pydeform.cpu._threads import claim, finish, wait_for
+from pydeform.cpu._threads import call_helpers, claim, finish, let_helpers_go, wait_for
 
 # Neighbouring bins of a box are neighbours in memory: threads that wrote them at the same time would wait for each
 # other's cache lines. So a unit is several planes in a row, and there are not many more of them than keep all at work.
@@ -211,6 +211,7 @@ def _mean_of_few(
     g: Any,
     p: Any,
 ) -> None:
+    call_helpers(thread, counters)
     find_boxes(counters, 0, boxes, extents, states, g)
     lists = lists_of(thread, all_starts, all_index, all_weights, all_counts, all_entries)
     places, products = all_places[thread], all_products[thread]
@@ -240,6 +241,7 @@ def _mean_of_few(
         finish(counters, 1)
         unit = claim(counters, 1)
     wait_for(counters, 1, p.units)
+    let_helpers_go(thread, counters)
 
 
 @inline
@@ -348,6 +350,7 @@ def _few_backward(
     g: Any,
     p: Any,
 ) -> None:
+    call_helpers(thread, counters)
     find_boxes(counters, 0, boxes, extents, states, g)
     lists = lists_of(thread, all_starts, all_index, all_weights, all_counts, all_entries)
     places, products = all_places[thread], all_products[thread]
@@ -402,6 +405,7 @@ def _few_backward(
         finish(counters, 1)
         unit = claim(counters, 1)
     wait_for(counters, 1, units)
+    let_helpers_go(thread, counters)
 
 
 @inline

@@ -34,7 +34,7 @@ from pydeform.cpu._roi_common import (
 from pydeform.cpu._roi_largest import largest_of_bin, list_candidates
 from pydeform.cpu._simd import VECTOR_BYTES, advance, at
 from pydeform.cpu._simd_roi import weighted_sum
-from pydeform.cpu._threads import claim, finish, wait_for
+from pydeform.cpu._threads import call_helpers, claim, finish, let_helpers_go, wait_for
 
 
 def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
@@ -120,6 +120,7 @@ def _mean(
     g: Any,
     p: Any,
 ) -> None:
+    call_helpers(thread, counters)
     lists = lists_of(thread, all_starts, all_index, all_weights, all_counts, all_entries)
     places, products = all_places[thread], all_products[thread]
     reader = reader_of(thread, planes, all_own, all_offsets, all_pixels)
@@ -182,6 +183,7 @@ def _mean(
             finish(counters, 2 * s + 1)
             unit = claim(counters, 2 * s + 1)
         wait_for(counters, 2 * s + 1, units)
+    let_helpers_go(thread, counters)
 
 
 @Kernel
@@ -214,6 +216,7 @@ def _largest(
     g: Any,
     p: Any,
 ) -> None:
+    call_helpers(thread, counters)
     lists = lists_of(thread, all_starts, all_index, all_weights, all_counts, all_entries)
     places, products, winners = all_places[thread], all_products[thread], all_winners[thread]
     reader = reader_of(thread, planes, all_own, all_offsets, all_pixels)
@@ -256,3 +259,4 @@ def _largest(
             finish(counters, 2 * s + 1)
             unit = claim(counters, 2 * s + 1)
         wait_for(counters, 2 * s + 1, g.boxes)
+    let_helpers_go(thread, counters)

@@ -21,11 +21,14 @@ DCNV2, DCNV1 = BOUNDARIES.index("dcnv2"), BOUNDARIES.index("dcnv1")
 @inline
 def tile_origins(start: int, count: int, base: Any, g: Any) -> None:
     """base[0, i], base[1, i]: y and x of tap (0, 0) for output position start + i."""
+    oy = start // g.out_w
+    ox = start - oy * g.out_w
     for i in range(count):
-        oy = (start + i) // g.out_w
-        ox = start + i - oy * g.out_w
         base[0, i] = oy * g.stride_h - g.pad_h
         base[1, i] = ox * g.stride_w - g.pad_w
+        ox += 1
+        if ox == g.out_w:
+            oy, ox = oy + 1, 0
 
 
 @inline

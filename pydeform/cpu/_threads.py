@@ -4,35 +4,52 @@ A kernel divides its problem into units that each own what they write. Every thr
 next unit from a counter until none is left, so the result depends on neither the number of threads nor their speed.
 The calling thread starts at once and is never waiting for a helper to wake up: a helper that comes late finds less
 work, or none. See docs/decisions/0005-threads.md.
+
+Helpers are called and let go within the kernel, in machine code, without Python's lock (`call_helpers`): between two
+calls they stay awake for a moment, and only then sleep until Python wakes them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
-import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils, config
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from pydeform import _background
 from pydeform._runtime import get_num_threads
+from pydeform.cpu._arrays import empty
 from pydeform.cpu._jit import Kernel
 from pydeform.cpu._kernel_cache import say_once
 
-_STRIDE = 8  # counters lie a cache line apart
+_STRIDE = 8  # counters and helpers' places lie a cache line apart
 _CLAIMED, _FINISHED = 0, 1
-_FAR = 1 << 62  # more units than any phase has
 # Each thread has a workspace, and more threads than processors save nothing. Eight are no burden on any machine.
 _MOST_THREADS = max(2 * (os.cpu_count() or 1), 8)
-_INT = ir.IntType(64)
+_TEAM = _MOST_THREADS  # last counters: how many helpers a call has, and where their places are
+# A helper's place: its state, the function that it is to run, with what, and as which thread; how often it has.
+_STATE, _PART, _ARGUMENTS, _THREAD, _DONE = range(5)
+_AWAKE, _CALLED, _AT_WORK, _ASLEEP = range(4)
+_PATIENCE = 1000  # looks for a call, some 0.3 us each, before a helper falls asleep
+_INT, _BYTES = ir.IntType(64), ir.IntType(8).as_pointer()
+_PART_TYPE = ir.FunctionType(ir.VoidType(), [_INT, _BYTES])
 _HAS_YIELD = hasattr(os, "sched_yield")
+
+
+def _number(value: int) -> Any:
+    return ir.Constant(_INT, value)
 
 
 def _pointer_to(context: Any, builder: Any, counters_type: Any, counters: Any, index: Any) -> Any:
@@ -42,28 +59,39 @@ def _pointer_to(context: Any, builder: Any, counters_type: Any, counters: Any, i
 
 def _emit_count_up(builder: Any, pointer: Any) -> Any:
     """Add one in one atomic step, after everything written before has become visible; gives the value before."""
-    return builder.atomic_rmw("add", pointer, ir.Constant(_INT, 1), "acq_rel")
+    return builder.atomic_rmw("add", pointer, _number(1), "acq_rel")
 
 
-def _emit_wait(builder: Any, pointer: Any, value: Any) -> None:
-    """Until *pointer >= value: let other threads run, and then see everything that was written before."""
-    wait, again, done = (builder.append_basic_block(name) for name in ("wait", "again", "done"))
-    builder.branch(wait)
-    builder.position_at_end(wait)
-    builder.cbranch(builder.icmp_signed(">=", builder.load_atomic(pointer, "acquire", 8), value), done, again)
-    builder.position_at_end(again)
+def _emit_change(builder: Any, pointer: Any, old: int, new: int) -> Any:
+    """Whether *pointer was `old`; then it is `new` now, and sees and shows what was written before."""
+    return builder.extract_value(builder.cmpxchg(pointer, _number(old), _number(new), "acq_rel", "acquire"), 1)
+
+
+def _emit_yield(builder: Any) -> None:
+    """Let other threads run."""
     if _HAS_YIELD:
         name = "sched_yield"
         function = builder.module.globals.get(name) or ir.Function(
             builder.module, ir.FunctionType(ir.IntType(32), []), name=name
         )
         builder.call(function, [])
+
+
+def _emit_wait(builder: Any, pointer: Any, comparison: str, value: Any) -> None:
+    """Until the comparison of *pointer holds: let others run, and then see everything that was written before."""
+    wait, again, done = (builder.append_basic_block(name) for name in ("wait", "again", "done"))
+    builder.branch(wait)
+    builder.position_at_end(wait)
+    now = builder.load_atomic(pointer, "acquire", 8)
+    builder.cbranch(builder.icmp_signed(comparison, now, value), done, again)
+    builder.position_at_end(again)
+    _emit_yield(builder)
     builder.branch(wait)
     builder.position_at_end(done)
 
 
 def _phase_pointer(context: Any, builder: Any, signature: Any, arguments: Any, which: int) -> Any:
-    index = builder.add(builder.mul(arguments[1], ir.Constant(_INT, 2 * _STRIDE)), ir.Constant(_INT, which * _STRIDE))
+    index = builder.add(builder.mul(arguments[1], _number(2 * _STRIDE)), _number(which * _STRIDE))
     return _pointer_to(context, builder, signature.args[0], arguments[0], index)
 
 
@@ -93,7 +121,7 @@ def wait_for(typing_context: Any, counters: Any, phase: Any, units: Any) -> Any:
     """Wait until `units` units of `phase` are done: whoever has claimed one is at work on it."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _emit_wait(builder, _phase_pointer(context, builder, signature, arguments, _FINISHED), arguments[2])
+        _emit_wait(builder, _phase_pointer(context, builder, signature, arguments, _FINISHED), ">=", arguments[2])
         return context.get_dummy_value()
 
     return types.void(counters, types.int64, types.int64), codegen
@@ -115,10 +143,128 @@ def wait_until(typing_context: Any, counters: Any, index: Any, value: Any) -> An
     """Wait until counters[index] has reached `value`."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _emit_wait(builder, _pointer_to(context, builder, signature.args[0], *arguments[:2]), arguments[2])
+        _emit_wait(builder, _pointer_to(context, builder, signature.args[0], *arguments[:2]), ">=", arguments[2])
         return context.get_dummy_value()
 
     return types.void(counters, types.int64, types.int64), codegen
+
+
+@contextlib.contextmanager
+def _each_helper(context: Any, builder: Any, signature: Any, arguments: Any) -> Iterator[tuple[Any, Any]]:
+    """Code for each helper of a call: its number, from 0, and its place. Only thread 0 has any."""
+    thread, counters = arguments
+    view = context.make_array(signature.args[1])(context, builder, counters)
+    (size,) = cgutils.unpack_tuple(builder, view.shape, 1)
+    team = builder.gep(view.data, [builder.sub(size, _number(_TEAM))])
+    is_caller = builder.icmp_signed("==", thread, _number(0))
+    count = builder.select(is_caller, builder.load(team), _number(0))
+    with cgutils.for_range(builder, count) as loop:
+        address = builder.load(builder.gep(team, [builder.add(loop.index, _number(1))]))
+        yield loop.index, builder.inttoptr(address, _INT.as_pointer())
+
+
+def _field(builder: Any, place: Any, which: int) -> Any:
+    return builder.gep(place, [_number(which)])
+
+
+@intrinsic  # type: ignore[misc]
+def call_helpers(typing_context: Any, thread: Any, counters: Any) -> Any:
+    """First in a kernel: its helpers run it too, with the same arguments and their own number of the thread.
+
+    The arguments, as machine code has them, are on the caller's stack until `let_helpers_go`.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kernel = builder.function
+        passed = ir.LiteralStructType([argument.type for argument in kernel.args])
+        block = cgutils.alloca_once(builder, passed)
+        for i, argument in enumerate(kernel.args):
+            builder.store(argument, cgutils.gep_inbounds(builder, block, 0, i))
+        part = _emit_part(kernel, passed)
+        with _each_helper(context, builder, signature, arguments) as (number, place):
+            builder.store(builder.ptrtoint(part, _INT), _field(builder, place, _PART))
+            builder.store(builder.ptrtoint(block, _INT), _field(builder, place, _ARGUMENTS))
+            builder.store(builder.add(number, _number(1)), _field(builder, place, _THREAD))
+            _emit_change(builder, place, _AWAKE, _CALLED)  # one that has just fallen asleep is done without
+        return context.get_dummy_value()
+
+    return types.void(thread, counters), codegen
+
+
+def _emit_part(kernel: Any, passed: Any) -> Any:
+    """A function (thread, arguments) that calls the kernel as that thread. Kernels raise nothing."""
+    part = ir.Function(kernel.module, _PART_TYPE, name=f"{kernel.name}.part")
+    part.linkage = "internal"
+    builder = ir.IRBuilder(part.append_basic_block())
+    block = builder.bitcast(part.args[1], passed.as_pointer())
+    arguments = [builder.load(cgutils.gep_inbounds(builder, block, 0, i)) for i in range(len(kernel.args))]
+    # What it returns, and an error, have room of their own.
+    arguments[:2] = [builder.alloca(argument.type.pointee) for argument in kernel.args[:2]]
+    arguments[[argument.name for argument in kernel.args].index("arg.thread")] = part.args[0]
+    builder.call(kernel, arguments)
+    builder.ret_void()
+    return part
+
+
+@intrinsic  # type: ignore[misc]
+def let_helpers_go(typing_context: Any, thread: Any, counters: Any) -> Any:
+    """Last in a kernel: nobody else uses its arguments any more. Who has not come yet need not."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        with _each_helper(context, builder, signature, arguments) as (_, place):
+            with builder.if_then(builder.not_(_emit_change(builder, place, _CALLED, _AWAKE))):
+                _emit_wait(builder, place, "!=", _number(_AT_WORK))
+        return context.get_dummy_value()
+
+    return types.void(thread, counters), codegen
+
+
+@functools.cache
+def _await_calls() -> Callable[[int, int], None]:
+    """The machine code in which a helper is awake: (its place, patience). Does what it is called for, and returns when
+    it has looked in vain so often that it is said to be asleep."""
+    return cast(Callable[[int, int], None], _background.complete(_compile_await_calls))
+
+
+@global_compiler_lock
+def _compile_await_calls() -> Any:
+    library = cpu_target.target_context.codegen().create_library("await_calls")
+    module = library.create_ir_module(library.name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_INT.as_pointer(), _INT]), name="await_calls")
+    place, patience = function.args
+    names = ("enter", "look", "take", "work", "idle", "sleep", "leave")
+    enter, look, take, work, idle, sleep, leave = (function.append_basic_block(name) for name in names)
+    builder = ir.IRBuilder(enter)
+    builder.branch(look)
+    builder.position_at_end(look)
+    left = builder.phi(_INT)
+    state = builder.load_atomic(place, "acquire", 8)
+    builder.cbranch(builder.icmp_signed("==", state, _number(_CALLED)), take, idle)
+    builder.position_at_end(take)
+    builder.cbranch(_emit_change(builder, place, _CALLED, _AT_WORK), work, look)  # else it was let go
+    builder.position_at_end(work)
+    part, arguments, thread = (builder.load(_field(builder, place, f)) for f in (_PART, _ARGUMENTS, _THREAD))
+    builder.call(builder.inttoptr(part, _PART_TYPE.as_pointer()), [thread, builder.inttoptr(arguments, _BYTES)])
+    done = _field(builder, place, _DONE)
+    builder.store(builder.add(builder.load(done), _number(1)), done)
+    builder.store_atomic(_number(_AWAKE), place, "release", 8)
+    builder.branch(look)
+    builder.position_at_end(idle)
+    _emit_yield(builder)
+    fewer = builder.sub(left, _number(1))
+    builder.cbranch(builder.icmp_signed(">", fewer, _number(0)), look, sleep)
+    builder.position_at_end(sleep)
+    builder.cbranch(_emit_change(builder, place, _AWAKE, _ASLEEP), leave, look)
+    builder.position_at_end(leave)
+    builder.ret_void()
+    for value, block in ((patience, enter), (left, take), (patience, work), (fewer, idle), (patience, sleep)):
+        left.add_incoming(value, block)
+    library.add_ir_module(module)
+    library.finalize()
+    address = library.get_pointer_to_function(function.name)
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(address)
+    call.library = library  # type: ignore[attr-defined]  # lives as long
+    return call
 
 
 def own_counters(phases: int) -> int:
@@ -127,32 +273,44 @@ def own_counters(phases: int) -> int:
 
 
 def new_counters(phases: int, own: int = 0) -> Any:
-    return np.zeros(own_counters(phases) + own, np.int64)
+    return np.zeros(own_counters(phases) + own + _TEAM, np.int64)
 
 
 def threads_for(units: int) -> int:
     """Threads of a call that has so many units of work to share."""
+    if config.BOUNDSCHECK:  # then a kernel may raise, while helpers use what is on its stack
+        return 1
     return max(1, min(get_num_threads(), units, _MOST_THREADS))
 
 
-class _Task:
-    """A helper's part of one call. Whoever pops `parts` has it: a helper to do it, or the caller to withdraw it."""
+class _Helper:
+    """A thread that waits for calls. Who has taken it out of `_free` may call it."""
 
-    def __init__(self, *parts: Any) -> None:
-        self.parts = [parts]
-        self.left: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    def __init__(self, await_calls: Callable[[int, int], None]) -> None:
+        self.place = empty((_STRIDE,), np.dtype(np.int64))
+        self.place[...] = 0
+        self.place[_STATE] = _AWAKE
+        self.address = self.place.ctypes.data
+        self._to_wake = threading.Lock()
+        self._to_wake.acquire()
+        thread = threading.Thread(target=self._help, args=(await_calls,), name="pydeform", daemon=True)
+        thread.start()
+        self.thread_id = cast(int, thread.native_id)
 
-    def end(self) -> BaseException | None:
-        """Withdraw, or wait for the helper; the error that it met."""
-        try:
-            self.parts.pop()  # of a helper that is busy elsewhere
-        except IndexError:
-            return self.left.get()
-        return None
+    def _help(self, await_calls: Callable[[int, int], None]) -> None:
+        while True:
+            await_calls(self.address, _PATIENCE)
+            self._to_wake.acquire()
+
+    def wake(self) -> None:
+        """It finds itself called, or not yet."""
+        if self.place[_STATE] == _ASLEEP:
+            self.place[_STATE] = _AWAKE
+            self._to_wake.release()
 
 
-_queue: queue.SimpleQueue[_Task] = queue.SimpleQueue()
-_helpers: list[int] = []  # thread ids, as the system numbers them
+_helpers: list[_Helper] = []  # all
+_free: list[_Helper] = []  # those that no call has
 _avoided = -1  # the processor that helpers keep off
 _lock = threading.Lock()
 
@@ -161,34 +319,10 @@ _FEW_PROCESSORS = 8
 _current_processor = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
 
 
-def _take_part(kernel: Any, thread: int, counters: Any, arguments: tuple[Any, ...]) -> None:
-    try:
-        kernel.call(thread, counters, *arguments)
-    except BaseException:
-        counters[...] = _FAR  # what this thread has claimed nobody finishes: no other waits for it, nor claims more
-        raise
-
-
-def _help() -> None:
-    while True:
-        task = _queue.get()
-        with contextlib.suppress(IndexError):  # withdrawn
-            parts = task.parts.pop()
-            error: BaseException | None = None
-            try:
-                _take_part(*parts)
-            except BaseException as caught:  # the caller's to raise
-                error = caught
-            del parts
-            task.left.put(error)
-            del error
-        del task  # hold nothing while waiting
-
-
 def _reset_in_child() -> None:
     """After fork() only the forking thread is left: start anew."""
-    global _queue, _helpers, _avoided, _lock
-    _queue, _helpers, _avoided, _lock = queue.SimpleQueue(), [], -1, threading.Lock()
+    global _helpers, _free, _avoided, _lock
+    _helpers, _free, _avoided, _lock = [], [], -1, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -198,45 +332,40 @@ if hasattr(os, "register_at_fork"):
 def run(kernel: Kernel, key: Any, threads: int, counters: Any, *arguments: Any) -> None:
     """kernel(thread, counters, *arguments) in the calling thread as number 0 and in up to threads - 1 helpers.
 
-    When it returns, no helper holds any of the arguments: else memory of a call would still be in use at the next one,
-    which would have to get its own from the system. An error in one thread ends the others' work, and is raised here.
+    When it returns, no helper uses any of the arguments.
     """
-    if not kernel.prepare(key, (0, counters, *arguments)):
+    call = kernel.prepare(key, (0, counters, *arguments))
+    if call is None:
         return
-    helpers = _start_helpers(threads - 1) if threads > 1 else 0
-    tasks = [_Task(kernel, thread, counters, arguments) for thread in range(1, helpers + 1)]
-    if tasks:
-        _keep_helpers_off_this_processor()
+    helpers: list[_Helper] = []
     try:
-        for task in tasks:
-            _queue.put(task)
-        _take_part(kernel, 0, counters, arguments)
+        while len(helpers) < threads - 1 and (_free or _start_helper(threads - 1)):
+            with contextlib.suppress(IndexError):  # another call was faster
+                helpers.append(_free.pop())
+        if helpers:
+            _keep_helpers_off_this_processor()
+            for helper in helpers:
+                helper.wake()
+            counters[-_TEAM : len(helpers) + 1 - _TEAM or None] = [len(helpers), *[h.address for h in helpers]]
+        call(0, counters, *arguments)
     finally:
-        errors = [task.end() for task in tasks]
-    for error in errors:
-        if error is not None:
-            raise error
+        _free.extend(helpers)
 
 
-def _start_helpers(count: int) -> int:
-    """How many there are, up to `count`. Where the system gives no more, calls do with those there are."""
+def _start_helper(most: int) -> bool:
+    """One more, where there are not `most`. Where the system gives none, calls do with those there are."""
     global _avoided
-    if len(_helpers) < count:
-        with _lock, _fewer_will_do():
-            while len(_helpers) < count:
-                helper = threading.Thread(target=_help, name="pydeform", daemon=True)
-                helper.start()
-                _helpers.append(cast(int, helper.native_id))
-                _avoided = -1
-    return min(count, len(_helpers))
-
-
-@contextlib.contextmanager
-def _fewer_will_do() -> Iterator[None]:
     try:
-        yield
+        with _lock:
+            if len(_helpers) >= most:
+                return False
+            _helpers.append(helper := _Helper(_await_calls()))
+            _free.append(helper)
+            _avoided = -1
     except (RuntimeError, OSError) as error:
         say_once(f"a helper thread could not be started, calls do with fewer: {error}")
+        return False
+    return True
 
 
 def _keep_helpers_off_this_processor() -> None:
@@ -248,5 +377,5 @@ def _keep_helpers_off_this_processor() -> None:
         allowed = os.sched_getaffinity(0)
         if 1 < len(allowed) <= _FEW_PROCESSORS:
             for helper in _helpers:
-                os.sched_setaffinity(helper, allowed - {here})
+                os.sched_setaffinity(helper.thread_id, allowed - {here})
     _avoided = here

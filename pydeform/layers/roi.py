@@ -333,7 +333,7 @@ class DeformPSRoIPool(_layer.Layer):
             raise TypeError(f"{self.name}: features must be an array with feature_channels, got None")
         _arrays.check_like(self.name, "features", features, "x", _arrays.like(self.name, "x", x))
         expected = (x.shape[0], self.feature_channels, *x.shape[2:])
-        _checks.check_shape(self.name, "features", features, "(N, feature_channels, H, W)", expected)
+        _checks.check_shape(self.name, "features", features.shape, "(N, feature_channels, H, W)", expected)
         return xp
 
     def _linear(self, x: Any, boxes: Any, train: bool) -> tuple[Any, _layer.Backprop]:

@@ -68,7 +68,7 @@ def sampling_locations(
     taps = _taps(op, arrays["offset"], kernel)
     batch, groups, _, _, _, *out = taps.shape
     ends = [(n - 1) * s + (k - 1) * d for n, s, k, d in zip(out, strides, kernel, dilations, strict=True)]
-    _geometry.check_taps(op, before, ends, taps.dtype)
+    _geometry.check_taps(op, before, ends, taps.dtype.itemsize)
     with back:
         locations = np.moveaxis(taps, 4, -1).astype(_compute_dtype(taps), order="C", copy=True)
         for axis in (0, 1):
@@ -127,10 +127,10 @@ def _taps(op: str, offset: Any, kernel: tuple[int, ...]) -> Any:
     if offset is None:
         raise TypeError(f"{op}: offset must be an array, got None")
     _checks.check_dtypes(op, {"offset": offset})
-    _checks.check_ndim(op, "offset", offset, OFFSET_SHAPE, 4)
+    _checks.check_ndim(op, "offset", offset.shape, OFFSET_SHAPE, 4)
     batch, channels, *out = offset.shape
     groups = max(channels // (2 * kernel[0] * kernel[1]), 1)
-    _checks.check_shape(op, "offset", offset, OFFSET_SHAPE, (batch, 2 * groups * kernel[0] * kernel[1], *out))
+    _checks.check_shape(op, "offset", offset.shape, OFFSET_SHAPE, (batch, 2 * groups * kernel[0] * kernel[1], *out))
     return offset.reshape(batch, groups, *kernel, 2, *out)
 
 

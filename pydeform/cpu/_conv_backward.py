@@ -50,6 +50,7 @@ from pydeform.cpu._threads import (
     advance_counter,
     call_helpers,
     claim,
+    claim_near,
     finish,
     let_helpers_go,
     own_counters,
@@ -193,7 +194,7 @@ def _kept(
         need_bias=int("bias" in needs),
     )
     parts = -(-g.in_h * g.in_w // PIXELS)
-    threads = min(most_threads, max(g.batch * parts, splits * len(blocks), g.out_channels))
+    threads = min(most_threads, max(len(blocks) * g.batch * parts, splits * len(blocks), g.out_channels))
     image_size = channels_last_size(g) + lanes
     arrays = (
         ((0 if planes else image_size,), dtype),
@@ -260,6 +261,7 @@ def _backward(
     call_helpers(thread, counters)
     scratch = at(tile_columns, (thread, 0, 0, 0))
     _prepare_backward(
+        thread,
         counters,
         input,
         image,
@@ -467,6 +469,7 @@ def _backward(
     wait_for(counters, 1, working)
 
     _finish_backward(
+        thread,
         counters,
         grad_output,
         grad_image,
@@ -484,6 +487,7 @@ def _backward(
 
 @inline
 def _prepare_backward(
+    thread: int,
     counters: Any,
     input: Any,
     image: Any,
@@ -503,24 +507,22 @@ def _prepare_backward(
     pairs."""
     pixels = g.in_h * g.in_w
     parts = pixel_parts(pixels)
-    converting = 0 if p.planes else g.batch * parts
+    converting = 0 if p.planes else len(blocks) * g.batch * parts
     packing_too = converting + len(blocks)
     preparing = packing_too
     if by_position is not None:
         preparing += g.batch * p.tiles
-    unit = claim(counters, 0)
+    unit = claim_near(thread, counters, 0, preparing)
     while unit < preparing:
-        if unit < converting:
-            b = unit // parts
-            part = unit - b * parts
-            for block in range(len(blocks)):
-                channel, channels = blocks[block].channel, blocks[block].channels
-                origin = (b * g.in_channels + channel) * (pixels + 1)
-                to_channels_last(input, b, channel, 1, image, origin, channels, channels, part, pixels)
-                if p.need_input:
-                    last = pixels + 1 if part == parts - 1 else (part + 1) * PIXELS
-                    for i in range(origin + part * PIXELS * channels, origin + last * channels):
-                        grad_image[i] = 0
+        if unit < converting:  # block by block, as phase 1 goes on
+            block, b, part = _part_of(unit, parts, g)
+            channel, channels = blocks[block].channel, blocks[block].channels
+            origin = (b * g.in_channels + channel) * (pixels + 1)
+            to_channels_last(input, b, channel, 1, image, origin, channels, channels, part, pixels)
+            if p.need_input:
+                last = pixels + 1 if part == parts - 1 else (part + 1) * PIXELS
+                for i in range(origin + part * PIXELS * channels, origin + last * channels):
+                    grad_image[i] = 0
         elif unit < packing_too:
             _pack_backward(weight, packed, packing, blocks[unit - converting], g, p)
         elif by_position is not None:
@@ -528,8 +530,16 @@ def _prepare_backward(
             start = (unit - packing_too - b * p.tiles) * p.positions
             _pair_gradients(grad_output, b, start, by_position, by_output, scratch, g, p)
         finish(counters, 0)
-        unit = claim(counters, 0)
+        unit = claim_near(thread, counters, 0, preparing)
     wait_for(counters, 0, preparing)
+
+
+@inline_always
+def _part_of(unit: int, parts: int, g: Any) -> tuple[int, int, int]:
+    """Block, image, and part of its pixels."""
+    image = unit // parts
+    block = image // g.batch
+    return block, image - block * g.batch, unit - image * parts
 
 
 @inline_always
@@ -594,6 +604,7 @@ def _pair_columns(columns: Any, paired: Any, count: int, width: int) -> None:
 
 @inline
 def _finish_backward(
+    thread: int,
     counters: Any,
     grad_output: Any,
     grad_image: Any,
@@ -609,20 +620,18 @@ def _finish_backward(
     """Phase 2: gradients into the caller's layout."""
     pixels = g.in_h * g.in_w
     parts = pixel_parts(pixels)
-    inputs = 0 if p.planes else g.batch * parts * p.need_input
+    inputs = 0 if p.planes else len(blocks) * g.batch * parts * p.need_input
     lanes = VECTOR_BYTES // partial.itemsize
     rows = 1 if p.depthwise else -(-(g.out_channels // g.groups) // lanes)
     outputs = inputs + len(blocks) * rows * p.need_weight
     biases = outputs + g.out_channels * p.need_bias
-    unit = claim(counters, 2)
+    unit = claim_near(thread, counters, 2, biases)
     while unit < biases:
         if unit < inputs:
-            b = unit // parts
-            for block in range(len(blocks)):
-                channel, channels = blocks[block].channel, blocks[block].channels
-                origin = (b * g.in_channels + channel) * (pixels + 1)
-                part = unit - b * parts
-                block_to_channels_first(grad_image, origin, channels, channels, grad_input, b, channel, 1, part, pixels)
+            block, b, part = _part_of(unit, parts, g)
+            channel, channels = blocks[block].channel, blocks[block].channels
+            origin = (b * g.in_channels + channel) * (pixels + 1)
+            block_to_channels_first(grad_image, origin, channels, channels, grad_input, b, channel, 1, part, pixels)
         elif unit < outputs:
             block = (unit - inputs) // rows
             first = (unit - inputs - block * rows) * lanes
@@ -634,7 +643,7 @@ def _finish_backward(
                 total += sum_values(at(grad_output, (b, o, 0)), g.out_h * g.out_w)
             grad_bias[o] = total
         finish(counters, 2)
-        unit = claim(counters, 2)
+        unit = claim_near(thread, counters, 2, biases)
     wait_for(counters, 2, biases)
 
 

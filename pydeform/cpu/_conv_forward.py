@@ -30,7 +30,18 @@ from pydeform.cpu._conv_common import (
 from pydeform.cpu._jit import Kernel, inline, inline_always
 from pydeform.cpu._planes import gather_corners, planes_of
 from pydeform.cpu._sampling import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
-from pydeform.cpu._simd import ROWS, VECTOR_BYTES, advance, at, blend, copy_vectors, transpose_block
+from pydeform.cpu._simd import (
+    CACHE_LINE,
+    ROWS,
+    VECTOR_BYTES,
+    advance,
+    at,
+    blend,
+    copy_vectors,
+    fetch_ahead,
+    second_level_cache,
+    transpose_block,
+)
 from pydeform.cpu._simd_pairs import (
     begin_products,
     end_products,
@@ -41,11 +52,11 @@ from pydeform.cpu._simd_pairs import (
     put,
     rows_of,
 )
-from pydeform.cpu._threads import call_helpers, claim, finish, let_helpers_go, wait_for
+from pydeform.cpu._threads import call_helpers, claim_near, finish, let_helpers_go, wait_for
 
-# Sizes that keep a tile's columns in the second-level cache and a panel of weights in the first. With half as many
-# positions, weights that fill the second level are waited for.
-POSITIONS = 192
+# Sizes that keep a tile's columns and sums in the second-level cache and a panel of weights in the first. The more
+# positions, the less often are all weights read, which may come from further away.
+POSITIONS, MOST_POSITIONS = 192, 384
 DEPTH = 256  # of one product, or as many channels more as a block has
 # Elements from a sample's columns to the next one's: a number that the compiler knows, so that one register is the
 # address of all rows of a product. No power of two, which would crowd them into few cache lines; of pairs, whole lines.
@@ -60,6 +71,7 @@ class ForwardPlan(NamedTuple):
     panels: int  # of 2 vectors of output channels
     rows: int  # positions of a block of a product, and of one that is one vector wide
     narrow_rows: int
+    ahead: int  # weights that are asked for while a block is multiplied, as many further on as a panel has
     depthwise: int
     planes: int  # 1: corners are gathered from the input as it lies; 0: a copy with channels last is made, and the
     # kernel's argument of this name is None, so that it is compiled without what it would take
@@ -113,17 +125,23 @@ def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_
     blocks, entries, chunks, panels, packed_size = _steps(g, 2 * lanes, numbers != dtype)
     planes = prefers_planes(g)
     out_positions = g.out_h * g.out_w
-    tiles = -(-out_positions // POSITIONS)
+    itemsize = numbers.itemsize
+    row = ROW if numbers == dtype else PAIRS_ROW
+    of_position = row * itemsize + panels * 2 * lanes * dtype.itemsize
+    tiles = -(-out_positions // max(POSITIONS, min(second_level_cache() * 2 // (5 * of_position), MOST_POSITIONS)))
     if threads > 1:  # enough tiles for all, and as many for each; no sum depends on where a tile ends
         tiles = max(tiles, min(-(-4 * threads // g.batch), -(-out_positions // (4 * ROWS))))
         tiles = round_up(tiles, threads // math.gcd(threads, g.batch))
     positions = round_up(-(-out_positions // tiles), math.lcm(rows, narrow_rows))
+    per_line = CACHE_LINE // itemsize
+    ahead = round_up(-(-int(max(chunks["depth"])) * 2 * lanes * rows // positions), per_line)
     plan = ForwardPlan(
         positions=positions,
         tiles=-(-out_positions // positions),
         panels=panels,
         rows=rows,
         narrow_rows=narrow_rows,
+        ahead=ahead if packed_size * itemsize > second_level_cache() // 2 else 0,
         depthwise=int(is_depthwise(g)),
         planes=int(planes),
         has_offset=int(has_offset),
@@ -134,7 +152,7 @@ def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_
         ((0 if planes else channels_last_size(g) + lanes,), dtype),
         ((packed_size,), numbers),
         ((threads, turned_size(g, lanes)), dtype),
-        ((threads, positions, ROW if numbers == dtype else PAIRS_ROW), numbers),
+        ((threads, positions, row), numbers),
         ((threads, positions, panels * 2 * lanes), dtype),
         ((threads, 4, positions), pixel_dtype),
         ((threads, 6, positions), dtype),
@@ -177,7 +195,7 @@ def _forward(
     parts = pixel_parts(g.in_h * g.in_w)
     converting = g.batch * parts if planes is None else 0
     preparing = converting + len(blocks) * p.panels
-    unit = claim(counters, 0)
+    unit = claim_near(thread, counters, 0, preparing)
     while unit < preparing:
         if unit < converting:
             b = unit // parts
@@ -199,7 +217,7 @@ def _forward(
                 p,
             )
         finish(counters, 0)
-        unit = claim(counters, 0)
+        unit = claim_near(thread, counters, 0, preparing)
     wait_for(counters, 0, preparing)
 
     # Phase 1: every unit is one tile of positions of one image, and owns its outputs.
@@ -216,7 +234,7 @@ def _forward(
     panel = sums.shape[2] // p.panels
     row = pick(at(tile_columns, (0, 0)), ROW, PAIRS_ROW)
     begin_products(at(tile_columns, (0, 0)))
-    unit = claim(counters, 1)
+    unit = claim_near(thread, counters, 1, g.batch * p.tiles)
     while unit < g.batch * p.tiles:
         b = unit // p.tiles
         start = (unit - b * p.tiles) * p.positions
@@ -315,6 +333,8 @@ def _forward(
                     if _is_wide(product.outs - j * panel, panel):
                         for i in range(0, count, p.rows):
                             target = at(tile_sums, (i, j * panel))
+                            following = advance(weights_of_panel, depth * panel + i // p.rows * p.ahead)
+                            fetch_ahead(following, p.ahead * packed.itemsize // CACHE_LINE)
                             multiply_tile(
                                 at(tile_columns, (i, 0)), row, 1, weights_of_panel, panel, depth, target, sum_row, add
                             )
@@ -327,7 +347,7 @@ def _forward(
             if product.is_last:
                 to_channels_first(tile_sums, output, b, product.first_out, product.outs, start, count, bias)
         finish(counters, 1)
-        unit = claim(counters, 1)
+        unit = claim_near(thread, counters, 1, g.batch * p.tiles)
     end_products(at(tile_columns, (0, 0)))
     wait_for(counters, 1, g.batch * p.tiles)
     let_helpers_go(thread, counters)

@@ -9,6 +9,7 @@ Sums run in one fixed order at a given width, so a result depends on neither thr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
+CACHE_LINE = 64
 _INT = ir.IntType(64)
 _LANE = ir.IntType(32)
 _BITS = ir.IntType(16)
@@ -52,6 +54,14 @@ def host_vector_bytes() -> int:
     if {"avx512f", "avx512vl"} <= features:
         return 64
     return 32 if {"avx2", "fma"} <= features else 16
+
+
+def second_level_cache() -> int:
+    """Its bytes, of one core; 1 MB where the system does not say."""
+    try:
+        return os.sysconf("SC_LEVEL2_CACHE_SIZE") or 1 << 20
+    except (AttributeError, OSError, ValueError):
+        return 1 << 20
 
 
 def rows_for(vector_bytes: int) -> int:
@@ -226,6 +236,31 @@ def advance(typing_context: Any, pointer: Any, elements: Any) -> Any:
         return builder.gep(arguments[0], [arguments[1]])
 
     return pointer(pointer, types.int64), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def fetch_ahead(typing_context: Any, pointer: Any, lines: Any) -> Any:
+    """Ask for so many cache lines from `pointer` on, which will be read soon, to come into the second-level cache.
+    They may lie behind the end of an array: nothing is read."""
+    signature = types.void(pointer, types.int64)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, flag, name = ir.IntType(8).as_pointer(), ir.IntType(32), "llvm.prefetch.p0i8"
+        function = builder.module.globals.get(name) or ir.Function(
+            builder.module, ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag]), name=name
+        )
+        start = builder.bitcast(arguments[0], byte)
+        to_read, second_level, data = flag(0), flag(2), flag(1)
+
+        def body(i: Any, _: list[Any]) -> list[Any]:
+            line = builder.gep(start, [builder.mul(i, _const(CACHE_LINE))])
+            builder.call(function, [line, to_read, second_level, data])
+            return []
+
+        _loop(builder, arguments[1], [], body)
+        return context.get_dummy_value()
+
+    return signature, codegen
 
 
 def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:

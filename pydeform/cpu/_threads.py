@@ -106,6 +106,26 @@ def claim(typing_context: Any, counters: Any, phase: Any) -> Any:
 
 
 @intrinsic  # type: ignore[misc]
+def claim_near(typing_context: Any, thread: Any, counters: Any, phase: Any, units: Any) -> Any:
+    """A unit of `phase` that nobody has taken, `units` or more if there is none. Threads of even numbers begin at the
+    first unit, the others at the last: in phase after phase, call after call, each works on what its cache has."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        thread, counters, phase, units = arguments
+        inner = types.void(counters_type, types.int64)
+        pointer = _phase_pointer(context, builder, inner, (counters, phase), _CLAIMED)
+        claimed = _emit_count_up(builder, pointer)
+        from_end = builder.and_(thread, _number(1))
+        steps = _emit_count_up(builder, builder.gep(pointer, [builder.add(from_end, _number(1))]))
+        backward = builder.sub(builder.sub(units, _number(1)), steps)
+        near = builder.select(builder.icmp_signed("!=", from_end, _number(0)), backward, steps)
+        return builder.select(builder.icmp_signed("<", claimed, units), near, units)
+
+    counters_type = counters
+    return types.int64(thread, counters, phase, types.int64), codegen
+
+
+@intrinsic  # type: ignore[misc]
 def finish(typing_context: Any, counters: Any, phase: Any) -> Any:
     """Tell the others that one more unit of `phase` is done."""
 

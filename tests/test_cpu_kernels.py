@@ -112,23 +112,43 @@ def test_an_unwritable_cache_folder_is_said_once_and_does_no_harm(tmp_path):
     assert done.stderr.count("not writable") == 1
 
 
-def test_every_unit_is_done_once_by_any_number_of_threads():
-    @_jit.Kernel
-    def mark(thread, counters, done, by):
-        _threads.call_helpers(thread, counters)
-        unit = _threads.claim(counters, 0)
+@_jit.Kernel
+def mark(thread, counters, done, by, order):
+    _threads.call_helpers(thread, counters)
+    for phase in range(2):
+        unit = _threads.claim_near(counters, 1, thread, len(done)) if phase else _threads.claim(counters, 0)
         while unit < len(done):
             done[unit] += 1
+            order[thread, by[thread]] = unit
             by[thread] += 1
-            _threads.finish(counters, 0)
-            unit = _threads.claim(counters, 0)
-        _threads.wait_for(counters, 0, len(done))
-        _threads.let_helpers_go(thread, counters)
+            _threads.finish(counters, phase)
+            unit = _threads.claim_near(counters, 1, thread, len(done)) if phase else _threads.claim(counters, 0)
+        _threads.wait_for(counters, phase, len(done))
+    _threads.let_helpers_go(thread, counters)
 
-    for threads in (1, 2, 5):
-        done, by = np.zeros(1000, np.int64), np.zeros(threads, np.int64)
-        _threads.run(mark, "test", threads, _threads.new_counters(1), done, by)
-        assert (done == 1).all() and by.sum() == 1000
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_unit_is_done_once_by_any_number_of_threads(threads):
+    done, by, order = np.zeros(1000, np.int64), np.zeros(threads, np.int64), np.zeros((threads, 2000), np.int64)
+    _threads.run(mark, "test", threads, _threads.new_counters(2), done, by, order)
+    assert (done == 2).all() and by.sum() == 2000
+
+
+def test_threads_claim_from_both_ends():
+    counters, done, by, order = _threads.new_counters(2), *(np.zeros(n, np.int64) for n in (10, 2)), np.zeros((2, 20))
+    call = mark.prepare("both ends", (0, counters, done, by, order))
+    counters[:] = 0
+    near = 2 * _threads._STRIDE
+    counters[0] = counters[_threads._FINISHED * _threads._STRIDE] = 10  # nothing to do in phase 0
+    counters[near : near + 3] = 4, 1, 3  # claimed: unit 0 by an even thread, 9, 8 and 7 by odd ones
+    counters[near + _threads._FINISHED * _threads._STRIDE] = 7  # those, and what is claimed by the other below
+    counters[near] += 3
+    call(1, counters, done, by, order)
+    assert order[1, : by[1]].tolist() == [6, 5, 4] and done.tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
+    counters[near] = 7
+    counters[near + _threads._FINISHED * _threads._STRIDE] = 7
+    call(0, counters, done, by, order)
+    assert order[0, : by[0]].tolist() == [1, 2, 3] and done.tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("count", [0, -1, True])

@@ -16,7 +16,7 @@ import pytest
 import pydeform
 from pydeform.cpu import _conv_common, _jit, _kernel_cache, _roi_common, _threads
 from tests.cases.deform_conv2d import ARRAYS, Case, make, make_grad_output
-from tests.conftest import assert_same_bits
+from tests.conftest import assert_same_bits, times_helped
 from tests.test_waits import PROBLEMS as PROBLEMS_OF_KERNELS
 
 ROOT = Path(pydeform.__file__).parents[1]
@@ -178,15 +178,15 @@ def test_fewer_helpers_than_asked_for_will_do(monkeypatch, capsys, no_helpers, e
 
 
 @_jit.Kernel
-def _count(thread, counters, units, others, done):
-    """Units that each thread has done; thread 0 begins when so many others have."""
+def _count(thread, counters, units, done, scratch):
+    """Units that each thread has done, of some microseconds each."""
     _threads.call_helpers(thread, counters)
-    if thread == 0:
-        _threads.wait_for(counters, 1, others)
-    else:
-        _threads.finish(counters, 1)
     unit = _threads.claim(counters, 0)
     while unit < units:
+        x = unit
+        for _ in range(3000):
+            x = (5 * x + 1) & 1023
+        scratch[thread] = x
         done[thread] += 1
         _threads.finish(counters, 0)
         unit = _threads.claim(counters, 0)
@@ -194,17 +194,16 @@ def _count(thread, counters, units, others, done):
     _threads.let_helpers_go(thread, counters)
 
 
-def count(helpers: int, threads: int | None = None) -> np.ndarray:
-    """A call in which so many helpers must have a part, else it never ends; `threads` may ask for more."""
-    threads = threads or helpers + 1
-    done = np.zeros(threads, np.int64)
-    _threads.run(_count, "n", threads, _threads.new_counters(2), 100, helpers, done)
+def helped(helpers: int) -> int:
+    """How many of so many helpers had a part in a call."""
+    done, before = np.zeros(helpers + 1, np.int64), times_helped()
+    _threads.run(_count, "n", helpers + 1, _threads.new_counters(1), 100, done, np.zeros_like(done))
     assert done.sum() == 100
-    return done
+    return times_helped() - before
 
 
-def states() -> list[int]:
-    return [int(helper.place[_threads._STATE]) for helper in _threads._helpers]
+def states() -> set[int]:
+    return {int(helper.place[_threads._STATE]) for helper in _threads._helpers}
 
 
 def until(condition) -> None:
@@ -214,57 +213,68 @@ def until(condition) -> None:
         time.sleep(0.001)
 
 
-def test_helpers_are_called_asleep_or_awake(no_helpers, monkeypatch):
+def test_helpers_are_called_asleep_or_awake(no_helpers):
     for helpers in (1, 3, 2):
-        for _ in range(20):  # awake
-            count(helpers)
-        assert sorted(_threads._free, key=id) == sorted(_threads._helpers, key=id)
-        until(lambda: set(states()) == {_threads._ASLEEP})
-        count(helpers)
+        until(lambda helpers=helpers: helped(helpers) == helpers)
+        until(lambda: states() == {_threads._ASLEEP})
+        until(lambda helpers=helpers: helped(helpers) == helpers)
+        assert {*_threads._free} == {*_threads._helpers}
     assert len(_threads._helpers) == 3
-    monkeypatch.setattr(_threads, "_PATIENCE", 1)  # of new helpers: nearly always asleep
-    monkeypatch.setattr(_threads, "_helpers", [])
-    monkeypatch.setattr(_threads, "_free", [])
-    for _ in range(200):
-        count(2)
+
+
+def test_a_helper_does_not_fall_asleep_before_a_call(no_helpers):
+    until(lambda: helped(1) == 1)
+    (helper,) = _threads._helpers
+    for is_asleep in (False, True):
+        if is_asleep:
+            until(lambda: states() == {_threads._ASLEEP})
+        helper.expect()
+        time.sleep(0.1)
+        assert states() == {_threads._AWAKE}
+        helper.rest()
+        until(lambda: states() == {_threads._ASLEEP})
+    for _ in range(3):  # woken in vain
+        helper._wakes.put(None)
+    until(lambda: states() == {_threads._ASLEEP} and helper._wakes.empty())
+    until(lambda: helped(1) == 1)
 
 
 def test_who_does_not_come_is_done_without(no_helpers, monkeypatch):
-    """One sleeps and is not woken, as where it falls asleep between being looked at and being called; another has been
-    given no processor yet."""
-    count(1)
-    until(lambda: states() == [_threads._ASLEEP])
-    asleep = _threads._helpers[0]
-    monkeypatch.setattr(_threads._Helper, "wake", lambda helper: None)
-    assert count(0, threads=2).tolist() == [100, 0]
-    assert states() == [_threads._ASLEEP] and _threads._free == [asleep]
+    """One sleeps, and nobody wakes it; another gets no processor."""
+    until(lambda: helped(1) == 1)
+    until(lambda: states() == {_threads._ASLEEP})
+    (asleep,) = _threads._helpers
+    with monkeypatch.context() as patch:
+        patch.setattr(_threads._Helper, "expect", lambda helper: None)
+        assert helped(1) == 0
+        assert states() == {_threads._ASLEEP} and _threads._free == [asleep]
     late = object.__new__(_threads._Helper)
     late.place = np.zeros(_threads._STRIDE, np.int64)
     late.address, late.thread_id = late.place.ctypes.data, threading.get_native_id()
     _threads._free.append(late)
-    assert count(0, threads=2).tolist() == [100, 0]
-    assert late.place[_threads._STATE] == _threads._AWAKE and late.place[_threads._PART]  # called, and let go
-    monkeypatch.undo()
+    assert helped(1) == 0
+    assert late.place[_threads._PART] != 0 and late.place[_threads._STATE] == _threads._AWAKE  # called, and let go
 
 
 def test_helpers_are_free_after_an_error(no_helpers):
-    count(2)
+    helped(2)
     for bad in ("no array", 1.5):
         with pytest.raises(TypeError):
-            _threads.run(_count, "n", 3, _threads.new_counters(2), 100, 2, bad)
+            _threads.run(_count, "n", 3, _threads.new_counters(1), 100, bad, bad)
     assert len(_threads._free) == len(_threads._helpers) == 2
-    count(2)
+    until(lambda: helped(2) == 2)
 
 
 def test_calls_at_once_share_the_helpers(no_helpers):
     """Nobody waits for one that another call has."""
-    count(2)
     failures = []
 
     def work():
         try:
             for _ in range(50):
-                count(0, threads=3)
+                done = np.zeros(3, np.int64)
+                _threads.run(_count, "n", 3, _threads.new_counters(1), 100, done, np.zeros_like(done))
+                assert done.sum() == 100
         except BaseException as error:
             failures.append(error)
 

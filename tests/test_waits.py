@@ -193,7 +193,7 @@ def test_a_kernel_waits_for_every_phase(call):
         running = Running(got)
         running.reach(lambda got=got, phase=phase: got.counters[claimed(phase)] > FAR)
         others = np.full_like(got.counters, FAR)  # the other phases: all claimed, all finished
-        others[[claimed(phase), finished(phase)]] = 0
+        others[claimed(phase) : claimed(phase + 1)] = 0
         others[_threads.own_counters(phases_with_room(call)) :] = 0  # nor has it helpers
         got.run(1, others)
         assert others[finished(phase)] == want.counters[finished(phase)] > 0
@@ -253,7 +253,7 @@ def test_every_kernel_is_here():
 
 
 def calls_in_functions() -> dict[str, dict[str, list[str]]]:
-    """By function: what each primitive of threads is called with, without the counters."""
+    """By function: the phase, or the counter, that each primitive of threads is called for."""
     found: dict[str, dict[str, list[str]]] = {}
     for path in FOLDER.glob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
@@ -265,7 +265,7 @@ def calls_in_functions() -> dict[str, dict[str, list[str]]]:
     return found
 
 
-PRIMITIVES = ("claim", "finish", "wait_for", "advance_counter", "wait_until")
+PRIMITIVES = ("claim", "claim_near", "finish", "wait_for", "advance_counter", "wait_until")
 
 
 def test_kernels_call_their_helpers_first_and_let_them_go_last():
@@ -285,7 +285,8 @@ def test_every_phase_is_claimed_finished_and_waited_for():
     functions = calls_in_functions()
     assert len(functions) > 8
     for name, calls in functions.items():
-        assert set(calls["claim"]) == set(calls["finish"]) == set(calls["wait_for"]), name
+        claims = {*calls["claim"], *calls["claim_near"]}
+        assert claims == set(calls["finish"]) == set(calls["wait_for"]), name
         assert len(calls["wait_for"]) == len(set(calls["wait_for"])), name
     assert {name for name, calls in functions.items() if calls["wait_until"] or calls["advance_counter"]} == {
         "_backward"
@@ -294,6 +295,7 @@ def test_every_phase_is_claimed_finished_and_waited_for():
 
 ORDERS = {
     "claim": (_threads.claim, 0, "count"),
+    "claim_near": (_threads.claim_near, 2, "count"),
     "finish": (_threads.finish, 0, "count"),
     "wait_for": (_threads.wait_for, 1, "wait"),
     "advance_counter": (_threads.advance_counter, 0, "count"),
@@ -305,10 +307,12 @@ ORDERS = {
 def test_memory_orders(name):
     """Who waits for a unit sees what was written before it was finished, on machines that order less than x86, too."""
     primitive, values, kind = ORDERS[name]
-    if values:
-        function = inline(lambda counters, index, value: primitive(counters, index, value))
-    else:
-        function = inline(lambda counters, index: primitive(counters, index))
+    functions = (
+        lambda counters, index: primitive(counters, index),
+        lambda counters, index, value: primitive(counters, index, value),
+        lambda counters, index, value, other: primitive(counters, index, value, other),
+    )
+    function = inline(functions[values])
     function.compile((types.int64[::1], *[types.int64] * (1 + values)))
     (text,) = function.inspect_llvm().values()
     orders = re.findall(r"\b(acq_rel|acquire|release|seq_cst|monotonic|unordered)\b", text)

@@ -43,6 +43,7 @@ from pydeform.cpu._simd import (
     copy_vectors,
     sum_values,
     transpose_block,
+    use_widest_vectors,
 )
 from pydeform.cpu._simd_pairs import begin_products, end_products, multiply_tile, pack_rows, put, rows_of
 from pydeform.cpu._simd_roi import plane_scatter
@@ -259,6 +260,7 @@ def _backward(
 ) -> None:
     """`by_position`, `by_output` and `paired`: the output's gradient and a tile's columns in pairs, or None."""
     call_helpers(thread, counters)
+    use_widest_vectors()
     scratch = at(tile_columns, (thread, 0, 0, 0))
     _prepare_backward(
         thread,
@@ -512,7 +514,7 @@ def _prepare_backward(
     preparing = packing_too
     if by_position is not None:
         preparing += g.batch * p.tiles
-    unit = claim_near(thread, counters, 0, preparing)
+    unit = claim_near(counters, 0, thread, preparing)
     while unit < preparing:
         if unit < converting:  # block by block, as phase 1 goes on
             block, b, part = _part_of(unit, parts, g)
@@ -530,7 +532,7 @@ def _prepare_backward(
             start = (unit - packing_too - b * p.tiles) * p.positions
             _pair_gradients(grad_output, b, start, by_position, by_output, scratch, g, p)
         finish(counters, 0)
-        unit = claim_near(thread, counters, 0, preparing)
+        unit = claim_near(counters, 0, thread, preparing)
     wait_for(counters, 0, preparing)
 
 
@@ -625,7 +627,7 @@ def _finish_backward(
     rows = 1 if p.depthwise else -(-(g.out_channels // g.groups) // lanes)
     outputs = inputs + len(blocks) * rows * p.need_weight
     biases = outputs + g.out_channels * p.need_bias
-    unit = claim_near(thread, counters, 2, biases)
+    unit = claim_near(counters, 2, thread, biases)
     while unit < biases:
         if unit < inputs:
             block, b, part = _part_of(unit, parts, g)
@@ -643,7 +645,7 @@ def _finish_backward(
                 total += sum_values(at(grad_output, (b, o, 0)), g.out_h * g.out_w)
             grad_bias[o] = total
         finish(counters, 2)
-        unit = claim_near(thread, counters, 2, biases)
+        unit = claim_near(counters, 2, thread, biases)
     wait_for(counters, 2, biases)
 
 

@@ -195,7 +195,7 @@ def _forward(
     parts = pixel_parts(g.in_h * g.in_w)
     converting = g.batch * parts if planes is None else 0
     preparing = converting + len(blocks) * p.panels
-    unit = claim_near(thread, counters, 0, preparing)
+    unit = claim_near(counters, 0, thread, preparing)
     while unit < preparing:
         if unit < converting:
             b = unit // parts
@@ -217,7 +217,7 @@ def _forward(
                 p,
             )
         finish(counters, 0)
-        unit = claim_near(thread, counters, 0, preparing)
+        unit = claim_near(counters, 0, thread, preparing)
     wait_for(counters, 0, preparing)
 
     # Phase 1: every unit is one tile of positions of one image, and owns its outputs.
@@ -234,7 +234,7 @@ def _forward(
     panel = sums.shape[2] // p.panels
     row = pick(at(tile_columns, (0, 0)), ROW, PAIRS_ROW)
     begin_products(at(tile_columns, (0, 0)))
-    unit = claim_near(thread, counters, 1, g.batch * p.tiles)
+    unit = claim_near(counters, 1, thread, g.batch * p.tiles)
     while unit < g.batch * p.tiles:
         b = unit // p.tiles
         start = (unit - b * p.tiles) * p.positions
@@ -347,7 +347,7 @@ def _forward(
             if product.is_last:
                 to_channels_first(tile_sums, output, b, product.first_out, product.outs, start, count, bias)
         finish(counters, 1)
-        unit = claim_near(thread, counters, 1, g.batch * p.tiles)
+        unit = claim_near(counters, 1, thread, g.batch * p.tiles)
     end_products(at(tile_columns, (0, 0)))
     wait_for(counters, 1, g.batch * p.tiles)
     let_helpers_go(thread, counters)

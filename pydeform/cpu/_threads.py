@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -39,8 +40,9 @@ _CLAIMED, _FINISHED = 0, 1
 # Each thread has a workspace, and more threads than processors save nothing. Eight are no burden on any machine.
 _MOST_THREADS = max(2 * (os.cpu_count() or 1), 8)
 _TEAM = _MOST_THREADS  # last counters: how many helpers a call has, and where their places are
-# A helper's place: its state, the function that it is to run, with what, and as which thread; how often it has.
-_STATE, _PART, _ARGUMENTS, _THREAD, _DONE = range(5)
+# A helper's place: its state, the function that it is to run, with what, and as which thread; how often it has; whether
+# a call is on its way.
+_STATE, _PART, _ARGUMENTS, _THREAD, _DONE, _EXPECTED = range(6)
 _AWAKE, _CALLED, _AT_WORK, _ASLEEP = range(4)
 _PATIENCE = 1000  # looks for a call, some 0.3 us each, before a helper falls asleep
 _INT, _BYTES = ir.IntType(64), ir.IntType(8).as_pointer()
@@ -106,23 +108,21 @@ def claim(typing_context: Any, counters: Any, phase: Any) -> Any:
 
 
 @intrinsic  # type: ignore[misc]
-def claim_near(typing_context: Any, thread: Any, counters: Any, phase: Any, units: Any) -> Any:
+def claim_near(typing_context: Any, counters: Any, phase: Any, thread: Any, units: Any) -> Any:
     """A unit of `phase` that nobody has taken, `units` or more if there is none. Threads of even numbers begin at the
     first unit, the others at the last: in phase after phase, call after call, each works on what its cache has."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        thread, counters, phase, units = arguments
-        inner = types.void(counters_type, types.int64)
-        pointer = _phase_pointer(context, builder, inner, (counters, phase), _CLAIMED)
+        thread, units = arguments[2:]
+        pointer = _phase_pointer(context, builder, signature, arguments, _CLAIMED)
         claimed = _emit_count_up(builder, pointer)
-        from_end = builder.and_(thread, _number(1))
-        steps = _emit_count_up(builder, builder.gep(pointer, [builder.add(from_end, _number(1))]))
-        backward = builder.sub(builder.sub(units, _number(1)), steps)
-        near = builder.select(builder.icmp_signed("!=", from_end, _number(0)), backward, steps)
-        return builder.select(builder.icmp_signed("<", claimed, units), near, units)
+        is_odd = builder.and_(thread, _number(1))
+        steps = _emit_count_up(builder, builder.gep(pointer, [builder.add(is_odd, _number(1))]))
+        from_last = builder.sub(builder.sub(units, _number(1)), steps)
+        unit = builder.select(builder.trunc(is_odd, ir.IntType(1)), from_last, steps)
+        return builder.select(builder.icmp_signed("<", claimed, units), unit, units)
 
-    counters_type = counters
-    return types.int64(thread, counters, phase, types.int64), codegen
+    return types.int64(counters, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic  # type: ignore[misc]
@@ -205,7 +205,7 @@ def call_helpers(typing_context: Any, thread: Any, counters: Any) -> Any:
             builder.store(builder.ptrtoint(part, _INT), _field(builder, place, _PART))
             builder.store(builder.ptrtoint(block, _INT), _field(builder, place, _ARGUMENTS))
             builder.store(builder.add(number, _number(1)), _field(builder, place, _THREAD))
-            _emit_change(builder, place, _AWAKE, _CALLED)  # one that has just fallen asleep is done without
+            _emit_change(builder, place, _AWAKE, _CALLED)  # or it is asleep, and done without
         return context.get_dummy_value()
 
     return types.void(thread, counters), codegen
@@ -242,7 +242,7 @@ def let_helpers_go(typing_context: Any, thread: Any, counters: Any) -> Any:
 @functools.cache
 def _await_calls() -> Callable[[int, int], None]:
     """The machine code in which a helper is awake: (its place, patience). Does what it is called for, and returns when
-    it has looked in vain so often that it is said to be asleep."""
+    it has looked in vain so often, and no call is on its way, and it is said to be asleep."""
     return cast(Callable[[int, int], None], _background.complete(_compile_await_calls))
 
 
@@ -252,9 +252,10 @@ def _compile_await_calls() -> Any:
     module = library.create_ir_module(library.name)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_INT.as_pointer(), _INT]), name="await_calls")
     place, patience = function.args
-    names = ("enter", "look", "take", "work", "idle", "sleep", "leave")
-    enter, look, take, work, idle, sleep, leave = (function.append_basic_block(name) for name in names)
+    names = ("enter", "look", "take", "work", "idle", "sleep", "asleep", "awake", "leave")
+    enter, look, take, work, idle, sleep, asleep, awake, leave = map(function.append_basic_block, names)
     builder = ir.IRBuilder(enter)
+    _emit_change(builder, place, _ASLEEP, _AWAKE)
     builder.branch(look)
     builder.position_at_end(look)
     left = builder.phi(_INT)
@@ -274,10 +275,23 @@ def _compile_await_calls() -> Any:
     fewer = builder.sub(left, _number(1))
     builder.cbranch(builder.icmp_signed(">", fewer, _number(0)), look, sleep)
     builder.position_at_end(sleep)
-    builder.cbranch(_emit_change(builder, place, _AWAKE, _ASLEEP), leave, look)
+    builder.cbranch(_emit_change(builder, place, _AWAKE, _ASLEEP), asleep, look)
+    builder.position_at_end(asleep)  # a caller who has seen it awake just before has said so before that
+    expected = builder.load_atomic(_field(builder, place, _EXPECTED), "acquire", 8)
+    builder.cbranch(builder.icmp_signed("==", expected, _number(0)), leave, awake)
+    builder.position_at_end(awake)
+    _emit_change(builder, place, _ASLEEP, _AWAKE)
+    builder.branch(look)
     builder.position_at_end(leave)
     builder.ret_void()
-    for value, block in ((patience, enter), (left, take), (patience, work), (fewer, idle), (patience, sleep)):
+    for value, block in (
+        (patience, enter),
+        (left, take),
+        (patience, work),
+        (fewer, idle),
+        (patience, sleep),
+        (patience, awake),
+    ):
         left.add_incoming(value, block)
     library.add_ir_module(module)
     library.finalize()
@@ -311,8 +325,7 @@ class _Helper:
         self.place[...] = 0
         self.place[_STATE] = _AWAKE
         self.address = self.place.ctypes.data
-        self._to_wake = threading.Lock()
-        self._to_wake.acquire()
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         thread = threading.Thread(target=self._help, args=(await_calls,), name="pydeform", daemon=True)
         thread.start()
         self.thread_id = cast(int, thread.native_id)
@@ -320,13 +333,17 @@ class _Helper:
     def _help(self, await_calls: Callable[[int, int], None]) -> None:
         while True:
             await_calls(self.address, _PATIENCE)
-            self._to_wake.acquire()
+            self._wakes.get()
 
-    def wake(self) -> None:
-        """It finds itself called, or not yet."""
+    def expect(self) -> None:
+        """A call is on its way: it wakes up, and does not fall asleep."""
+        self.place[_EXPECTED] = 1
         if self.place[_STATE] == _ASLEEP:
             self.place[_STATE] = _AWAKE
-            self._to_wake.release()
+            self._wakes.put(None)
+
+    def rest(self) -> None:
+        self.place[_EXPECTED] = 0
 
 
 _helpers: list[_Helper] = []  # all
@@ -365,10 +382,12 @@ def run(kernel: Kernel, key: Any, threads: int, counters: Any, *arguments: Any) 
         if helpers:
             _keep_helpers_off_this_processor()
             for helper in helpers:
-                helper.wake()
+                helper.expect()
             counters[-_TEAM : len(helpers) + 1 - _TEAM or None] = [len(helpers), *[h.address for h in helpers]]
         call(0, counters, *arguments)
     finally:
+        for helper in helpers:
+            helper.rest()
         _free.extend(helpers)
 
 

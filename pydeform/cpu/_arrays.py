@@ -12,6 +12,7 @@ import numpy as np
 from pydeform.cpu import _half
 
 FLOAT64, FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
+MOST_KEPT = 1 << 19  # bytes of a workspace
 ALIGNMENT = 64  # a cache line, the widest vector, and what JAX takes without a copy
 
 
@@ -50,6 +51,24 @@ def _layout(parts: tuple[tuple[tuple[int, ...], Any], ...]) -> tuple[int, tuple[
         # A cache line more between them: arrays a power of two apart would share the same cache sets.
         start += size + -size % ALIGNMENT + ALIGNMENT
     return start, tuple(starts)
+
+
+class Workspace:
+    """The workspace of problems of one kind. That of a small one is kept for the next."""
+
+    def __init__(self, *parts: tuple[tuple[int, ...], Any]) -> None:
+        self._parts, self._spare = parts, list[list[Any]]()
+        self._size, _ = _layout(parts)
+
+    def take(self) -> list[Any]:
+        try:
+            return self._spare.pop()
+        except IndexError:  # in use, or never made
+            return workspace(*self._parts)
+
+    def give_back(self, arrays: list[Any]) -> None:
+        if self._size <= MOST_KEPT and not self._spare:
+            self._spare.append(arrays)
 
 
 class _Alias:

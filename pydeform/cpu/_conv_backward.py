@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pydeform.cpu import _conv_common, _simd_pairs, _threads
-from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, workspace
+from pydeform.cpu._arrays import Workspace, compute_dtype, contiguous, empty, to_result
 from pydeform.cpu._channels_last import PIXELS, block_to_channels_first, pixel_parts, to_channels_last
 from pydeform.cpu._conv_common import (
     CHANNELS,
@@ -94,8 +94,8 @@ class Prepared(NamedTuple):
 
     threads: int
     key: str  # of the kernel's types
-    workspace: tuple[Any, ...]
-    pairs: tuple[Any, ...]  # the workspace that pairs take, if there are any
+    workspace: Workspace
+    pairs: Workspace | None  # what pairs take, if there are any
     blocks: Any
     plan: BackwardPlan
 
@@ -121,7 +121,7 @@ def backward(
         numbers = numbers_of(input.dtype, g)
         most_threads = threads_for(g, 3, g.batch * g.in_channels * positions)
         how = _prepared(g, dtype, numbers, most_threads, offset is not None, mask is not None, needs)
-        planes = how.plan.planes
+        planes, arrays = how.plan.planes, how.workspace.take()
         _threads.run(
             _backward,
             how.key,
@@ -135,12 +135,13 @@ def backward(
             grad_mask,
             grad_weight,
             grad_bias,
-            *workspace(*how.workspace),
-            *(workspace(*how.pairs) if how.pairs else (None, None, None)),
+            *arrays,
+            *(how.pairs.take() if how.pairs else (None, None, None)),
             how.blocks,
             g,
             how.plan,
         )
+        how.workspace.give_back(arrays)
     taken = {
         "input": (grad_input, (g.batch, g.in_channels, g.in_h, g.in_w)),
         "offset": (grad_offset, (g.batch, 2 * g.offset_groups * taps, g.out_h, g.out_w)),
@@ -197,7 +198,7 @@ def _kept(
     parts = -(-g.in_h * g.in_w // PIXELS)
     threads = min(most_threads, max(len(blocks) * g.batch * parts, splits * len(blocks), g.out_channels))
     image_size = channels_last_size(g) + lanes
-    arrays = (
+    arrays = Workspace(
         ((0 if planes else image_size,), dtype),
         ((image_size if plan.need_input and not planes else lanes,), dtype),
         ((packed_size,), numbers),
@@ -213,13 +214,13 @@ def _kept(
         ((threads, 4), dtype),
     )
     # Rows of an odd number of cache lines: else those of a tile would crowd into few of them.
-    pairs = (
+    pairs = Workspace(
         ((g.batch, g.groups, tiles * positions, _odd_lines(depth)), numbers),
         ((g.batch * g.out_channels + lines, _odd_lines(tiles * positions)), numbers),
         ((threads, positions // 2, COLUMN_ROW, 2), numbers),
     )
     key = dtype.char + numbers.char + pixel_dtype.char + planes * "p"
-    return Prepared(threads, key, arrays, pairs if has_pairs else (), blocks, plan)
+    return Prepared(threads, key, arrays, pairs if has_pairs else None, blocks, plan)
 
 
 @Kernel

@@ -7,7 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 from pydeform.cpu import _conv_common, _simd_pairs, _threads
-from pydeform.cpu._arrays import compute_dtype, empty, to_result, workspace
+from pydeform.cpu._arrays import Workspace, compute_dtype, empty, to_result
 from pydeform.cpu._channels_last import pixel_parts, to_channels_first, to_channels_last
 from pydeform.cpu._conv_common import (
     CHANNELS,
@@ -84,7 +84,7 @@ class Prepared(NamedTuple):
 
     threads: int
     key: str  # of the kernel's types
-    workspace: tuple[Any, ...]
+    workspace: Workspace
     tables: tuple[Any, Any, Any]
     plan: ForwardPlan
 
@@ -96,7 +96,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
         threads = threads_for(g, 1, g.batch * -(-g.out_h * g.out_w // (4 * ROWS)))
         numbers = numbers_of(input.dtype, g)
         how = _prepared(g, dtype, numbers, threads, offset is not None, mask is not None)
-        planes = how.plan.planes
+        planes, arrays = how.plan.planes, how.workspace.take()
         _threads.run(
             _forward,
             how.key,
@@ -105,11 +105,12 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
             *flat_arguments(None if planes else input, offset, weight, bias, mask, g, dtype),
             planes_of(input) if planes else None,
             output,
-            *workspace(*how.workspace),
+            *arrays,
             *how.tables,
             g,
             how.plan,
         )
+        how.workspace.give_back(arrays)
     return to_result(output, input.dtype, (g.batch, g.out_channels, g.out_h, g.out_w))
 
 
@@ -148,7 +149,7 @@ def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_
         has_mask=int(has_mask),
     )
     threads = min(threads, g.batch * plan.tiles)
-    parts = (
+    arrays = Workspace(
         ((0 if planes else channels_last_size(g) + lanes,), dtype),
         ((packed_size,), numbers),
         ((threads, turned_size(g, lanes)), dtype),
@@ -160,7 +161,7 @@ def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_
         ((threads, corners_size(blocks) if planes else 0), dtype),
     )
     return Prepared(
-        threads, dtype.char + numbers.char + pixel_dtype.char + planes * "p", parts, (blocks, entries, chunks), plan
+        threads, dtype.char + numbers.char + pixel_dtype.char + planes * "p", arrays, (blocks, entries, chunks), plan
     )
 
 

@@ -376,14 +376,18 @@ def run(kernel: Kernel, key: Any, threads: int, counters: Any, *arguments: Any) 
         return
     helpers: list[_Helper] = []
     try:
-        while len(helpers) < threads - 1 and (_free or _start_helper(threads - 1)):
-            with contextlib.suppress(IndexError):  # another call was faster
+        while len(helpers) < threads - 1:
+            try:
                 helpers.append(_free.pop())
+            except IndexError:
+                if not _start_helper(threads - 1):
+                    break
         if helpers:
             _keep_helpers_off_this_processor()
-            for helper in helpers:
+            counters[-_TEAM] = len(helpers)
+            for number, helper in enumerate(helpers):
+                counters[1 - _TEAM + number] = helper.address
                 helper.expect()
-            counters[-_TEAM : len(helpers) + 1 - _TEAM or None] = [len(helpers), *[h.address for h in helpers]]
         call(0, counters, *arguments)
     finally:
         for helper in helpers:

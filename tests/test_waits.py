@@ -61,7 +61,7 @@ def as_it_is(variant: Any) -> Any:
 
 
 CROWD = [(0.625, 1.375, 4.875, 4.125), (-1.75, 2.25, 3.125, 7.375)] * 20  # boxes for which a copy of the image pays
-DENSE = Case(2, 40, 14, 15, 18, (3, 3), padding=((1, 1), (1, 1)), groups=1, offset_groups=1)
+DENSE = Case(2, 80, 14, 15, 18, (3, 3), padding=((1, 1), (1, 1)), groups=1, offset_groups=1)
 DEPTHWISE = Case(2, 140, 16, 15, 140, (2, 2), groups=140, offset_groups=2)
 
 # Name, the kernel that it runs, the problem.
@@ -224,6 +224,7 @@ def test_sums_over_blocks_wait_for_the_block_before(call):
     assert list(blocks["previous"][:2]) == [-1, 0] and plan.splits == geometry.batch > 1 and plan.tiles > 1
     got = call.fresh()
     own, units = _threads.own_counters(3), plan.splits * len(blocks)
+    assert plan.pieces == 1
     progress = got.counters[own:]  # of the first image's blocks
     offsets = got.arguments[1 + argument_names(call).index("grad_offset")]
     got.counters[claimed(1)] = 1

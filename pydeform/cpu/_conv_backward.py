@@ -66,15 +66,20 @@ DEPTH = 128  # of one product over output channels: panel and gradients stay in 
 ROW = POSITIONS + 16
 COLUMN_ROW = CHANNELS + 16
 WEIGHT_COPIES = 16 << 20  # bytes for partial weight gradients, one for each range of images
-PROGRESS = own_counters(3)  # and on, (image, block): taps of tiles whose part of the dots a block has added
+PROGRESS = own_counters(3)  # and on, (piece, block): taps of tiles whose part of the dots a block has added
 
 
 class BackwardPlan(NamedTuple):
-    """How one backward problem is cut up. None of it depends on threads, and only `splits` on the batch."""
+    """How one backward problem is cut up. None of it depends on threads, and only `splits` on the batch.
+
+    A unit of work is one block of channels of some pieces, which are an image or a part of its tiles.
+    """
 
     positions: int  # of a tile
     tiles: int  # of an image
-    splits: int  # ranges of images, each with a weight gradient of its own
+    pieces: int  # of an image, each with a gradient of it
+    apart: int  # elements from one such gradient of all images to the next
+    splits: int  # ranges of pieces, each with a weight gradient of its own
     lines: int  # rows of a block of a product
     rows: int  # output channels of a group, rounded up to those
     depth: int  # output channels of a group, for pairs rounded up to the depth of a product
@@ -126,7 +131,7 @@ def backward(
             _backward,
             how.key,
             how.threads,
-            _threads.new_counters(3, g.batch * len(how.blocks)),
+            _threads.new_counters(3, g.batch * how.plan.pieces * len(how.blocks)),
             contiguous(grad_output, dtype, (g.batch, g.out_channels, positions)),
             *flat_arguments(None if planes else input, offset, weight, bias, mask, g, dtype),
             planes_of(input) if planes else None,
@@ -172,15 +177,20 @@ def _kept(
     if has_pairs:
         depth, fill = round_up(depth, _simd_pairs.DEPTH), math.lcm(lines, _simd_pairs.DEPTH)
     blocks, weight_size, packed_size, rows = _blocks(g, 2 * lanes, lines, depth)
-    splits = max(1, min(g.batch, WEIGHT_COPIES // (weight_size * dtype.itemsize)))
     out_positions = g.out_h * g.out_w
     tiles = -(-out_positions // POSITIONS)
     positions = round_up(-(-out_positions // tiles), fill)
     tiles = -(-out_positions // positions)
     planes = prefers_planes(g)
+    # An image of one block, too, is work for two threads. Never by batch, which must not show.
+    pieces = 2 if len(blocks) == 1 and tiles > 1 and not planes else 1
+    splits = max(1, min(g.batch * pieces, WEIGHT_COPIES // (weight_size * dtype.itemsize)))
+    image_size = channels_last_size(g) + lanes
     plan = BackwardPlan(
         positions=positions,
         tiles=tiles,
+        pieces=pieces,
+        apart=image_size,
         splits=splits,
         lines=lines,
         rows=rows,
@@ -197,10 +207,9 @@ def _kept(
     )
     parts = -(-g.in_h * g.in_w // PIXELS)
     threads = min(most_threads, max(len(blocks) * g.batch * parts, splits * len(blocks), g.out_channels))
-    image_size = channels_last_size(g) + lanes
     arrays = Workspace(
         ((0 if planes else image_size,), dtype),
-        ((image_size if plan.need_input and not planes else lanes,), dtype),
+        ((pieces * image_size if plan.need_input and not planes else lanes,), dtype),
         ((packed_size,), numbers),
         ((threads, turned_size(g, lanes)), dtype),
         ((splits if plan.need_weight else 0, weight_size), dtype),
@@ -300,10 +309,15 @@ def _backward(
         block = unit - split * len(blocks)
         row = blocks[block]
         og, channel, channels, width, previous = row.og, row.channel, row.channels, row.width, row.previous
-        first_image = split * g.batch // p.splits
-        for b in range(first_image, (split + 1) * g.batch // p.splits):
+        first_piece = split * g.batch * p.pieces // p.splits
+        for piece in range(first_piece, (split + 1) * g.batch * p.pieces // p.splits):
+            b = piece // p.pieces
+            part = piece - b * p.pieces
             origin = (b * g.in_channels + channel) * (g.in_h * g.in_w + 1)
-            for tile in range(p.tiles):
+            grad_origin = (part * p.apart + origin) * p.need_input
+            progress = PROGRESS + piece * len(blocks)
+            first_tile = part * p.tiles // p.pieces
+            for tile in range(first_tile, (part + 1) * p.tiles // p.pieces):
                 start = tile * p.positions
                 count = min(p.positions, length - start)
                 tile_origins(start, count, base, g)
@@ -366,7 +380,7 @@ def _backward(
                             at(tile_columns, (thread, 0, 0, 0)),
                             at(tile_columns, (thread, 1, 0, 0)),
                             at(image, (origin,)),
-                            at(grad_image, (origin * p.need_input,)),
+                            at(grad_image, (grad_origin,)),
                             corner,
                             blending,
                             count,
@@ -406,7 +420,7 @@ def _backward(
                         )
                     if p.need_dots and previous >= 0:
                         # Sums over channels go from block to block: this one adds where the one before has been.
-                        wait_until(counters, PROGRESS + b * len(blocks) + previous, tile * taps + tap + 1)
+                        wait_until(counters, progress + previous, (tile - first_tile) * taps + tap + 1)
                     if p.need_dots:
                         _add_offset_gradient(
                             blending,
@@ -419,7 +433,7 @@ def _backward(
                             row.is_last != 0,
                             has_mask,
                         )
-                        advance_counter(counters, PROGRESS + b * len(blocks) + block)
+                        advance_counter(counters, progress + block)
                     if p.need_weight and p.depthwise:
                         # partial[c] += sum_i grad_output[c, i] * columns[i, c]
                         _sum_channels(
@@ -429,11 +443,11 @@ def _backward(
                             COLUMN_ROW,
                             count,
                             channels,
-                            b > first_image or tile > 0,
+                            piece > first_piece or tile > first_tile,
                         )
                     elif p.need_weight:
                         # partial[o, c] += sum_i grad_output[o, i] * columns[i, c]: eq. 6 for one tap of one tile
-                        more = b > first_image or tile > 0
+                        more = piece > first_piece or tile > first_tile
                         if paired is not None:
                             _pair_columns(
                                 at(tile_columns, (thread, 0, 0, 0)), at(paired, (thread, 0, 0, 0)), count, width
@@ -524,8 +538,9 @@ def _prepare_backward(
             to_channels_last(input, b, channel, 1, image, origin, channels, channels, part, pixels)
             if p.need_input:
                 last = pixels + 1 if part == parts - 1 else (part + 1) * PIXELS
-                for i in range(origin + part * PIXELS * channels, origin + last * channels):
-                    grad_image[i] = 0
+                for start in range(origin, origin + p.pieces * p.apart, p.apart):
+                    for i in range(start + part * PIXELS * channels, start + last * channels):
+                        grad_image[i] = 0
         elif unit < packing_too:
             _pack_backward(weight, packed, packing, blocks[unit - converting], g, p)
         elif by_position is not None:
@@ -634,6 +649,10 @@ def _finish_backward(
             block, b, part = _part_of(unit, parts, g)
             channel, channels = blocks[block].channel, blocks[block].channels
             origin = (b * g.in_channels + channel) * (pixels + 1)
+            first, last = part * PIXELS * channels, min((part + 1) * PIXELS, pixels) * channels
+            for start in range(p.apart, p.pieces * p.apart, p.apart):
+                for i in range(origin + first, origin + last):
+                    grad_image[i] += grad_image[start + i]
             block_to_channels_first(grad_image, origin, channels, channels, grad_input, b, channel, 1, part, pixels)
         elif unit < outputs:
             block = (unit - inputs) // rows
@@ -886,9 +905,7 @@ def _odd_lines(count: int) -> int:
 
 def _blocks(g: Any, panel: int, lines: int, depth: int) -> tuple[Any, int, int, int]:
     one, times = period_of(g)
-    # Two blocks at least, where channels allow it: a block is a unit of work. Never by batch, which must not show.
-    largest = CHANNELS if g.in_channels >= 2 * CHANNELS else max(CHANNELS // 4, round_up(-(-g.in_channels // 2), panel))
-    blocks, weight_size, packed_size, rows = _blocks_of_period(one, panel, largest, is_depthwise(g), lines, depth)
+    blocks, weight_size, packed_size, rows = _blocks_of_period(one, panel, CHANNELS, is_depthwise(g), lines, depth)
     every = repeated(
         blocks,
         times,

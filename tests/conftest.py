@@ -183,6 +183,13 @@ def _on_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr("tests.conftest._tolerance", tolerance_of(name, is_convolution))
 
 
+def take_no_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every workspace is new, so that what a test fills fresh memory with is what kernels get."""
+    from pydeform.cpu import _arrays
+
+    monkeypatch.setattr(_arrays.Workspace, "take", lambda workspace: _arrays.workspace(*workspace._parts))
+
+
 class Threads:
     """set_num_threads of a test in which no problem is too small for threads."""
 

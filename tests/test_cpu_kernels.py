@@ -12,9 +12,9 @@ import pytest
 
 import pydeform
 from pydeform import _geometry
-from pydeform.cpu import _conv_backward, _conv_common, _conv_forward, _jit, _threads
+from pydeform.cpu import _arrays, _conv_backward, _conv_common, _conv_forward, _jit, _simd, _threads
 from tests.cases.deform_conv2d import CASES, make
-from tests.conftest import assert_same_bits
+from tests.conftest import assert_same_bits, take_no_spare
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,6 +94,36 @@ def test_both_index_types_give_the_same_bits(monkeypatch):
     np.testing.assert_array_equal(wide, narrow)
     for name in ("input", "offset", "weight"):
         np.testing.assert_array_equal(getattr(wide_grads, name), getattr(narrow_grads, name))
+
+
+def test_tiles_of_any_size_give_the_same_bits(monkeypatch):
+    """They are as large as the second-level cache allows, and weights that do not fit there are asked for ahead."""
+    rng = np.random.default_rng(6)
+    x, offset, weight = (
+        rng.standard_normal(shape, np.float32) for shape in ((2, 80, 24, 27), (2, 18, 24, 27), (70, 80, 3, 3))
+    )
+    plans, outputs = [], []
+    make = _conv_forward._kept.__wrapped__
+    monkeypatch.setattr(_conv_forward, "_prepared", lambda *of: plans.append(make(*of)) or plans[-1])
+    for cache in (1 << 10, 1 << 18, 1 << 21, 1 << 40):
+        monkeypatch.setattr(_conv_forward, "second_level_cache", lambda cache=cache: cache)
+        with pydeform.num_threads(1):
+            outputs.append(pydeform.deform_conv2d(x, offset, weight, padding=1))
+    assert len({prepared.plan.positions for prepared in plans}) > 1
+    assert [prepared.plan.ahead > 0 for prepared in plans] == [True, True, False, False]
+    for output in outputs[1:]:
+        assert_same_bits(output, outputs[0])
+
+
+@pytest.mark.parametrize("answer", [0, ValueError, OSError, AttributeError])
+def test_a_system_that_does_not_know_its_cache(monkeypatch, answer):
+    def sysconf(name):
+        if answer:
+            raise answer
+        return answer
+
+    monkeypatch.setattr("os.sysconf", sysconf)
+    assert _simd.second_level_cache() == 1 << 20
 
 
 TINY = """
@@ -187,8 +217,8 @@ def test_kernels_neither_read_what_they_did_not_write_nor_write_past_the_end(mon
     output = pydeform.deform_conv2d(*call, **options)
     grad = np.random.default_rng(1).standard_normal(output.shape)
     grads = pydeform.deform_conv2d_backward(grad, *call, **options)
-    for module in (_conv_forward, _conv_backward):
-        monkeypatch.setattr(module, "workspace", poisoned)
+    take_no_spare(monkeypatch)
+    monkeypatch.setattr(_arrays, "workspace", poisoned)
     assert_same_bits(pydeform.deform_conv2d(*call, **options), output)
     again = pydeform.deform_conv2d_backward(grad, *call, **options)
     for one, other in zip(again, grads, strict=True):

@@ -19,7 +19,7 @@ from pydeform.cpu import _arrays, _conv_common, _roi_common, _simd_pairs, _threa
 from pydeform.cpu._jit import Kernel
 from pydeform.cpu._simd import at
 from tests.cases.deform_conv2d import ARRAYS, CASES, make, make_grad_output
-from tests.conftest import assert_same_bits
+from tests.conftest import assert_same_bits, take_no_spare
 from tests.test_roi import CORNERS, OPERATORS, VARIANTS, problem, wide
 
 FENCE = 4096  # bytes on either side
@@ -101,6 +101,7 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
             used.clear()
             some = subsets if threads == 2 and fill == WOOD else subsets[:1]
             with monkeypatch.context() as patch:
+                take_no_spare(patch)
                 patch.setattr(_arrays, "np", _Filled(fill))
                 patch.setattr(_threads, "run", watched)
                 got = list(_results(operator, some, *of_problem))

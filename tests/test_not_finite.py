@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import pydeform
-from pydeform.cpu import _arrays, _conv_backward, _conv_forward
+from pydeform.cpu import _arrays
 from tests.cases.deform_conv2d import ARRAYS, Case, make, make_grad_output
-from tests.conftest import assert_close
+from tests.conftest import assert_close, take_no_spare
 from tests.reference import deform_conv2d as reference
 
 # Channels that fill no vector, panel or tile; groups that share an offset group, and the other way round.
@@ -69,14 +69,13 @@ def expected(*of_planted: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 def poisoned(monkeypatch):
     """Workspace and results are full of NaN before the CPU's kernels start."""
 
-    def workspace(*parts: Any, make: Any = _arrays.workspace) -> Any:
-        arrays = make(*parts)
-        for array in arrays:
-            array.view(np.uint8)[...] = 0xFF
-        return arrays
+    def poisoned(size: int, make: Any = _arrays._aligned) -> Any:
+        block, origin = make(size)
+        block[...] = 0xFF
+        return block, origin
 
-    for module in _arrays, _conv_forward, _conv_backward:
-        monkeypatch.setattr(module, "workspace", workspace)
+    take_no_spare(monkeypatch)
+    monkeypatch.setattr(_arrays, "_aligned", poisoned)
 
 
 def check(backend: Any, dtype: str, *of_planted: Any) -> None:

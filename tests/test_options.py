@@ -308,3 +308,23 @@ def test_layers_take_arrays_without_axes():
     boxes = BOXES.astype(np.float32)
     want = RoIAlign(2, 0.5, 2)(image, boxes)[0]
     assert_same_bits(RoIAlign(two, np.array(0.5), two)(image, boxes)[0], want)
+
+
+def test_what_was_right_before_says_nothing_about_what_is_equal_to_it():
+    """A call like one before is not checked again; 1.0 and True are equal to 1, and no ints."""
+    x, weight = np.ones((1, 2, 5, 5)), np.ones((1, 2, 1, 1))
+    want = pydeform.conv2d(x, weight, stride=1, padding=(1, 1), dilation=1)
+    for same in ([1, 1], (1, 1), np.int64(1), ((1, 1), (1, 1)), np.array([1, 1])):
+        np.testing.assert_array_equal(pydeform.conv2d(x, weight, padding=same), want)
+    for name in ("stride", "padding", "dilation"):
+        for bad in (1.0, True, (1, 1.0), (True, 1), ((1, 1), (1, True)), [1.0, 1], np.float64(1)):
+            with pytest.raises((TypeError, ValueError), match=name):
+                pydeform.conv2d(x, weight, **{"stride": 1, "padding": (1, 1), "dilation": 1, name: bad})
+    offset = np.zeros((1, 2, 5, 5))
+    pydeform.deform_conv2d(x, offset, weight, boundary="dcnv1")
+    for bad in (["dcnv1"], b"dcnv1", 2, None):
+        with pytest.raises(ValueError, match="boundary"):
+            pydeform.deform_conv2d(x, offset, weight, boundary=bad)
+    for other in (x[:, :1], x[0], np.ones((1, 2, 0, 5))):
+        with pytest.raises(ValueError, match=r"input|weight"):
+            pydeform.conv2d(other, weight, stride=1, padding=(1, 1), dilation=1)

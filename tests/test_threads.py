@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import pydeform
-from pydeform.cpu import _conv_common, _jit, _kernel_cache, _roi_common, _threads
+from pydeform.cpu import _arrays, _conv_common, _jit, _kernel_cache, _roi_common, _threads
 from tests.cases.deform_conv2d import ARRAYS, Case, make, make_grad_output
 from tests.conftest import assert_same_bits, times_helped
 from tests.test_waits import PROBLEMS as PROBLEMS_OF_KERNELS
@@ -83,6 +83,45 @@ def test_eight_threads_at_once(threads):
         worker.join(120)
         assert not worker.is_alive(), "still running: the threads wait for each other"
     assert not failures, failures
+
+
+def test_the_same_problem_in_four_threads_at_once(threads):
+    """They share its plan, and not the workspace that is kept for it."""
+    threads.together = False
+    threads(1)
+    case = PROBLEMS[0]
+    want = solve(case, "float32")
+    threads(2)
+    failures = []
+
+    def work():
+        try:
+            for _ in range(30):
+                assert_same_results(solve(case, "float32"), want)
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert not worker.is_alive()
+    assert not failures, failures
+
+
+def test_a_workspace_is_kept_where_it_is_small_and_lent_to_one_call():
+    one = np.dtype(np.uint8)
+    small = _arrays.Workspace(((3, 5), one), ((100,), np.dtype(np.float32)))
+    first, second = small.take(), small.take()
+    assert [a.shape for a in first] == [(3, 5), (100,)] and not np.shares_memory(first[0], second[0])
+    small.give_back(second)
+    small.give_back(first)  # one is enough
+    assert small.take() is second and small.take() is not first
+    large = _arrays.Workspace(((_arrays.MOST_KEPT + 1,), one))
+    arrays = large.take()
+    large.give_back(arrays)
+    assert large.take() is not arrays
 
 
 def test_no_helper_keeps_the_memory_of_a_call(threads):

@@ -140,6 +140,7 @@ def _otherwise(rng: np.random.Generator) -> Iterator[None]:
     from pydeform.cpu import _arrays, _conv_common, _roi_common
 
     places = ((_arrays, "np", _Poisoned([0xFF, 0, None][rng.integers(3)], rng)),)
+    places += ((_arrays.Workspace, "take", lambda workspace: _arrays.workspace(*workspace._parts)),)  # no spare one
     places += tuple((module, "SERIAL_FLOPS", 0) for module in (_conv_common, _roi_common))
     before = [getattr(module, name) for module, name, _ in places]
     for module, name, value in places:

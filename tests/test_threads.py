@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -143,7 +144,6 @@ def test_no_helper_keeps_the_memory_of_a_call(threads):
 def no_helpers(monkeypatch):
     """As after the start of a process; no problem is too small for threads, of which a call may have eight."""
     monkeypatch.setattr(_threads, "_helpers", [])
-    monkeypatch.setattr(_threads, "_free", [])
     monkeypatch.setattr(_conv_common, "SERIAL_FLOPS", 0)
     monkeypatch.setattr(_roi_common, "SERIAL_FLOPS", 0)
     monkeypatch.setattr(_threads, "get_num_threads", lambda: 8)
@@ -241,8 +241,12 @@ def helped(helpers: int) -> int:
     return times_helped() - before
 
 
-def states() -> set[int]:
-    return {int(helper.place[_threads._STATE]) for helper in _threads._helpers}
+def all_sleep() -> bool:
+    return all(helper.place[_threads._ASLEEP] for helper in _threads._helpers)
+
+
+def all_are_free() -> bool:
+    return all(helper.place[_threads._STATE] == _threads._FREE for helper in _threads._helpers)
 
 
 def until(condition) -> None:
@@ -255,44 +259,50 @@ def until(condition) -> None:
 def test_helpers_are_called_asleep_or_awake(no_helpers):
     for helpers in (1, 3, 2):
         until(lambda helpers=helpers: helped(helpers) == helpers)
-        until(lambda: states() == {_threads._ASLEEP})
+        until(all_sleep)
         until(lambda helpers=helpers: helped(helpers) == helpers)
-        assert {*_threads._free} == {*_threads._helpers}
+        assert all_are_free()
     assert len(_threads._helpers) == 3
 
 
-def test_a_helper_does_not_fall_asleep_before_a_call(no_helpers):
+def test_a_helper_that_is_expected_stays_awake_for_a_moment(no_helpers, monkeypatch):
+    monkeypatch.setattr(_threads, "_PATIENCE", 300_000)  # of yields: a tenth of a second
     until(lambda: helped(1) == 1)
     (helper,) = _threads._helpers
-    for is_asleep in (False, True):
-        if is_asleep:
-            until(lambda: states() == {_threads._ASLEEP})
-        helper.expect()
-        time.sleep(0.1)
-        assert states() == {_threads._AWAKE}
-        helper.rest()
-        until(lambda: states() == {_threads._ASLEEP})
     for _ in range(3):  # woken in vain
         helper._wakes.put(None)
-    until(lambda: states() == {_threads._ASLEEP} and helper._wakes.empty())
-    until(lambda: helped(1) == 1)
+    until(lambda: all_sleep() and helper._wakes.empty())
+    assert helper.expect()
+    until(lambda: not all_sleep())
+    time.sleep(0.01)
+    assert not all_sleep()  # from its sleep, and
+    assert helper.expect()  # from now on: it looks at this after the patience that it has begun with
+    until(lambda: not helper.place[_threads._EXPECTED])
+    time.sleep(0.01)
+    assert not all_sleep()
+    until(all_sleep)
 
 
 def test_who_does_not_come_is_done_without(no_helpers, monkeypatch):
-    """One sleeps, and nobody wakes it; another gets no processor."""
+    """It sleeps, and nobody wakes it; or another call has it."""
     until(lambda: helped(1) == 1)
-    until(lambda: states() == {_threads._ASLEEP})
-    (asleep,) = _threads._helpers
+    until(all_sleep)
+    (helper,) = _threads._helpers
     with monkeypatch.context() as patch:
-        patch.setattr(_threads._Helper, "expect", lambda helper: None)
+        patch.setattr(_threads._Helper, "expect", lambda helper: True)
         assert helped(1) == 0
-        assert states() == {_threads._ASLEEP} and _threads._free == [asleep]
-    late = object.__new__(_threads._Helper)
-    late.place = np.zeros(_threads._STRIDE, np.int64)
-    late.address, late.thread_id = late.place.ctypes.data, threading.get_native_id()
-    _threads._free.append(late)
-    assert helped(1) == 0
-    assert late.place[_threads._PART] != 0 and late.place[_threads._STATE] == _threads._AWAKE  # called, and let go
+    assert helper.place[_threads._PART] != 0 and all_are_free() and all_sleep()  # called, and let go
+    for state in (_threads._TAKEN, 1 << 20, 1 << 20 | _threads._AT_WORK):  # taken, called, at work
+        other = object.__new__(_threads._Helper)
+        other.place = np.zeros(_threads._STRIDE, np.int64)
+        other.address, other.thread_id = other.place.ctypes.data, threading.get_native_id()
+        other.place[_threads._STATE] = state
+        monkeypatch.setattr(_threads, "_helpers", [other])
+        assert not other.expect() and helped(1) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(_threads._Helper, "expect", lambda helper: True)  # another call has been faster
+            assert helped(1) == 0
+        assert other.place[_threads._STATE] == state and not other.place[_threads._PART : _threads._DONE].any()
 
 
 def test_helpers_are_free_after_an_error(no_helpers):
@@ -300,12 +310,12 @@ def test_helpers_are_free_after_an_error(no_helpers):
     for bad in ("no array", 1.5):
         with pytest.raises(TypeError):
             _threads.run(_count, "n", 3, _threads.new_counters(1), 100, bad, bad)
-    assert len(_threads._free) == len(_threads._helpers) == 2
+    assert len(_threads._helpers) == 2 and all_are_free()
     until(lambda: helped(2) == 2)
 
 
 def test_calls_at_once_share_the_helpers(no_helpers):
-    """Nobody waits for one that another call has."""
+    """Nobody waits for one that another call has, and none works for two."""
     failures = []
 
     def work():
@@ -324,7 +334,44 @@ def test_calls_at_once_share_the_helpers(no_helpers):
         worker.join(60)
         assert not worker.is_alive()
     assert not failures
-    assert len(_threads._helpers) == 2 == len(_threads._free)
+    assert len(_threads._helpers) == 2 and all_are_free()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timer signals")
+def test_calls_that_are_interrupted_anywhere_lose_no_helper():
+    code = """
+import faulthandler, random, signal, time
+faulthandler.dump_traceback_later(100, exit=True)
+from pydeform.cpu import _conv_common, _threads
+import pydeform
+from tests.test_threads import PROBLEMS, all_are_free, assert_same_results, solve
+_conv_common.SERIAL_FLOPS = 0
+pydeform.set_num_threads(2)
+want = solve(PROBLEMS[0], "float32")
+
+class Interrupt(Exception):
+    pass
+
+def interrupt(*_):
+    raise Interrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+interrupts, random = 0, random.Random(0)
+while interrupts < 500:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.001))
+        while True:
+            solve(PROBLEMS[0], "float32")
+    except Interrupt:
+        interrupts += 1
+assert len(_threads._helpers) == 1 and all_are_free()
+before = _threads._helpers[0].place[_threads._DONE]
+for _ in range(100):
+    assert_same_results(solve(PROBLEMS[0], "float32"), want)
+print(int(_threads._helpers[0].place[_threads._DONE] - before) > 0)
+"""
+    done = run_python(code)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 def test_one_thread_where_kernels_may_raise(monkeypatch, no_helpers):
@@ -357,7 +404,7 @@ from tests.test_threads import PROBLEMS, assert_same_results, solve
 def child(want):
     signal.alarm(60)  # a child that hangs dies of it
     try:
-        assert not _threads._helpers and not _threads._free
+        assert not _threads._helpers
         for case, results in zip(PROBLEMS[:3], want):
             assert_same_results(solve(case, "float32"), results)
         assert _threads._helpers

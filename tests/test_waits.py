@@ -335,15 +335,19 @@ def test_memory_orders_of_calls():
     both.call.compile((types.int64, types.int64[::1]))
     (kernel,) = both.call.inspect_llvm().values()
     waiting = _threads._await_calls().library.get_llvm_str()
-    awake, called, at_work, asleep = _threads._AWAKE, _threads._CALLED, _threads._AT_WORK, _threads._ASLEEP
-    called_or_not = {(awake, called), (called, awake)}
-    other_changes = {(called, at_work), (awake, asleep), (asleep, awake)}
-    for text, changes in (kernel, called_or_not), (waiting, other_changes):
-        found = re.findall(r"cmpxchg (?:i64\*|ptr) \S+ i64 (\d), i64 (\d) acq_rel acquire", text)
-        assert {(int(old), int(new)) for old, new in found} == changes
-        waited = re.findall(r"load atomic i64, (?:i64\*|ptr) \S+ acquire, align 8", text)
-        assert text.count("cmpxchg") == len(found) and text.count("load atomic") == len(waited) > 0
-    assert len(re.findall(rf"store atomic i64 {awake}, (?:i64\*|ptr) \S+ release, align 8", waiting)) == 1
+    pointer = r"(?:i64\*|ptr) \S+"
+    for text, changes, stores in (
+        (kernel, 2, {("called", "release")}),
+        (waiting, 1, {(str(_threads._FREE), "release"), ("0", "seq_cst"), ("1", "seq_cst")}),
+    ):
+        found = re.findall(rf"cmpxchg {pointer}, i64 (\S+), i64 (\S+) acq_rel acquire", text)
+        assert len({(old[0], new[0]) for old, new in found}) == changes
+        stored = re.findall(rf"store atomic i64 (\S+), {pointer} (\w+), align 8", text)
+        assert {("called" if value[0] == "%" else value, order) for value, order in stored} == stores
+        loaded = re.findall(rf"load atomic i64, {pointer} acquire, align 8", text)
+        assert text.count("cmpxchg") == len(found) and text.count("load atomic") == len(loaded) > 0
+        assert text.count("store atomic") == len(stored)
+    assert len(re.findall(rf"atomicrmw xchg {pointer}, i64 0 seq_cst", waiting)) == waiting.count("atomicrmw") == 1
 
 
 def test_atomics_are_written_in_one_place():

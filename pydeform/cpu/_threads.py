@@ -39,11 +39,12 @@ _STRIDE = 8  # counters and helpers' places lie a cache line apart
 _CLAIMED, _FINISHED = 0, 1
 # Each thread has a workspace, and more threads than processors save nothing. Eight are no burden on any machine.
 _MOST_THREADS = max(2 * (os.cpu_count() or 1), 8)
-_TEAM = _MOST_THREADS  # last counters: how many helpers a call has, and where their places are
-# A helper's place: its state, the function that it is to run, with what, and as which thread; how often it has; whether
-# a call is on its way.
-_STATE, _PART, _ARGUMENTS, _THREAD, _DONE, _EXPECTED = range(6)
-_AWAKE, _CALLED, _AT_WORK, _ASLEEP = range(4)
+_TEAM = _MOST_THREADS + 1  # last counters: how many helpers a call may have, its arguments, and the helpers' places
+# A helper's place: its state, which calls compete for; what it is to run, as which thread; how often it has. Whether
+# it sleeps, which it says itself, and whether a call is on its way, which the caller says.
+_STATE, _PART, _THREAD, _DONE, _ASLEEP, _EXPECTED = range(6)
+# The state of a helper that is called is the address of the call's arguments, and of one at work has this bit besides.
+_FREE, _TAKEN, _AT_WORK = range(3)
 _PATIENCE = 1000  # looks for a call, some 0.3 us each, before a helper falls asleep
 _INT, _BYTES = ir.IntType(64), ir.IntType(8).as_pointer()
 _PART_TYPE = ir.FunctionType(ir.VoidType(), [_INT, _BYTES])
@@ -64,9 +65,9 @@ def _emit_count_up(builder: Any, pointer: Any) -> Any:
     return builder.atomic_rmw("add", pointer, _number(1), "acq_rel")
 
 
-def _emit_change(builder: Any, pointer: Any, old: int, new: int) -> Any:
+def _emit_change(builder: Any, pointer: Any, old: Any, new: Any) -> Any:
     """Whether *pointer was `old`; then it is `new` now, and sees and shows what was written before."""
-    return builder.extract_value(builder.cmpxchg(pointer, _number(old), _number(new), "acq_rel", "acquire"), 1)
+    return builder.extract_value(builder.cmpxchg(pointer, old, new, "acq_rel", "acquire"), 1)
 
 
 def _emit_yield(builder: Any) -> None:
@@ -170,17 +171,18 @@ def wait_until(typing_context: Any, counters: Any, index: Any, value: Any) -> An
 
 
 @contextlib.contextmanager
-def _each_helper(context: Any, builder: Any, signature: Any, arguments: Any) -> Iterator[tuple[Any, Any]]:
-    """Code for each helper of a call: its number, from 0, and its place. Only thread 0 has any."""
-    thread, counters = arguments
+def _each_helper(context: Any, builder: Any, signature: Any, values: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Code for each helper of a call: where the call's arguments are noted, and its place, and its number as a thread.
+    Only thread 0 has any."""
+    thread, counters = values
     view = context.make_array(signature.args[1])(context, builder, counters)
     (size,) = cgutils.unpack_tuple(builder, view.shape, 1)
     team = builder.gep(view.data, [builder.sub(size, _number(_TEAM))])
     is_caller = builder.icmp_signed("==", thread, _number(0))
     count = builder.select(is_caller, builder.load(team), _number(0))
+    arguments = builder.gep(team, [_number(1)])
     with cgutils.for_range(builder, count) as loop:
-        address = builder.load(builder.gep(team, [builder.add(loop.index, _number(1))]))
-        yield loop.index, builder.inttoptr(address, _INT.as_pointer())
+        yield arguments, builder.gep(team, [builder.add(loop.index, _number(2))]), builder.add(loop.index, _number(1))
 
 
 def _field(builder: Any, place: Any, which: int) -> Any:
@@ -195,17 +197,23 @@ def call_helpers(typing_context: Any, thread: Any, counters: Any) -> Any:
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kernel = builder.function
+        kernel = builder.function  # whose arguments these are
         passed = ir.LiteralStructType([argument.type for argument in kernel.args])
         block = cgutils.alloca_once(builder, passed)
         for i, argument in enumerate(kernel.args):
             builder.store(argument, cgutils.gep_inbounds(builder, block, 0, i))
         part = _emit_part(kernel, passed)
-        with _each_helper(context, builder, signature, arguments) as (number, place):
-            builder.store(builder.ptrtoint(part, _INT), _field(builder, place, _PART))
-            builder.store(builder.ptrtoint(block, _INT), _field(builder, place, _ARGUMENTS))
-            builder.store(builder.add(number, _number(1)), _field(builder, place, _THREAD))
-            _emit_change(builder, place, _AWAKE, _CALLED)  # or it is asleep, and done without
+        called = builder.ptrtoint(block, _INT)
+        with _each_helper(context, builder, signature, arguments) as (of_call, noted, number):
+            builder.store(called, of_call)
+            place = builder.inttoptr(builder.load(noted), _INT.as_pointer())
+            with builder.if_else(_emit_change(builder, place, _number(_FREE), _number(_TAKEN))) as (is_ours, is_not):
+                with is_ours:
+                    builder.store(builder.ptrtoint(part, _INT), _field(builder, place, _PART))
+                    builder.store(number, _field(builder, place, _THREAD))
+                    builder.store_atomic(called, place, "release", 8)
+                with is_not:  # another call was faster
+                    builder.store(_number(0), noted)
         return context.get_dummy_value()
 
     return types.void(thread, counters), codegen
@@ -231,9 +239,12 @@ def let_helpers_go(typing_context: Any, thread: Any, counters: Any) -> Any:
     """Last in a kernel: nobody else uses its arguments any more. Who has not come yet need not."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        with _each_helper(context, builder, signature, arguments) as (_, place):
-            with builder.if_then(builder.not_(_emit_change(builder, place, _CALLED, _AWAKE))):
-                _emit_wait(builder, place, "!=", _number(_AT_WORK))
+        with _each_helper(context, builder, signature, arguments) as (of_call, noted, _):
+            called, address = builder.load(of_call), builder.load(noted)
+            with builder.if_then(builder.icmp_signed("!=", address, _number(0))):
+                place = builder.inttoptr(address, _INT.as_pointer())
+                with builder.if_then(builder.not_(_emit_change(builder, place, called, _number(_FREE)))):
+                    _emit_wait(builder, place, "!=", builder.or_(called, _number(_AT_WORK)))
         return context.get_dummy_value()
 
     return types.void(thread, counters), codegen
@@ -242,7 +253,7 @@ def let_helpers_go(typing_context: Any, thread: Any, counters: Any) -> Any:
 @functools.cache
 def _await_calls() -> Callable[[int, int], None]:
     """The machine code in which a helper is awake: (its place, patience). Does what it is called for, and returns when
-    it has looked in vain so often, and no call is on its way, and it is said to be asleep."""
+    it has looked in vain so often, and no call is on its way."""
     return cast(Callable[[int, int], None], _background.complete(_compile_await_calls))
 
 
@@ -252,46 +263,40 @@ def _compile_await_calls() -> Any:
     module = library.create_ir_module(library.name)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_INT.as_pointer(), _INT]), name="await_calls")
     place, patience = function.args
-    names = ("enter", "look", "take", "work", "idle", "sleep", "asleep", "awake", "leave")
-    enter, look, take, work, idle, sleep, asleep, awake, leave = map(function.append_basic_block, names)
-    builder = ir.IRBuilder(enter)
-    _emit_change(builder, place, _ASLEEP, _AWAKE)
+    names = ("begin", "enter", "look", "take", "work", "idle", "sleep", "leave")
+    begin, enter, look, take, work, idle, sleep, leave = map(function.append_basic_block, names)
+    builder = ir.IRBuilder(begin)
+    builder.branch(enter)
+    builder.position_at_end(enter)
+    asleep, expected = (_field(builder, place, which) for which in (_ASLEEP, _EXPECTED))
+    builder.store_atomic(_number(0), asleep, "seq_cst", 8)
     builder.branch(look)
     builder.position_at_end(look)
     left = builder.phi(_INT)
-    state = builder.load_atomic(place, "acquire", 8)
-    builder.cbranch(builder.icmp_signed("==", state, _number(_CALLED)), take, idle)
+    called = builder.load_atomic(place, "acquire", 8)
+    builder.cbranch(builder.icmp_unsigned(">", called, _number(_TAKEN)), take, idle)
     builder.position_at_end(take)
-    builder.cbranch(_emit_change(builder, place, _CALLED, _AT_WORK), work, look)  # else it was let go
+    at_work = builder.or_(called, _number(_AT_WORK))
+    builder.cbranch(_emit_change(builder, place, called, at_work), work, look)  # else it was let go
     builder.position_at_end(work)
-    part, arguments, thread = (builder.load(_field(builder, place, f)) for f in (_PART, _ARGUMENTS, _THREAD))
-    builder.call(builder.inttoptr(part, _PART_TYPE.as_pointer()), [thread, builder.inttoptr(arguments, _BYTES)])
+    part, thread = (builder.load(_field(builder, place, which)) for which in (_PART, _THREAD))
+    builder.call(builder.inttoptr(part, _PART_TYPE.as_pointer()), [thread, builder.inttoptr(called, _BYTES)])
     done = _field(builder, place, _DONE)
     builder.store(builder.add(builder.load(done), _number(1)), done)
-    builder.store_atomic(_number(_AWAKE), place, "release", 8)
+    builder.store_atomic(_number(_FREE), place, "release", 8)
     builder.branch(look)
     builder.position_at_end(idle)
     _emit_yield(builder)
     fewer = builder.sub(left, _number(1))
     builder.cbranch(builder.icmp_signed(">", fewer, _number(0)), look, sleep)
     builder.position_at_end(sleep)
-    builder.cbranch(_emit_change(builder, place, _AWAKE, _ASLEEP), asleep, look)
-    builder.position_at_end(asleep)  # a caller who has seen it awake just before has said so before that
-    expected = builder.load_atomic(_field(builder, place, _EXPECTED), "acquire", 8)
-    builder.cbranch(builder.icmp_signed("==", expected, _number(0)), leave, awake)
-    builder.position_at_end(awake)
-    _emit_change(builder, place, _ASLEEP, _AWAKE)
-    builder.branch(look)
+    # It says so first, and then looks whether a call has been announced: its caller does the same the other way round.
+    builder.store_atomic(_number(1), asleep, "seq_cst", 8)
+    announced = builder.atomic_rmw("xchg", expected, _number(0), "seq_cst")
+    builder.cbranch(builder.icmp_signed("==", announced, _number(0)), leave, enter)
     builder.position_at_end(leave)
     builder.ret_void()
-    for value, block in (
-        (patience, enter),
-        (left, take),
-        (patience, work),
-        (fewer, idle),
-        (patience, sleep),
-        (patience, awake),
-    ):
+    for value, block in ((patience, enter), (left, take), (patience, work), (fewer, idle)):
         left.add_incoming(value, block)
     library.add_ir_module(module)
     library.finalize()
@@ -318,12 +323,11 @@ def threads_for(units: int) -> int:
 
 
 class _Helper:
-    """A thread that waits for calls. Who has taken it out of `_free` may call it."""
+    """A thread that waits for calls."""
 
     def __init__(self, await_calls: Callable[[int, int], None]) -> None:
         self.place = empty((_STRIDE,), np.dtype(np.int64))
         self.place[...] = 0
-        self.place[_STATE] = _AWAKE
         self.address = self.place.ctypes.data
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         thread = threading.Thread(target=self._help, args=(await_calls,), name="pydeform", daemon=True)
@@ -335,19 +339,15 @@ class _Helper:
             await_calls(self.address, _PATIENCE)
             self._wakes.get()
 
-    def expect(self) -> None:
-        """A call is on its way: it wakes up, and does not fall asleep."""
+    def expect(self) -> bool:
+        """Announce a call: it wakes up, and does not fall asleep at once. False: another call has it."""
         self.place[_EXPECTED] = 1
-        if self.place[_STATE] == _ASLEEP:
-            self.place[_STATE] = _AWAKE
-            self._wakes.put(None)
-
-    def rest(self) -> None:
-        self.place[_EXPECTED] = 0
+        if self.place[_ASLEEP]:
+            self._wakes.put(None)  # in vain, perhaps: then it is awake for a moment
+        return bool(self.place[_STATE] == _FREE)
 
 
-_helpers: list[_Helper] = []  # all
-_free: list[_Helper] = []  # those that no call has
+_helpers: list[_Helper] = []
 _avoided = -1  # the processor that helpers keep off
 _lock = threading.Lock()
 
@@ -358,8 +358,8 @@ _current_processor = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.pla
 
 def _reset_in_child() -> None:
     """After fork() only the forking thread is left: start anew."""
-    global _helpers, _free, _avoided, _lock
-    _helpers, _free, _avoided, _lock = [], [], -1, threading.Lock()
+    global _helpers, _avoided, _lock
+    _helpers, _avoided, _lock = [], -1, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -374,25 +374,17 @@ def run(kernel: Kernel, key: Any, threads: int, counters: Any, *arguments: Any) 
     call = kernel.prepare(key, (0, counters, *arguments))
     if call is None:
         return
-    helpers: list[_Helper] = []
-    try:
-        while len(helpers) < threads - 1:
-            try:
-                helpers.append(_free.pop())
-            except IndexError:
-                if not _start_helper(threads - 1):
-                    break
-        if helpers:
-            _keep_helpers_off_this_processor()
-            counters[-_TEAM] = len(helpers)
-            for number, helper in enumerate(helpers):
-                counters[1 - _TEAM + number] = helper.address
-                helper.expect()
-        call(0, counters, *arguments)
-    finally:
-        for helper in helpers:
-            helper.rest()
-        _free.extend(helpers)
+    if threads > 1:
+        while len(_helpers) < threads - 1 and _start_helper(threads - 1):
+            pass
+        _keep_helpers_off_this_processor()
+        count = 0
+        for helper in _helpers:
+            if count < threads - 1 and helper.expect():
+                count += 1
+                counters[count + 1 - _TEAM] = helper.address
+        counters[-_TEAM] = count
+    call(0, counters, *arguments)
 
 
 def _start_helper(most: int) -> bool:
@@ -402,8 +394,7 @@ def _start_helper(most: int) -> bool:
         with _lock:
             if len(_helpers) >= most:
                 return False
-            _helpers.append(helper := _Helper(_await_calls()))
-            _free.append(helper)
+            _helpers.append(_Helper(_await_calls()))
             _avoided = -1
     except (RuntimeError, OSError) as error:
         say_once(f"a helper thread could not be started, calls do with fewer: {error}")

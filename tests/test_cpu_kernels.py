@@ -15,6 +15,7 @@ from pydeform import _geometry
 from pydeform.cpu import _arrays, _conv_backward, _conv_common, _conv_forward, _jit, _simd, _threads
 from tests.cases.deform_conv2d import CASES, make
 from tests.conftest import assert_same_bits, take_no_spare
+from tests.reference import deform_conv2d as reference
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,6 +114,31 @@ def test_tiles_of_any_size_give_the_same_bits(monkeypatch):
     assert [prepared.plan.ahead > 0 for prepared in plans] == [True, True, False, False]
     for output in outputs[1:]:
         assert_same_bits(output, outputs[0])
+
+
+@pytest.mark.parametrize("largest", [0, 1 << 40])
+def test_images_of_few_channels_are_two_pieces_or_two_blocks(monkeypatch, largest):
+    rng = np.random.default_rng(7)
+    x, offset, weight, grad = (
+        rng.standard_normal(shape) for shape in ((2, 34, 14, 14), (2, 18, 14, 14), (3, 34, 3, 3), (2, 3, 14, 14))
+    )
+    want = reference.backward(grad, x, offset, weight, None, None, (1, 1), ((1, 1), (1, 1)), (1, 1))
+    plans, make = [], _conv_backward._kept.__wrapped__
+    monkeypatch.setattr(_conv_backward, "SMALL_IMAGE", largest)
+    monkeypatch.setattr(_conv_backward, "_prepared", lambda *of: plans.append(make(*of)) or plans[-1])
+    monkeypatch.setattr(_conv_common, "SERIAL_FLOPS", 0)
+    results = []
+    for threads in (1, 2, 3):
+        with pydeform.num_threads(threads):
+            results.append(pydeform.deform_conv2d_backward(grad, x, offset, weight, padding=1))
+            alone = pydeform.deform_conv2d_backward(grad[1:], x[1:], offset[1:], weight, padding=1)
+        for name in ("input", "offset"):
+            assert_same_bits(getattr(alone, name)[0], getattr(results[-1], name)[1], name)
+    assert {(len(plan.blocks), plan.plan.pieces) for plan in plans} == {(1, 2) if largest else (2, 1)}
+    for name in ("input", "offset", "weight"):
+        for got in results:
+            assert_same_bits(getattr(got, name), getattr(results[0], name), name)
+        np.testing.assert_allclose(getattr(results[0], name), want[name], rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("answer", [0, ValueError, OSError, AttributeError])

@@ -65,6 +65,7 @@ DEPTH = 128  # of one product over output channels: panel and gradients stay in 
 # one's: see _conv_forward.ROW.
 ROW = POSITIONS + 16
 COLUMN_ROW = CHANNELS + 16
+SMALL_IMAGE = 8 << 20  # bytes of an image of which each piece may have a gradient of its own
 WEIGHT_COPIES = 16 << 20  # bytes for partial weight gradients, one for each range of images
 PROGRESS = own_counters(3)  # and on, (piece, block): taps of tiles whose part of the dots a block has added
 
@@ -176,13 +177,15 @@ def _kept(
     fill = math.lcm(ROWS, lines)
     if has_pairs:
         depth, fill = round_up(depth, _simd_pairs.DEPTH), math.lcm(lines, _simd_pairs.DEPTH)
-    blocks, weight_size, packed_size, rows = _blocks(g, 2 * lanes, lines, depth)
+    # An image of few channels, too, is work for two threads: it has two pieces of tiles or, since these cost a copy of
+    # its gradient, two blocks of channels. Never by batch, which must not show.
+    halves = g.in_channels * g.in_h * g.in_w * dtype.itemsize > SMALL_IMAGE
+    blocks, weight_size, packed_size, rows = _blocks(g, 2 * lanes, lines, depth, halves)
     out_positions = g.out_h * g.out_w
     tiles = -(-out_positions // POSITIONS)
     positions = round_up(-(-out_positions // tiles), fill)
     tiles = -(-out_positions // positions)
     planes = prefers_planes(g)
-    # An image of one block, too, is work for two threads. Never by batch, which must not show.
     pieces = 2 if len(blocks) == 1 and tiles > 1 and not planes else 1
     splits = max(1, min(g.batch * pieces, WEIGHT_COPIES // (weight_size * dtype.itemsize)))
     image_size = channels_last_size(g) + lanes
@@ -903,9 +906,11 @@ def _odd_lines(count: int) -> int:
     return 32 * (lines + 1 - lines % 2)
 
 
-def _blocks(g: Any, panel: int, lines: int, depth: int) -> tuple[Any, int, int, int]:
+def _blocks(g: Any, panel: int, lines: int, depth: int, halves: bool = False) -> tuple[Any, int, int, int]:
     one, times = period_of(g)
-    blocks, weight_size, packed_size, rows = _blocks_of_period(one, panel, CHANNELS, is_depthwise(g), lines, depth)
+    half = max(CHANNELS // 4, round_up(-(-g.in_channels // 2), panel))
+    largest = min(CHANNELS, half) if halves else CHANNELS
+    blocks, weight_size, packed_size, rows = _blocks_of_period(one, panel, largest, is_depthwise(g), lines, depth)
     every = repeated(
         blocks,
         times,

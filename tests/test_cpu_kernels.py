@@ -141,6 +141,18 @@ def test_images_of_few_channels_are_two_pieces_or_two_blocks(monkeypatch, larges
         np.testing.assert_allclose(getattr(results[0], name), want[name], rtol=1e-10, atol=1e-11)
 
 
+def test_a_large_image_of_few_channels_has_one_gradient():
+    """More would be most of the memory."""
+    for channels, side, blocks, pieces in ((3, 100, 1, 2), (3, 2000, 1, 1), (64, 100, 1, 2), (64, 600, 2, 1)):
+        shape = (1, channels, side, side)
+        g = _geometry.conv2d_geometry(
+            "test", np.broadcast_to(np.float32(0), shape), np.ones((8, channels, 3, 3)), None, 1, 1, 1
+        )
+        single, needs = np.dtype(np.float32), frozenset({"input"})
+        prepared = _conv_backward._prepared(g, single, single, 2, False, False, needs)
+        assert (len(prepared.blocks), prepared.plan.pieces) == (blocks, pieces)
+
+
 @pytest.mark.parametrize("answer", [0, ValueError, OSError, AttributeError])
 def test_a_system_that_does_not_know_its_cache(monkeypatch, answer):
     def sysconf(name):

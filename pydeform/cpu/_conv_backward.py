@@ -186,7 +186,7 @@ def _kept(
     positions = round_up(-(-out_positions // tiles), fill)
     tiles = -(-out_positions // positions)
     planes = prefers_planes(g)
-    pieces = 2 if len(blocks) == 1 and tiles > 1 and not planes else 1
+    pieces = 2 if len(blocks) == 1 and tiles > 1 and not (planes or halves) else 1
     splits = max(1, min(g.batch * pieces, WEIGHT_COPIES // (weight_size * dtype.itemsize)))
     image_size = channels_last_size(g) + lanes
     plan = BackwardPlan(

@@ -413,7 +413,7 @@ def test_tables_of_groups_are_those_of_one_repeated(groups, offset_groups, ins, 
         want = _conv_forward._steps_of_period(g, 32, depthwise, has_pairs)
         for got, whole in zip(_conv_forward._steps(g, 32, has_pairs), want, strict=True):
             np.testing.assert_array_equal(got, whole)
-    blocks, *sizes = _conv_backward._blocks(g, 32, 8, outs)
+    blocks, *sizes = _conv_backward._blocks(g, 32, 8, outs, False)
     largest = int(max(blocks["channels"]))
     whole, *want_sizes = _conv_backward._blocks_of_period(g, 32, largest, depthwise, 8, outs)
     latest: dict[int, int] = {}

@@ -61,29 +61,38 @@ def test_the_number_of_threads_changes_no_bit(threads, dtype):
             assert_same_results(solve(case, dtype), results)
 
 
-def test_eight_threads_at_once(threads):
-    """Each Python thread works on its own problem, several times, starting together."""
-    threads.together = False
-    threads(1)
-    want = [solve(case, "float32") for case in PROBLEMS]
-    threads(2)
-    barrier, failures = threading.Barrier(len(PROBLEMS)), []
+def at_once(count, work):
+    """work(number) in so many Python threads that start together; what fails in one fails here."""
+    barrier, failures = threading.Barrier(count), []
 
-    def work(number):
+    def begin(number):
         try:
-            barrier.wait()
-            for _ in range(4):
-                assert_same_results(solve(PROBLEMS[number], "float32"), want[number])
+            barrier.wait(60)
+            work(number)
         except BaseException as error:
             failures.append((number, error))
 
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(len(PROBLEMS))]
+    workers = [threading.Thread(target=begin, args=(number,), daemon=True) for number in range(count)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(120)
         assert not worker.is_alive(), "still running: the threads wait for each other"
     assert not failures, failures
+
+
+def test_eight_threads_at_once(threads):
+    """Each Python thread works on its own problem, several times, starting together."""
+    threads.together = False
+    threads(1)
+    want = [solve(case, "float32") for case in PROBLEMS]
+    threads(2)
+
+    def work(number):
+        for _ in range(4):
+            assert_same_results(solve(PROBLEMS[number], "float32"), want[number])
+
+    at_once(len(PROBLEMS), work)
 
 
 def test_the_same_problem_in_four_threads_at_once(threads):
@@ -93,22 +102,12 @@ def test_the_same_problem_in_four_threads_at_once(threads):
     case = PROBLEMS[0]
     want = solve(case, "float32")
     threads(2)
-    failures = []
 
-    def work():
-        try:
-            for _ in range(30):
-                assert_same_results(solve(case, "float32"), want)
-        except BaseException as error:
-            failures.append(error)
+    def work(number):
+        for _ in range(30):
+            assert_same_results(solve(case, "float32"), want)
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert not worker.is_alive()
-    assert not failures, failures
+    at_once(4, work)
 
 
 def test_a_workspace_is_kept_where_it_is_small_and_lent_to_one_call():
@@ -316,24 +315,14 @@ def test_helpers_are_free_after_an_error(no_helpers):
 
 def test_calls_at_once_share_the_helpers(no_helpers):
     """Nobody waits for one that another call has, and none works for two."""
-    failures = []
 
-    def work():
-        try:
-            for _ in range(50):
-                done = np.zeros(3, np.int64)
-                _threads.run(_count, "n", 3, _threads.new_counters(1), 100, done, np.zeros_like(done))
-                assert done.sum() == 100
-        except BaseException as error:
-            failures.append(error)
+    def work(number):
+        for _ in range(50):
+            done = np.zeros(3, np.int64)
+            _threads.run(_count, "n", 3, _threads.new_counters(1), 100, done, np.zeros_like(done))
+            assert done.sum() == 100
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert not worker.is_alive()
-    assert not failures
+    at_once(4, work)
     assert len(_threads._helpers) == 2 and all_are_free()
 
 

@@ -101,7 +101,7 @@ class Prepared(NamedTuple):
     threads: int
     key: str  # of the kernel's types
     workspace: Workspace
-    pairs: Workspace | None  # what pairs take, if there are any
+    pairs: Workspace | None  # what pairs take besides, if there are any
     blocks: Any
     plan: BackwardPlan
 
@@ -128,6 +128,7 @@ def backward(
         most_threads = threads_for(g, 3, g.batch * g.in_channels * positions)
         how = _prepared(g, dtype, numbers, most_threads, offset is not None, mask is not None, needs)
         planes, arrays = how.plan.planes, how.workspace.take()
+        pairs = how.pairs.take() if how.pairs else [None, None, None]
         _threads.run(
             _backward,
             how.key,
@@ -142,12 +143,14 @@ def backward(
             grad_weight,
             grad_bias,
             *arrays,
-            *(how.pairs.take() if how.pairs else (None, None, None)),
+            *pairs,
             how.blocks,
             g,
             how.plan,
         )
         how.workspace.give_back(arrays)
+        if how.pairs:
+            how.pairs.give_back(pairs)
     taken = {
         "input": (grad_input, (g.batch, g.in_channels, g.in_h, g.in_w)),
         "offset": (grad_offset, (g.batch, 2 * g.offset_groups * taps, g.out_h, g.out_w)),
@@ -906,7 +909,7 @@ def _odd_lines(count: int) -> int:
     return 32 * (lines + 1 - lines % 2)
 
 
-def _blocks(g: Any, panel: int, lines: int, depth: int, halves: bool = False) -> tuple[Any, int, int, int]:
+def _blocks(g: Any, panel: int, lines: int, depth: int, halves: bool) -> tuple[Any, int, int, int]:
     one, times = period_of(g)
     half = max(CHANNELS // 4, round_up(-(-g.in_channels // 2), panel))
     largest = min(CHANNELS, half) if halves else CHANNELS

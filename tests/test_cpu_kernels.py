@@ -202,6 +202,22 @@ def test_every_unit_is_done_once_by_any_number_of_threads(threads):
     assert (done == 2).all() and by.sum() == 2000
 
 
+def marks(units, threads):
+    return np.zeros(units, np.int64), np.zeros(threads, np.int64), np.zeros((threads, 2 * units))
+
+
+def test_who_finds_no_unit_takes_no_step():
+    """Else a third thread that came too late took that of one on its side, whose unit nobody did."""
+    counters, arrays = _threads.new_counters(2), marks(4, 2)
+    call = mark.prepare("few", (0, counters, *arrays))
+    near, finished = 2 * _threads._STRIDE, _threads._FINISHED * _threads._STRIDE
+    counters[0] = counters[finished] = counters[near] = counters[near + finished] = 4
+    counters[near + 1 : near + 3] = 2
+    for thread in (0, 1):
+        call(thread, counters, *arrays)
+    assert counters[near + 1 : near + 3].tolist() == [2, 2] and not arrays[0].any()
+
+
 def test_threads_claim_from_both_ends():
     counters, done, by, order = _threads.new_counters(2), *(np.zeros(n, np.int64) for n in (10, 2)), np.zeros((2, 20))
     call = mark.prepare("both ends", (0, counters, done, by, order))

@@ -117,11 +117,18 @@ def claim_near(typing_context: Any, counters: Any, phase: Any, thread: Any, unit
         thread, units = arguments[2:]
         pointer = _phase_pointer(context, builder, signature, arguments, _CLAIMED)
         claimed = _emit_count_up(builder, pointer)
-        is_odd = builder.and_(thread, _number(1))
-        steps = _emit_count_up(builder, builder.gep(pointer, [builder.add(is_odd, _number(1))]))
-        from_last = builder.sub(builder.sub(units, _number(1)), steps)
-        unit = builder.select(builder.trunc(is_odd, ir.IntType(1)), from_last, steps)
-        return builder.select(builder.icmp_signed("<", claimed, units), unit, units)
+        before = builder.block
+        # Who is too late takes no step: it might be ahead of one who is not, and their unit would be left.
+        with builder.if_then(builder.icmp_signed("<", claimed, units)):
+            is_odd = builder.and_(thread, _number(1))
+            steps = _emit_count_up(builder, builder.gep(pointer, [builder.add(is_odd, _number(1))]))
+            from_last = builder.sub(builder.sub(units, _number(1)), steps)
+            near = builder.select(builder.trunc(is_odd, ir.IntType(1)), from_last, steps)
+            inside = builder.block
+        unit = builder.phi(_INT)
+        unit.add_incoming(units, before)
+        unit.add_incoming(near, inside)
+        return unit
 
     return types.int64(counters, types.int64, types.int64, types.int64), codegen
 

@@ -13,8 +13,9 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder, PassManager
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import register_pass
-from numba.core.typed_passes import NativeLowering
+from numba.core.typed_passes import NativeLowering, NopythonRewrites
 from numba.core.typing.typeof import typeof
+from numba.core.untyped_passes import InlineClosureLikes
 
 from pydeform import _background
 from pydeform.cpu._kernel_cache import KernelCache, cache_directory, say_once
@@ -22,12 +23,21 @@ from pydeform.cpu._kernel_cache import KernelCache, cache_directory, say_once
 _background.hold_at_fork(global_compiler_lock, llvmlite.binding.ffi.lib._lock)
 
 
-class _PartOfKernels(JITCodeLibrary):  # type: ignore[misc]
-    """LLVM's text of a function that only kernels call. They take it in and optimise it then, so nothing is gained by
-    optimising it by itself before, and by machine code that nobody calls: a third of the time to compile."""
+class _KernelCode(JITCodeLibrary):  # type: ignore[misc]
+    """LLVM's text of an entry point, with the parts that it calls. It is optimised once, as a whole: what Numba does
+    before serves its counting of references, which no kernel has, and takes as long again."""
 
     def _optimize_functions(self, module: Any) -> None:
-        pass
+        module.data_layout = self.codegen._data_layout
+
+    def _optimize_final_module(self) -> None:
+        passes, options = self.codegen._module_pass_manager()
+        passes.run(self._final_module, options)
+
+
+class _PartOfKernels(_KernelCode):
+    """LLVM's text of a function that only kernels call. They take it in and optimise it then, so nothing is gained by
+    optimising it by itself before, and by machine code that nobody calls: a third of the time to compile."""
 
     def _optimize_final_module(self) -> None:
         pass
@@ -38,6 +48,18 @@ class _PartOfKernels(JITCodeLibrary):  # type: ignore[misc]
 
     def get_pointer_to_function(self, name: str) -> int:
         return 0
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _LowerKernel(NativeLowering):  # type: ignore[misc]
+    """Numba's last step, into code that is optimised once."""
+
+    _name = "lower_kernel"
+
+    def run_pass(self, state: Any) -> bool:
+        state.library = _KernelCode(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.library.enable_object_caching()
+        return bool(super().run_pass(state))
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -59,13 +81,28 @@ class _LowerPartOfKernels(NativeLowering):  # type: ignore[misc]
         return True
 
 
+# Steps of Numba that find nothing in kernels, which have no closures and no expressions of whole arrays.
+_NOT_NEEDED = (InlineClosureLikes, NopythonRewrites)
+
+
+def _pipeline(name: str, state: Any, lowering: Any) -> list[Any]:
+    usual = DefaultPassBuilder.define_nopython_pipeline(state).passes
+    steps = PassManager(name)
+    steps.passes = [
+        (lowering if step is NativeLowering else step, why) for step, why in usual if step not in _NOT_NEEDED
+    ]
+    steps.finalize()
+    return [steps]
+
+
+class _CompilerOfKernels(CompilerBase):  # type: ignore[misc]
+    def define_pipelines(self) -> list[Any]:
+        return _pipeline("kernel", self.state, _LowerKernel)
+
+
 class _CompilerOfParts(CompilerBase):  # type: ignore[misc]
     def define_pipelines(self) -> list[Any]:
-        usual = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        steps = PassManager("part_of_kernels")
-        steps.passes = [(_LowerPartOfKernels if step is NativeLowering else step, why) for step, why in usual.passes]
-        steps.finalize()
-        return [steps]
+        return _pipeline("part_of_kernels", self.state, _LowerPartOfKernels)
 
 
 # Without Numba's runtime: kernels allocate nothing, and their callers hold all arrays, so nobody needs to count who
@@ -103,7 +140,7 @@ class Kernel:
     """An entry point: a Numba function that runs without the GIL, compiled at its first call for a dtype."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.call = numba.njit(**_OPTIONS)(function)
+        self.call = numba.njit(pipeline_class=_CompilerOfKernels, **_OPTIONS)(function)
         self._compiled: dict[Any, Callable[..., None]] = {}
 
     def prepare(self, key: Any, arguments: tuple[Any, ...]) -> Callable[..., None] | None:

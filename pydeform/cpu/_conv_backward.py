@@ -27,7 +27,13 @@ from pydeform.cpu._conv_common import (
     round_up,
     table,
     threads_for,
-    turned_size,
+)
+from pydeform.cpu._conv_weights import (
+    pack_backward,
+    pack_depthwise,
+    reduce_depthwise,
+    reduce_weight,
+    squares_size,
 )
 from pydeform.cpu._jit import Kernel, inline, inline_always
 from pydeform.cpu._planes import gather_corners, planes_of
@@ -85,9 +91,6 @@ class BackwardPlan(NamedTuple):
     rows: int  # output channels of a group, rounded up to those
     depth: int  # output channels of a group, for pairs rounded up to the depth of a product
     weight_size: int  # elements of one partial weight gradient
-    depthwise: int
-    planes: int  # 1: corners are gathered from the input, and its gradient added up, as they lie; 0: channels last
-    has_offset: int
     has_mask: int
     need_input: int
     need_dots: int  # for offset and mask
@@ -100,9 +103,11 @@ class Prepared(NamedTuple):
 
     threads: int
     key: str  # of the kernel's types
+    planes: bool  # corners are gathered from the input, and its gradient added up, as they lie; else channels last
     workspace: Workspace
     pairs: Workspace | None  # what pairs take besides, if there are any
     blocks: Any
+    depthwise: int | None
     plan: BackwardPlan
 
 
@@ -127,7 +132,7 @@ def backward(
         numbers = numbers_of(input.dtype, g)
         most_threads = threads_for(g, 3, g.batch * g.in_channels * positions)
         how = _prepared(g, dtype, numbers, most_threads, offset is not None, mask is not None, needs)
-        planes, arrays = how.plan.planes, how.workspace.take()
+        arrays = how.workspace.take()
         pairs = how.pairs.take() if how.pairs else [None, None, None]
         _threads.run(
             _backward,
@@ -135,8 +140,8 @@ def backward(
             how.threads,
             _threads.new_counters(3, g.batch * how.plan.pieces * len(how.blocks)),
             contiguous(grad_output, dtype, (g.batch, g.out_channels, positions)),
-            *flat_arguments(None if planes else input, offset, weight, bias, mask, g, dtype),
-            planes_of(input) if planes else None,
+            *flat_arguments(None if how.planes else input, offset, weight, bias, mask, g, dtype, how.plan.positions),
+            planes_of(input) if how.planes else None,
             grad_input,
             grad_offset,
             grad_mask,
@@ -145,6 +150,7 @@ def backward(
             *arrays,
             *pairs,
             how.blocks,
+            how.depthwise,
             g,
             how.plan,
         )
@@ -202,9 +208,6 @@ def _kept(
         rows=rows,
         depth=depth,
         weight_size=weight_size,
-        depthwise=int(is_depthwise(g)),
-        planes=int(planes),
-        has_offset=int(has_offset),
         has_mask=int(has_mask),
         need_input=int("input" in needs),
         need_dots=int("offset" in needs or "mask" in needs),
@@ -217,7 +220,7 @@ def _kept(
         ((0 if planes else image_size,), dtype),
         ((pieces * image_size if plan.need_input and not planes else lanes,), dtype),
         ((packed_size,), numbers),
-        ((threads, turned_size(g, lanes)), dtype),
+        ((threads, squares_size(g, lanes)), dtype),
         ((splits if plan.need_weight else 0, weight_size), dtype),
         ((threads, 0 if has_pairs else rows, ROW), dtype),
         ((threads, 2, positions, COLUMN_ROW), dtype),
@@ -234,8 +237,9 @@ def _kept(
         ((g.batch * g.out_channels + lines, _odd_lines(tiles * positions)), numbers),
         ((threads, positions // 2, COLUMN_ROW, 2), numbers),
     )
-    key = dtype.char + numbers.char + pixel_dtype.char + planes * "p"
-    return Prepared(threads, key, arrays, pairs if has_pairs else None, blocks, plan)
+    depthwise = 1 if is_depthwise(g) else None
+    key = dtype.char + numbers.char + pixel_dtype.char + planes * "p" + has_offset * "o" + bool(depthwise) * "d"
+    return Prepared(threads, key, planes, arrays, pairs if has_pairs else None, blocks, depthwise, plan)
 
 
 @Kernel
@@ -271,10 +275,13 @@ def _backward(
     by_output: Any,
     paired: Any,
     blocks: Any,
+    depthwise: Any,
     g: Any,
     p: Any,
 ) -> None:
-    """`by_position`, `by_output` and `paired`: the output's gradient and a tile's columns in pairs, or None."""
+    """`by_position`, `by_output` and `paired`: the output's gradient and a tile's columns in pairs, or None. One of
+    input and planes is None, offset is None in a plain convolution, and depthwise where it is not: a kernel is compiled
+    without what they would take."""
     call_helpers(thread, counters)
     use_widest_vectors()
     scratch = at(tile_columns, (thread, 0, 0, 0))
@@ -292,13 +299,14 @@ def _backward(
         by_output,
         scratch,
         blocks,
+        depthwise,
         g,
         p,
     )
 
     # Phase 1: every unit is one block of channels of one range of images, and owns its slices of all gradients.
     low = lowest_coordinate(g.boundary, image)
-    has_offset, has_mask = p.has_offset != 0, p.has_mask != 0
+    has_mask = p.has_mask != 0
     taps = g.kernel_h * g.kernel_w
     length = g.out_h * g.out_w
     out_channels = g.out_channels // g.groups
@@ -327,7 +335,7 @@ def _backward(
                 start = tile * p.positions
                 count = min(p.positions, length - start)
                 tile_origins(start, count, base, g)
-                if p.depthwise:  # (position, channel)
+                if depthwise is not None:  # (position, channel)
                     grads = at(tile_grad, (thread, 0, 0))
                     for c in range(channels):
                         for i in range(count):
@@ -337,10 +345,13 @@ def _backward(
                         for i in range(count):
                             tile_grad[thread, o, i] = grad_output[b, row.first_out + o, start + i]
                 for tap in range(taps):
+                    masks = at(mask, (b, og, tap, start)) if has_mask else at(mask, (0, 0, 0, 0))
                     is_infinite = locate_tap(
-                        offset, mask, b, og, tap, start, count, low, base, corner, blending, g, has_offset, has_mask
+                        offset, masks, b, og, tap, start, count, low, base, corner, blending, g, has_mask
                     )
-                    if (p.need_input | p.need_dots) and p.depthwise:
+                    if not (p.need_input | p.need_dots):
+                        pass
+                    elif depthwise is not None:
                         # grad_columns[i, c] = grad_output[c, i] * weight[c, tap]
                         _scale_channels(
                             at(tile_grad, (thread, 0, 0)),
@@ -350,7 +361,7 @@ def _backward(
                             count,
                             channels,
                         )
-                    elif p.need_input | p.need_dots:
+                    else:
                         # grad_columns[i, c] = sum_o grad_output[o, i] * weight[o, c, tap]
                         for j in range(0, width, panel):
                             panel_at = row.packed_at + (tap * width + j) * p.depth
@@ -400,7 +411,7 @@ def _backward(
                                 at(image, (origin,)),
                                 corner,
                                 blending,
-                                at(mask, (b, og, tap, start)),
+                                masks,
                                 count,
                                 channels,
                             )
@@ -415,7 +426,7 @@ def _backward(
                             grad_input,
                             corner,
                             blending,
-                            at(mask, (b, og, tap, start)),
+                            masks,
                             is_infinite,
                             count,
                             at(all_pixels, (thread, 0)),
@@ -430,17 +441,18 @@ def _backward(
                     if p.need_dots:
                         _add_offset_gradient(
                             blending,
-                            at(mask, (b, og, tap, start)),
+                            masks,
                             at(grad_offset, (b, og, tap, 0, start)),
                             at(grad_offset, (b, og, tap, 1, start)),
                             at(grad_mask, (b, og, tap, start)),
                             count,
                             previous >= 0,
                             row.is_last != 0,
-                            has_mask,
                         )
                         advance_counter(counters, progress + block)
-                    if p.need_weight and p.depthwise:
+                    if not p.need_weight:
+                        pass
+                    elif depthwise is not None:
                         # partial[c] += sum_i grad_output[c, i] * columns[i, c]
                         _sum_channels(
                             at(tile_grad, (thread, 0, 0)),
@@ -451,7 +463,7 @@ def _backward(
                             channels,
                             piece > first_piece or tile > first_tile,
                         )
-                    elif p.need_weight:
+                    else:
                         # partial[o, c] += sum_i grad_output[o, i] * columns[i, c]: eq. 6 for one tap of one tile
                         more = piece > first_piece or tile > first_tile
                         if paired is not None:
@@ -502,6 +514,8 @@ def _backward(
         grad_weight,
         grad_bias,
         blocks,
+        planes,
+        depthwise,
         g,
         p,
     )
@@ -523,6 +537,7 @@ def _prepare_backward(
     by_output: Any,
     scratch: Any,
     blocks: Any,
+    depthwise: Any,
     g: Any,
     p: Any,
 ) -> None:
@@ -530,14 +545,26 @@ def _prepare_backward(
     pairs."""
     pixels = g.in_h * g.in_w
     parts = pixel_parts(pixels)
-    converting = 0 if p.planes else len(blocks) * g.batch * parts
+    converting = len(blocks) * g.batch * parts if input is not None else 0
     packing_too = converting + len(blocks)
     preparing = packing_too
     if by_position is not None:
         preparing += g.batch * p.tiles
     unit = claim_near(counters, 0, thread, preparing)
     while unit < preparing:
-        if unit < converting:  # block by block, as phase 1 goes on
+        if unit >= packing_too:
+            if by_position is not None:
+                b = (unit - packing_too) // p.tiles
+                start = (unit - packing_too - b * p.tiles) * p.positions
+                _pair_gradients(grad_output, b, start, by_position, by_output, scratch, g, p)
+        elif unit >= converting:
+            row = blocks[unit - converting]
+            if depthwise is None:
+                pack_backward(weight, packed, packing, row, g.out_channels // g.groups, p.depth)
+            else:
+                for tap in range(g.kernel_h * g.kernel_w):
+                    pack_depthwise(weight, packed, row.channel, row.channels, tap, row.packed_at + tap * row.width)
+        elif input is not None:  # block by block, as phase 1 goes on
             block, b, part = _part_of(unit, parts, g)
             channel, channels = blocks[block].channel, blocks[block].channels
             origin = (b * g.in_channels + channel) * (pixels + 1)
@@ -547,12 +574,6 @@ def _prepare_backward(
                 for start in range(origin, origin + p.pieces * p.apart, p.apart):
                     for i in range(start + part * PIXELS * channels, start + last * channels):
                         grad_image[i] = 0
-        elif unit < packing_too:
-            _pack_backward(weight, packed, packing, blocks[unit - converting], g, p)
-        elif by_position is not None:
-            b = (unit - packing_too) // p.tiles
-            start = (unit - packing_too - b * p.tiles) * p.positions
-            _pair_gradients(grad_output, b, start, by_position, by_output, scratch, g, p)
         finish(counters, 0)
         unit = claim_near(counters, 0, thread, preparing)
     wait_for(counters, 0, preparing)
@@ -638,15 +659,17 @@ def _finish_backward(
     grad_weight: Any,
     grad_bias: Any,
     blocks: Any,
+    planes: Any,
+    depthwise: Any,
     g: Any,
     p: Any,
 ) -> None:
     """Phase 2: gradients into the caller's layout."""
     pixels = g.in_h * g.in_w
     parts = pixel_parts(pixels)
-    inputs = 0 if p.planes else len(blocks) * g.batch * parts * p.need_input
+    inputs = len(blocks) * g.batch * parts * p.need_input if planes is None else 0
     lanes = VECTOR_BYTES // partial.itemsize
-    rows = 1 if p.depthwise else -(-(g.out_channels // g.groups) // lanes)
+    rows = 1 if depthwise is not None else -(-(g.out_channels // g.groups) // lanes)
     outputs = inputs + len(blocks) * rows * p.need_weight
     biases = outputs + g.out_channels * p.need_bias
     unit = claim_near(counters, 2, thread, biases)
@@ -663,7 +686,11 @@ def _finish_backward(
         elif unit < outputs:
             block = (unit - inputs) // rows
             first = (unit - inputs - block * rows) * lanes
-            _reduce_weight(partial, grad_weight, packing, blocks[block], first, g, p)
+            if depthwise is None:
+                outs = g.out_channels // g.groups
+                reduce_weight(partial, grad_weight, packing, blocks[block], first, outs, p.rows, p.splits)
+            else:
+                reduce_depthwise(partial, grad_weight, blocks[block], p.splits)
         else:  # eq. 7
             o = unit - outputs
             total = sum_values(at(grad_output, (0, o, 0)), g.out_h * g.out_w)
@@ -762,7 +789,6 @@ def _add_offset_gradient(
     count: int,
     add: bool,
     is_last: bool,
-    has_mask: bool,
 ) -> None:
     """Eq. 3 and 4 from the dots of the column gradient with the four corners.
 
@@ -776,7 +802,7 @@ def _add_offset_gradient(
         y = hx * (d10 - d00) + lx * (d11 - d01)
         x = hy * (d01 - d00) + ly * (d11 - d10)
         value = hy * (hx * d00 + lx * d01) + ly * (hx * d10 + lx * d11)
-        m = mask[i] if has_mask else one
+        m = mask[i]
         is_finite = m - m == 0
         part = m if is_finite else one
         y *= part
@@ -814,93 +840,6 @@ def _sum_channels(grads: Any, columns: Any, target: Any, row: int, count: int, c
         second = advance(columns, i * row)
         for c in range(channels):
             target[c] += first[c] * second[c]
-
-
-@inline
-def _pack_backward(weight: Any, packed: Any, scratch: Any, block: Any, g: Any, p: Any) -> None:
-    """packed[tap][panel][o][c] of one block, zeros behind its last channel. Of pairs, two outputs number by number, and
-    zeros behind the last one. Depthwise: packed[tap][c]."""
-    channel, channels, width, packed_at = block.channel, block.channels, block.width, block.packed_at
-    taps = g.kernel_h * g.kernel_w
-    if p.depthwise:
-        for tap in range(taps):
-            for c in range(channels):
-                packed[packed_at + tap * width + c] = weight[channel + c, 0, tap]
-        return
-    nothing = weight.dtype.type(0)
-    out_channels, lanes = g.out_channels // g.groups, VECTOR_BYTES // weight.itemsize
-    together = weight.itemsize // packed.itemsize  # 2 of pairs
-    panel = 2 * lanes
-    for o in range(0, p.depth, lanes):
-        rows, outs = min(lanes, p.depth - o), min(lanes, out_channels - o)
-        for c in range(0, width, lanes):
-            some = max(min(lanes, channels - c), 0)
-            row = packed_at + (c // panel * p.depth + o) * panel + c % panel * together
-            is_whole = outs == lanes and some == lanes
-            if is_whole:  # turned in registers, to (channel, tap, output)
-                source = at(weight, (block.first_out + o, channel - block.first_in + c, 0))
-                for k in range(0, lanes * taps, lanes):
-                    target = advance(scratch, k * lanes)
-                    transpose_block(advance(source, k), weight.shape[1] * taps, target, lanes, target)
-            for tap in range(taps):
-                turned = advance(scratch, tap * lanes)
-                if is_whole:  # and then each tap to (output, channel)
-                    transpose_block(turned, taps * lanes, turned, taps * lanes, turned)
-                for i in range(0, rows, together):
-                    target = at(packed, (row + tap * width * p.depth + i * panel,))
-                    if is_whole:
-                        first = advance(turned, i * taps * lanes)
-                        pack_rows(target, first, advance(first, (together - 1) * taps * lanes))
-                        continue
-                    for n in range(together):
-                        there = some if i + n < outs else 0
-                        for k in range(there):
-                            from_channel = channel - block.first_in + c + k
-                            put(target, k * together + n, weight[block.first_out + o + i + n, from_channel, tap])
-                        for k in range(there, lanes):
-                            put(target, k * together + n, nothing)
-
-
-@inline
-def _reduce_weight(partial: Any, grad_weight: Any, scratch: Any, block: Any, first: int, g: Any, p: Any) -> None:
-    """Eq. 6 for one block and one vector of output channels, from `first` on: the partial gradients, added in the order
-    of their images, as (output, channel, tap). Depthwise: for all channels of the block."""
-    taps, channels, width, local = g.kernel_h * g.kernel_w, block.channels, block.width, block.channel - block.first_in
-    if p.depthwise:
-        for tap in range(taps):
-            _add_partials(partial, block.partial_at + tap * width, channels, p)
-            for c in range(channels):
-                grad_weight[block.channel + c, 0, tap] = partial[0, block.partial_at + tap * width + c]
-        return
-    lanes = VECTOR_BYTES // partial.itemsize
-    outs, o = min(lanes, g.out_channels // g.groups - first), block.first_out + first
-    for tap in range(taps):
-        for i in range(outs):
-            _add_partials(partial, block.partial_at + (tap * p.rows + first + i) * width, channels, p)
-    for c in range(0, channels, lanes):
-        some = min(lanes, channels - c)
-        if outs == lanes and some == lanes:  # turned twice, in registers, as by _pack_backward
-            for tap in range(taps):
-                source = at(partial, (0, block.partial_at + (tap * p.rows + first) * width + c))
-                target = advance(scratch, tap * lanes)
-                transpose_block(source, width, target, taps * lanes, target)
-            for k in range(0, lanes * taps, lanes):
-                target = advance(at(grad_weight, (o, local + c, 0)), k)
-                transpose_block(advance(scratch, k * lanes), lanes, target, grad_weight.shape[1] * taps, target)
-            continue
-        for tap in range(taps):
-            for i in range(outs):
-                row = block.partial_at + (tap * p.rows + first + i) * width + c
-                for k in range(some):
-                    grad_weight[o + i, local + c + k, tap] = partial[0, row + k]
-
-
-@inline
-def _add_partials(partial: Any, start: int, count: int, p: Any) -> None:
-    """To the first one all others."""
-    for split in range(1, p.splits):
-        for k in range(start, start + count):
-            partial[0, k] += partial[split, k]
 
 
 def _odd_lines(count: int) -> int:

@@ -57,23 +57,18 @@ def numbers_of(dtype: Any, g: Any) -> Any:
     return (pair_dtype() if is_pairs else None) or compute_dtype(dtype)
 
 
-def turned_size(g: Any, lanes: int) -> int:
-    """Numbers of a square block of the weight, at every tap, that a thread turns: none where no block is whole."""
-    has_whole = min(g.in_channels, g.out_channels) // g.groups >= lanes
-    return lanes * lanes * g.kernel_h * g.kernel_w if has_whole else 0
-
-
-def flat_arguments(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, dtype: Any) -> tuple[Any, ...]:
-    """input, offset, mask, weight, bias in the kernels' shapes; an absent one is empty, or zeros for bias."""
+def flat_arguments(
+    input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, dtype: Any, tile: int
+) -> tuple[Any, ...]:
+    """input, offset, mask, weight, bias in the kernels' shapes. Of those that are absent, input and offset are None, so
+    that kernels are compiled without what they would take, the mask is ones for one tile, and bias zeros."""
     taps = g.kernel_h * g.kernel_w
     positions = g.out_h * g.out_w
     shape = (g.batch, g.offset_groups, taps)
     return (
-        np.empty((0, 1, 1), dtype)
-        if input is None
-        else contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)),
-        np.empty((0, 1, 1, 2, 1), dtype) if offset is None else contiguous(offset, dtype, (*shape, 2, positions)),
-        np.empty((0, 1, 1, 1), dtype) if mask is None else contiguous(mask, dtype, (*shape, positions)),
+        None if input is None else contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)),
+        None if offset is None else contiguous(offset, dtype, (*shape, 2, positions)),
+        np.ones((1, 1, 1, tile), dtype) if mask is None else contiguous(mask, dtype, (*shape, positions)),
         contiguous(weight, dtype, (g.out_channels, g.in_channels // g.groups, taps)),
         np.zeros(g.out_channels, dtype) if bias is None else contiguous(bias, dtype, (g.out_channels,)),
     )

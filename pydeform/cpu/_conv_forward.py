@@ -25,9 +25,9 @@ from pydeform.cpu._conv_common import (
     round_up,
     table,
     threads_for,
-    turned_size,
 )
-from pydeform.cpu._jit import Kernel, inline, inline_always
+from pydeform.cpu._conv_weights import is_wide, pack_depthwise, pack_forward, squares_size
+from pydeform.cpu._jit import Kernel, inline
 from pydeform.cpu._planes import gather_corners, planes_of
 from pydeform.cpu._sampling import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import (
@@ -40,14 +40,12 @@ from pydeform.cpu._simd import (
     copy_vectors,
     fetch_ahead,
     second_level_cache,
-    transpose_block,
 )
 from pydeform.cpu._simd_pairs import (
     begin_products,
     end_products,
     multiply_narrow,
     multiply_tile,
-    pack_rows,
     pick,
     put,
     rows_of,
@@ -72,10 +70,6 @@ class ForwardPlan(NamedTuple):
     rows: int  # positions of a block of a product, and of one that is one vector wide
     narrow_rows: int
     ahead: int  # weights that are asked for while a block is multiplied, as many further on as a panel has
-    depthwise: int
-    planes: int  # 1: corners are gathered from the input as it lies; 0: a copy with channels last is made, and the
-    # kernel's argument of this name is None, so that it is compiled without what it would take
-    has_offset: int
     has_mask: int
 
 
@@ -84,8 +78,10 @@ class Prepared(NamedTuple):
 
     threads: int
     key: str  # of the kernel's types
+    planes: bool  # corners are gathered from the input as it lies; else a copy with channels last is made
     workspace: Workspace
     tables: tuple[Any, Any, Any]
+    depthwise: int | None
     plan: ForwardPlan
 
 
@@ -96,17 +92,18 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
         threads = threads_for(g, 1, g.batch * -(-g.out_h * g.out_w // (4 * ROWS)))
         numbers = numbers_of(input.dtype, g)
         how = _prepared(g, dtype, numbers, threads, offset is not None, mask is not None)
-        planes, arrays = how.plan.planes, how.workspace.take()
+        arrays = how.workspace.take()
         _threads.run(
             _forward,
             how.key,
             how.threads,
             _threads.new_counters(2),
-            *flat_arguments(None if planes else input, offset, weight, bias, mask, g, dtype),
-            planes_of(input) if planes else None,
+            *flat_arguments(None if how.planes else input, offset, weight, bias, mask, g, dtype, how.plan.positions),
+            planes_of(input) if how.planes else None,
             output,
             *arrays,
             *how.tables,
+            how.depthwise,
             g,
             how.plan,
         )
@@ -143,16 +140,13 @@ def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_
         rows=rows,
         narrow_rows=narrow_rows,
         ahead=ahead if packed_size * itemsize > second_level_cache() // 2 else 0,
-        depthwise=int(is_depthwise(g)),
-        planes=int(planes),
-        has_offset=int(has_offset),
         has_mask=int(has_mask),
     )
     threads = min(threads, g.batch * plan.tiles)
     arrays = Workspace(
         ((0 if planes else channels_last_size(g) + lanes,), dtype),
         ((packed_size,), numbers),
-        ((threads, turned_size(g, lanes)), dtype),
+        ((threads, squares_size(g, lanes)), dtype),
         ((threads, positions, row), numbers),
         ((threads, positions, panels * 2 * lanes), dtype),
         ((threads, 4, positions), pixel_dtype),
@@ -160,9 +154,9 @@ def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_
         ((threads, 2, positions), INT32),
         ((threads, corners_size(blocks) if planes else 0), dtype),
     )
-    return Prepared(
-        threads, dtype.char + numbers.char + pixel_dtype.char + planes * "p", arrays, (blocks, entries, chunks), plan
-    )
+    depthwise = 1 if is_depthwise(g) else None
+    key = dtype.char + numbers.char + pixel_dtype.char + planes * "p" + has_offset * "o" + bool(depthwise) * "d"
+    return Prepared(threads, key, planes, arrays, (blocks, entries, chunks), depthwise, plan)
 
 
 @Kernel
@@ -188,42 +182,43 @@ def _forward(
     blocks: Any,
     entries: Any,
     chunks: Any,
+    depthwise: Any,
     g: Any,
     p: Any,
 ) -> None:
+    """One of input and planes is None, offset is None in a plain convolution, and depthwise where it is not: a kernel
+    is compiled without what they would take."""
     call_helpers(thread, counters)
     # Phase 0: the image to channels-last, the weight into panels.
     parts = pixel_parts(g.in_h * g.in_w)
+    taps = g.kernel_h * g.kernel_w
     converting = g.batch * parts if planes is None else 0
-    preparing = converting + len(blocks) * p.panels
+    packs = p.panels if depthwise is None else 1  # of a block
+    preparing = converting + len(blocks) * packs
     unit = claim_near(counters, 0, thread, preparing)
     while unit < preparing:
-        if unit < converting:
+        if unit >= converting:
+            block = (unit - converting) // packs
+            number = unit - converting - block * packs
+            if depthwise is None:
+                pack_forward(weight, packed, at(packing, (thread, 0)), entries, chunks, block * taps, number)
+            else:
+                for e in range(block * taps, (block + 1) * taps):
+                    start = chunks[entries[e].chunk].packed_at + entries[e].column
+                    pack_depthwise(weight, packed, entries[e].channel, entries[e].channels, entries[e].tap, start)
+        elif planes is None:
             b = unit // parts
             for number in range(len(blocks)):
                 channel, channels = blocks[number].channel, blocks[number].channels
                 origin = (b * g.in_channels + channel) * (g.in_h * g.in_w + 1)
                 to_channels_last(input, b, channel, 1, image, origin, channels, channels, unit % parts, g.in_h * g.in_w)
-        else:
-            block = (unit - converting) // p.panels
-            _pack_forward(
-                weight,
-                packed,
-                at(packing, (thread, 0)),
-                entries,
-                chunks,
-                block,
-                unit - converting - block * p.panels,
-                g,
-                p,
-            )
         finish(counters, 0)
         unit = claim_near(counters, 0, thread, preparing)
     wait_for(counters, 0, preparing)
 
     # Phase 1: every unit is one tile of positions of one image, and owns its outputs.
     low, nothing = lowest_coordinate(g.boundary, bias), bias.dtype.type(0)
-    has_offset, has_mask = p.has_offset != 0, p.has_mask != 0
+    has_mask = p.has_mask != 0
     length = g.out_h * g.out_w
     pixels = g.in_h * g.in_w + 1
     tile_columns = columns[thread]
@@ -241,7 +236,7 @@ def _forward(
         start = (unit - b * p.tiles) * p.positions
         count = min(p.positions, length - start)
         tile_origins(start, count, base, g)
-        at_tap, at_group, is_infinite = -1, -1, False
+        at_tap, at_group, is_infinite, masks = -1, -1, False, at(mask, (0, 0, 0, 0))
         for chunk in range(len(chunks)):
             product = chunks[chunk]
             depth = product.depth
@@ -249,9 +244,10 @@ def _forward(
                 entry = entries[e]
                 if entry.tap != at_tap or entry.og != at_group:
                     at_tap, at_group = entry.tap, entry.og
+                    masks = at(mask, (b, at_group, at_tap, start)) if has_mask else at(mask, (0, 0, 0, 0))
                     is_infinite = locate_tap(
                         offset,
-                        mask,
+                        masks,
                         b,
                         at_group,
                         at_tap,
@@ -262,14 +258,13 @@ def _forward(
                         corner,
                         blending,
                         g,
-                        has_offset,
                         has_mask,
                     )
                 channels, column = entry.channels, entry.column
                 vectors = -(-channels * image.itemsize // VECTOR_BYTES)
                 if planes is None:
                     source = at(image, ((b * g.in_channels + entry.channel) * pixels,))
-                    if not has_offset:
+                    if offset is None:
                         for i in range(count):
                             copy_vectors(
                                 at(tile_columns, (i, column)), advance(source, corner[0, i] * channels), vectors
@@ -290,9 +285,8 @@ def _forward(
                                 vectors,
                             )
                         if is_infinite:
-                            here = at(mask, (b, at_group, at_tap, start))
                             blend_infinite(
-                                at(tile_columns, (0, column)), row, source, corner, blending, here, count, channels
+                                at(tile_columns, (0, column)), row, source, corner, blending, masks, count, channels
                             )
                 else:
                     _gather_columns(
@@ -302,7 +296,7 @@ def _forward(
                         channels,
                         corner,
                         blending,
-                        at(mask, (b, at_group, at_tap, start)),
+                        masks,
                         is_infinite,
                         count,
                         gathered,
@@ -314,7 +308,7 @@ def _forward(
                     for i in range(count):
                         for k in range(channels, entry.width):
                             put(at(tile_columns, (i, column)), k, nothing)
-            if p.depthwise:
+            if depthwise is not None:
                 for e in range(product.first_entry, product.last_entry):
                     column = entries[e].column
                     _multiply_channels(
@@ -331,7 +325,7 @@ def _forward(
                 for j in range(p.panels):
                     weights_of_panel = at(packed, (product.packed_at + j * depth * panel,))
                     add, sum_row = product.is_first == 0, p.panels * panel
-                    if _is_wide(product.outs - j * panel, panel):
+                    if is_wide(product.outs - j * panel, panel):
                         for i in range(0, count, p.rows):
                             target = at(tile_sums, (i, j * panel))
                             following = advance(weights_of_panel, depth * panel + i // p.rows * p.ahead)
@@ -352,12 +346,6 @@ def _forward(
     end_products(at(tile_columns, (0, 0)))
     wait_for(counters, 1, g.batch * p.tiles)
     let_helpers_go(thread, counters)
-
-
-@inline_always
-def _is_wide(outs: int, panel: int) -> bool:
-    """Whether a panel's outputs take more than one vector of it: else the other one is neither packed nor read."""
-    return 2 * outs > panel
 
 
 @inline
@@ -403,61 +391,6 @@ def _gather_columns(
         blend(out, pixels, 0, i1, i2, i3, w0, w1, w2, w3, vectors)
         if is_infinite:
             infinite_sample(out, mask[i], pixels, 0, i1, i2, i3, weights[4, i], weights[5, i], channels)
-
-
-@inline
-def _pack_forward(
-    weight: Any, packed: Any, scratch: Any, entries: Any, chunks: Any, block: int, j: int, g: Any, p: Any
-) -> None:
-    """Panel j of one block of channels: packed[panel][column][o] of each chunk, zeros behind the last output channel of
-    the group, and in the columns that only fill up. Of pairs, two columns number by number. Depthwise: packed[column],
-    one weight for each.
-
-    Square blocks of whole vectors are turned in registers, to rows of outputs, which then take the order of the chunks.
-    """
-    taps = g.kernel_h * g.kernel_w
-    nothing = weight.dtype.type(0)
-    entry = entries[block * taps]
-    product = chunks[entry.chunk]
-    if p.depthwise:
-        if j == 0:
-            for tap in range(taps):
-                row = chunks[entries[block * taps + tap].chunk].packed_at + entries[block * taps + tap].column
-                for c in range(entry.channels):
-                    packed[row + c] = weight[entry.channel + c, 0, tap]
-        return
-    lanes = VECTOR_BYTES // weight.itemsize
-    together = weight.itemsize // packed.itemsize  # 2 of pairs
-    panel = 2 * lanes
-    first_channel = entry.channel - product.first_in
-    for part in range(0, panel if _is_wide(product.outs - j * panel, panel) else lanes, lanes):
-        o = product.first_out + j * panel + part
-        outs = min(lanes, product.outs - j * panel - part)
-        for c in range(0, entry.channels, lanes):
-            channels = min(lanes, entry.channels - c)
-            is_whole = outs == lanes and channels == lanes
-            if is_whole:
-                source = at(weight, (o, first_channel + c, 0))
-                for k in range(0, lanes * taps, lanes):
-                    target = advance(scratch, k * lanes)
-                    transpose_block(advance(source, k), weight.shape[1] * taps, target, lanes, target)
-            for tap in range(taps):
-                to = entries[block * taps + tap]
-                chunk = chunks[to.chunk]
-                last = min(c + lanes, to.width) if c + lanes < entry.channels else to.width
-                for i in range(0, last - c, together):
-                    place = (j * chunk.depth + to.column + c + i) * panel + part * together
-                    target = at(packed, (chunk.packed_at + place,))
-                    if is_whole and i < lanes:
-                        next_row = advance(scratch, ((i + together - 1) * taps + tap) * lanes)
-                        pack_rows(target, advance(scratch, (i * taps + tap) * lanes), next_row)
-                        continue
-                    for n in range(together):
-                        there = max(outs, 0) if i + n < channels else 0
-                        for k in range(there):
-                            put(target, k * together + n, weight[o + k, first_channel + c + i + n, tap])
-                        for k in range(there, lanes):
-                            put(target, k * together + n, nothing)
 
 
 def _steps(g: Any, panel: int, has_pairs: bool) -> tuple[Any, Any, Any, int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding.ffi
 import numba
@@ -14,8 +14,9 @@ from numba.core.compiler import CompilerBase, DefaultPassBuilder, PassManager
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import register_pass
 from numba.core.typed_passes import NativeLowering, NopythonRewrites
+from numba.core.types import none
 from numba.core.typing.typeof import typeof
-from numba.core.untyped_passes import InlineClosureLikes
+from numba.core.untyped_passes import DeadBranchPrune, InlineClosureLikes
 
 from pydeform import _background
 from pydeform.cpu._kernel_cache import KernelCache, cache_directory, say_once
@@ -81,16 +82,37 @@ class _LowerPartOfKernels(NativeLowering):  # type: ignore[misc]
         return True
 
 
+class _NotNone(NamedTuple):
+    """What `dead_branch_prune` must see to know that an argument of this type is not None."""
+
+    literal_type: Any
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _PruneAbsent(DeadBranchPrune):  # type: ignore[misc]
+    """Leaves out what stands under `argument is None`, or `is not None`, where the argument's type decides it. Numba
+    itself does so only for arguments that are None."""
+
+    _name = "prune_absent"
+
+    def run_pass(self, state: Any) -> bool:
+        arguments = state.args
+        state.args = tuple(type if type == none else _NotNone(type) for type in arguments)
+        try:
+            return bool(super().run_pass(state))
+        finally:
+            state.args = arguments
+
+
 # Steps of Numba that find nothing in kernels, which have no closures and no expressions of whole arrays.
 _NOT_NEEDED = (InlineClosureLikes, NopythonRewrites)
 
 
 def _pipeline(name: str, state: Any, lowering: Any) -> list[Any]:
+    ours = {NativeLowering: lowering, DeadBranchPrune: _PruneAbsent}
     usual = DefaultPassBuilder.define_nopython_pipeline(state).passes
     steps = PassManager(name)
-    steps.passes = [
-        (lowering if step is NativeLowering else step, why) for step, why in usual if step not in _NOT_NEEDED
-    ]
+    steps.passes = [(ours.get(step, step), why) for step, why in usual if step not in _NOT_NEEDED]
     steps.finalize()
     return [steps]
 

@@ -47,7 +47,6 @@ def locate(
     offset_y: Any,
     offset_x: Any,
     mask: Any,
-    has_mask: bool,
     base: Any,
     shift_y: int,
     shift_x: int,
@@ -78,7 +77,7 @@ def locate(
         y = real(np.int32(base[0, i] + move_y)) + offset_y[i]
         x = real(np.int32(base[1, i] + move_x)) + offset_x[i]
         inside = (y >= low) & (y < high_y) & (x >= low) & (x < high_x)  # False for NaN
-        m = mask[i] if has_mask else one
+        m = mask[i]
         ys = y if inside else low
         xs = x if inside else low
         fy = np.floor(ys)
@@ -131,7 +130,7 @@ def locate_plain(base: Any, shift_y: int, shift_x: int, count: int, g: Any, corn
 @inline
 def locate_tap(
     offset: Any,
-    mask: Any,
+    masks: Any,
     b: int,
     og: int,
     tap: int,
@@ -142,33 +141,20 @@ def locate_tap(
     corner: Any,
     weights: Any,
     g: Any,
-    has_offset: bool,
     has_mask: bool,
 ) -> bool:
     """Corners, weights (rows 0-3 of `weights`) and positions within the cell (rows 4, 5) of one tap of a tile.
 
-    True: some masks may be infinite; what is blended with such weights needs `blend_infinite`.
+    `masks` points to the tile's. True: some may be infinite; what is blended with such weights needs `blend_infinite`.
     """
     shift_y = tap // g.kernel_w * g.dilation_h
     shift_x = tap % g.kernel_w * g.dilation_w
-    if has_offset:
-        locate(
-            at(offset, (b, og, tap, 0, start)),
-            at(offset, (b, og, tap, 1, start)),
-            at(mask, (b, og, tap, start)),
-            has_mask,
-            base,
-            shift_y,
-            shift_x,
-            count,
-            low,
-            g,
-            corner,
-            weights,
-        )
-    else:
+    if offset is None:
         locate_plain(base, shift_y, shift_x, count, g, corner, weights)
-    total = sum_values(at(mask, (b, og, tap, start)), count if has_mask else 0)
+    else:
+        offset_y, offset_x = at(offset, (b, og, tap, 0, start)), at(offset, (b, og, tap, 1, start))
+        locate(offset_y, offset_x, masks, base, shift_y, shift_x, count, low, g, corner, weights)
+    total = sum_values(masks, count if has_mask else 0)
     return bool(total - total != 0)
 
 

@@ -182,7 +182,7 @@ def _kept(
     pixel_dtype = _conv_common.pixel_dtype(g)
     lanes = VECTOR_BYTES // dtype.itemsize
     has_pairs = numbers != dtype
-    lines, depth = rows_of(numbers)[0], g.out_channels // g.groups
+    lines, depth = rows_of(numbers)[1], g.out_channels // g.groups
     fill = math.lcm(ROWS, lines)
     if has_pairs:
         depth, fill = round_up(depth, _simd_pairs.DEPTH), math.lcm(lines, _simd_pairs.DEPTH)

@@ -26,12 +26,13 @@ from pydeform.cpu._conv_common import (
     table,
     threads_for,
 )
-from pydeform.cpu._conv_weights import is_wide, pack_depthwise, pack_forward, squares_size
+from pydeform.cpu._conv_weights import pack_depthwise, pack_forward, squares_size
 from pydeform.cpu._jit import Kernel, inline
 from pydeform.cpu._planes import gather_corners, planes_of
 from pydeform.cpu._sampling import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import (
     CACHE_LINE,
+    PANEL,
     ROWS,
     VECTOR_BYTES,
     advance,
@@ -46,6 +47,7 @@ from pydeform.cpu._simd_pairs import (
     end_products,
     multiply_narrow,
     multiply_tile,
+    multiply_wide,
     pick,
     put,
     rows_of,
@@ -55,10 +57,10 @@ from pydeform.cpu._threads import call_helpers, claim_near, finish, let_helpers_
 # Sizes that keep a tile's columns and sums in the second-level cache and a panel of weights in the first. The more
 # positions, the less often are all weights read, which may come from further away.
 POSITIONS, MOST_POSITIONS = 192, 384
-DEPTH = 256  # of one product, or as many channels more as a block has
+DEPTH, PAIRS_DEPTH = 512 // PANEL, 256  # of one product, or as many channels more as a block has
 # Elements from a sample's columns to the next one's: a number that the compiler knows, so that one register is the
 # address of all rows of a product. No power of two, which would crowd them into few cache lines; of pairs, whole lines.
-ROW, PAIRS_ROW = DEPTH + CHANNELS + 16, DEPTH + CHANNELS + 32
+ROW, PAIRS_ROW = DEPTH + CHANNELS + 16, PAIRS_DEPTH + CHANNELS + 32
 
 
 class ForwardPlan(NamedTuple):
@@ -66,10 +68,12 @@ class ForwardPlan(NamedTuple):
 
     positions: int  # of a tile
     tiles: int  # of an image
-    panels: int  # of 2 vectors of output channels
-    rows: int  # positions of a block of a product, and of one that is one vector wide
+    panels: int  # of PANEL vectors of output channels
+    wide_rows: int  # positions of a block of a product that is as wide as a panel, two vectors, one vector
+    rows: int
     narrow_rows: int
-    ahead: int  # weights that are asked for while a block is multiplied, as many further on as a panel has
+    ahead: int  # weights that are asked for while a whole panel's block is multiplied, so many more than a panel on
+    ahead_lines: int  # the same in cache lines
     has_mask: int
 
 
@@ -119,36 +123,41 @@ def _prepared(g: Any, *rest: Any) -> Prepared:
 def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_mask: bool) -> Prepared:
     pixel_dtype = _conv_common.pixel_dtype(g)
     lanes = VECTOR_BYTES // dtype.itemsize
-    rows, narrow_rows = rows_of(numbers)
-    blocks, entries, chunks, panels, packed_size = _steps(g, 2 * lanes, numbers != dtype)
+    wide_rows, rows, narrow_rows = rows_of(numbers)
+    panel = PANEL * lanes
+    blocks, entries, chunks, panels, packed_size = _steps(g, panel, numbers != dtype)
     planes = prefers_planes(g)
     out_positions = g.out_h * g.out_w
     itemsize = numbers.itemsize
     row = ROW if numbers == dtype else PAIRS_ROW
-    of_position = row * itemsize + panels * 2 * lanes * dtype.itemsize
+    of_position = row * itemsize + panels * panel * dtype.itemsize
     tiles = -(-out_positions // max(POSITIONS, min(second_level_cache() * 2 // (5 * of_position), MOST_POSITIONS)))
     if threads > 1:  # enough tiles for all, and as many for each; no sum depends on where a tile ends
         tiles = max(tiles, min(-(-4 * threads // g.batch), -(-out_positions // (4 * ROWS))))
         tiles = round_up(tiles, threads // math.gcd(threads, g.batch))
     positions = round_up(-(-out_positions // tiles), math.lcm(rows, narrow_rows))
-    per_line = CACHE_LINE // itemsize
-    ahead = round_up(-(-int(max(chunks["depth"])) * 2 * lanes * rows // positions), per_line)
+    ahead_lines = 0
+    if packed_size * itemsize > second_level_cache() // 2:
+        ahead_lines = -(-int(max(chunks["depth"])) * panel * wide_rows * itemsize // (positions * CACHE_LINE))
     plan = ForwardPlan(
         positions=positions,
         tiles=-(-out_positions // positions),
         panels=panels,
+        wide_rows=wide_rows,
         rows=rows,
         narrow_rows=narrow_rows,
-        ahead=ahead if packed_size * itemsize > second_level_cache() // 2 else 0,
+        ahead=ahead_lines * CACHE_LINE // itemsize,
+        ahead_lines=ahead_lines,
         has_mask=int(has_mask),
     )
     threads = min(threads, g.batch * plan.tiles)
+    multiplied = round_up(positions, wide_rows)
     arrays = Workspace(
         ((0 if planes else channels_last_size(g) + lanes,), dtype),
         ((packed_size,), numbers),
         ((threads, squares_size(g, lanes)), dtype),
-        ((threads, positions, row), numbers),
-        ((threads, positions, panels * 2 * lanes), dtype),
+        ((threads, multiplied, row), numbers),
+        ((threads, multiplied, panels * panel), dtype),
         ((threads, 4, positions), pixel_dtype),
         ((threads, 6, positions), dtype),
         ((threads, 2, positions), INT32),
@@ -323,22 +332,17 @@ def _forward(
                     )
             else:
                 for j in range(p.panels):
-                    weights_of_panel = at(packed, (product.packed_at + j * depth * panel,))
-                    add, sum_row = product.is_first == 0, p.panels * panel
-                    if is_wide(product.outs - j * panel, panel):
-                        for i in range(0, count, p.rows):
-                            target = at(tile_sums, (i, j * panel))
-                            following = advance(weights_of_panel, depth * panel + i // p.rows * p.ahead)
-                            fetch_ahead(following, p.ahead * packed.itemsize // CACHE_LINE)
-                            multiply_tile(
-                                at(tile_columns, (i, 0)), row, 1, weights_of_panel, panel, depth, target, sum_row, add
-                            )
-                    else:
-                        for i in range(0, count, p.narrow_rows):
-                            target = at(tile_sums, (i, j * panel))
-                            multiply_narrow(
-                                at(tile_columns, (i, 0)), row, 1, weights_of_panel, panel, depth, target, sum_row, add
-                            )
+                    _multiply_panel(
+                        at(tile_columns, (0, 0)),
+                        at(packed, (product.packed_at + j * depth * panel,)),
+                        at(tile_sums, (0, j * panel)),
+                        p.panels * panel,
+                        product.is_first == 0,
+                        count,
+                        depth,
+                        product.outs - j * panel,
+                        p,
+                    )
             if product.is_last:
                 to_channels_first(tile_sums, output, b, product.first_out, product.outs, start, count, bias)
         finish(counters, 1)
@@ -346,6 +350,45 @@ def _forward(
     end_products(at(tile_columns, (0, 0)))
     wait_for(counters, 1, g.batch * p.tiles)
     let_helpers_go(thread, counters)
+
+
+@inline
+def _multiply_panel(
+    columns: Any, weights: Any, sums: Any, sum_row: int, add: bool, count: int, depth: int, outs: int, p: Any
+) -> None:
+    """sums[i, o] (+)= sum_k columns[i, k] * weights[k, o] of a panel: all its vectors at once, or those that have some
+    of the `outs` outputs, two and one at a time."""
+    row = pick(columns, ROW, PAIRS_ROW)
+    panel = sum_row // p.panels
+    lanes = panel // PANEL
+    if outs > panel - lanes:
+        for i in range(0, count, p.wide_rows):
+            following = advance(weights, depth * panel + i // p.wide_rows * p.ahead)
+            fetch_ahead(following, p.ahead_lines)
+            multiply_wide(
+                advance(columns, i * row), row, 1, weights, panel, depth, advance(sums, i * sum_row), sum_row, add
+            )
+        return
+    vectors = -(-outs // lanes)
+    if PANEL > 2 and vectors > 1:
+        for i in range(0, count, p.rows):
+            multiply_tile(
+                advance(columns, i * row), row, 1, weights, panel, depth, advance(sums, i * sum_row), sum_row, add
+            )
+    if vectors % 2:
+        last = (vectors - 1) * lanes
+        for i in range(0, count, p.narrow_rows):
+            multiply_narrow(
+                advance(columns, i * row),
+                row,
+                1,
+                advance(weights, last),
+                panel,
+                depth,
+                advance(sums, i * sum_row + last),
+                sum_row,
+                add,
+            )
 
 
 @inline
@@ -440,7 +483,8 @@ def _steps_of_period(g: Any, panel: int, depthwise: bool, has_pairs: bool) -> tu
     for first_out, out_channels, first_in, blocks_in in products:
         steps = [(tap, *block) for block in blocks_in for tap in range(taps)]
         total = sum(step[3] for step in steps)
-        target = -(-total // -(-total // DEPTH))  # chunks of about equal depth
+        most = PAIRS_DEPTH if has_pairs else DEPTH
+        target = -(-total // -(-total // most))  # chunks of about equal depth
         first_chunk = len(chunks)
         depth, first = 0, len(entries)
         for number, step in enumerate(steps):

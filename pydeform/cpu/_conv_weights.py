@@ -6,20 +6,14 @@ from __future__ import annotations
 from typing import Any
 
 from pydeform.cpu._conv_common import is_depthwise
-from pydeform.cpu._jit import inline, inline_always
-from pydeform.cpu._simd import VECTOR_BYTES, advance, at, transpose_block
+from pydeform.cpu._jit import inline
+from pydeform.cpu._simd import PANEL, VECTOR_BYTES, advance, at, transpose_block
 from pydeform.cpu._simd_pairs import pack_rows
 
 
 def squares_size(g: Any, lanes: int) -> int:
     """Numbers that a thread needs for one square as it is and turned."""
     return 0 if is_depthwise(g) else 2 * lanes * lanes * g.kernel_h * g.kernel_w
-
-
-@inline_always
-def is_wide(outs: int, panel: int) -> bool:
-    """Whether a panel's outputs take more than one vector of it: else the other one is neither packed nor read."""
-    return 2 * outs > panel
 
 
 @inline
@@ -49,17 +43,17 @@ def pack_forward(
     weight: Any, packed: Any, squares: Any, entries: Any, chunks: Any, first_entry: int, panel_number: int
 ) -> None:
     """One panel of one block of channels: packed[panel][column][o] of each chunk, zeros behind the last output channel
-    of the group, and in the columns that only fill up. Of pairs, two columns number by number."""
+    in its vector, and in the columns that only fill up. Of pairs, two columns number by number."""
     lanes, taps = VECTOR_BYTES // weight.itemsize, weight.shape[2]
     together = weight.itemsize // packed.itemsize  # 2 of pairs
-    panel = 2 * lanes
+    panel = PANEL * lanes
     entry = entries[first_entry]
     product = chunks[entry.chunk]
     outs_left = product.outs - panel_number * panel
     width = entry.width
     for tap in range(1, taps):
         width = max(width, entries[first_entry + tap].width)
-    for part in range(0, panel if is_wide(outs_left, panel) else lanes, lanes):
+    for part in range(0, min(panel, outs_left), lanes):
         first_out, outs = product.first_out + panel_number * panel + part, min(lanes, outs_left - part)
         for c in range(0, width, lanes):
             ins = max(min(lanes, entry.channels - c), 0)

@@ -64,10 +64,16 @@ def second_level_cache() -> int:
         return 1 << 20
 
 
-def rows_for(vector_bytes: int) -> int:
-    """Rows of the register block: rows x 2 vectors of sums, which with two vectors and a broadcast have room in the
-    registers, of which there are 32 or 16. Not all of the 32: schedulers that load many factors first would spill."""
-    return 8 if vector_bytes == 64 else 6
+def rows_for(vector_bytes: int) -> tuple[int, int, int]:
+    """Rows of a register block that is as wide as a panel, two vectors, and one vector wide. Its sums have room in the
+    registers, of which there are 32 or 16, with a row of the panel and a broadcast. Not in all of the 32: schedulers
+    that load many factors first would spill."""
+    return (6, 8, 16) if vector_bytes == 64 else (6, 6, 8)
+
+
+def panel_vectors(vector_bytes: int) -> int:
+    """Vectors of a panel of a product's second factor: the wider, the fewer numbers of the first are loaded."""
+    return 4 if vector_bytes == 64 else 2
 
 
 def _const(value: int) -> Any:
@@ -278,8 +284,8 @@ def fetch_ahead(typing_context: Any, pointer: Any, lines: Any) -> Any:
 
 def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:
     """The primitives for vectors of `vector_bytes`, as Numba intrinsics for float32 and float64 pointers."""
-    rows = rows or rows_for(vector_bytes)
-    narrow_rows = 16 if vector_bytes == 64 else 8  # as many sums, one vector wide
+    wide_rows, two_rows, narrow_rows = rows_for(vector_bytes)
+    rows = rows or two_rows
 
     def make_multiply(rows: int, vectors: int) -> Any:
         @intrinsic  # type: ignore[misc]
@@ -522,8 +528,7 @@ def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:
 
     return SimpleNamespace(
         vector_bytes=vector_bytes,
-        rows=rows,
-        narrow_rows=narrow_rows,
+        multiply_wide=make_multiply(wide_rows, panel_vectors(vector_bytes)),
         multiply_tile=make_multiply(rows, 2),
         multiply_narrow=make_multiply(narrow_rows, 1),
         copy_vectors=copy_vectors,
@@ -538,9 +543,9 @@ def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:
 
 VECTOR_BYTES = host_vector_bytes()
 _HOST = primitives(VECTOR_BYTES)
-ROWS: int = _HOST.rows
-NARROW_ROWS: int = _HOST.narrow_rows
-multiply_tile, multiply_narrow = _HOST.multiply_tile, _HOST.multiply_narrow
+PANEL = panel_vectors(VECTOR_BYTES)
+WIDE_ROWS, ROWS, NARROW_ROWS = rows_for(VECTOR_BYTES)
+multiply_wide, multiply_tile, multiply_narrow = _HOST.multiply_wide, _HOST.multiply_tile, _HOST.multiply_narrow
 copy_vectors = _HOST.copy_vectors
 blend = _HOST.blend
 blend_dots = _HOST.blend_dots

@@ -53,9 +53,9 @@ def _may_use_tiles() -> bool:
     return bool(ctypes.CDLL(None).syscall(arch_prctl, require, tile_data) == 0)
 
 
-def rows_of(dtype: Any) -> tuple[int, int]:
-    """Rows of a block of `multiply_tile` and of `multiply_narrow`."""
-    return (2 * _TILE, 2 * _TILE) if dtype == TILES else (_simd.ROWS, _simd.NARROW_ROWS)
+def rows_of(dtype: Any) -> tuple[int, int, int]:
+    """Rows of a block of `multiply_wide`, `multiply_tile` and `multiply_narrow`."""
+    return (2 * _TILE,) * 3 if dtype == TILES else (_simd.WIDE_ROWS, _simd.ROWS, _simd.NARROW_ROWS)
 
 
 def multiply(rows: int, vectors: int, vector_bytes: int, native: bool, of_floats: Any = None) -> Any:
@@ -84,7 +84,8 @@ def multiply(rows: int, vectors: int, vector_bytes: int, native: bool, of_floats
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             v = _Vectors(builder, types.float32, vector_bytes)
             if a.dtype == types.int16:
-                _multiply_tiles(v, vectors, *arguments)
+                for first in range(0, vectors, 2):
+                    _multiply_tiles(v, first, min(vectors, first + 2), *arguments)
             else:
                 _multiply_dots(v, rows, vectors, native, *arguments)
             return context.get_dummy_value()
@@ -167,7 +168,8 @@ def _high(v: Any, pairs: Any) -> Any:
 
 def _multiply_tiles(
     v: Any,
-    vectors: int,
+    first: int,
+    last: int,
     a: Any,
     a_row: Any,
     a_step: Any,
@@ -178,8 +180,9 @@ def _multiply_tiles(
     c_row: Any,
     accumulate: Any,
 ) -> None:
-    """2 x `vectors` tiles of sums, 0 to 3; 4 and 5 hold what comes from a, 6 and 7 what comes from b."""
-    builder = v.builder
+    """Vectors `first` to `last` in 2 x 2 tiles of sums, 0 to 3; 4 and 5 hold what comes from a, 6 and 7 from b."""
+    builder, vectors = v.builder, last - first
+    b, c = v.offset(b, _const(2 * _TILE * first)), v.offset(c, _const(_TILE * first))
     sums = [(row, j, 2 * row + j) for row in range(2) for j in range(vectors)]
     a_bytes, b_bytes, c_bytes = (
         builder.mul(a_row, _const(2)),
@@ -304,5 +307,6 @@ def pack_rows(typing_context: Any, out: Any, first: Any, second: Any) -> Any:
 
 
 _HAS_DOTS = VECTOR_BYTES == 64 and "avx512bf16" in _simd.host_features()
+multiply_wide = multiply(_simd.WIDE_ROWS, _simd.PANEL, VECTOR_BYTES, _HAS_DOTS, _simd.multiply_wide)
 multiply_tile = multiply(_simd.ROWS, 2, VECTOR_BYTES, _HAS_DOTS, _simd.multiply_tile)
 multiply_narrow = multiply(_simd.NARROW_ROWS, 1, VECTOR_BYTES, _HAS_DOTS, _simd.multiply_narrow)

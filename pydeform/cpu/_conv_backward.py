@@ -39,7 +39,7 @@ from pydeform.cpu._jit import Kernel, inline, inline_always
 from pydeform.cpu._planes import gather_corners, planes_of
 from pydeform.cpu._sampling import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
 from pydeform.cpu._simd import (
-    ROWS,
+    PANEL,
     VECTOR_BYTES,
     advance,
     at,
@@ -51,7 +51,16 @@ from pydeform.cpu._simd import (
     transpose_block,
     use_widest_vectors,
 )
-from pydeform.cpu._simd_pairs import begin_products, end_products, multiply_tile, pack_rows, put, rows_of
+from pydeform.cpu._simd_pairs import (
+    begin_products,
+    end_products,
+    multiply_tile,
+    multiply_wide,
+    pack_rows,
+    pick,
+    put,
+    rows_of,
+)
 from pydeform.cpu._simd_roi import plane_scatter
 from pydeform.cpu._threads import (
     advance_counter,
@@ -87,7 +96,9 @@ class BackwardPlan(NamedTuple):
     pieces: int  # of an image, each with a gradient of it
     apart: int  # elements from one such gradient of all images to the next
     splits: int  # ranges of pieces, each with a weight gradient of its own
-    lines: int  # rows of a block of a product
+    panel: int  # numbers of PANEL vectors
+    wide_lines: int  # rows of a block of a product that is as wide as a panel, and of two vectors
+    lines: int
     rows: int  # output channels of a group, rounded up to those
     depth: int  # output channels of a group, for pairs rounded up to the depth of a product
     weight_size: int  # elements of one partial weight gradient
@@ -182,14 +193,14 @@ def _kept(
     pixel_dtype = _conv_common.pixel_dtype(g)
     lanes = VECTOR_BYTES // dtype.itemsize
     has_pairs = numbers != dtype
-    lines, depth = rows_of(numbers)[1], g.out_channels // g.groups
-    fill = math.lcm(ROWS, lines)
+    wide_lines, lines, _ = rows_of(numbers)
+    depth, fill = g.out_channels // g.groups, math.lcm(wide_lines, lines)
     if has_pairs:
-        depth, fill = round_up(depth, _simd_pairs.DEPTH), math.lcm(lines, _simd_pairs.DEPTH)
+        depth, fill = round_up(depth, _simd_pairs.DEPTH), math.lcm(fill, _simd_pairs.DEPTH)
     # An image of few channels, too, is work for two threads: it has two pieces of tiles or, since these cost a copy of
     # its gradient, two blocks of channels. Never by batch, which must not show.
     halves = g.in_channels * g.in_h * g.in_w * dtype.itemsize > SMALL_IMAGE
-    blocks, weight_size, packed_size, rows = _blocks(g, 2 * lanes, lines, depth, halves)
+    blocks, weight_size, packed_size, rows = _blocks(g, 2 * lanes, math.lcm(wide_lines, lines), depth, halves)
     out_positions = g.out_h * g.out_w
     tiles = -(-out_positions // POSITIONS)
     positions = round_up(-(-out_positions // tiles), fill)
@@ -204,6 +215,8 @@ def _kept(
         pieces=pieces,
         apart=image_size,
         splits=splits,
+        panel=PANEL * lanes,
+        wide_lines=wide_lines,
         lines=lines,
         rows=rows,
         depth=depth,
@@ -234,7 +247,7 @@ def _kept(
     # Rows of an odd number of cache lines: else those of a tile would crowd into few of them.
     pairs = Workspace(
         ((g.batch, g.groups, tiles * positions, _odd_lines(depth)), numbers),
-        ((g.batch * g.out_channels + lines, _odd_lines(tiles * positions)), numbers),
+        ((g.batch * g.out_channels + math.lcm(wide_lines, lines), _odd_lines(tiles * positions)), numbers),
         ((threads, positions // 2, COLUMN_ROW, 2), numbers),
     )
     depthwise = 1 if is_depthwise(g) else None
@@ -310,7 +323,6 @@ def _backward(
     taps = g.kernel_h * g.kernel_w
     length = g.out_h * g.out_w
     out_channels = g.out_channels // g.groups
-    panel = 2 * VECTOR_BYTES // image.itemsize
     corner = corners[thread]
     blending = weights[thread]
     base = bases[thread]
@@ -363,35 +375,38 @@ def _backward(
                         )
                     else:
                         # grad_columns[i, c] = sum_o grad_output[o, i] * weight[o, c, tap]
-                        for j in range(0, width, panel):
-                            panel_at = row.packed_at + (tap * width + j) * p.depth
-                            if paired is None:
-                                for o in range(0, out_channels, DEPTH):
-                                    for i in range(0, count, ROWS):
-                                        multiply_tile(
-                                            at(tile_grad, (thread, o, i)),
-                                            1,
-                                            ROW,
-                                            at(packed, (panel_at + o * panel,)),
-                                            panel,
-                                            min(DEPTH, out_channels - o),
-                                            at(tile_columns, (thread, 1, i, j)),
-                                            COLUMN_ROW,
-                                            o > 0,
-                                        )
-                            else:
-                                for i in range(0, count, p.lines):
-                                    multiply_tile(
-                                        at(by_position, (b, row.first_out // out_channels, start + i, 0)),
-                                        by_position.shape[3],
-                                        1,
-                                        at(packed, (panel_at,)),
-                                        panel,
-                                        p.depth,
-                                        at(tile_columns, (thread, 1, i, j)),
-                                        COLUMN_ROW,
-                                        False,
-                                    )
+                        panel_at = row.packed_at + tap * width * p.depth
+                        if paired is None:
+                            for o in range(0, out_channels, DEPTH):
+                                _multiply(
+                                    at(tile_grad, (thread, o, 0)),
+                                    1,
+                                    ROW,
+                                    count,
+                                    at(packed, (panel_at + o * width,)),
+                                    width,
+                                    min(DEPTH, out_channels - o),
+                                    at(tile_columns, (thread, 1, 0, 0)),
+                                    COLUMN_ROW,
+                                    o > 0,
+                                    width,
+                                    p,
+                                )
+                        else:
+                            _multiply(
+                                at(by_position, (b, row.first_out // out_channels, start, 0)),
+                                by_position.shape[3],
+                                1,
+                                count,
+                                at(packed, (panel_at,)),
+                                width,
+                                p.depth,
+                                at(tile_columns, (thread, 1, 0, 0)),
+                                COLUMN_ROW,
+                                False,
+                                width,
+                                p,
+                            )
                     if planes is None:
                         _sample_backward(
                             at(tile_columns, (thread, 0, 0, 0)),
@@ -470,33 +485,35 @@ def _backward(
                             _pair_columns(
                                 at(tile_columns, (thread, 0, 0, 0)), at(paired, (thread, 0, 0, 0)), count, width
                             )
-                        for j in range(0, width, panel):
-                            for o in range(0, out_channels, p.lines):
-                                sums = at(partial, (split, row.partial_at + (tap * p.rows + o) * width + j))
-                                if paired is None:
-                                    multiply_tile(
-                                        at(tile_grad, (thread, o, 0)),
-                                        ROW,
-                                        1,
-                                        at(tile_columns, (thread, 0, 0, j)),
-                                        COLUMN_ROW,
-                                        count,
-                                        sums,
-                                        width,
-                                        more,
-                                    )
-                                else:
-                                    multiply_tile(
-                                        at(by_output, (b * g.out_channels + row.first_out + o, start)),
-                                        by_output.shape[1],
-                                        1,
-                                        at(paired, (thread, 0, j, 0)),
-                                        COLUMN_ROW,
-                                        _filled(count),
-                                        sums,
-                                        width,
-                                        more,
-                                    )
+                            _multiply(
+                                at(by_output, (b * g.out_channels + row.first_out, start)),
+                                by_output.shape[1],
+                                1,
+                                out_channels,
+                                at(paired, (thread, 0, 0, 0)),
+                                COLUMN_ROW,
+                                _filled(count),
+                                at(partial, (split, row.partial_at + tap * p.rows * width)),
+                                width,
+                                more,
+                                width,
+                                p,
+                            )
+                        else:
+                            _multiply(
+                                at(tile_grad, (thread, 0, 0)),
+                                ROW,
+                                1,
+                                out_channels,
+                                at(tile_columns, (thread, 0, 0, 0)),
+                                COLUMN_ROW,
+                                count,
+                                at(partial, (split, row.partial_at + tap * p.rows * width)),
+                                width,
+                                more,
+                                width,
+                                p,
+                            )
         finish(counters, 1)
         unit = claim(counters, 1)
     if paired is not None:
@@ -577,6 +594,35 @@ def _prepare_backward(
         finish(counters, 0)
         unit = claim_near(counters, 0, thread, preparing)
     wait_for(counters, 0, preparing)
+
+
+@inline_always
+def _multiply(
+    a: Any,
+    a_row: int,
+    a_step: int,
+    rows: int,
+    b: Any,
+    b_step: int,
+    depth: int,
+    c: Any,
+    c_row: int,
+    add: bool,
+    width: int,
+    p: Any,
+) -> None:
+    """c[i, j] (+)= sum_k a[i * a_row + k * a_step] * b[k, j] for j < width, whole panels and then two vectors."""
+    together = pick(b, 1, 2)
+    for j in range(0, width, p.panel):
+        if PANEL == 2 or width - j >= p.panel:
+            for i in range(0, rows, p.wide_lines):
+                part, sums = advance(b, j * together), advance(c, i * c_row + j)
+                multiply_wide(advance(a, i * a_row), a_row, a_step, part, b_step, depth, sums, c_row, add)
+        else:
+            for k in range(j, width, p.panel // 2):
+                for i in range(0, rows, p.lines):
+                    part, sums = advance(b, k * together), advance(c, i * c_row + k)
+                    multiply_tile(advance(a, i * a_row), a_row, a_step, part, b_step, depth, sums, c_row, add)
 
 
 @inline_always

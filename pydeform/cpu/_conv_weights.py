@@ -70,24 +70,23 @@ def pack_forward(
 
 @inline
 def pack_backward(weight: Any, packed: Any, squares: Any, block: Any, outs: int, depth: int) -> None:
-    """packed[tap][panel][o][c] of one block, zeros behind its last channel. Of pairs, two of its `outs` outputs number
+    """packed[tap][o][c] of one block, zeros behind its last channel. Of pairs, two of its `outs` outputs number
     by number, and zeros behind the last one, `depth` in all."""
     lanes, taps = VECTOR_BYTES // weight.itemsize, weight.shape[2]
     together = weight.itemsize // packed.itemsize  # 2 of pairs
-    panel = 2 * lanes
     for o in range(0, depth, lanes):
         some_outs = max(min(lanes, outs - o), 0)
         for c in range(0, block.width, lanes):
             ins = max(min(lanes, block.channels - c), 0)
             first_in = block.channel - block.first_in + c
             turned = _turn(weight, block.first_out + o, first_in, some_outs, ins, squares)
-            first_row = block.packed_at + (c // panel * depth + o) * panel + c % panel * together
+            first_row = block.packed_at + o * block.width + c * together
             for tap in range(taps):  # turned again, to (output, channel)
                 square = advance(turned, tap * lanes)
                 transpose_block(square, taps * lanes, square, taps * lanes, square)
                 for i in range(0, min(lanes, depth - o), together):
                     row = advance(square, i * taps * lanes)
-                    target = at(packed, (first_row + tap * block.width * depth + i * panel,))
+                    target = at(packed, (first_row + (tap * depth + i) * block.width,))
                     pack_rows(target, row, advance(row, (together - 1) * taps * lanes))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -158,6 +159,18 @@ def listing() -> Iterator[dict[Any, tuple[Kernel, Any, tuple[Any, ...]]]]:
         _waiting = None
 
 
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Compiling makes many objects, nearly none of them garbage: looking for it takes a tenth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class Kernel:
     """An entry point: a Numba function that runs without the GIL, compiled at its first call for a dtype."""
 
@@ -184,7 +197,8 @@ class Kernel:
         # Kernels of others (tests, say) are not kept: nobody would see an edit in their sources.
         if not self._compiled and folder is not None and function.__module__.startswith("pydeform."):
             self.call._cache = KernelCache(function, folder)
-        self._compiled[key] = self.call.compile(tuple(typeof(argument) for argument in arguments))
+        with global_compiler_lock, _collector_paused():  # under the lock, which forks wait for
+            self._compiled[key] = self.call.compile(tuple(typeof(argument) for argument in arguments))
 
     def count_of_compiled(self) -> int:
         """For how many types this process has compiled it, rather than loaded it."""

@@ -84,8 +84,8 @@ def locate(
         fx = np.floor(xs)
         y0 = np.int32(fy)
         x0 = np.int32(fx)
-        y1 = min(np.int32(y0 + 1), last_y)  # Numba's int32 + int32 is int64: back to the narrow type each time
-        x1 = min(np.int32(x0 + 1), last_x)
+        y1 = np.int32(y0 + 1) if y0 < last_y else last_y  # Numba's int32 + int32 is int64: back to the narrow type
+        x1 = np.int32(x0 + 1) if x0 < last_x else last_x
         ly = ys - fy
         lx = xs - fx
         broken = (y != y) | (x != x)

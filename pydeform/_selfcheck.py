@@ -90,11 +90,23 @@ def problem(operator: str, channels: int = 2) -> Problem:
 
 
 def problems(operator: str) -> Iterator[Problem]:
-    """Those that together go every way: few and many channels of a group, and few samples of a large image."""
+    """Those that together go every way: few and many channels of a group, or one, and few samples of a large image."""
     for channels in CHANNELS:
         yield problem(operator, channels)
     if "roi" not in operator:
-        yield _few_samples(problem(operator))
+        yield from (
+            depthwise := _depthwise(problem(operator)),
+            _few_samples(problem(operator)),
+            _few_samples(depthwise),
+        )
+
+
+def _depthwise(p: Problem) -> Problem:
+    """A convolution's problem with one input and one output channel in each group."""
+    channels = p.arrays["input"].shape[1]
+    arrays = {**p.arrays, "weight": p.arrays["weight"][:channels, :1], "bias": p.arrays["bias"][:channels]}
+    options = {name: channels if name == "groups" else value for name, value in p.options.items()}
+    return Problem(arrays, options, p.grad_output[:, :channels])
 
 
 def _few_samples(p: Problem) -> Problem:

@@ -190,6 +190,19 @@ def take_no_spare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_arrays.Workspace, "take", lambda workspace: _arrays.workspace(*workspace._parts))
 
 
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workspace and results are full of NaN before the CPU's kernels start."""
+    from pydeform.cpu import _arrays
+
+    def poisoned(size: int, make: Any = _arrays._aligned) -> Any:
+        block, origin = make(size)
+        block[...] = 0xFF
+        return block, origin
+
+    take_no_spare(monkeypatch)
+    monkeypatch.setattr(_arrays, "_aligned", poisoned)
+
+
 class Threads:
     """set_num_threads of a test in which no problem is too small for threads."""
 

@@ -23,7 +23,10 @@ def arguments_of(name: str, real: Any, lanes: int) -> tuple[list[Any], dict[int,
     """Types of a primitive's arguments, and those of them that kernels give as constants."""
     p = types.CPointer(real)
     band = [p, INDEX, p, NUMBER, NUMBER, NUMBER, p]
+    panel = _simd.panel_vectors(lanes * real.bitwidth // 8) * lanes
     return {
+        "multiply_wide": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 208, 2: 1, 4: panel}),
+        "multiply_wide transposed": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 1, 8: 0}),
         "multiply_tile": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 336, 2: 1, 4: 2 * lanes}),
         "multiply_tile of any rows": (
             [p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG],
@@ -50,6 +53,8 @@ def arguments_of(name: str, real: Any, lanes: int) -> tuple[list[Any], dict[int,
 
 
 PRIMITIVES = (
+    "multiply_wide",
+    "multiply_wide transposed",
     "multiply_tile",
     "multiply_narrow",
     "copy_vectors",
@@ -70,9 +75,11 @@ PRIMITIVES = (
     "band_scatter",
 )
 # Loads for each multiply-add, where there is such an instruction, in the loop that does most of them. A block of r rows
-# x 2 vectors has (r + 2) / (2 * r), a blend four loads for three and a product, and what a list of pixels is read with
+# x v vectors has (r + v) / (v * r), a blend four loads for three and a product, and what a list of pixels is read with
 # has its weights and places besides.
 LOADS = {
+    "multiply_wide": 0.67,
+    "multiply_wide transposed": 0.67,
     "multiply_tile": 0.67,
     "multiply_narrow": 1.13,
     "multiply_tile transposed": 0.67,
@@ -110,6 +117,8 @@ def test_loads_for_each_multiply_add(name, processor, bits):
     busiest = max(found(name, processor, bits), key=lambda loop: loop.multiply_adds)
     assert busiest.multiply_adds >= 3
     assert busiest.loads_each <= LOADS[name]
+    if name.startswith("multiply_wide") and PROCESSORS[processor].vector_bytes == 64:
+        assert busiest.loads_each <= 0.42
 
 
 @pytest.mark.parametrize("processor", ["znver4", "znver5"])

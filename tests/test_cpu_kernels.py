@@ -12,9 +12,9 @@ import pytest
 
 import pydeform
 from pydeform import _geometry
-from pydeform.cpu import _arrays, _conv_backward, _conv_common, _conv_forward, _jit, _simd, _threads
+from pydeform.cpu import _arrays, _conv_backward, _conv_common, _conv_forward, _conv_weights, _jit, _simd, _threads
 from tests.cases.deform_conv2d import CASES, make
-from tests.conftest import assert_same_bits, take_no_spare
+from tests.conftest import assert_same_bits, poison, take_no_spare
 from tests.reference import deform_conv2d as reference
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +114,48 @@ def test_tiles_of_any_size_give_the_same_bits(monkeypatch):
     assert [prepared.plan.ahead > 0 for prepared in plans] == [True, True, False, False]
     for output in outputs[1:]:
         assert_same_bits(output, outputs[0])
+
+
+def assert_products_are_exact(dtype, ins, outs, size, kernel):
+    """Of -1, 0 and 1, whose sums every dtype holds."""
+    rng = np.random.default_rng(outs)
+    kernel_h, kernel_w = kernel
+    out_h, out_w = size[0] - kernel_h + 1, size[1] - kernel_w + 1
+    x, weight, grad = (
+        rng.integers(-1, 2, shape) for shape in ((2, ins, *size), (outs, ins, *kernel), (2, outs, out_h, out_w))
+    )
+    output, grad_input = np.zeros((2, outs, out_h, out_w)), np.zeros(x.shape)
+    grad_weight = np.zeros(weight.shape)
+    for i in range(kernel_h):
+        for j in range(kernel_w):
+            rows, columns = slice(i, i + out_h), slice(j, j + out_w)
+            output += np.einsum("nchw,oc->nohw", x[:, :, rows, columns], weight[:, :, i, j])
+            grad_input[:, :, rows, columns] += np.einsum("nohw,oc->nchw", grad, weight[:, :, i, j])
+            grad_weight[:, :, i, j] = np.einsum("nohw,nchw->oc", grad, x[:, :, rows, columns])
+    for array in (output, grad_input, grad_weight):
+        assert np.array_equal(array.astype(dtype).astype(float), array)
+    got = pydeform.conv2d(x.astype(dtype), weight.astype(dtype))
+    np.testing.assert_array_equal(got.astype(float), output)
+    grads = pydeform.conv2d_backward(grad.astype(dtype), x.astype(dtype), weight.astype(dtype))
+    np.testing.assert_array_equal(grads.input.astype(float), grad_input)
+    np.testing.assert_array_equal(grads.weight.astype(float), grad_weight)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("outs", [1, 8, 9, 16, 17, 25, 32, 33, 48, 49, 64, 65, 130])
+def test_outputs_that_fill_any_part_of_a_panel(monkeypatch, dtype, outs):
+    poison(monkeypatch)
+    for ins in (3, 16, 41):
+        for kernel in ((1, 1), (2, 1)):
+            assert_products_are_exact(np.dtype(dtype), ins, outs, (5, 7), kernel)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_of_more_taps_than_are_turned_at_once(monkeypatch, dtype):
+    assert _conv_weights.TAPS < 9 * 9
+    poison(monkeypatch)
+    for ins, outs in ((17, 33), (32, 32)):
+        assert_products_are_exact(np.dtype(dtype), ins, outs, (9, 10), (9, 9))
 
 
 @pytest.mark.parametrize("largest", [0, 1 << 40])

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 import pydeform
-from pydeform.cpu import _arrays
 from tests.cases.deform_conv2d import ARRAYS, Case, make, make_grad_output
-from tests.conftest import assert_close, take_no_spare
+from tests.conftest import assert_close, poison
 from tests.reference import deform_conv2d as reference
 
 # Channels that fill no vector, panel or tile; groups that share an offset group, and the other way round.
@@ -67,15 +66,7 @@ def expected(*of_planted: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Workspace and results are full of NaN before the CPU's kernels start."""
-
-    def poisoned(size: int, make: Any = _arrays._aligned) -> Any:
-        block, origin = make(size)
-        block[...] = 0xFF
-        return block, origin
-
-    take_no_spare(monkeypatch)
-    monkeypatch.setattr(_arrays, "_aligned", poisoned)
+    poison(monkeypatch)
 
 
 def check(backend: Any, dtype: str, *of_planted: Any) -> None:

@@ -34,7 +34,7 @@ def close(got, want, dtype, scale=1.0):
 
 def test_module_exports_the_width_of_this_machine():
     assert _simd.VECTOR_BYTES in WIDTHS
-    assert _simd.ROWS == WIDTHS[_simd.VECTOR_BYTES].rows
+    assert (_simd.WIDE_ROWS, _simd.ROWS, _simd.NARROW_ROWS) == _simd.rows_for(_simd.VECTOR_BYTES)
 
 
 @pytest.mark.parametrize("features, expected", [("+sse2", 16), ("+avx,+avx2", 16), ("+avx2,+fma", 32)])
@@ -45,19 +45,20 @@ def test_width_follows_the_features_numba_compiles_for(monkeypatch, features, ex
     assert _simd.host_vector_bytes() == 64
 
 
+BLOCKS = ("multiply_wide", "multiply_tile", "multiply_narrow")
+
+
 @functools.cache
-def runs_multiply_tile(width, narrow):
-    multiply_tile = WIDTHS[width].multiply_narrow if narrow else WIDTHS[width].multiply_tile
-    rows = WIDTHS[width].narrow_rows if narrow else WIDTHS[width].rows
+def runs_multiply(width, name):
+    multiply = getattr(WIDTHS[width], name)
+    rows = _simd.rows_for(width)[BLOCKS.index(name)]
 
     @njit
     def run(a, b, c, depth, accumulate):
-        multiply_tile(
-            at(a, (1, 0)), a.shape[1], 1, at(b, (0, 1)), b.shape[1], depth, at(c, (1, 1)), c.shape[1], accumulate
-        )
+        multiply(at(a, (1, 0)), a.shape[1], 1, at(b, (0, 1)), b.shape[1], depth, at(c, (1, 1)), c.shape[1], accumulate)
         # The same product with the roles of row and step exchanged, as the weight gradient uses it.
         transposed = np.ascontiguousarray(a[1:, :].T)
-        multiply_tile(
+        multiply(
             at(transposed, (0, 0)),
             1,
             transposed.shape[1],
@@ -74,13 +75,12 @@ def runs_multiply_tile(width, narrow):
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 7])
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("narrow", [False, True])
-def test_multiply_tile(simd, dtype, rng, depth, accumulate, narrow):
-    run = runs_multiply_tile(simd.vector_bytes, narrow)
-    rows, columns = simd.rows, 2 * simd.vector_bytes // dtype.itemsize
-    if narrow:
-        rows, columns = simd.narrow_rows, columns // 2
-
+@pytest.mark.parametrize("name", BLOCKS)
+def test_products(simd, dtype, rng, depth, accumulate, name):
+    run = runs_multiply(simd.vector_bytes, name)
+    rows = _simd.rows_for(simd.vector_bytes)[BLOCKS.index(name)]
+    vectors = (_simd.panel_vectors(simd.vector_bytes), 2, 1)[BLOCKS.index(name)]
+    columns = vectors * simd.vector_bytes // dtype.itemsize
     a = rng.standard_normal((rows + 1, depth + 3)).astype(dtype)
     b = rng.standard_normal((depth + 1, columns + 5)).astype(dtype)
     c = rng.standard_normal((2 * rows + 3, columns + 3)).astype(dtype)

@@ -220,7 +220,7 @@ RESULTS = {"output", "grad_input", "grad_offset", "grad_moves", "grad_mask", "gr
 def test_sums_over_blocks_wait_for_the_block_before(call):
     """The first block is another thread's. It says how far it has come, and what it has left is there to add to."""
     geometry, plan = call.arguments[-2:]
-    blocks = call.arguments[-3]
+    blocks = call.arguments[-4]
     taps = geometry.kernel_h * geometry.kernel_w
     assert list(blocks["previous"][:2]) == [-1, 0] and plan.splits == geometry.batch > 1 and plan.tiles > 1
     got = call.fresh()

@@ -195,12 +195,13 @@ def _kept(
     has_pairs = numbers != dtype
     wide_lines, lines, _ = rows_of(numbers)
     depth, fill = g.out_channels // g.groups, math.lcm(wide_lines, lines)
+    rows = max(round_up(depth, wide_lines), round_up(depth, lines))
     if has_pairs:
         depth, fill = round_up(depth, _simd_pairs.DEPTH), math.lcm(fill, _simd_pairs.DEPTH)
     # An image of few channels, too, is work for two threads: it has two pieces of tiles or, since these cost a copy of
     # its gradient, two blocks of channels. Never by batch, which must not show.
     halves = g.in_channels * g.in_h * g.in_w * dtype.itemsize > SMALL_IMAGE
-    blocks, weight_size, packed_size, rows = _blocks(g, 2 * lanes, math.lcm(wide_lines, lines), depth, halves)
+    blocks, weight_size, packed_size = _blocks(g, 2 * lanes, rows, depth, halves)
     out_positions = g.out_h * g.out_w
     tiles = -(-out_positions // POSITIONS)
     positions = round_up(-(-out_positions // tiles), fill)
@@ -235,7 +236,7 @@ def _kept(
         ((packed_size,), numbers),
         ((threads, squares_size(g, lanes)), dtype),
         ((splits if plan.need_weight else 0, weight_size), dtype),
-        ((threads, 0 if has_pairs else rows, ROW), dtype),
+        ((threads, 0 if has_pairs else COLUMN_ROW if is_depthwise(g) else rows, ROW), dtype),
         ((threads, 2, positions, COLUMN_ROW), dtype),
         ((threads, 4, positions), pixel_dtype),
         ((threads, 10, positions), dtype),
@@ -247,7 +248,7 @@ def _kept(
     # Rows of an odd number of cache lines: else those of a tile would crowd into few of them.
     pairs = Workspace(
         ((g.batch, g.groups, tiles * positions, _odd_lines(depth)), numbers),
-        ((g.batch * g.out_channels + math.lcm(wide_lines, lines), _odd_lines(tiles * positions)), numbers),
+        ((g.batch * g.out_channels + max(wide_lines, lines), _odd_lines(tiles * positions)), numbers),
         ((threads, positions // 2, COLUMN_ROW, 2), numbers),
     )
     depthwise = 1 if is_depthwise(g) else None
@@ -894,11 +895,11 @@ def _odd_lines(count: int) -> int:
     return 32 * (lines + 1 - lines % 2)
 
 
-def _blocks(g: Any, panel: int, lines: int, depth: int, halves: bool) -> tuple[Any, int, int, int]:
+def _blocks(g: Any, panel: int, rows: int, depth: int, halves: bool) -> tuple[Any, int, int]:
     one, times = period_of(g)
     half = max(CHANNELS // 4, round_up(-(-g.in_channels // 2), panel))
     largest = min(CHANNELS, half) if halves else CHANNELS
-    blocks, weight_size, packed_size, rows = _blocks_of_period(one, panel, largest, is_depthwise(g), lines, depth)
+    blocks, weight_size, packed_size = _blocks_of_period(one, panel, largest, is_depthwise(g), rows, depth)
     every = repeated(
         blocks,
         times,
@@ -912,19 +913,15 @@ def _blocks(g: Any, panel: int, lines: int, depth: int, halves: bool) -> tuple[A
     first = np.diff(every["og"], prepend=-1) > 0
     every["previous"] = np.where(first, -1, np.arange(len(every)) - 1)
     every["is_last"] = np.append(first[1:], True)
-    return every, weight_size * times, packed_size * times, rows
+    return every, weight_size * times, packed_size * times
 
 
-def _blocks_of_period(
-    g: Any, panel: int, largest: int, depthwise: bool, lines: int, depth: int
-) -> tuple[Any, int, int, int]:
-    """The blocks of channels, the elements of a partial weight gradient and of packed, and the rows of a tile of the
-    output's gradient. `previous` is the block before in the same offset group, or -1;
-    `is_last` says that none follows in it.
+def _blocks_of_period(g: Any, panel: int, largest: int, depthwise: bool, rows: int, depth: int) -> tuple[Any, int, int]:
+    """The blocks of channels, the elements of a partial weight gradient and of packed. `previous` is the block before
+    in the same offset group, or -1; `is_last` says that none follows in it.
     """
     taps = g.kernel_h * g.kernel_w
     outs, ins = g.out_channels // g.groups, g.in_channels // g.groups
-    rows = round_up(outs, lines)
     table_rows: list[tuple[int, ...]] = []
     weight_size = packed_size = 0
     for group, og, channel, channels in channel_blocks(g, largest, depthwise):
@@ -933,4 +930,4 @@ def _blocks_of_period(
         packed_size += taps * width * (1 if depthwise else depth)
         weight_size += taps * width * (1 if depthwise else rows)
     names = "first_out first_in og channel channels width previous packed_at partial_at is_last"
-    return table(names, table_rows), weight_size, packed_size, COLUMN_ROW if depthwise else rows
+    return table(names, table_rows), weight_size, packed_size

@@ -382,7 +382,7 @@ def _multiply_panel(
                 advance(columns, i * row),
                 row,
                 1,
-                advance(weights, last),
+                advance(weights, last * pick(columns, 1, 2)),
                 panel,
                 depth,
                 advance(sums, i * sum_row + last),

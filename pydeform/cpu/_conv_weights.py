@@ -1,5 +1,6 @@
 """A convolution's weight, turned into what products read, and its gradient back: square by square, one vector of output
-channels times one of input channels at all taps. A square that is not whole is copied, with zeros behind its end."""
+channels times one of input channels at up to TAPS taps. A square that is not whole is copied, with zeros behind its
+end."""
 
 from __future__ import annotations
 
@@ -10,28 +11,33 @@ from pydeform.cpu._jit import inline
 from pydeform.cpu._simd import PANEL, VECTOR_BYTES, advance, at, transpose_block
 from pydeform.cpu._simd_pairs import pack_rows
 
+TAPS = 64
+
 
 def squares_size(g: Any, lanes: int) -> int:
     """Numbers that a thread needs for one square as it is and turned."""
-    return 0 if is_depthwise(g) else 2 * lanes * lanes * g.kernel_h * g.kernel_w
+    return 0 if is_depthwise(g) else 2 * lanes * lanes * min(g.kernel_h * g.kernel_w, TAPS)
 
 
 @inline
-def _turn(weight: Any, first_out: int, first_in: int, outs: int, ins: int, squares: Any) -> Any:
+def _turn(
+    weight: Any, first_out: int, first_in: int, outs: int, ins: int, first_tap: int, taps: int, squares: Any
+) -> Any:
     """turned[channel][tap][output] of a square of `outs` and `ins` channels, of which there may be none."""
-    lanes, taps = VECTOR_BYTES // weight.itemsize, weight.shape[2]
+    lanes, every = VECTOR_BYTES // weight.itemsize, weight.shape[2]
     row = lanes * taps
     turned = advance(squares, lanes * row)
     source, source_row = squares, row
-    if outs == lanes and ins == lanes:
+    if outs == lanes and ins == lanes and taps == every:
         source, source_row = at(weight, (first_out, first_in, 0)), weight.shape[1] * taps
     else:
         for i in range(lanes * row):
             squares[i] = 0
         for o in range(outs):
-            there = at(weight, (first_out + o, first_in, 0))
-            for i in range(ins * taps):
-                squares[o * row + i] = there[i]
+            there = at(weight, (first_out + o, first_in, first_tap))
+            for c in range(ins):
+                for tap in range(taps):
+                    squares[o * row + c * taps + tap] = there[c * every + tap]
     for i in range(0, row, lanes):
         target = advance(turned, i * lanes)
         transpose_block(advance(source, i), source_row, target, lanes, target)
@@ -56,16 +62,18 @@ def pack_forward(
     for part in range(0, min(panel, outs_left), lanes):
         first_out, outs = product.first_out + panel_number * panel + part, min(lanes, outs_left - part)
         for c in range(0, width, lanes):
-            ins = max(min(lanes, entry.channels - c), 0)
-            turned = _turn(weight, first_out, entry.channel - product.first_in + c, outs, ins, squares)
-            for tap in range(taps):
-                to = entries[first_entry + tap]
-                chunk = chunks[to.chunk]
-                first_row = panel_number * chunk.depth + to.column + c
-                for i in range(0, min(lanes, to.width - c), together):
-                    target = at(packed, (chunk.packed_at + (first_row + i) * panel + part * together,))
-                    row = advance(turned, (i * taps + tap) * lanes)
-                    pack_rows(target, row, advance(row, (together - 1) * taps * lanes))
+            ins, first_in = max(min(lanes, entry.channels - c), 0), entry.channel - product.first_in + c
+            for first_tap in range(0, taps, TAPS):
+                some = min(TAPS, taps - first_tap)
+                turned = _turn(weight, first_out, first_in, outs, ins, first_tap, some, squares)
+                for tap in range(some):
+                    to = entries[first_entry + first_tap + tap]
+                    chunk = chunks[to.chunk]
+                    first_row = panel_number * chunk.depth + to.column + c
+                    for i in range(0, min(lanes, to.width - c), together):
+                        target = at(packed, (chunk.packed_at + (first_row + i) * panel + part * together,))
+                        row = advance(turned, (i * some + tap) * lanes)
+                        pack_rows(target, row, advance(row, (together - 1) * some * lanes))
 
 
 @inline
@@ -79,15 +87,17 @@ def pack_backward(weight: Any, packed: Any, squares: Any, block: Any, outs: int,
         for c in range(0, block.width, lanes):
             ins = max(min(lanes, block.channels - c), 0)
             first_in = block.channel - block.first_in + c
-            turned = _turn(weight, block.first_out + o, first_in, some_outs, ins, squares)
-            first_row = block.packed_at + o * block.width + c * together
-            for tap in range(taps):  # turned again, to (output, channel)
-                square = advance(turned, tap * lanes)
-                transpose_block(square, taps * lanes, square, taps * lanes, square)
-                for i in range(0, min(lanes, depth - o), together):
-                    row = advance(square, i * taps * lanes)
-                    target = at(packed, (first_row + (tap * depth + i) * block.width,))
-                    pack_rows(target, row, advance(row, (together - 1) * taps * lanes))
+            for first_tap in range(0, taps, TAPS):
+                some = min(TAPS, taps - first_tap)
+                turned = _turn(weight, block.first_out + o, first_in, some_outs, ins, first_tap, some, squares)
+                first_row = block.packed_at + (first_tap * depth + o) * block.width + c * together
+                for tap in range(some):  # turned again, to (output, channel)
+                    square = advance(turned, tap * lanes)
+                    transpose_block(square, some * lanes, square, some * lanes, square)
+                    for i in range(0, min(lanes, depth - o), together):
+                        row = advance(square, i * some * lanes)
+                        target = at(packed, (first_row + (tap * depth + i) * block.width,))
+                        pack_rows(target, row, advance(row, (together - 1) * some * lanes))
 
 
 @inline
@@ -104,18 +114,19 @@ def reduce_weight(
             add_partials(partial, block.partial_at + (tap * rows + first_out + o) * width, channels, splits)
     for c in range(0, channels, lanes):
         ins = min(lanes, channels - c)
+        is_whole = outs == lanes and ins == lanes and taps <= TAPS
         target = at(grad_weight, (block.first_out + first_out, block.channel - block.first_in + c, 0))
         target_row = grad_weight.shape[1] * taps
         for tap in range(taps):
             source = at(partial, (0, block.partial_at + (tap * rows + first_out) * width + c))
-            if outs == lanes and ins == lanes:  # turned, to (channel, tap, output)
+            if is_whole:  # turned, to (channel, tap, output)
                 turned = advance(squares, tap * lanes)
                 transpose_block(source, width, turned, taps * lanes, turned)
             else:
                 for o in range(outs):
                     for k in range(ins):
                         target[o * target_row + k * taps + tap] = source[o * width + k]
-        if outs == lanes and ins == lanes:
+        if is_whole:
             for i in range(0, lanes * taps, lanes):
                 there = advance(target, i)
                 transpose_block(advance(squares, i * lanes), lanes, there, target_row, there)

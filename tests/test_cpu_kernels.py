@@ -1,5 +1,6 @@
 """What is special about the CPU backend: vector widths, index types, the cache of compiled kernels, threads."""
 
+import gc
 import math
 import os
 import platform
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 
@@ -323,3 +325,42 @@ def test_kernels_neither_read_what_they_did_not_write_nor_write_past_the_end(mon
             assert_same_bits(one, other)
     assert blocks or case.batch == 0
     assert all((gap == 0xFF).all() for gaps in blocks for gap in gaps)
+
+
+def test_what_arguments_rule_out_is_not_compiled(monkeypatch):
+    """What stands under the other condition has no type: Numba by itself leaves it out for None alone."""
+    monkeypatch.setattr(_jit, "cache_directory", lambda: None)
+
+    def function(out, maybe):
+        if maybe is None:
+            out[0] = len(maybe or (1,))
+        if maybe is not None:
+            out[0] = maybe.shape[0]
+
+    kernel, out = _jit.Kernel(function), np.zeros(1)
+    for key, maybe, want in (("none", None, 1), ("array", np.zeros(5), 5)):
+        kernel.prepare(key, (out, maybe))(out, maybe)
+        assert out[0] == want
+    with pytest.raises(numba.TypingError):
+        numba.njit(function)(out, np.zeros(5))
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_compiling_leaves_the_garbage_collector_as_it_was(monkeypatch, was_on):
+    monkeypatch.setattr(_jit, "cache_directory", lambda: None)
+    seen = []
+    compile_it = numba.core.dispatcher.Dispatcher.compile
+
+    def compiles(dispatcher, signature):
+        seen.append(gc.isenabled())
+        return compile_it(dispatcher, signature)
+
+    monkeypatch.setattr(numba.core.dispatcher.Dispatcher, "compile", compiles)
+    (gc.enable if was_on else gc.disable)()
+    try:
+        _jit.Kernel(lambda out: None).prepare("one", (np.zeros(1),))
+        with pytest.raises(numba.TypingError):
+            _jit.Kernel(lambda out: out.nothing).prepare("one", (np.zeros(1),))
+        assert gc.isenabled() == was_on and seen == [False, False]
+    finally:
+        gc.enable()

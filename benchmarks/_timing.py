@@ -27,7 +27,7 @@ def device_slug() -> str:
 
 def vectors() -> str:
     """The widest that kernels use in a new process."""
-    width = timing.python("-c", "from pydeform.cpu import _simd; print(_simd.VECTOR_BYTES)").strip()
+    width = timing.python("-c", "from pydeform.cpu.core import simd; print(simd.VECTOR_BYTES)").strip()
     return {"64": "avx512", "32": "avx2"}.get(width, f"{width}-bytes")
 
 

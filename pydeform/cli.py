@@ -120,7 +120,7 @@ def devices() -> list[str]:
 
 def cache() -> str:
     """Folder and size of the compiled kernels."""
-    folder: Path | None = importlib.import_module("pydeform.cpu._jit").cache_directory()
+    folder: Path | None = importlib.import_module("pydeform.cpu.core.jit").cache_directory()
     if folder is None:
         return "none: its folder is not writable, so every process compiles again"
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -197,7 +197,7 @@ def warm_cpu(cpu: Backend, names: Sequence[str], dtypes: Sequence[str]) -> tuple
     from pydeform import _selfcheck
     from pydeform._progress import progress
 
-    jit = importlib.import_module("pydeform.cpu._jit")
+    jit = importlib.import_module("pydeform.cpu.core.jit")
     kernels: dict[Any, Any] = {}
     labels: dict[Any, str] = {}
     for name in names:

@@ -51,9 +51,9 @@ def tolerance_of(backend: str, is_convolution: bool) -> dict[str, Tolerance]:
     if backend.endswith("_tiles"):
         return TOLERANCE_OF_TILES
     if backend == "cpu" and is_convolution:
-        from pydeform.cpu import _simd_pairs
+        from pydeform.cpu.core import pair_products
 
-        if _simd_pairs.pair_dtype() is not None:  # this processor multiplies samples in bfloat16 too
+        if pair_products.pair_dtype() is not None:  # this processor multiplies samples in bfloat16 too
             return {**TOLERANCE, "bfloat16": TOLERANCE_OF_TILES["bfloat16"]}
     return TOLERANCE
 
@@ -185,22 +185,22 @@ def _on_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 def take_no_spare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every workspace is new, so that what a test fills fresh memory with is what kernels get."""
-    from pydeform.cpu import _arrays
+    from pydeform.cpu.core import memory
 
-    monkeypatch.setattr(_arrays.Workspace, "take", lambda workspace: _arrays.workspace(*workspace._parts))
+    monkeypatch.setattr(memory.Workspace, "take", lambda workspace: memory.workspace(*workspace._parts))
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workspace and results are full of NaN before the CPU's kernels start."""
-    from pydeform.cpu import _arrays
+    from pydeform.cpu.core import memory
 
-    def poisoned(size: int, make: Any = _arrays._aligned) -> Any:
+    def poisoned(size: int, make: Any = memory._aligned) -> Any:
         block, origin = make(size)
         block[...] = 0xFF
         return block, origin
 
     take_no_spare(monkeypatch)
-    monkeypatch.setattr(_arrays, "_aligned", poisoned)
+    monkeypatch.setattr(memory, "_aligned", poisoned)
 
 
 class Threads:
@@ -234,20 +234,22 @@ class Threads:
 
 def times_helped() -> int:
     """How often a helper has had a part in a call."""
-    from pydeform.cpu import _threads
+    from pydeform.cpu.core import parallel
 
-    return sum(int(helper.place[_threads._DONE]) for helper in _threads._helpers)
+    return sum(int(helper.place[parallel._DONE]) for helper in parallel._helpers)
 
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
     import pydeform
-    from pydeform.cpu import _conv_common, _roi_common, _threads
+    from pydeform.cpu.conv import plan as conv_plan
+    from pydeform.cpu.core import parallel
+    from pydeform.cpu.roi import common as roi_common
 
-    for module in _conv_common, _roi_common:
+    for module in conv_plan, roi_common:
         monkeypatch.setattr(module, "SERIAL_FLOPS", 0)
-    threads = Threads(_threads.run)
-    monkeypatch.setattr(_threads, "run", threads.run)
+    threads = Threads(parallel.run)
+    monkeypatch.setattr(parallel, "run", threads.run)
     before = pydeform.get_num_threads()
     yield threads
     pydeform.set_num_threads(before)

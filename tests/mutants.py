@@ -41,7 +41,7 @@ class Area(NamedTuple):
 
 AREAS = {
     "cpu": Area(
-        "pydeform/cpu/*.py",
+        "pydeform/cpu/**/*.py",
         "cpu",
         "cpu_kernels simd simd_roi conv2d deform_conv2d roi threads roi_limits not_finite properties properties_roi "
         "vectors vectors_roi cost half waits coordinates kernel_cache cpu_memory layers_kinds runtime background "

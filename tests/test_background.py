@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pydeform import _background
-from pydeform.cpu import _jit, _threads
+from pydeform.cpu.core import jit, parallel
 from tests.test_cpu_kernels import TINY, run_python
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
@@ -186,12 +186,12 @@ def test_ctrl_c_while_a_kernel_compiles():
             for i in range(len(values)):
                 values[i] += 1
 
-        kernel, values = _jit.Kernel(add_one), np.zeros(3)
+        kernel, values = jit.Kernel(add_one), np.zeros(3)
         with event.install_listener("numba:run_pass", Interrupt(when)):
             with pytest.raises(KeyboardInterrupt):
-                _threads.run(kernel, "test", 1, values)
+                parallel.run(kernel, "test", 1, values)
                 time.sleep(1)
-            _threads.run(kernel, "test", 1, values)
+            parallel.run(kernel, "test", 1, values)
         assert values.sum() in (3, 6)
 
 
@@ -226,24 +226,24 @@ def test_ctrl_c_ends_a_process_that_compiles(tmp_path):
     assert (done.stdout, done.stderr) == ("9.0\n", "")
 
 
-OWN, FINISHED = _threads.own_counters(1), _threads._FINISHED * _threads._STRIDE
+OWN, FINISHED = parallel.own_counters(1), parallel._FINISHED * parallel._STRIDE
 
 
-@_jit.Kernel
+@jit.Kernel
 def each_waits(thread, counters, output):
-    _threads.call_helpers(thread, counters)
-    _threads.finish(counters, 0)
-    _threads.wait_until(counters, OWN + thread, 1)
+    parallel.call_helpers(thread, counters)
+    parallel.finish(counters, 0)
+    parallel.wait_until(counters, OWN + thread, 1)
     output[thread] = 1
-    _threads.let_helpers_go(thread, counters)
+    parallel.let_helpers_go(thread, counters)
 
 
 @needs_signals
 def test_ctrl_c_during_a_kernel_waits_for_the_helpers():
     """Else they would go on with arrays of a call that has ended."""
-    counters, output = _threads.new_counters(1, own=2), np.zeros(2)
+    counters, output = parallel.new_counters(1, own=2), np.zeros(2)
     counters[OWN : OWN + 2] = 1
-    _threads.run(each_waits, "test", 1, counters.copy(), output)  # compiles
+    parallel.run(each_waits, "test", 1, counters.copy(), output)  # compiles
     counters[OWN : OWN + 2], output[:] = 0, 0
     memory = weakref.ref(output)
 
@@ -258,7 +258,7 @@ def test_ctrl_c_during_a_kernel_waits_for_the_helpers():
     steering = threading.Thread(target=steer)
     with pytest.raises(KeyboardInterrupt):
         steering.start()
-        _threads.run(each_waits, "test", 2, counters, output)
+        parallel.run(each_waits, "test", 2, counters, output)
     assert output.tolist() == [1, 1]
     steering.join()
     del output
@@ -271,7 +271,8 @@ faulthandler.dump_traceback_later(100, exit=True)
 import pydeform
 import llvmlite.binding, numba, numpy as np
 from numba.core import event
-from pydeform.cpu import _jit, _threads
+from pydeform.cpu.core import jit
+from pydeform.cpu.core import parallel
 
 class Slow(event.Listener):
     def on_start(self, _):
@@ -281,11 +282,11 @@ class Slow(event.Listener):
     def on_end(self, _):
         pass
 
-@_jit.Kernel
+@jit.Kernel
 def add_one(thread, x):
     x[0] += 1
 
-@_jit.Kernel
+@jit.Kernel
 def add_two(thread, x):
     x[0] += 2
 
@@ -299,7 +300,7 @@ def hold_llvm():
 
 event.register("numba:compile", Slow())
 for work in (
-    lambda: _threads.run(add_one, "test", 1, np.zeros(1)),
+    lambda: parallel.run(add_one, "test", 1, np.zeros(1)),
     lambda: numba.njit(plain)(3),
     hold_llvm,
 ):
@@ -314,7 +315,7 @@ for work in (
         for _ in range(4):
             threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
         x = np.zeros(1)
-        _threads.run(add_two, "test", 1, x)
+        parallel.run(add_two, "test", 1, x)
         os._exit(int(x[0] != 2))
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     thread.join()
@@ -355,7 +356,7 @@ thread.join()
 
 
 @needs_fork
-@pytest.mark.parametrize("module", ["numba", "numba.core.types", "pydeform.cpu._conv_forward", "numpy.ma"])
+@pytest.mark.parametrize("module", ["numba", "numba.core.types", "pydeform.cpu.conv.forward_kernel", "numpy.ma"])
 def test_fork_while_another_thread_imports(module):
     done = run_python(FORKED_DURING_IMPORT.replace("MODULE", repr(module)))
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr

@@ -40,9 +40,9 @@ def test_info_imports_no_framework():
 
 
 def test_info_without_a_cache(monkeypatch, capsys):
-    from pydeform.cpu import _jit
+    from pydeform.cpu.core import jit
 
-    monkeypatch.setattr(_jit, "cache_directory", lambda: None)
+    monkeypatch.setattr(jit, "cache_directory", lambda: None)
     assert cli.main(["info"]) == 0
     assert "none: its folder is not writable" in capsys.readouterr().out
 
@@ -97,12 +97,12 @@ def test_warmup(tmp_path):
 import sys
 import pydeform
 from pydeform import _selfcheck, cli
-from pydeform.cpu import _jit
+from pydeform.cpu.core import jit
 
 if sys.argv[1:]:
     sys.exit(cli.main(["warmup", *sys.argv[1:]]))
 assert cli.main(["warmup", "conv2d"]) == 0
-_jit.Kernel._compile = lambda kernel, key, arguments: sys.exit(f"compiles {kernel.call}")
+jit.Kernel._compile = lambda kernel, key, arguments: sys.exit(f"compiles {kernel.call}")
 for name in ("float32", "float64"):
     for problem in _selfcheck.problems("conv2d"):
         _selfcheck.run("conv2d", problem, _selfcheck.CPU, _selfcheck.DTYPES[name])

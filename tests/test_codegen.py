@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from numba import types
 
-from pydeform.cpu import _simd, _simd_bands, _simd_roi
+from pydeform.cpu.core import bands, simd, weighted
 from tests.codegen import PROCESSORS, Loop, assembly, loops
 
 NUMBER, FLAG, INDEX = types.int64, types.boolean, types.CPointer(types.int32)
@@ -23,7 +23,7 @@ def arguments_of(name: str, real: Any, lanes: int) -> tuple[list[Any], dict[int,
     """Types of a primitive's arguments, and those of them that kernels give as constants."""
     p = types.CPointer(real)
     band = [p, INDEX, p, NUMBER, NUMBER, NUMBER, p]
-    panel = _simd.panel_vectors(lanes * real.bitwidth // 8) * lanes
+    panel = simd.panel_vectors(lanes * real.bitwidth // 8) * lanes
     return {
         "multiply_wide": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 208, 2: 1, 4: panel}),
         "multiply_wide transposed": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 1, 8: 0}),
@@ -95,8 +95,8 @@ STACK_STORES = {("weighted_sum", "nehalem", 32): 1}
 def found(name: str, processor: str, bits: int, rows: int | None = None) -> list[Loop]:
     on = PROCESSORS[processor]
     real = types.float32 if bits == 32 else types.float64
-    own = _simd.primitives(on.vector_bytes, rows) if rows else _simd.primitives(on.vector_bytes)
-    places = (own, _simd_roi.primitives(on.vector_bytes), _simd_bands)
+    own = simd.primitives(on.vector_bytes, rows) if rows else simd.primitives(on.vector_bytes)
+    places = (own, weighted.primitives(on.vector_bytes), bands)
     primitive = next(getattr(place, name.split()[0]) for place in places if hasattr(place, name.split()[0]))
     arguments, constants = arguments_of(name, real, on.vector_bytes * 8 // bits)
     return loops(assembly(primitive, arguments, constants, on), on)
@@ -131,6 +131,6 @@ def test_the_block_that_did_not_fit_is_told(processor):
 
 
 def test_every_primitive_is_looked_at():
-    for module in (_simd.primitives(32), _simd_roi.primitives(32)):
+    for module in (simd.primitives(32), weighted.primitives(32)):
         names = {name for name, value in vars(module).items() if hasattr(value, "_defn")}
         assert names <= set(PRIMITIVES)

@@ -18,7 +18,10 @@ import pytest
 
 import pydeform
 from pydeform._geometry import Conv2dGeometry
-from pydeform.cpu import _conv_backward, _conv_common, _conv_forward, _roi_common
+from pydeform.cpu.conv import backward_kernel as conv_backward
+from pydeform.cpu.conv import forward_kernel as conv_forward
+from pydeform.cpu.conv import plan as conv_plan
+from pydeform.cpu.roi import common as roi_common
 from tests.cases.deform_conv2d import CASES, dtype_of, make, make_grad_output
 from tests.conftest import assert_same_bits
 from tests.test_cpu_memory import _run_fenced
@@ -170,7 +173,7 @@ def _assert_no_growth(work: Work, dtype: str, send: Any, measure: Any) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_memory(backend, one_thread, monkeypatch, name, dtype):
     if backend.on_cpu:
-        monkeypatch.setattr(_roi_common, "LIST_BYTES", 4096)  # else lists of a side of the image fit
+        monkeypatch.setattr(roi_common, "LIST_BYTES", 4096)  # else lists of a side of the image fit
         _assert_no_growth(WORK[name], dtype, backend.array, _peak)
         return
     monkeypatch.setattr("pydeform.cuda._conv_common.SMALL_COPY", 0)  # else the smaller image may be copied
@@ -187,7 +190,7 @@ def test_memory(backend, one_thread, monkeypatch, name, dtype):
 @pytest.mark.parametrize("name", WORK)
 def test_memory_for_strided_images(one_thread, monkeypatch, name):
     """And no copy of an image that kernels cannot read as it is. CUDA has to copy it."""
-    monkeypatch.setattr(_roi_common, "LIST_BYTES", 4096)
+    monkeypatch.setattr(roi_common, "LIST_BYTES", 4096)
     for dtype in ("float32", "bfloat16"):
         _assert_no_growth(WORK[name], dtype, lambda a: np.asfortranarray(a) if a.size > 5000 else a, _peak)
 
@@ -230,7 +233,7 @@ def _assert_both_ways(
 ) -> None:
     found = []
     for gathered in (False, True):
-        for module in (_roi_common, _conv_forward, _conv_backward):
+        for module in (roi_common, conv_forward, conv_backward):
             monkeypatch.setattr(module, "prefers_planes", lambda *_, gathered=gathered: gathered)
         of_way = {**arrays, "input": _strided(arrays["input"]) if gathered else arrays["input"]}
         with np.errstate(all="ignore"):
@@ -306,17 +309,17 @@ def test_bins_in_bands_give_the_same_bits(monkeypatch, name, pooled, dtype):
     names = [n for n in OPERATORS[variant.operator] if n != "boxes"]
     assert names[0] == "input"
     want = list(_everything(variant.operator, arrays, grad_output, variant.options))
-    monkeypatch.setattr(_roi_common, "LIST_BYTES", 1)
+    monkeypatch.setattr(roi_common, "LIST_BYTES", 1)
     sizes = []
-    whole = _roi_common.lists_of_threads
+    whole = roi_common.lists_of_threads
 
     def watched(*args: Any) -> Any:
         sizes.append(whole(*args))
         return sizes[-1]
 
-    monkeypatch.setattr(_roi_common, "lists_of_threads", watched)
+    monkeypatch.setattr(roi_common, "lists_of_threads", watched)
     with monkeypatch.context() as patch:
-        patch.setattr("pydeform.cpu._threads.run", _run_fenced(sys.modules["pydeform.cpu._threads"].run))
+        patch.setattr("pydeform.cpu.core.parallel.run", _run_fenced(sys.modules["pydeform.cpu.core.parallel"].run))
         got = list(_everything(variant.operator, arrays, grad_output, variant.options))
     assert sizes and all(shapes[1][0][1] == 16 for shapes in sizes)
     for (what, g), (_, w) in zip(got, want, strict=True):
@@ -335,9 +338,9 @@ def test_lists_of_small_boxes_do_not_grow_with_the_image(output_size, mode, samp
         g = pydeform.ops.roi_align._geometry_of(
             "roi_align", {"input": image, "boxes": boxes}, output_size, 1.0, sampling_ratio, False, mode
         )
-        parts = _roi_common.lists_of_threads(1, g, boxes)
+        parts = roi_common.lists_of_threads(1, g, boxes)
         taken.append(sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts))
-    assert taken[1] < 2 * _roi_common.LIST_BYTES
+    assert taken[1] < 2 * roi_common.LIST_BYTES
 
 
 # --- tables
@@ -347,7 +350,7 @@ def test_lists_of_small_boxes_do_not_grow_with_the_image(output_size, mode, samp
 @pytest.mark.parametrize("group", [(1, 1), (2, 3), (7, 7)])
 @pytest.mark.parametrize("part", [(1, 1), (3, 4), (7, 7), (9, 2)])
 def test_table_of_bins(pooled, group, part):
-    table = _roi_common.bins_table(pooled, group, part)
+    table = roi_common.bins_table(pooled, group, part)
     assert len(table) == sum(pooled)  # not their product
     for y, x in itertools.product(*map(range, pooled)):
         for name, (height, width) in ("cell", group), ("part", part):
@@ -408,14 +411,14 @@ def _geometry(groups: int, offset_groups: int, ins: int, outs: int) -> Conv2dGeo
 )
 def test_tables_of_groups_are_those_of_one_repeated(groups, offset_groups, ins, outs):
     g = _geometry(groups, offset_groups, ins, outs)
-    depthwise = _conv_common.is_depthwise(g)
+    depthwise = conv_plan.is_depthwise(g)
     for has_pairs in (False, True):
-        want = _conv_forward._steps_of_period(g, 32, depthwise, has_pairs)
-        for got, whole in zip(_conv_forward._steps(g, 32, has_pairs), want, strict=True):
+        want = conv_forward._steps_of_period(g, 32, depthwise, has_pairs)
+        for got, whole in zip(conv_forward._steps(g, 32, has_pairs), want, strict=True):
             np.testing.assert_array_equal(got, whole)
-    blocks, *sizes = _conv_backward._blocks(g, 32, 8, outs, False)
+    blocks, *sizes = conv_backward._blocks(g, 32, 8, outs, False)
     largest = int(max(blocks["channels"]))
-    whole, *want_sizes = _conv_backward._blocks_of_period(g, 32, largest, depthwise, 8, outs)
+    whole, *want_sizes = conv_backward._blocks_of_period(g, 32, largest, depthwise, 8, outs)
     latest: dict[int, int] = {}
     for number, row in enumerate(blocks):
         assert row["previous"] == latest.get(row["og"], -1)
@@ -430,21 +433,21 @@ def test_tables_of_groups_are_those_of_one_repeated(groups, offset_groups, ins, 
 def test_tables_of_many_groups(monkeypatch):
     """Made for one group, and not kept."""
     g = _geometry(30_000, 1, 2, 2)
-    assert _conv_common.period_of(g)[0].groups == 1
+    assert conv_plan.period_of(g)[0].groups == 1
     seen = []
-    for module, name in ((_conv_forward, "_steps_of_period"), (_conv_backward, "_blocks_of_period")):
+    for module, name in ((conv_forward, "_steps_of_period"), (conv_backward, "_blocks_of_period")):
         make = getattr(module, name)
         monkeypatch.setattr(module, name, lambda one, *rest, make=make: (seen.append(one.groups), make(one, *rest))[1])
-    kept = _conv_forward._kept.cache_info().currsize, _conv_backward._kept.cache_info().currsize
+    kept = conv_forward._kept.cache_info().currsize, conv_backward._kept.cache_info().currsize
     single = np.dtype(np.float32)
-    prepared = _conv_forward._prepared(g, single, single, 1, True, True)
+    prepared = conv_forward._prepared(g, single, single, 1, True, True)
     assert len(prepared.tables[1]) == 9 * 30_000
     needs = frozenset({"input", "weight"})
-    assert len(_conv_backward._prepared(g, single, single, 1, True, True, needs).blocks) == 30_000
+    assert len(conv_backward._prepared(g, single, single, 1, True, True, needs).blocks) == 30_000
     assert seen == [1, 1]
-    assert kept == (_conv_forward._kept.cache_info().currsize, _conv_backward._kept.cache_info().currsize)
-    kept_bins = _roi_common.bins_table.cache_info().currsize
+    assert kept == (conv_forward._kept.cache_info().currsize, conv_backward._kept.cache_info().currsize)
+    kept_bins = roi_common.bins_table.cache_info().currsize
     variant = Variant("roi_align", {"output_size": (5000, 1)}, 1)
     arrays, _ = problem(variant, "float32", corners=CORNERS[:1])
     pydeform.roi_align(**arrays, **variant.options)
-    assert _roi_common.bins_table.cache_info().currsize == kept_bins
+    assert roi_common.bins_table.cache_info().currsize == kept_bins

@@ -15,7 +15,11 @@ import pytest
 
 import pydeform
 from pydeform import _geometry
-from pydeform.cpu import _arrays, _conv_backward, _conv_common, _conv_forward, _conv_weights, _jit, _simd, _threads
+from pydeform.cpu.conv import backward_kernel as conv_backward
+from pydeform.cpu.conv import forward_kernel as conv_forward
+from pydeform.cpu.conv import plan as conv_plan
+from pydeform.cpu.conv import weights as conv_weights
+from pydeform.cpu.core import jit, memory, parallel, simd
 from tests.cases.deform_conv2d import CASES, make
 from tests.conftest import assert_same_bits, poison, take_no_spare
 from tests.reference import deform_conv2d as reference
@@ -39,7 +43,7 @@ AGAINST_ORACLE = """
 import numpy as np
 import pydeform
 from pydeform import _geometry
-from pydeform.cpu import _simd
+from pydeform.cpu.core import simd
 from tests.reference import deform_conv2d as oracle
 
 rng = np.random.default_rng(3)
@@ -58,7 +62,7 @@ want = oracle.backward(grad, *arrays.values(), (1, 1), ((0, 0), (1, 1)), (1, 1))
 got = pydeform.deform_conv2d_backward(grad, **arrays, padding=(0, 1))
 for name in arrays:
     np.testing.assert_allclose(getattr(got, name), want[name], rtol=1e-11, atol=1e-11, err_msg=name)
-print("vector bytes", _simd.VECTOR_BYTES)
+print("vector bytes", simd.VECTOR_BYTES)
 """
 
 
@@ -74,8 +78,8 @@ def test_kernels_without_avx():
 
 def test_an_image_of_2_to_the_31_pixels_takes_the_wide_index():
     g = _geometry.Conv2dGeometry(*[1] * len(_geometry.Conv2dGeometry._fields))
-    assert _conv_common.pixel_dtype(g._replace(in_h=2**15, in_w=2**16 - 1)) == np.int32
-    assert _conv_common.pixel_dtype(g._replace(in_h=2**16, in_w=2**15)) == np.int64
+    assert conv_plan.pixel_dtype(g._replace(in_h=2**15, in_w=2**16 - 1)) == np.int32
+    assert conv_plan.pixel_dtype(g._replace(in_h=2**16, in_w=2**15)) == np.int64
 
 
 def test_both_index_types_give_the_same_bits(monkeypatch):
@@ -89,8 +93,8 @@ def test_both_index_types_give_the_same_bits(monkeypatch):
     narrow = pydeform.deform_conv2d(*arrays, padding=1)
     narrow_grads = pydeform.deform_conv2d_backward(grad, *arrays, padding=1)
     asked = []
-    monkeypatch.setattr(_conv_common, "pixel_dtype", lambda g: asked.append(g) or np.dtype(np.int64))
-    for module in (_conv_forward, _conv_backward):  # plans are kept
+    monkeypatch.setattr(conv_plan, "pixel_dtype", lambda g: asked.append(g) or np.dtype(np.int64))
+    for module in (conv_forward, conv_backward):  # plans are kept
         monkeypatch.setattr(module, "_kept", module._kept.__wrapped__)
     wide = pydeform.deform_conv2d(*arrays, padding=1)
     wide_grads = pydeform.deform_conv2d_backward(grad, *arrays, padding=1)
@@ -107,10 +111,10 @@ def test_tiles_of_any_size_give_the_same_bits(monkeypatch):
         rng.standard_normal(shape, np.float32) for shape in ((2, 80, 24, 27), (2, 18, 24, 27), (70, 80, 3, 3))
     )
     plans, outputs = [], []
-    make = _conv_forward._kept.__wrapped__
-    monkeypatch.setattr(_conv_forward, "_prepared", lambda *of: plans.append(make(*of)) or plans[-1])
+    make = conv_forward._kept.__wrapped__
+    monkeypatch.setattr(conv_forward, "_prepared", lambda *of: plans.append(make(*of)) or plans[-1])
     for cache in (1 << 10, 1 << 18, 1 << 21, 1 << 40):
-        monkeypatch.setattr(_conv_forward, "second_level_cache", lambda cache=cache: cache)
+        monkeypatch.setattr(conv_forward, "second_level_cache", lambda cache=cache: cache)
         with pydeform.num_threads(1):
             outputs.append(pydeform.deform_conv2d(x, offset, weight, padding=1))
     assert len({prepared.plan.positions for prepared in plans}) > 1
@@ -155,7 +159,7 @@ def test_outputs_that_fill_any_part_of_a_panel(monkeypatch, dtype, outs):
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_kernels_of_more_taps_than_are_turned_at_once(monkeypatch, dtype):
-    assert _conv_weights.TAPS < 9 * 9
+    assert conv_weights.TAPS < 9 * 9
     poison(monkeypatch)
     for ins, outs in ((17, 33), (32, 32)):
         assert_products_are_exact(dtype, ins, outs, (9, 10), (9, 9))
@@ -168,10 +172,10 @@ def test_images_of_few_channels_are_two_pieces_or_two_blocks(monkeypatch, larges
         rng.standard_normal(shape) for shape in ((2, 34, 14, 14), (2, 18, 14, 14), (3, 34, 3, 3), (2, 3, 14, 14))
     )
     want = reference.backward(grad, x, offset, weight, None, None, (1, 1), ((1, 1), (1, 1)), (1, 1))
-    plans, make = [], _conv_backward._kept.__wrapped__
-    monkeypatch.setattr(_conv_backward, "SMALL_IMAGE", largest)
-    monkeypatch.setattr(_conv_backward, "_prepared", lambda *of: plans.append(make(*of)) or plans[-1])
-    monkeypatch.setattr(_conv_common, "SERIAL_FLOPS", 0)
+    plans, make = [], conv_backward._kept.__wrapped__
+    monkeypatch.setattr(conv_backward, "SMALL_IMAGE", largest)
+    monkeypatch.setattr(conv_backward, "_prepared", lambda *of: plans.append(make(*of)) or plans[-1])
+    monkeypatch.setattr(conv_plan, "SERIAL_FLOPS", 0)
     results = []
     for threads in (1, 2, 3):
         with pydeform.num_threads(threads):
@@ -194,7 +198,7 @@ def test_a_large_image_of_few_channels_has_one_gradient():
             "test", np.broadcast_to(np.float32(0), shape), np.ones((8, channels, 3, 3)), None, 1, 1, 1
         )
         single, needs = np.dtype(np.float32), frozenset({"input"})
-        prepared = _conv_backward._prepared(g, single, single, 2, False, False, needs)
+        prepared = conv_backward._prepared(g, single, single, 2, False, False, needs)
         assert (len(prepared.blocks), prepared.plan.pieces) == (blocks, pieces)
 
 
@@ -206,7 +210,7 @@ def test_a_system_that_does_not_know_its_cache(monkeypatch, answer):
         return answer
 
     monkeypatch.setattr("os.sysconf", sysconf)
-    assert _simd.second_level_cache() == 1 << 20
+    assert simd.second_level_cache() == 1 << 20
 
 
 TINY = """
@@ -225,25 +229,25 @@ def test_an_unwritable_cache_folder_is_said_once_and_does_no_harm(tmp_path):
     assert done.stderr.count("not writable") == 1
 
 
-@_jit.Kernel
+@jit.Kernel
 def mark(thread, counters, done, by, order):
-    _threads.call_helpers(thread, counters)
+    parallel.call_helpers(thread, counters)
     for phase in range(2):
-        unit = _threads.claim_near(counters, 1, thread, len(done)) if phase else _threads.claim(counters, 0)
+        unit = parallel.claim_near(counters, 1, thread, len(done)) if phase else parallel.claim(counters, 0)
         while unit < len(done):
             done[unit] += 1
             order[thread, by[thread]] = unit
             by[thread] += 1
-            _threads.finish(counters, phase)
-            unit = _threads.claim_near(counters, 1, thread, len(done)) if phase else _threads.claim(counters, 0)
-        _threads.wait_for(counters, phase, len(done))
-    _threads.let_helpers_go(thread, counters)
+            parallel.finish(counters, phase)
+            unit = parallel.claim_near(counters, 1, thread, len(done)) if phase else parallel.claim(counters, 0)
+        parallel.wait_for(counters, phase, len(done))
+    parallel.let_helpers_go(thread, counters)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_every_unit_is_done_once_by_any_number_of_threads(threads):
     done, by, order = np.zeros(1000, np.int64), np.zeros(threads, np.int64), np.zeros((threads, 2000), np.int64)
-    _threads.run(mark, "test", threads, _threads.new_counters(2), done, by, order)
+    parallel.run(mark, "test", threads, parallel.new_counters(2), done, by, order)
     assert (done == 2).all() and by.sum() == 2000
 
 
@@ -253,9 +257,9 @@ def marks(units, threads):
 
 def test_who_finds_no_unit_takes_no_step():
     """Else a third thread that came too late took that of one on its side, whose unit nobody did."""
-    counters, arrays = _threads.new_counters(2), marks(4, 2)
+    counters, arrays = parallel.new_counters(2), marks(4, 2)
     call = mark.prepare("few", (0, counters, *arrays))
-    near, finished = 2 * _threads._STRIDE, _threads._FINISHED * _threads._STRIDE
+    near, finished = 2 * parallel._STRIDE, parallel._FINISHED * parallel._STRIDE
     counters[0] = counters[finished] = counters[near] = counters[near + finished] = 4
     counters[near + 1 : near + 3] = 2
     for thread in (0, 1):
@@ -264,18 +268,18 @@ def test_who_finds_no_unit_takes_no_step():
 
 
 def test_threads_claim_from_both_ends():
-    counters, done, by, order = _threads.new_counters(2), *(np.zeros(n, np.int64) for n in (10, 2)), np.zeros((2, 20))
+    counters, done, by, order = parallel.new_counters(2), *(np.zeros(n, np.int64) for n in (10, 2)), np.zeros((2, 20))
     call = mark.prepare("both ends", (0, counters, done, by, order))
     counters[:] = 0
-    near = 2 * _threads._STRIDE
-    counters[0] = counters[_threads._FINISHED * _threads._STRIDE] = 10  # nothing to do in phase 0
+    near = 2 * parallel._STRIDE
+    counters[0] = counters[parallel._FINISHED * parallel._STRIDE] = 10  # nothing to do in phase 0
     counters[near : near + 3] = 4, 1, 3  # claimed: unit 0 by an even thread, 9, 8 and 7 by odd ones
-    counters[near + _threads._FINISHED * _threads._STRIDE] = 7  # those, and what is claimed by the other below
+    counters[near + parallel._FINISHED * parallel._STRIDE] = 7  # those, and what is claimed by the other below
     counters[near] += 3
     call(1, counters, done, by, order)
     assert order[1, : by[1]].tolist() == [6, 5, 4] and done.tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
     counters[near] = 7
-    counters[near + _threads._FINISHED * _threads._STRIDE] = 7
+    counters[near + parallel._FINISHED * parallel._STRIDE] = 7
     call(0, counters, done, by, order)
     assert order[0, : by[0]].tolist() == [1, 2, 3] and done.tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0, 0]
 
@@ -317,7 +321,7 @@ def test_kernels_neither_read_what_they_did_not_write_nor_write_past_the_end(mon
     grad = np.random.default_rng(1).standard_normal(output.shape)
     grads = pydeform.deform_conv2d_backward(grad, *call, **options)
     take_no_spare(monkeypatch)
-    monkeypatch.setattr(_arrays, "workspace", poisoned)
+    monkeypatch.setattr(memory, "workspace", poisoned)
     assert_same_bits(pydeform.deform_conv2d(*call, **options), output)
     again = pydeform.deform_conv2d_backward(grad, *call, **options)
     for one, other in zip(again, grads, strict=True):
@@ -330,7 +334,7 @@ def test_kernels_neither_read_what_they_did_not_write_nor_write_past_the_end(mon
 
 def test_what_arguments_rule_out_is_not_compiled(monkeypatch):
     """What stands under the other condition has no type: Numba by itself leaves it out for None alone."""
-    monkeypatch.setattr(_jit, "cache_directory", lambda: None)
+    monkeypatch.setattr(jit, "cache_directory", lambda: None)
 
     def function(out, maybe):
         if maybe is None:
@@ -338,7 +342,7 @@ def test_what_arguments_rule_out_is_not_compiled(monkeypatch):
         if maybe is not None:
             out[0] = maybe.shape[0]
 
-    kernel, out = _jit.Kernel(function), np.zeros(1)
+    kernel, out = jit.Kernel(function), np.zeros(1)
     for key, maybe, want in (("none", None, 1), ("array", np.zeros(5), 5)):
         kernel.prepare(key, (out, maybe))(out, maybe)
         assert out[0] == want
@@ -348,7 +352,7 @@ def test_what_arguments_rule_out_is_not_compiled(monkeypatch):
 
 @pytest.mark.parametrize("was_on", [True, False])
 def test_compiling_leaves_the_garbage_collector_as_it_was(monkeypatch, was_on):
-    monkeypatch.setattr(_jit, "cache_directory", lambda: None)
+    monkeypatch.setattr(jit, "cache_directory", lambda: None)
     seen = []
     compile_it = numba.core.dispatcher.Dispatcher.compile
 
@@ -359,9 +363,9 @@ def test_compiling_leaves_the_garbage_collector_as_it_was(monkeypatch, was_on):
     monkeypatch.setattr(numba.core.dispatcher.Dispatcher, "compile", compiles)
     (gc.enable if was_on else gc.disable)()
     try:
-        _jit.Kernel(lambda out: None).prepare("one", (np.zeros(1),))
+        jit.Kernel(lambda out: None).prepare("one", (np.zeros(1),))
         with pytest.raises(numba.TypingError):
-            _jit.Kernel(lambda out: out.nothing).prepare("one", (np.zeros(1),))
+            jit.Kernel(lambda out: out.nothing).prepare("one", (np.zeros(1),))
         assert gc.isenabled() == was_on and seen == [False, False]
     finally:
         gc.enable()

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 import pydeform
-from pydeform.cpu import _arrays, _conv_common, _roi_common, _simd_pairs, _threads
-from pydeform.cpu._jit import Kernel
-from pydeform.cpu._simd import at
+from pydeform.cpu.conv import plan as conv_plan
+from pydeform.cpu.core import memory, pair_products, parallel
+from pydeform.cpu.core.jit import Kernel
+from pydeform.cpu.core.simd import at
+from pydeform.cpu.roi import common as roi_common
 from tests.cases.deform_conv2d import ARRAYS, CASES, make, make_grad_output
 from tests.conftest import assert_same_bits, take_no_spare
 from tests.test_roi import CORNERS, OPERATORS, VARIANTS, problem, wide
@@ -38,7 +40,7 @@ def _fenced(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _run_fenced(run: Any) -> Any:
-    """`_threads.run` with fences around all arrays of a kernel."""
+    """`parallel.run` with fences around all arrays of a kernel."""
 
     def fenced(kernel: Any, key: Any, threads: int, *arguments: Any) -> None:
         pairs = [_fenced(a) if isinstance(a, np.ndarray) else (a, None) for a in arguments]
@@ -83,9 +85,9 @@ def _results(
 def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """The same bits behind fences, on two threads and on one, whatever is in fresh memory."""
     before = pydeform.get_num_threads()
-    for module in (_roi_common, _conv_common):
+    for module in (roi_common, conv_plan):
         monkeypatch.setattr(module, "SERIAL_FLOPS", 0)  # on several threads, however small
-    run, used = _threads.run, set()
+    run, used = parallel.run, set()
 
     def watched(kernel: Any, key: Any, threads: int, *arguments: Any) -> None:
         used.add(threads)
@@ -102,8 +104,8 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
             some = subsets if threads == 2 and fill == WOOD else subsets[:1]
             with monkeypatch.context() as patch:
                 take_no_spare(patch)
-                patch.setattr(_arrays, "np", _Filled(fill))
-                patch.setattr(_threads, "run", watched)
+                patch.setattr(memory, "np", _Filled(fill))
+                patch.setattr(parallel, "run", watched)
                 got = list(_results(operator, some, *of_problem))
             assert max(used, default=threads) == threads  # none of an empty batch
             for g, w in zip(got, want[: len(got)], strict=True):
@@ -168,7 +170,7 @@ def test_bins_moved_far_away(check, name, dtype):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_deform_conv2d(check, name, dtype, monkeypatch):
     # In pairs, on every processor.
-    monkeypatch.setattr(_conv_common, "pair_dtype", lambda: _simd_pairs.pair_dtype() or _simd_pairs.DOTS)
+    monkeypatch.setattr(conv_plan, "pair_dtype", lambda: pair_products.pair_dtype() or pair_products.DOTS)
     case = CASES[name]
     arrays, grad_output = make(case, dtype), make_grad_output(case, dtype)
     check("deform_conv2d", ARRAYS, arrays, grad_output, case.options, all_subsets=True)
@@ -186,7 +188,7 @@ def _one_too_many(thread: int, inside: Any, place: int) -> None:
 
 @pytest.mark.parametrize("place", [-1, 5])
 def test_fences_are_looked_at(place):
-    run = _run_fenced(_threads.run)
+    run = _run_fenced(parallel.run)
     run(_one_too_many, "d", 1, np.zeros(5), 4)
     with pytest.raises(AssertionError, match=r"_one_too_many wrote \w+ its argument 0, float64\(5,\)"):
         run(_one_too_many, "d", 1, np.zeros(5), place)

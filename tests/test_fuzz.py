@@ -69,20 +69,20 @@ def test_a_wrong_number_is_found(monkeypatch, operator, which):
 
 def test_what_another_way_changes_is_found(monkeypatch):
     """One bit that depends on threads, or on memory that nobody wrote."""
-    from pydeform.cpu import _arrays
+    from pydeform.cpu.core import memory
 
     right, problem = pydeform.conv2d, one("conv2d", "plain")[0]
 
     def unsteady(*arguments, **options):
         result = right(*arguments, **options)
-        if not isinstance(_arrays.np, type(np)):  # memory is being poisoned
+        if not isinstance(memory.np, type(np)):  # memory is being poisoned
             result.flat[0] = np.nextafter(result.flat[0], np.asarray(9, result.dtype))
         return result
 
     monkeypatch.setattr(pydeform, "conv2d", unsteady)
     with pytest.raises(AssertionError, match="output in other layouts, on threads, in poisoned memory: bits differ"):
         check.check(problem, np.random.default_rng(0), CPU)
-    assert isinstance(_arrays.np, type(np))  # and it is given back
+    assert isinstance(memory.np, type(np))  # and it is given back
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 import pydeform
 from pydeform import _arrays
-from pydeform.cpu import _half
+from pydeform.cpu.core import half
 from tests.conftest import assert_same_bits
 
 EVERY_HALF = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
@@ -65,10 +65,10 @@ def test_operators_convert_so(monkeypatch):
     calls = []
 
     def counted(name, convert):
-        monkeypatch.setattr(_half, name, lambda a, b: (calls.append((name, a.size)), convert(a, b)))
+        monkeypatch.setattr(half, name, lambda a, b: (calls.append((name, a.size)), convert(a, b)))
 
-    counted("widen", _half.widen)
-    counted("round_to_half", _half.round_to_half)
+    counted("widen", half.widen)
+    counted("round_to_half", half.round_to_half)
     x, weight = np.full((1, 2, 5, 6), 1e-4, np.float16), np.full((3, 2, 3, 3), 1e-3, np.float16)
     y = pydeform.conv2d(x, weight)
     assert calls == [("widen", x.size), ("widen", weight.size), ("round_to_half", y.size)]

@@ -293,7 +293,7 @@ def test_analysis_gives_the_numbers_of_numpy(library, convert, dtype):
 
 @pytest.mark.parametrize("library, convert, dtype", FOREIGN)
 def test_the_kernels_see_the_callers_memory_and_the_caller_sees_theirs(library, convert, dtype, monkeypatch):
-    twin = importlib.import_module("pydeform.cpu.deform_conv2d")
+    twin = importlib.import_module("pydeform.cpu.conv")
     compute, seen = twin.forward, {}
 
     def forward(input, offset, weight, bias, mask, g, **options):

@@ -17,11 +17,11 @@ import numba
 import numpy as np
 import pytest
 
-from pydeform.cpu import _kernel_cache
-from pydeform.cpu._kernel_cache import KernelCache
+from pydeform.cpu.core import kernel_cache
+from pydeform.cpu.core.kernel_cache import KernelCache
 from tests.test_cpu_kernels import TINY, run_python
 
-PACKAGE = Path(_kernel_cache.__file__).parents[1]
+PACKAGE = Path(kernel_cache.__file__).parents[1]
 SAID = "are damaged: they are compiled again"
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
 
@@ -53,7 +53,7 @@ def test_all_that_is_compiled_in_counts():
     found = set((PACKAGE / "cpu").rglob("*.py"))
     while more := set().union(*map(imports_of, found)) - found:
         found |= more
-    got = set(_kernel_cache.compiled_sources())
+    got = set(kernel_cache.compiled_sources())
     assert got == found
     assert {PACKAGE / "_geometry.py", PACKAGE / "_roi_geometry.py"} <= got
     assert PACKAGE / "cli.py" not in got and PACKAGE / "ops" / "conv2d.py" not in got
@@ -64,30 +64,30 @@ def copied(tmp_path, monkeypatch) -> Path:
     """A copy of the package, for `_kernel_cache` to read the sources of."""
     copy = tmp_path / "pydeform"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(_kernel_cache, "_PACKAGE", copy)
+    monkeypatch.setattr(kernel_cache, "_PACKAGE", copy)
     return copy
 
 
 def test_an_edit_in_any_compiled_source_makes_the_cache_stale(copied):
-    before = _kernel_cache.source_digest()
-    for path in _kernel_cache.compiled_sources():
+    before = kernel_cache.source_digest()
+    for path in kernel_cache.compiled_sources():
         text = path.read_text("utf-8")
         path.write_text(text + "# edited\n", "utf-8")
-        assert _kernel_cache.source_digest() != before, path
+        assert kernel_cache.source_digest() != before, path
         path.write_text(text, "utf-8")
-        assert _kernel_cache.source_digest() == before
+        assert kernel_cache.source_digest() == before
 
 
 def test_files_that_come_go_and_move_make_the_cache_stale(copied):
-    before = _kernel_cache.source_digest()
+    before = kernel_cache.source_digest()
     new = copied / "cpu" / "below" / "further"
     new.mkdir(parents=True)
     (new / "more.py").write_text("")
-    assert _kernel_cache.source_digest() != before
+    assert kernel_cache.source_digest() != before
     (new / "more.py").unlink()
-    assert _kernel_cache.source_digest() == before
-    (copied / "cpu" / "_roi_few.py").rename(copied / "cpu" / "_roi_fewer.py")
-    assert _kernel_cache.source_digest() != before
+    assert kernel_cache.source_digest() == before
+    (copied / "cpu" / "roi" / "few.py").rename(copied / "cpu" / "roi" / "fewer.py")
+    assert kernel_cache.source_digest() != before
 
 
 @pytest.mark.parametrize(
@@ -104,18 +104,18 @@ def test_files_that_come_go_and_move_make_the_cache_stale(copied):
 def test_a_new_import_is_followed(copied, line):
     (copied / "_new.py").write_text("from pydeform import _further\n")
     (copied / "_further.py").write_text("")
-    assert copied / "_new.py" not in _kernel_cache.compiled_sources()
-    with (copied / "cpu" / "_simd.py").open("a") as file:
+    assert copied / "_new.py" not in kernel_cache.compiled_sources()
+    with (copied / "cpu" / "core" / "simd.py").open("a") as file:
         file.write(line + "\n")
-    assert {copied / "_new.py", copied / "_further.py"} <= set(_kernel_cache.compiled_sources())
+    assert {copied / "_new.py", copied / "_further.py"} <= set(kernel_cache.compiled_sources())
 
 
 def test_an_edit_elsewhere_compiles_nothing_again(copied):
-    before = _kernel_cache.source_digest()
+    before = kernel_cache.source_digest()
     for name in ("cli.py", "__init__.py", "ops/conv2d.py", "layers/__init__.py"):
         with (copied / name).open("a") as file:
             file.write("# edited\n")
-    assert _kernel_cache.source_digest() == before
+    assert kernel_cache.source_digest() == before
 
 
 SWAPPED = """
@@ -174,7 +174,7 @@ def loaded(dispatcher) -> bool:
 @pytest.fixture
 def file(tmp_path, monkeypatch) -> Path:
     """Of a kernel that is kept, in a process that has said nothing yet."""
-    monkeypatch.setattr(_kernel_cache, "_said", set())
+    monkeypatch.setattr(kernel_cache, "_said", set())
     assert not loaded(kept_in(tmp_path))
     assert loaded(kept_in(tmp_path))
     (path,) = tmp_path.iterdir()
@@ -205,8 +205,8 @@ def put_pipe(path):
 
 def other_content(path, content):
     """Sound by its checksum and of the right identity, so written by us, but nothing that Numba can use."""
-    start = path.read_bytes()[_kernel_cache._DIGEST_BYTES :][: _kernel_cache._DIGEST_BYTES]
-    path.write_bytes(_kernel_cache.hashlib.sha256(start + content).digest() + start + content)
+    start = path.read_bytes()[kernel_cache._DIGEST_BYTES :][: kernel_cache._DIGEST_BYTES]
+    path.write_bytes(kernel_cache.hashlib.sha256(start + content).digest() + start + content)
 
 
 DAMAGE = {
@@ -255,7 +255,7 @@ def test_an_unreadable_file(file, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", refuse)
-        patch.setattr(_kernel_cache, "source_digest", lambda: _kernel_cache._loaded_sources)
+        patch.setattr(kernel_cache, "source_digest", lambda: kernel_cache._loaded_sources)
         assert kept_in(file.parent)(14) == 42
     assert capsys.readouterr().err.count(SAID) == 1
     assert loaded(kept_in(file.parent))
@@ -267,7 +267,7 @@ def test_one_wrong_bit_anywhere_is_seen_before_llvm_sees_it(file):
         content[place] ^= 1 << place % 8
         file.write_bytes(content)
         with pytest.raises(ValueError, match="damaged"):
-            _kernel_cache._read(file, b"")
+            kernel_cache._read(file, b"")
         content[place] ^= 1 << place % 8
 
 
@@ -290,14 +290,14 @@ def test_what_else_determines_machine_code_makes_a_file_stale(file, monkeypatch)
     for module, name, value in (
         (numba, "__version__", "0.0"),
         (np, "__version__", "0.0"),
-        (_kernel_cache.llvmlite, "__version__", "0.0"),
+        (kernel_cache.llvmlite, "__version__", "0.0"),
         (llvmlite.binding, "llvm_version_info", (0, 0, 0)),
-        (_kernel_cache, "_loaded_sources", "0"),
+        (kernel_cache, "_loaded_sources", "0"),
     ):
         assert loaded(kept_in(file.parent))
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
-            patch.setattr(_kernel_cache, "source_digest", lambda: _kernel_cache._loaded_sources)
+            patch.setattr(kernel_cache, "source_digest", lambda: kernel_cache._loaded_sources)
             assert not loaded(kept_in(file.parent)), name
             assert loaded(kept_in(file.parent)), name
         assert not loaded(kept_in(file.parent)), name
@@ -375,7 +375,7 @@ def test_what_a_kernel_closes_over_counts(tmp_path):
 
 
 def test_an_upgrade_while_a_process_runs_is_not_credited_with_the_old_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(_kernel_cache, "source_digest", lambda: "of the new sources")
+    monkeypatch.setattr(kernel_cache, "source_digest", lambda: "of the new sources")
     assert kept_in(tmp_path)(14) == 42
     assert not list(tmp_path.iterdir())
 
@@ -389,7 +389,7 @@ def test_a_folder_that_vanishes_comes_back(file):
 
 
 def test_a_file_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(_kernel_cache, "_said", set())
+    monkeypatch.setattr(kernel_cache, "_said", set())
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -405,11 +405,11 @@ def test_a_file_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, capsy
 
 def test_without_source_files_nothing_is_kept(monkeypatch, capsys, tmp_path):
     """From a zip file or a frozen program: an upgrade could not be seen."""
-    monkeypatch.setattr(_kernel_cache, "_said", set())
-    monkeypatch.setattr(_kernel_cache, "_PACKAGE", tmp_path)
-    assert _kernel_cache.source_digest() is None
-    monkeypatch.setattr(_kernel_cache, "_loaded_sources", None)
-    assert _kernel_cache.cache_directory.__wrapped__() is None
+    monkeypatch.setattr(kernel_cache, "_said", set())
+    monkeypatch.setattr(kernel_cache, "_PACKAGE", tmp_path)
+    assert kernel_cache.source_digest() is None
+    monkeypatch.setattr(kernel_cache, "_loaded_sources", None)
+    assert kernel_cache.cache_directory.__wrapped__() is None
     assert capsys.readouterr().err.count("every process compiles them again") == 1
 
 
@@ -417,22 +417,22 @@ def test_without_a_home_nothing_is_kept(monkeypatch, capsys):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(_kernel_cache, "_said", set())
+    monkeypatch.setattr(kernel_cache, "_said", set())
     monkeypatch.setattr(Path, "home", no_home)
-    monkeypatch.setattr(_kernel_cache.config, "CACHE_DIR", "")
+    monkeypatch.setattr(kernel_cache.config, "CACHE_DIR", "")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("LOCALAPPDATA", raising=False)
-    assert _kernel_cache.cache_directory.__wrapped__() is None
+    assert kernel_cache.cache_directory.__wrapped__() is None
     assert capsys.readouterr().err.count("the home folder is not writable") == 1
 
 
 def test_a_missing_or_closed_stderr_stops_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(_kernel_cache, "_said", set())
+    monkeypatch.setattr(kernel_cache, "_said", set())
     closed = (tmp_path / "log").open("w")
     closed.close()
     for stream in (None, closed):
         monkeypatch.setattr(sys, "stderr", stream)
-        _kernel_cache.say_once("something")
+        kernel_cache.say_once("something")
 
 
 # Several processes.
@@ -440,7 +440,7 @@ def test_a_missing_or_closed_stderr_stops_nothing(monkeypatch, tmp_path):
 KILLED = """
 import itertools, os, random, signal, sys, time
 from pathlib import Path
-from pydeform.cpu import _kernel_cache
+from pydeform.cpu.core import kernel_cache
 from tests.test_kernel_cache import kept_in, loaded
 
 folder = Path(sys.argv[1])

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import pydeform
-from pydeform.cpu import _roi_bins, _roi_common
-from pydeform.cpu._simd_bands import BAND
+from pydeform.cpu.core.bands import BAND
+from pydeform.cpu.roi import bins as roi_bins
+from pydeform.cpu.roi import common as roi_common
 from tests.conftest import Backend, assert_same_bits
 from tests.reference import roi as reference
 from tests.test_roi import (
@@ -68,7 +69,7 @@ def check(variant: Variant, dtype: str = "float64", **how: Any) -> None:
 @pytest.mark.parametrize("name", LONG_LISTS)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_more_pixels_than_are_listed_at_once(name, dtype):
-    assert 28 * 28 > _roi_common.LISTED
+    assert 28 * 28 > roi_common.LISTED
     check(LONG_LISTS[name], dtype, corners=WHOLE, size=(30, 31))
 
 
@@ -95,7 +96,7 @@ def test_many_bins(name):
 def test_more_points_than_are_all_looked_at(mode):
     """Of a constant image a mean is the share of points that count, a maximum 0 as soon as one does not."""
     points = 4100
-    assert points > _roi_bins.MANY_POINTS
+    assert points > roi_bins.MANY_POINTS
     image = np.full((1, 1, *IN_SIZE), -3.0)
     # x from and to, y from and to: no width, upside down, no size, far out, and beginning between -1 and 0.
     spans = [

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numba import njit
 
-from pydeform.cpu import _simd
-from pydeform.cpu._simd import at, primitives
+from pydeform.cpu.core import simd as core
+from pydeform.cpu.core.simd import at, primitives
 
 WIDTHS = {width: primitives(width) for width in (16, 32, 64)}
 TOLERANCE = {"float32": 2e-6, "float64": 1e-15}
@@ -33,16 +33,16 @@ def close(got, want, dtype, scale=1.0):
 
 
 def test_module_exports_the_width_of_this_machine():
-    assert _simd.VECTOR_BYTES in WIDTHS
-    assert (_simd.WIDE_ROWS, _simd.ROWS, _simd.NARROW_ROWS) == _simd.rows_for(_simd.VECTOR_BYTES)
+    assert core.VECTOR_BYTES in WIDTHS
+    assert (core.WIDE_ROWS, core.ROWS, core.NARROW_ROWS) == core.rows_for(core.VECTOR_BYTES)
 
 
 @pytest.mark.parametrize("features, expected", [("+sse2", 16), ("+avx,+avx2", 16), ("+avx2,+fma", 32)])
 def test_width_follows_the_features_numba_compiles_for(monkeypatch, features, expected):
-    monkeypatch.setattr(_simd.config, "CPU_FEATURES", features)
-    assert _simd.host_vector_bytes() == expected
-    monkeypatch.setattr(_simd.config, "CPU_FEATURES", features + ",+avx512f,+avx512vl")
-    assert _simd.host_vector_bytes() == 64
+    monkeypatch.setattr(core.VECTOR_BYTES.config, "CPU_FEATURES", features)
+    assert core.host_vector_bytes() == expected
+    monkeypatch.setattr(core.VECTOR_BYTES.config, "CPU_FEATURES", features + ",+avx512f,+avx512vl")
+    assert core.host_vector_bytes() == 64
 
 
 BLOCKS = ("multiply_wide", "multiply_tile", "multiply_narrow")
@@ -51,7 +51,7 @@ BLOCKS = ("multiply_wide", "multiply_tile", "multiply_narrow")
 @functools.cache
 def runs_multiply(width, name):
     multiply = getattr(WIDTHS[width], name)
-    rows = _simd.rows_for(width)[BLOCKS.index(name)]
+    rows = core.rows_for(width)[BLOCKS.index(name)]
 
     @njit
     def run(a, b, c, depth, accumulate):
@@ -78,8 +78,8 @@ def runs_multiply(width, name):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_products(simd, dtype, rng, depth, accumulate, name):
     run = runs_multiply(simd.vector_bytes, name)
-    rows = _simd.rows_for(simd.vector_bytes)[BLOCKS.index(name)]
-    vectors = (_simd.panel_vectors(simd.vector_bytes), 2, 1)[BLOCKS.index(name)]
+    rows = core.rows_for(simd.vector_bytes)[BLOCKS.index(name)]
+    vectors = (core.panel_vectors(simd.vector_bytes), 2, 1)[BLOCKS.index(name)]
     columns = vectors * simd.vector_bytes // dtype.itemsize
     a = rng.standard_normal((rows + 1, depth + 3)).astype(dtype)
     b = rng.standard_normal((depth + 1, columns + 5)).astype(dtype)

@@ -14,16 +14,18 @@ from numba import njit, types
 
 import pydeform
 from pydeform._geometry import BOUNDARIES, conv2d_geometry
-from pydeform.cpu import _conv_common, _conv_forward, _jit, _simd, _simd_pairs
-from pydeform.cpu._simd import at
-from pydeform.cpu._simd_pairs import DOTS, TILES
+from pydeform.cpu.conv import forward_kernel as conv_forward
+from pydeform.cpu.conv import plan as conv_plan
+from pydeform.cpu.core import jit, pair_products, simd
+from pydeform.cpu.core.pair_products import DOTS, TILES
+from pydeform.cpu.core.simd import at
 from tests.cases.deform_conv2d import CASES, expected, make, make_grad_output
 from tests.codegen import PROCESSORS, assembly, loops
 from tests.conftest import TOLERANCE, TOLERANCE_OF_TILES, assert_close, assert_same_bits
 from tests.reference import deform_conv2d as oracle
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-HAS_TILES = {"amx-tile", "amx-bf16"} <= _simd.host_features() and _simd_pairs._may_use_tiles()
+HAS_TILES = {"amx-tile", "amx-bf16"} <= simd.host_features() and pair_products._may_use_tiles()
 KINDS = [
     pytest.param(DOTS, id="dots"),
     pytest.param(TILES, id="tiles", marks=pytest.mark.skipif(not HAS_TILES, reason="a processor without AMX")),
@@ -39,10 +41,10 @@ def paired(matrix):
 
 @functools.cache
 def runs(kind, vectors, vector_bytes):
-    rows = _simd_pairs.rows_of(kind)[{4: 0, 2: 1, 1: 2}[vectors]]
-    native = vector_bytes == 64 and "avx512bf16" in _simd.host_features()
-    multiply = _simd_pairs.multiply(rows, vectors, vector_bytes, native)
-    begin, end = _simd_pairs.begin_products, _simd_pairs.end_products
+    rows = pair_products.rows_of(kind)[{4: 0, 2: 1, 1: 2}[vectors]]
+    native = vector_bytes == 64 and "avx512bf16" in simd.host_features()
+    multiply = pair_products.multiply(rows, vectors, vector_bytes, native)
+    begin, end = pair_products.begin_products, pair_products.end_products
 
     @njit
     def run(a, b, c, depth, accumulate):
@@ -77,7 +79,7 @@ def test_multiply(kind, vectors, accumulate, depth):
 
 @pytest.mark.parametrize("kind", [DOTS, TILES], ids=["dots", "tiles"])
 def test_what_is_blended_is_rounded_to_even(kind):
-    copy_vectors, blend, put, lanes = _simd.copy_vectors, _simd.blend, _simd_pairs.put, _simd.VECTOR_BYTES // 4
+    copy_vectors, blend, put, lanes = simd.copy_vectors, simd.blend, pair_products.put, simd.VECTOR_BYTES // 4
 
     @njit
     def run(out, source, vectors):
@@ -105,13 +107,13 @@ def test_what_is_blended_is_rounded_to_even(kind):
 
 @pytest.mark.parametrize("kind", [DOTS, TILES], ids=["dots", "tiles"])
 def test_rows_are_packed_number_by_number(kind):
-    pack_rows = _simd_pairs.pack_rows
+    pack_rows = pair_products.pack_rows
 
     @njit
     def run(out, rows):
         pack_rows(at(out, (1,)), at(rows, (0, 1)), at(rows, (1, 1)))
 
-    lanes = _simd.VECTOR_BYTES // 4
+    lanes = simd.VECTOR_BYTES // 4
     rows = np.random.default_rng(2).standard_normal((2, lanes + 2)).astype(BFLOAT16)
     out = np.full(2 * lanes + 2, 99, kind)
     run(out, rows.astype(np.float32))
@@ -124,7 +126,7 @@ def test_rows_are_packed_number_by_number(kind):
 
 @pytest.fixture(params=KINDS)
 def use(request, monkeypatch):
-    monkeypatch.setattr(_conv_common, "pair_dtype", lambda: request.param)
+    monkeypatch.setattr(conv_plan, "pair_dtype", lambda: request.param)
     return request.param
 
 
@@ -171,9 +173,9 @@ def solved(name):
 @pytest.mark.parametrize("count", [1, 2])
 def test_operator_is_exact_where_its_numbers_are(use, name, count, monkeypatch):
     arrays, options, grad_output, want, grads = solved(name)
-    assert _conv_common.prefers_planes(geometry_of(arrays, options)) == (name == "planes")
+    assert conv_plan.prefers_planes(geometry_of(arrays, options)) == (name == "planes")
     half = {key: array.astype(BFLOAT16) for key, array in arrays.items()}
-    monkeypatch.setattr(_conv_common, "SERIAL_FLOPS", 0)
+    monkeypatch.setattr(conv_plan, "SERIAL_FLOPS", 0)
     with pydeform.num_threads(count):
         got = pydeform.deform_conv2d(**half, padding=1, **options)
         got_grads = pydeform.deform_conv2d_backward(grad_output.astype(BFLOAT16), **half, padding=1, **options)
@@ -184,14 +186,14 @@ def test_operator_is_exact_where_its_numbers_are(use, name, count, monkeypatch):
 
 def test_a_key_stands_for_the_types_of_one_kernel(use, monkeypatch):
     """What is compiled for one is not taken to be there for the other."""
-    types_of, prepare = {}, _jit.Kernel.prepare
+    types_of, prepare = {}, jit.Kernel.prepare
 
     def watched(kernel, key, arguments):
-        kinds = tuple(_jit.typeof(argument) for argument in arguments)
+        kinds = tuple(jit.typeof(argument) for argument in arguments)
         assert types_of.setdefault((kernel, key), kinds) == kinds
         return prepare(kernel, key, arguments)
 
-    monkeypatch.setattr(_jit.Kernel, "prepare", watched)
+    monkeypatch.setattr(jit.Kernel, "prepare", watched)
     for name in ("odd channels", "planes"):
         arrays, options, grad_output, *_ = solved(name)
         for dtype in (np.float32, BFLOAT16, np.float64):
@@ -276,10 +278,10 @@ def test_cases_agree_within_the_rounding_of_samples(use, name, boundary, monkeyp
 
 def test_only_bfloat16_that_has_sums_is_multiplied_in_pairs(use):
     g = oracle_geometry(groups=1)
-    assert _conv_common.numbers_of(BFLOAT16, g) == use
-    assert _conv_common.numbers_of(BFLOAT16, oracle_geometry(groups=4)) == np.float32  # depthwise
+    assert conv_plan.numbers_of(BFLOAT16, g) == use
+    assert conv_plan.numbers_of(BFLOAT16, oracle_geometry(groups=4)) == np.float32  # depthwise
     for dtype in (np.float16, np.float32, np.float64):
-        assert _conv_common.numbers_of(np.dtype(dtype), g) == (np.float64 if dtype == np.float64 else np.float32)
+        assert conv_plan.numbers_of(np.dtype(dtype), g) == (np.float64 if dtype == np.float64 else np.float32)
 
 
 def oracle_geometry(groups):
@@ -301,32 +303,32 @@ def oracle_geometry(groups):
     ],
 )
 def test_the_kind_follows_the_processor(monkeypatch, name, features, expected):
-    monkeypatch.setattr(_simd_pairs.config, "CPU_NAME", name)
-    monkeypatch.setattr(_simd_pairs.config, "CPU_FEATURES", features)
-    monkeypatch.setattr(_simd_pairs, "VECTOR_BYTES", _simd.host_vector_bytes())
-    assert _simd_pairs.pair_dtype.__wrapped__() == expected
+    monkeypatch.setattr(pair_products.config, "CPU_NAME", name)
+    monkeypatch.setattr(pair_products.config, "CPU_FEATURES", features)
+    monkeypatch.setattr(pair_products, "VECTOR_BYTES", simd.host_vector_bytes())
+    assert pair_products.pair_dtype.__wrapped__() == expected
 
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_tiles_are_used_only_where_the_system_lets_us(monkeypatch, allowed):
     features = "+avx512f,+avx512vl,+avx512bf16,+amx-tile,+amx-bf16"
-    monkeypatch.setattr(_simd_pairs.config, "CPU_NAME", "sapphirerapids")
-    monkeypatch.setattr(_simd_pairs.config, "CPU_FEATURES", features)
-    monkeypatch.setattr(_simd_pairs, "VECTOR_BYTES", 64)
-    monkeypatch.setattr(_simd_pairs, "_may_use_tiles", lambda: allowed)
-    assert _simd_pairs.pair_dtype.__wrapped__() == (TILES if allowed else None)
+    monkeypatch.setattr(pair_products.config, "CPU_NAME", "sapphirerapids")
+    monkeypatch.setattr(pair_products.config, "CPU_FEATURES", features)
+    monkeypatch.setattr(pair_products, "VECTOR_BYTES", 64)
+    monkeypatch.setattr(pair_products, "_may_use_tiles", lambda: allowed)
+    assert pair_products.pair_dtype.__wrapped__() == (TILES if allowed else None)
 
 
 def arguments(kind):
     p, sums = types.CPointer(kind), types.CPointer(types.float32)
-    return [p, COUNT, COUNT, p, COUNT, COUNT, sums, COUNT, FLAG], {1: _conv_forward.PAIRS_ROW, 2: 1, 4: 32}
+    return [p, COUNT, COUNT, p, COUNT, COUNT, sums, COUNT, FLAG], {1: conv_forward.PAIRS_ROW, 2: 1, 4: 32}
 
 
 @pytest.mark.parametrize("processor", ["znver4", "znver5", "sapphirerapids"])
 @pytest.mark.parametrize("rows, vectors, most", [(8, 2, 0.63), (16, 1, 1.07)])
 def test_dot_products_in_machine_code(processor, rows, vectors, most):
     on = PROCESSORS[processor]
-    text = assembly(_simd_pairs.multiply(rows, vectors, 64, True), *arguments(types.uint16), on)
+    text = assembly(pair_products.multiply(rows, vectors, 64, True), *arguments(types.uint16), on)
     busiest = max(loops(text, on), key=lambda loop: loop.multiply_adds)
     assert busiest.multiply_adds % (rows * vectors) == 0 and busiest.multiply_adds > 0
     assert busiest.stack_stores == 0 and busiest.loads_each <= most
@@ -334,7 +336,9 @@ def test_dot_products_in_machine_code(processor, rows, vectors, most):
 
 @pytest.mark.parametrize("vectors", [1, 2])
 def test_tiles_in_machine_code(vectors):
-    text = assembly(_simd_pairs.multiply(32, vectors, 64, True), *arguments(types.int16), PROCESSORS["sapphirerapids"])
+    text = assembly(
+        pair_products.multiply(32, vectors, 64, True), *arguments(types.int16), PROCESSORS["sapphirerapids"]
+    )
     body = re.search(r"(\.L\w+):(?:(?!\.L).)*tdpbf16ps.*?\bj\w+\s+\1\n", text, re.DOTALL).group()
     products = re.findall(r"tdpbf16ps\s+%tmm(\d), %tmm(\d), %tmm(\d)", body)
     each = [(6 + j, 4 + row, 2 * row + j) for row in range(2) for j in range(vectors)]
@@ -348,6 +352,6 @@ def test_samples_are_rounded_by_one_instruction(name):
     out, p, real = types.CPointer(types.uint16), types.CPointer(types.float32), types.float32
     kinds = {"blend": [out, p, *[COUNT] * 4, *[real] * 4, COUNT], "copy_vectors": [out, p, COUNT]}[name]
     on = PROCESSORS["znver5"]
-    text = assembly(getattr(_simd.primitives(64), name), kinds, {}, on)
+    text = assembly(getattr(simd.primitives(64), name), kinds, {}, on)
     assert "vcvtneps2bf16" in text
     assert max(loop.stack_stores for loop in loops(text, on)) == 0

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from numba import njit
 
-from pydeform.cpu import _simd, _simd_bands, _simd_roi
-from pydeform.cpu._simd import at
-from pydeform.cpu._simd_bands import BAND
-from pydeform.cpu._simd_roi import primitives
+from pydeform.cpu.core import bands, simd, weighted
+from pydeform.cpu.core.bands import BAND
+from pydeform.cpu.core.simd import at
+from pydeform.cpu.core.weighted import primitives
 
 WIDTHS = {width: primitives(width) for width in (0, 16, 32, 64)}
 TOLERANCE = {"float32": 2e-6, "float64": 1e-14}
@@ -41,8 +41,8 @@ def close(got, want, dtype):
 
 
 def test_module_exports_the_width_of_this_machine():
-    assert _simd_roi._HOST.__dict__.keys() == WIDTHS[16].__dict__.keys()
-    assert _simd.VECTOR_BYTES in WIDTHS
+    assert weighted._HOST.__dict__.keys() == WIDTHS[16].__dict__.keys()
+    assert simd.VECTOR_BYTES in WIDTHS
 
 
 @functools.cache
@@ -263,7 +263,7 @@ def lists_by_hand(starts, sizes, samples, first_point, reach, highest, count_ins
 @njit
 def run_band_lists(arrays, bins, numbers, count_inside, flat, sloped):
     starts, sizes, index, weights, entries, counts = arrays
-    return _simd_bands.band_lists(
+    return bands.band_lists(
         *(at(starts, (0,)), at(sizes, (0,)), at(index, (0, 0)), at(weights, (0, 0, 0)), at(entries, (0,))),
         *(at(counts, (0,)), index.shape[1], bins, numbers[0], numbers[1], numbers[2], numbers[3]),
         *(count_inside, flat, sloped),
@@ -328,13 +328,13 @@ def test_bins_that_band_lists_leaves_to_others(dtype):
 @njit
 def run_bands(plane, x0, width, rows, y, x, columns, room, grad):
     first, count = at(plane, (x0,)), rows.shape[0]
-    dots = _simd_bands.band_dots(
+    dots = bands.band_dots(
         *(first, at(rows, (0,)), at(y, (0, 0)), at(y, (1, 0)), count, width, room),
         *(at(x, (0, 0)), at(x, (1, 0)), columns),
     )
     band = first, at(rows, (0,)), at(y, (0, 0)), count, width, room, at(x, (0, 0)), columns
-    total = _simd_bands.band_sum(*band)
-    _simd_bands.band_scatter(*band, grad)
+    total = bands.band_sum(*band)
+    bands.band_scatter(*band, grad)
     return dots, total
 
 

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 import pydeform
-from pydeform.cpu import _arrays, _conv_common, _jit, _kernel_cache, _roi_common, _threads
+from pydeform.cpu.conv import plan as conv_plan
+from pydeform.cpu.core import jit, kernel_cache, memory, parallel
+from pydeform.cpu.roi import common as roi_common
 from tests.cases.deform_conv2d import ARRAYS, Case, make, make_grad_output
 from tests.conftest import assert_same_bits, times_helped
 from tests.test_waits import PROBLEMS as PROBLEMS_OF_KERNELS
@@ -112,13 +114,13 @@ def test_the_same_problem_in_four_threads_at_once(threads):
 
 def test_a_workspace_is_kept_where_it_is_small_and_lent_to_one_call():
     one = np.dtype(np.uint8)
-    small = _arrays.Workspace(((3, 5), one), ((100,), np.dtype(np.float32)))
+    small = memory.Workspace(((3, 5), one), ((100,), np.dtype(np.float32)))
     first, second = small.take(), small.take()
     assert [a.shape for a in first] == [(3, 5), (100,)] and not np.shares_memory(first[0], second[0])
     small.give_back(second)
     small.give_back(first)  # one is enough
     assert small.take() is second and small.take() is not first
-    large = _arrays.Workspace(((_arrays.MOST_KEPT + 1,), one))
+    large = memory.Workspace(((memory.MOST_KEPT + 1,), one))
     arrays = large.take()
     large.give_back(arrays)
     assert large.take() is not arrays
@@ -142,10 +144,10 @@ def test_no_helper_keeps_the_memory_of_a_call(threads):
 @pytest.fixture
 def no_helpers(monkeypatch):
     """As after the start of a process; no problem is too small for threads, of which a call may have eight."""
-    monkeypatch.setattr(_threads, "_helpers", [])
-    monkeypatch.setattr(_conv_common, "SERIAL_FLOPS", 0)
-    monkeypatch.setattr(_roi_common, "SERIAL_FLOPS", 0)
-    monkeypatch.setattr(_threads, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(parallel, "_helpers", [])
+    monkeypatch.setattr(conv_plan, "SERIAL_FLOPS", 0)
+    monkeypatch.setattr(roi_common, "SERIAL_FLOPS", 0)
+    monkeypatch.setattr(parallel, "get_num_threads", lambda: 8)
 
 
 @pytest.mark.parametrize("name", PROBLEMS_OF_KERNELS)
@@ -155,9 +157,9 @@ def test_a_million_threads_take_no_more_memory_than_there_is_work_and_processors
     def look(kernel, key, threads, *arguments):
         asked.append((threads, sum(a.nbytes for a in arguments if isinstance(a, np.ndarray))))
 
-    monkeypatch.setattr(_threads, "run", look)
+    monkeypatch.setattr(parallel, "run", look)
     PROBLEMS_OF_KERNELS[name][1]()
-    monkeypatch.setattr(_threads, "get_num_threads", lambda: 10**6)
+    monkeypatch.setattr(parallel, "get_num_threads", lambda: 10**6)
     PROBLEMS_OF_KERNELS[name][1]()
     (few, some_bytes), (many, more_bytes) = asked
     assert 1 < few <= 8
@@ -168,7 +170,7 @@ def test_a_million_threads_take_no_more_memory_than_there_is_work_and_processors
 @pytest.mark.parametrize("backward", [False, True])
 def test_no_more_threads_than_units_of_work(monkeypatch, no_helpers, backward):
     asked = []
-    monkeypatch.setattr(_threads, "run", lambda kernel, key, threads, *arguments: asked.append(threads))
+    monkeypatch.setattr(parallel, "run", lambda kernel, key, threads, *arguments: asked.append(threads))
     x = np.ones((1, 1, 2, 2), np.float32)
     box, boxes = np.array([[0, 0, 0, 1, 1]], np.float32), {"output_size": 1, "sampling_ratio": 1}
     deep = np.ones((1, 5, 2, 2), np.float32)
@@ -196,18 +198,18 @@ def test_fewer_helpers_than_asked_for_will_do(monkeypatch, capsys, no_helpers, e
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start_some)
-    monkeypatch.setattr(_kernel_cache, "_said", set())
-    monkeypatch.setattr(_threads, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(kernel_cache, "_said", set())
+    monkeypatch.setattr(parallel, "get_num_threads", lambda: 1)
     want = [solve(case, "float32") for case in PROBLEMS[:2]]
-    monkeypatch.setattr(_threads, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(parallel, "get_num_threads", lambda: 8)
     for case, results in zip(PROBLEMS[:2], want, strict=True):
         assert_same_results(solve(case, "float32"), results)
-    assert len(_threads._helpers) == len(started) == there_are
+    assert len(parallel._helpers) == len(started) == there_are
     assert [line for line in capsys.readouterr().err.splitlines() if "compiling" not in line] == [
         f"pydeform: a helper thread could not be started, calls do with fewer: {error}"
     ]
-    run_all = _threads.run
-    monkeypatch.setattr(_threads, "run", lambda kernel, *rest: calls.append(rest) or run_all(kernel, *rest))
+    run_all = parallel.run
+    monkeypatch.setattr(parallel, "run", lambda kernel, *rest: calls.append(rest) or run_all(kernel, *rest))
     solve(PROBLEMS[1], "float32")
     assert {rest[1] for rest in calls} == {8}  # of which there are not so many
 
@@ -215,37 +217,37 @@ def test_fewer_helpers_than_asked_for_will_do(monkeypatch, capsys, no_helpers, e
 # Helpers ----------------------------------------------------------------------------------------------------------
 
 
-@_jit.Kernel
+@jit.Kernel
 def _count(thread, counters, units, done, scratch):
     """Units that each thread has done, of some microseconds each."""
-    _threads.call_helpers(thread, counters)
-    unit = _threads.claim(counters, 0)
+    parallel.call_helpers(thread, counters)
+    unit = parallel.claim(counters, 0)
     while unit < units:
         x = unit
         for _ in range(3000):
             x = (5 * x + 1) & 1023
         scratch[thread] = x
         done[thread] += 1
-        _threads.finish(counters, 0)
-        unit = _threads.claim(counters, 0)
-    _threads.wait_for(counters, 0, units)
-    _threads.let_helpers_go(thread, counters)
+        parallel.finish(counters, 0)
+        unit = parallel.claim(counters, 0)
+    parallel.wait_for(counters, 0, units)
+    parallel.let_helpers_go(thread, counters)
 
 
 def helped(helpers: int) -> int:
     """How many of so many helpers had a part in a call."""
     done, before = np.zeros(helpers + 1, np.int64), times_helped()
-    _threads.run(_count, "n", helpers + 1, _threads.new_counters(1), 100, done, np.zeros_like(done))
+    parallel.run(_count, "n", helpers + 1, parallel.new_counters(1), 100, done, np.zeros_like(done))
     assert done.sum() == 100
     return times_helped() - before
 
 
 def all_sleep() -> bool:
-    return all(helper.place[_threads._ASLEEP] for helper in _threads._helpers)
+    return all(helper.place[parallel._ASLEEP] for helper in parallel._helpers)
 
 
 def all_are_free() -> bool:
-    return all(helper.place[_threads._STATE] == _threads._FREE for helper in _threads._helpers)
+    return all(helper.place[parallel._STATE] == parallel._FREE for helper in parallel._helpers)
 
 
 def until(condition) -> None:
@@ -261,13 +263,13 @@ def test_helpers_are_called_asleep_or_awake(no_helpers):
         until(all_sleep)
         until(lambda helpers=helpers: helped(helpers) == helpers)
         assert all_are_free()
-    assert len(_threads._helpers) == 3
+    assert len(parallel._helpers) == 3
 
 
 def test_a_helper_that_is_expected_stays_awake_for_a_moment(no_helpers, monkeypatch):
-    monkeypatch.setattr(_threads, "_PATIENCE", 300_000)  # of yields: a tenth of a second
+    monkeypatch.setattr(parallel, "_PATIENCE", 300_000)  # of yields: a tenth of a second
     until(lambda: helped(1) == 1)
-    (helper,) = _threads._helpers
+    (helper,) = parallel._helpers
     for _ in range(3):  # woken in vain
         helper._wakes.put(None)
     until(lambda: all_sleep() and helper._wakes.empty())
@@ -276,7 +278,7 @@ def test_a_helper_that_is_expected_stays_awake_for_a_moment(no_helpers, monkeypa
     time.sleep(0.01)
     assert not all_sleep()  # from its sleep, and
     assert helper.expect()  # from now on: it looks at this after the patience that it has begun with
-    until(lambda: not helper.place[_threads._EXPECTED])
+    until(lambda: not helper.place[parallel._EXPECTED])
     time.sleep(0.01)
     assert not all_sleep()
     until(all_sleep)
@@ -286,30 +288,30 @@ def test_who_does_not_come_is_done_without(no_helpers, monkeypatch):
     """It sleeps, and nobody wakes it; or another call has it."""
     until(lambda: helped(1) == 1)
     until(all_sleep)
-    (helper,) = _threads._helpers
+    (helper,) = parallel._helpers
     with monkeypatch.context() as patch:
-        patch.setattr(_threads._Helper, "expect", lambda helper: True)
+        patch.setattr(parallel._Helper, "expect", lambda helper: True)
         assert helped(1) == 0
-    assert helper.place[_threads._PART] != 0 and all_are_free() and all_sleep()  # called, and let go
-    for state in (_threads._TAKEN, 1 << 20, 1 << 20 | _threads._AT_WORK):  # taken, called, at work
-        other = object.__new__(_threads._Helper)
-        other.place = np.zeros(_threads._STRIDE, np.int64)
+    assert helper.place[parallel._PART] != 0 and all_are_free() and all_sleep()  # called, and let go
+    for state in (parallel._TAKEN, 1 << 20, 1 << 20 | parallel._AT_WORK):  # taken, called, at work
+        other = object.__new__(parallel._Helper)
+        other.place = np.zeros(parallel._STRIDE, np.int64)
         other.address, other.thread_id = other.place.ctypes.data, threading.get_native_id()
-        other.place[_threads._STATE] = state
-        monkeypatch.setattr(_threads, "_helpers", [other])
+        other.place[parallel._STATE] = state
+        monkeypatch.setattr(parallel, "_helpers", [other])
         assert not other.expect() and helped(1) == 0
         with monkeypatch.context() as patch:
-            patch.setattr(_threads._Helper, "expect", lambda helper: True)  # another call has been faster
+            patch.setattr(parallel._Helper, "expect", lambda helper: True)  # another call has been faster
             assert helped(1) == 0
-        assert other.place[_threads._STATE] == state and not other.place[_threads._PART : _threads._DONE].any()
+        assert other.place[parallel._STATE] == state and not other.place[parallel._PART : parallel._DONE].any()
 
 
 def test_helpers_are_free_after_an_error(no_helpers):
     helped(2)
     for bad in ("no array", 1.5):
         with pytest.raises(TypeError):
-            _threads.run(_count, "n", 3, _threads.new_counters(1), 100, bad, bad)
-    assert len(_threads._helpers) == 2 and all_are_free()
+            parallel.run(_count, "n", 3, parallel.new_counters(1), 100, bad, bad)
+    assert len(parallel._helpers) == 2 and all_are_free()
     until(lambda: helped(2) == 2)
 
 
@@ -319,11 +321,11 @@ def test_calls_at_once_share_the_helpers(no_helpers):
     def work(number):
         for _ in range(50):
             done = np.zeros(3, np.int64)
-            _threads.run(_count, "n", 3, _threads.new_counters(1), 100, done, np.zeros_like(done))
+            parallel.run(_count, "n", 3, parallel.new_counters(1), 100, done, np.zeros_like(done))
             assert done.sum() == 100
 
     at_once(4, work)
-    assert len(_threads._helpers) == 2 and all_are_free()
+    assert len(parallel._helpers) == 2 and all_are_free()
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timer signals")
@@ -331,10 +333,11 @@ def test_calls_that_are_interrupted_anywhere_lose_no_helper():
     code = """
 import faulthandler, random, signal, time
 faulthandler.dump_traceback_later(100, exit=True)
-from pydeform.cpu import _conv_common, _threads
+from pydeform.cpu.conv import plan as conv_plan
+from pydeform.cpu.core import parallel
 import pydeform
 from tests.test_threads import PROBLEMS, all_are_free, assert_same_results, solve
-_conv_common.SERIAL_FLOPS = 0
+conv_plan.SERIAL_FLOPS = 0
 pydeform.set_num_threads(2)
 want = solve(PROBLEMS[0], "float32")
 
@@ -353,20 +356,20 @@ while interrupts < 500:
             solve(PROBLEMS[0], "float32")
     except Interrupt:
         interrupts += 1
-assert len(_threads._helpers) == 1 and all_are_free()
-before = _threads._helpers[0].place[_threads._DONE]
+assert len(parallel._helpers) == 1 and all_are_free()
+before = parallel._helpers[0].place[parallel._DONE]
 for _ in range(100):
     assert_same_results(solve(PROBLEMS[0], "float32"), want)
-print(int(_threads._helpers[0].place[_threads._DONE] - before) > 0)
+print(int(parallel._helpers[0].place[parallel._DONE] - before) > 0)
 """
     done = run_python(code)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 def test_one_thread_where_kernels_may_raise(monkeypatch, no_helpers):
-    assert _threads.threads_for(5) == 5
+    assert parallel.threads_for(5) == 5
     monkeypatch.setattr("numba.core.config.BOUNDSCHECK", 1)
-    assert _threads.threads_for(5) == 1
+    assert parallel.threads_for(5) == 1
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -386,17 +389,18 @@ FIRST_USE_BY_THREADS_THEN_FORK = """
 import faulthandler, os, signal, sys, threading
 faulthandler.dump_traceback_later(120, exit=True)
 import numpy as np, pydeform
-from pydeform.cpu import _conv_common, _threads
-_conv_common.SERIAL_FLOPS = 0
+from pydeform.cpu.conv import plan as conv_plan
+from pydeform.cpu.core import parallel
+conv_plan.SERIAL_FLOPS = 0
 from tests.test_threads import PROBLEMS, assert_same_results, solve
 
 def child(want):
     signal.alarm(60)  # a child that hangs dies of it
     try:
-        assert not _threads._helpers
+        assert not parallel._helpers
         for case, results in zip(PROBLEMS[:3], want):
             assert_same_results(solve(case, "float32"), results)
-        assert _threads._helpers
+        assert parallel._helpers
     except BaseException as error:
         print("child:", repr(error), file=sys.stderr, flush=True)
         os._exit(1)
@@ -422,7 +426,7 @@ for _ in range(2):
         child(want)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert_same_results(solve(PROBLEMS[1], "float32"), want[1])  # and the parent goes on
-assert _threads._helpers
+assert parallel._helpers
 print("all the same")
 """
 
@@ -443,9 +447,10 @@ def test_fork_while_other_threads_compute():
 import faulthandler, os, signal, threading
 faulthandler.dump_traceback_later(120, exit=True)
 import pydeform
-from pydeform.cpu import _conv_common, _threads
+from pydeform.cpu.conv import plan as conv_plan
+from pydeform.cpu.core import parallel
 from tests.test_threads import PROBLEMS, assert_same_results, solve
-_conv_common.SERIAL_FLOPS = 0
+conv_plan.SERIAL_FLOPS = 0
 pydeform.set_num_threads(2)
 want = solve(PROBLEMS[0], "float32")
 stop = threading.Event()
@@ -463,7 +468,7 @@ for _ in range(8):
             assert_same_results(solve(PROBLEMS[0], "float32"), want)
         except BaseException:
             os._exit(1)
-        os._exit(0 if _threads._helpers else 2)
+        os._exit(0 if parallel._helpers else 2)
     codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 stop.set()
 [w.join() for w in workers]

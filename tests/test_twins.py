@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import get_type_hints
 
@@ -13,8 +14,9 @@ from pydeform import _geometry, _roi_geometry
 
 PACKAGE = Path(pydeform.__file__).parent
 OPERATORS = sorted(path.stem for path in (PACKAGE / "cuda").glob("*.cu"))
-# Backends have one module for all of a family, whose operators differ in the rules of their geometry.
+# Backends have one twin for all of a family, whose operators differ in which arrays there are and in their geometry.
 FAMILIES = {
+    "conv": ("conv2d", "deform_conv2d"),
     "roi": ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool"),
 }
 
@@ -38,25 +40,32 @@ def test_operators_are_known():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_all_that_call_its_twins(family):
-    asked = f'backend_for(op, "{family}"'
-    callers = {path.stem for path in (PACKAGE / "ops").glob("*.py") if asked in path.read_text(encoding="utf-8")}
-    assert callers == {f"_{family}"}
-    imports = f"from pydeform.ops import _{family}\n"
-    users = {path.stem for path in (PACKAGE / "ops").glob("*.py") if imports in path.read_text(encoding="utf-8")}
-    assert users == set(FAMILIES[family])
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (PACKAGE / "ops").glob("*.py")}
+    assert [name for name, text in files.items() if "backend_for(" in text] == ["_call"]
+    asked = re.compile(rf'_call\.(?:forward|backward)\(op, "{family}"')
+    callers = {name for name, text in files.items() if asked.search(text)}
+    through = f"_{family}"  # what a family's operators share
+    used = re.compile(rf"^ +return .*\b{through}\.(?:forward|backward)\(", re.MULTILINE)
+    users = {name for name, text in files.items() if used.search(text)}
+    assert callers - {through} | users == set(FAMILIES[family])
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_same_functions(operator):
-    cpu, cuda = (public_functions(PACKAGE / backend / f"{operator}.py") for backend in ("cpu", "cuda"))
-    assert {"forward", "backward"} <= set(cpu)
+def twins(family: str) -> list[Path]:
+    """The file of a family's twin on each backend."""
+    places = [PACKAGE / backend / family for backend in ("cpu", "cuda")]
+    return [place / "__init__.py" if place.is_dir() else place.with_suffix(".py") for place in places]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_functions(family):
+    cpu, cuda = map(public_functions, twins(family))
+    assert {"forward", "backward"} == set(cpu)
     assert cuda == cpu
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_a_file_in_every_folder(operator):
-    files = [PACKAGE / folder / f"{operator}.py" for folder in ("cpu", "cuda")]
-    for path in (*files, *(PACKAGE / "ops" / f"{member}.py" for member in members(operator))):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_in_every_folder(family):
+    for path in (*twins(family), *(PACKAGE / "ops" / f"{member}.py" for member in FAMILIES[family])):
         assert path.is_file(), path
 
 

@@ -19,14 +19,17 @@ import pytest
 from numba import types
 
 import pydeform
-from pydeform.cpu import _arrays, _conv_backward, _roi_common, _threads
-from pydeform.cpu._jit import Kernel, inline
+from pydeform.cpu.conv import backward_kernel as conv_backward
+from pydeform.cpu.core import memory, parallel
+from pydeform.cpu.core.jit import Kernel, inline
+from pydeform.cpu.roi import common as roi_common
 from tests.cases.deform_conv2d import Case, make, make_grad_output
 from tests.conftest import assert_same_bits, take_no_spare
 from tests.test_roi import VARIANTS, problem, wide
 
-FOLDER = Path(_threads.__file__).parent
-MODULES = [importlib.import_module(f"pydeform.cpu.{path.stem}") for path in sorted(FOLDER.glob("_*.py"))[1:]]
+FOLDER = Path(parallel.__file__).parents[1]
+NAMES = [".".join(path.relative_to(FOLDER).with_suffix("").parts) for path in sorted(FOLDER.rglob("[!_]*.py"))]
+MODULES = [importlib.import_module(f"pydeform.cpu.{name}") for name in NAMES]
 FAR = 1 << 40  # units: more than any phase has
 PAUSE = 0.1  # seconds that a kernel gets to go on although it should wait: one that waits right is never too slow
 
@@ -103,7 +106,7 @@ def call(request, monkeypatch) -> Call:
     name, run = PROBLEMS[request.param]
     calls = []
 
-    def poisoned(*parts: Any, make: Any = _arrays.workspace) -> Any:
+    def poisoned(*parts: Any, make: Any = memory.workspace) -> Any:
         arrays = make(*parts)
         for array in arrays:
             array.view(np.uint8)[...] = 0xFF
@@ -119,26 +122,26 @@ def call(request, monkeypatch) -> Call:
         for attribute, value in (("workspace", poisoned), ("SERIAL_FLOPS", 0)):
             if hasattr(module, attribute):
                 monkeypatch.setattr(module, attribute, value)
-    monkeypatch.setattr(_roi_common, "SLICE_CHANNELS", 8)  # several slices, which take turns in the same memory
-    monkeypatch.setattr(_roi_common, "SLICE_BYTES", 1)
-    monkeypatch.setattr(_threads, "run", keep)
-    monkeypatch.setattr(_threads, "get_num_threads", lambda: 2)
-    _roi_common.slices_of_class.cache_clear()
+    monkeypatch.setattr(roi_common, "SLICE_CHANNELS", 8)  # several slices, which take turns in the same memory
+    monkeypatch.setattr(roi_common, "SLICE_BYTES", 1)
+    monkeypatch.setattr(parallel, "run", keep)
+    monkeypatch.setattr(parallel, "get_num_threads", lambda: 2)
+    roi_common.slices_of_class.cache_clear()
     try:
         run()
     finally:
-        _roi_common.slices_of_class.cache_clear()
+        roi_common.slices_of_class.cache_clear()
     (call,) = calls
     assert call.kernel.call.__name__ == name
     return call
 
 
 def claimed(phase: int) -> int:
-    return 2 * phase * _threads._STRIDE + _threads._CLAIMED * _threads._STRIDE
+    return 2 * phase * parallel._STRIDE + parallel._CLAIMED * parallel._STRIDE
 
 
 def finished(phase: int) -> int:
-    return 2 * phase * _threads._STRIDE + _threads._FINISHED * _threads._STRIDE
+    return 2 * phase * parallel._STRIDE + parallel._FINISHED * parallel._STRIDE
 
 
 def phases_of(call: Call) -> list[int]:
@@ -151,7 +154,7 @@ def phases_of(call: Call) -> list[int]:
 
 
 def phases_with_room(call: Call) -> int:
-    return 3 if call.kernel is _conv_backward._backward else call.counters.size // _threads.own_counters(1)
+    return 3 if call.kernel is conv_backward._backward else call.counters.size // parallel.own_counters(1)
 
 
 class Running:
@@ -195,7 +198,7 @@ def test_a_kernel_waits_for_every_phase(call):
         running.reach(lambda got=got, phase=phase: got.counters[claimed(phase)] > FAR)
         others = np.full_like(got.counters, FAR)  # the other phases: all claimed, all finished
         others[claimed(phase) : claimed(phase + 1)] = 0
-        others[_threads.own_counters(phases_with_room(call)) :] = 0  # nor has it helpers
+        others[parallel.own_counters(phases_with_room(call)) :] = 0  # nor has it helpers
         got.run(1, others)
         assert others[finished(phase)] == want.counters[finished(phase)] > 0
         got.counters[finished(phase)] = others[finished(phase)]
@@ -224,7 +227,7 @@ def test_sums_over_blocks_wait_for_the_block_before(call):
     taps = geometry.kernel_h * geometry.kernel_w
     assert list(blocks["previous"][:2]) == [-1, 0] and plan.splits == geometry.batch > 1 and plan.tiles > 1
     got = call.fresh()
-    own, units = _threads.own_counters(3), plan.splits * len(blocks)
+    own, units = parallel.own_counters(3), plan.splits * len(blocks)
     assert plan.pieces == 1
     progress = got.counters[own:]  # of the first image's blocks
     offsets = got.arguments[1 + argument_names(call).index("grad_offset")]
@@ -296,12 +299,12 @@ def test_every_phase_is_claimed_finished_and_waited_for():
 
 
 ORDERS = {
-    "claim": (_threads.claim, 0, "count"),
-    "claim_near": (_threads.claim_near, 2, "count"),
-    "finish": (_threads.finish, 0, "count"),
-    "wait_for": (_threads.wait_for, 1, "wait"),
-    "advance_counter": (_threads.advance_counter, 0, "count"),
-    "wait_until": (_threads.wait_until, 1, "wait"),
+    "claim": (parallel.claim, 0, "count"),
+    "claim_near": (parallel.claim_near, 2, "count"),
+    "finish": (parallel.finish, 0, "count"),
+    "wait_for": (parallel.wait_for, 1, "wait"),
+    "advance_counter": (parallel.advance_counter, 0, "count"),
+    "wait_until": (parallel.wait_until, 1, "wait"),
 }
 
 
@@ -329,16 +332,16 @@ def test_memory_orders_of_calls():
 
     @Kernel
     def both(thread, counters):
-        _threads.call_helpers(thread, counters)
-        _threads.let_helpers_go(thread, counters)
+        parallel.call_helpers(thread, counters)
+        parallel.let_helpers_go(thread, counters)
 
     both.call.compile((types.int64, types.int64[::1]))
     (kernel,) = both.call.inspect_llvm().values()
-    waiting = _threads._await_calls().library.get_llvm_str()
+    waiting = parallel._await_calls().library.get_llvm_str()
     pointer = r"(?:i64\*|ptr) \S+"
     for text, changes, stores in (
         (kernel, 2, {("called", "release")}),
-        (waiting, 1, {(str(_threads._FREE), "release"), ("0", "seq_cst"), ("1", "seq_cst")}),
+        (waiting, 1, {(str(parallel._FREE), "release"), ("0", "seq_cst"), ("1", "seq_cst")}),
     ):
         found = re.findall(rf"cmpxchg {pointer}, i64 (\S+), i64 (\S+) acq_rel acquire", text)
         assert len({(old[0], new[0]) for old, new in found}) == changes
@@ -353,7 +356,7 @@ def test_memory_orders_of_calls():
 def test_atomics_are_written_in_one_place():
     written = {
         path.name
-        for path in FOLDER.glob("*.py")
+        for path in FOLDER.rglob("*.py")
         if re.search(r"atomic_rmw|load_atomic|store_atomic|cmpxchg", path.read_text())
     }
-    assert written == {"_threads.py"}
+    assert written == {"parallel.py"}

@@ -72,7 +72,7 @@ def backward(
     needs: Any,
     *,
     deterministic: bool = False,
-) -> tuple[Any, Any, Any]:
+) -> dict[str, Any]:
     _check_size(g)
     with input.device:
         grad_output, input, boxes, offset, mask = contiguous(grad_output, input, boxes, offset, mask)
@@ -87,7 +87,7 @@ def backward(
             _input_gradient(grads, input, boxes, offset, mask, g, pitch, grad_input)
         if grad_offset is not None or grad_mask is not None:
             _bin_gradients(grads, input, boxes, offset, mask, g, pitch, grad_offset, grad_mask)
-        return grad_input, grad_offset, grad_mask
+        return {"input": grad_input, "offset": grad_offset, "mask": grad_mask}
 
 
 def _check_size(g: RoiGeometry) -> None:

@@ -7,18 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from pydeform import _backend, _checks, _interop, _roi_geometry
+from pydeform import _checks, _interop, _roi_geometry
 from pydeform._types import Needs
+from pydeform.ops import _call
 
 
 def check_arrays(op: str, arrays: dict[str, Any]) -> None:
-    """Those that must be there are, all in one dtype, but boxes and offsets may be float32 beside half types."""
-    for name in ("grad_output", "input", "boxes"):
-        if name in arrays:
-            _checks.check_present(op, arrays, name)
-    forward_first = {name: array for name, array in arrays.items() if name != "grad_output"}
-    data_first = {**forward_first, "grad_output": arrays.get("grad_output")}
-    _checks.check_dtypes(op, data_first, coordinates=("boxes", "offset", "trans"))
+    _call.check_arrays(op, arrays, "input", "boxes")
 
 
 def integer(op: str, name: str, value: Any, minimum: int = 1) -> int:
@@ -32,11 +27,8 @@ def pair(op: str, name: str, value: Any) -> tuple[int, int]:
 
 
 def forward(op: str, arrays: dict[str, Any], back: _interop.Back, g: _roi_geometry.RoiGeometry) -> Any:
-    """`arrays`: input, boxes and, for deformable operators, offset and mask."""
-    twin = _backend.backend_for(op, "roi", arrays)
     _check_batch_index(op, arrays["boxes"], g.batch)
-    with back:
-        return back(twin.forward(*_four(arrays), g))
+    return _call.forward(op, "roi", arrays, back, g)
 
 
 def backward(
@@ -47,24 +39,10 @@ def backward(
     needs: Needs,
     deterministic: bool,
 ) -> dict[str, Any]:
-    """The fields of the operator's Grads. `arrays`: grad_output, then those of the forward."""
+    """The fields of the operator's Grads."""
     _roi_geometry.check_grad_output(op, arrays["grad_output"], g)
-    twin = _backend.backend_for(op, "roi", arrays)
     _check_batch_index(op, arrays["boxes"], g.batch)
-    forwards = {name: array for name, array in arrays.items() if name != "grad_output"}
-    wanted = _checks.needed(op, needs, {name: array for name, array in forwards.items() if name != "boxes"})
-    # The twins call every offset an offset.
-    wanted = frozenset("offset" if name == "trans" else name for name in wanted)
-    with back:
-        grads = twin.backward(arrays["grad_output"], *_four(forwards), g, wanted, deterministic=deterministic)
-        found = [None if grad is None else back(grad) for grad in grads]
-    grad_input, grad_offset, grad_mask = found
-    return dict(zip(forwards, (grad_input, None, grad_offset, grad_mask), strict=False))
-
-
-def _four(arrays: dict[str, Any]) -> list[Any]:
-    """input, boxes, offset, mask, whatever the operator calls them; None for those that it does not have."""
-    return [*arrays.values(), None, None][:4]
+    return _call.backward(op, "roi", arrays, back, g, needs, deterministic=deterministic)
 
 
 @functools.cache

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pydeform import _backend, _checks, _geometry, _interop
+from pydeform import _checks, _geometry, _interop
 from pydeform._types import AnyArray, Array, Int, Needs, Padding, Size
+from pydeform.ops import _call
 
 
 class Conv2dGrads(NamedTuple):
@@ -70,9 +71,7 @@ def conv2d(
     op = "conv2d"
     arrays, back = _interop.to_native(op, {"input": input, "weight": weight, "bias": bias})
     g = _geometry_of(op, arrays, stride, padding, dilation, groups)
-    twin = _backend.backend_for(op, "conv2d", arrays)
-    with back:
-        return back(twin.forward(*arrays.values(), g, allow_tf32=allow_tf32))
+    return _call.forward(op, "conv", arrays, back, g, allow_tf32=allow_tf32)
 
 
 def conv2d_backward(
@@ -115,16 +114,9 @@ def conv2d_backward(
     """
     op = "conv2d_backward"
     arrays, back = _interop.to_native(op, {"grad_output": grad_output, "input": input, "weight": weight, "bias": bias})
-    _checks.check_present(op, arrays, "grad_output")
-    grad_output = arrays.pop("grad_output")
-    g = _geometry_of(op, arrays, stride, padding, dilation, groups, grad_output)
-    wanted = _checks.needed(op, needs, arrays)
-    twin = _backend.backend_for(op, "conv2d", {"grad_output": grad_output, **arrays})
-    with back:
-        grads = twin.backward(
-            grad_output, *arrays.values(), g, wanted, deterministic=deterministic, allow_tf32=allow_tf32
-        )
-        return Conv2dGrads(*[None if grad is None else back(grad) for grad in grads])
+    g = _geometry_of(op, arrays, stride, padding, dilation, groups)
+    options = {"deterministic": deterministic, "allow_tf32": allow_tf32}
+    return Conv2dGrads(**_call.backward(op, "conv", arrays, back, g, needs, **options))
 
 
 def _geometry_of(
@@ -134,15 +126,12 @@ def _geometry_of(
     padding: Padding,
     dilation: Size,
     groups: Int,
-    grad_output: Any = None,
 ) -> _geometry.Conv2dGeometry:
-    _checks.check_present(op, arrays, "input", "weight")
-    present = arrays if grad_output is None else {**arrays, "grad_output": grad_output}
-    _checks.check_dtypes(op, present)
+    _call.check_arrays(op, arrays, "input", "weight")
     (count,) = _checks.per_axis(op, "groups", groups, 1, 1)
     g = _geometry.conv2d_geometry(
         op, arrays["input"], arrays["weight"], arrays["bias"], stride, padding, dilation, groups=count
     )
-    if grad_output is not None:
-        _geometry.check_grad_output(op, grad_output, g)
+    if "grad_output" in arrays:
+        _geometry.check_grad_output(op, arrays["grad_output"], g)
     return g

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pydeform import _backend, _checks, _geometry, _interop
+from pydeform import _geometry, _interop
 from pydeform._types import AnyArray, Array, Boundary, Needs, Padding, Size
+from pydeform.ops import _call
 
 
 class DeformConv2dGrads(NamedTuple):
@@ -87,9 +88,7 @@ def deform_conv2d(
         op, {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     )
     g = _geometry_of(op, arrays, stride, padding, dilation, boundary)
-    twin = _backend.backend_for(op, "deform_conv2d", arrays)
-    with back:
-        return back(twin.forward(*arrays.values(), g, allow_tf32=allow_tf32))
+    return _call.forward(op, "conv", arrays, back, g, allow_tf32=allow_tf32)
 
 
 def deform_conv2d_backward(
@@ -152,16 +151,9 @@ def deform_conv2d_backward(
             "mask": mask,
         },
     )
-    _checks.check_present(op, arrays, "grad_output")
-    grad_output = arrays.pop("grad_output")
-    g = _geometry_of(op, arrays, stride, padding, dilation, boundary, grad_output)
-    wanted = _checks.needed(op, needs, arrays)
-    twin = _backend.backend_for(op, "deform_conv2d", {"grad_output": grad_output, **arrays})
-    with back:
-        grads = twin.backward(
-            grad_output, *arrays.values(), g, wanted, deterministic=deterministic, allow_tf32=allow_tf32
-        )
-        return DeformConv2dGrads(*[None if grad is None else back(grad) for grad in grads])
+    g = _geometry_of(op, arrays, stride, padding, dilation, boundary)
+    options = {"deterministic": deterministic, "allow_tf32": allow_tf32}
+    return DeformConv2dGrads(**_call.backward(op, "conv", arrays, back, g, needs, **options))
 
 
 def _geometry_of(
@@ -171,11 +163,8 @@ def _geometry_of(
     padding: Padding,
     dilation: Size,
     boundary: str,
-    grad_output: Any = None,
 ) -> _geometry.Conv2dGeometry:
-    _checks.check_present(op, arrays, "input", "offset", "weight")
-    present = arrays if grad_output is None else {**arrays, "grad_output": grad_output}
-    _checks.check_dtypes(op, present, coordinates=("offset",))
+    _call.check_arrays(op, arrays, "input", "offset", "weight")
     g = _geometry.conv2d_geometry(
         op,
         arrays["input"],
@@ -188,6 +177,6 @@ def _geometry_of(
         mask=arrays["mask"],
         boundary=boundary,
     )
-    if grad_output is not None:
-        _geometry.check_grad_output(op, grad_output, g)
+    if "grad_output" in arrays:
+        _geometry.check_grad_output(op, arrays["grad_output"], g)
     return g

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pydeform.cpu import _half
+from pydeform.cpu.core import half
 
 FLOAT64, FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
 MOST_KEPT = 1 << 19  # bytes of a workspace
@@ -99,7 +99,7 @@ def widened(array: Any) -> Any:
     if array.dtype != np.float16:
         return array.astype(np.float32)
     wide = empty(array.shape, np.dtype(np.float32))
-    _half.widen(contiguous(array, array.dtype, (array.size,)), wide.reshape(-1))
+    half.widen(contiguous(array, array.dtype, (array.size,)), wide.reshape(-1))
     return wide
 
 
@@ -108,7 +108,7 @@ def rounded(array: Any, dtype: Any) -> Any:
     array = np.asarray(array)
     result = empty(array.shape, dtype)
     if dtype == np.float16 and array.dtype == np.float32:
-        _half.round_to_half(contiguous(array, array.dtype, (array.size,)), result.reshape(-1))
+        half.round_to_half(contiguous(array, array.dtype, (array.size,)), result.reshape(-1))
     else:
         result[...] = array
     return result

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pydeform.cpu._jit import Kernel
+from pydeform.cpu.core.jit import Kernel
 
 U4, F4 = np.uint32, np.float32
 SIGN, MANTISSA, INFINITE = U4(0x8000), U4(0x3FF), U4(0x7C00)  # of float16

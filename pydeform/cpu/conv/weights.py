@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydeform.cpu._conv_common import is_depthwise
-from pydeform.cpu._jit import inline
-from pydeform.cpu._simd import PANEL, VECTOR_BYTES, advance, at, transpose_block
-from pydeform.cpu._simd_pairs import pack_rows
+from pydeform.cpu.conv.plan import is_depthwise
+from pydeform.cpu.core.jit import inline
+from pydeform.cpu.core.pair_products import pack_rows
+from pydeform.cpu.core.simd import PANEL, VECTOR_BYTES, advance, at, transpose_block
 
 TAPS = 64
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from pydeform.cpu import _threads
-from pydeform.cpu._arrays import compute_dtype, contiguous
-from pydeform.cpu._simd import VECTOR_BYTES
-from pydeform.cpu._simd_pairs import pair_dtype
+from pydeform.cpu.core import parallel
+from pydeform.cpu.core.memory import compute_dtype, contiguous
+from pydeform.cpu.core.pair_products import pair_dtype
+from pydeform.cpu.core.simd import VECTOR_BYTES
 
 CHANNELS = 64  # of a block, sampled together
 FEW_SAMPLES = 16  # pixels of an image for each sample, or more: then a copy of it would be most of the work
@@ -37,7 +37,7 @@ def threads_for(g: Any, products: int, units: int) -> int:
     taps = g.kernel_h * g.kernel_w
     per_output = 2 * products * (g.out_channels // g.groups) + 16
     flops = per_output * g.batch * g.out_h * g.out_w * g.in_channels * taps
-    return 1 if flops < SERIAL_FLOPS else _threads.threads_for(units)
+    return 1 if flops < SERIAL_FLOPS else parallel.threads_for(units)
 
 
 def prefers_planes(g: Any) -> bool:

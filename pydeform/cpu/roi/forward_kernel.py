@@ -6,13 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from pydeform.cpu import _roi_common, _roi_few, _threads
-from pydeform.cpu._arrays import compute_dtype, empty, to_result, workspace
-from pydeform.cpu._channels_last import to_channels_first
-from pydeform.cpu._conv_common import pixel_dtype
-from pydeform.cpu._jit import Kernel
-from pydeform.cpu._planes import NO_PLANES, gather, is_as_computed, planes_of, reader_of, reader_parts
-from pydeform.cpu._roi_common import (
+from pydeform.cpu.conv.plan import pixel_dtype
+from pydeform.cpu.core import parallel
+from pydeform.cpu.core.jit import Kernel
+from pydeform.cpu.core.layout import to_channels_first
+from pydeform.cpu.core.memory import compute_dtype, empty, to_result, workspace
+from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
+from pydeform.cpu.core.planes import NO_PLANES, gather, is_as_computed, planes_of, reader_of, reader_parts
+from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at
+from pydeform.cpu.core.weighted import weighted_sum
+from pydeform.cpu.roi import common as roi_common
+from pydeform.cpu.roi import few as roi_few
+from pydeform.cpu.roi.common import (
     LISTED,
     SLICE_BYTES,
     TILE,
@@ -31,26 +36,23 @@ from pydeform.cpu._roi_common import (
     slices_of_class,
     slots_of,
 )
-from pydeform.cpu._roi_largest import largest_of_bin, list_candidates
-from pydeform.cpu._simd import VECTOR_BYTES, advance, at
-from pydeform.cpu._simd_roi import weighted_sum
-from pydeform.cpu._threads import call_helpers, claim, finish, let_helpers_go, wait_for
+from pydeform.cpu.roi.largest import largest_of_bin, list_candidates
 
 
 def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
     dtype = compute_dtype(input.dtype)
     bins = g.pooled_h * g.pooled_w
     output = empty((g.boxes, g.out_channels, bins), dtype)
-    planes, few = _roi_common.prefers_planes(g, dtype), _roi_common.has_few_channels(g)
+    planes, few = roi_common.prefers_planes(g, dtype), roi_common.has_few_channels(g)
     planes = planes and not (few and is_as_computed(input, dtype))
-    arguments = _roi_common.flat_arguments(None if planes else input, boxes, offset, mask, g, dtype)
+    arguments = roi_common.flat_arguments(None if planes else input, boxes, offset, mask, g, dtype)
     if g.boxes and few:
         given = offset is not None, mask is not None
-        _roi_few.forward(arguments, planes_of(input) if planes else None, output, *given, g)
+        roi_few.forward(arguments, planes_of(input) if planes else None, output, *given, g)
     elif g.boxes:
-        lanes = _roi_common.lanes_of(dtype)
+        lanes = roi_common.lanes_of(dtype)
         per_class = g.out_channels // g.classes
-        channel_bytes = g.in_h * g.in_w * _roi_common.cells_of(g) * g.classes * dtype.itemsize
+        channel_bytes = g.in_h * g.in_w * roi_common.cells_of(g) * g.classes * dtype.itemsize
         # Few channels at a time are gathered, so that a thread's pixels stay in its caches.
         slices, width = slices_of_class(per_class, lanes, SLICE_BYTES if planes else max(channel_bytes, 1))
         plan = RoiPlan(
@@ -61,21 +63,21 @@ def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
             has_offset=int(offset is not None),
             has_mask=int(mask is not None),
         )
-        threads = _roi_common.threads_for(g, 1, planes, g.boxes * g.classes)
+        threads = roi_common.threads_for(g, 1, planes, g.boxes * g.classes)
         corners = 4 if g.is_max and g.points else 1
-        _threads.run(
+        parallel.run(
             _largest if g.is_max else _mean,
             dtype.char + pixel_dtype(g).char,
             threads,
-            _threads.new_counters(2 * len(slices)),
+            parallel.new_counters(2 * len(slices)),
             *arguments,
             planes_of(input) if planes else NO_PLANES,
-            _roi_common.by_image(arguments[1], g.batch)[1],
+            roi_common.by_image(arguments[1], g.batch)[1],
             output,
             *workspace(
-                ((0 if planes else _roi_common.copy_size(g, width),), dtype),
+                ((0 if planes else roi_common.copy_size(g, width),), dtype),
                 ((threads, plan.tile_bins, width), dtype),
-                *_roi_common.lists_of_threads(threads, g, arguments[1]),
+                *roi_common.lists_of_threads(threads, g, arguments[1]),
                 ((threads, corners * LISTED), pixel_dtype(g)),
                 ((threads, 3, corners * LISTED), dtype),
                 ((threads, width), np.dtype(f"i{dtype.itemsize}")),

@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform.cpu import _conv_common, _simd_pairs, _threads
-from pydeform.cpu._arrays import Workspace, compute_dtype, contiguous, empty, to_result
-from pydeform.cpu._channels_last import PIXELS, block_to_channels_first, pixel_parts, to_channels_last
-from pydeform.cpu._conv_common import (
+from pydeform.cpu.conv import plan as conv_plan
+from pydeform.cpu.conv.plan import (
     CHANNELS,
     INT32,
     channel_blocks,
@@ -28,17 +26,40 @@ from pydeform.cpu._conv_common import (
     table,
     threads_for,
 )
-from pydeform.cpu._conv_weights import (
+from pydeform.cpu.conv.weights import (
     pack_backward,
     pack_depthwise,
     reduce_depthwise,
     reduce_weight,
     squares_size,
 )
-from pydeform.cpu._jit import Kernel, inline, inline_always
-from pydeform.cpu._planes import gather_corners, planes_of
-from pydeform.cpu._sampling import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
-from pydeform.cpu._simd import (
+from pydeform.cpu.core import pair_products, parallel
+from pydeform.cpu.core.jit import Kernel, inline, inline_always
+from pydeform.cpu.core.layout import PIXELS, block_to_channels_first, pixel_parts, to_channels_last
+from pydeform.cpu.core.memory import Workspace, compute_dtype, contiguous, empty, to_result
+from pydeform.cpu.core.pair_products import (
+    begin_products,
+    end_products,
+    multiply_tile,
+    multiply_wide,
+    pack_rows,
+    pick,
+    put,
+    rows_of,
+)
+from pydeform.cpu.core.parallel import (
+    advance_counter,
+    call_helpers,
+    claim,
+    claim_near,
+    finish,
+    let_helpers_go,
+    own_counters,
+    wait_for,
+    wait_until,
+)
+from pydeform.cpu.core.planes import gather_corners, planes_of
+from pydeform.cpu.core.simd import (
     PANEL,
     VECTOR_BYTES,
     advance,
@@ -51,33 +72,13 @@ from pydeform.cpu._simd import (
     transpose_block,
     use_widest_vectors,
 )
-from pydeform.cpu._simd_pairs import (
-    begin_products,
-    end_products,
-    multiply_tile,
-    multiply_wide,
-    pack_rows,
-    pick,
-    put,
-    rows_of,
-)
-from pydeform.cpu._simd_roi import plane_scatter
-from pydeform.cpu._threads import (
-    advance_counter,
-    call_helpers,
-    claim,
-    claim_near,
-    finish,
-    let_helpers_go,
-    own_counters,
-    wait_for,
-    wait_until,
-)
+from pydeform.cpu.core.weighted import plane_scatter
+from pydeform.cpu.sampling.corners import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
 
 POSITIONS = 192  # of a tile: its columns, their gradient and that of the output stay in the second-level cache
 DEPTH = 128  # of one product over output channels: panel and gradients stay in the first-level cache
 # Elements from an output channel's gradients of a tile to the next one's, and from a sample's columns to the next
-# one's: see _conv_forward.ROW.
+# one's: see forward_kernel.ROW.
 ROW = POSITIONS + 16
 COLUMN_ROW = CHANNELS + 16
 SMALL_IMAGE = 8 << 20  # bytes of an image of which each piece may have a gradient of its own
@@ -124,7 +125,7 @@ class Prepared(NamedTuple):
 
 def backward(
     grad_output: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, needs: Any
-) -> tuple[Any, Any, Any, Any, Any]:
+) -> dict[str, Any]:
     dtype = compute_dtype(input.dtype)
     taps = g.kernel_h * g.kernel_w
     positions = g.out_h * g.out_w
@@ -145,11 +146,11 @@ def backward(
         how = _prepared(g, dtype, numbers, most_threads, offset is not None, mask is not None, needs)
         arrays = how.workspace.take()
         pairs = how.pairs.take() if how.pairs else [None, None, None]
-        _threads.run(
+        parallel.run(
             _backward,
             how.key,
             how.threads,
-            _threads.new_counters(3, g.batch * how.plan.pieces * len(how.blocks)),
+            parallel.new_counters(3, g.batch * how.plan.pieces * len(how.blocks)),
             contiguous(grad_output, dtype, (g.batch, g.out_channels, positions)),
             *flat_arguments(None if how.planes else input, offset, weight, bias, mask, g, dtype, how.plan.positions),
             planes_of(input) if how.planes else None,
@@ -175,11 +176,10 @@ def backward(
         "bias": (grad_bias, (g.out_channels,)),
         "mask": (grad_mask, (g.batch, g.offset_groups * taps, g.out_h, g.out_w)),
     }
-    grads = [
-        to_result(grad, (offset if name == "offset" else input).dtype, shape) if name in needs else None
+    return {
+        name: to_result(grad, (offset if name == "offset" else input).dtype, shape) if name in needs else None
         for name, (grad, shape) in taken.items()
-    ]
-    return tuple(grads)  # type: ignore[return-value]
+    }
 
 
 def _prepared(g: Any, *rest: Any) -> Prepared:
@@ -190,14 +190,14 @@ def _prepared(g: Any, *rest: Any) -> Prepared:
 def _kept(
     g: Any, dtype: Any, numbers: Any, most_threads: int, has_offset: bool, has_mask: bool, needs: frozenset[str]
 ) -> Prepared:
-    pixel_dtype = _conv_common.pixel_dtype(g)
+    pixel_dtype = conv_plan.pixel_dtype(g)
     lanes = VECTOR_BYTES // dtype.itemsize
     has_pairs = numbers != dtype
     wide_lines, lines, _ = rows_of(numbers)
     depth, fill = g.out_channels // g.groups, math.lcm(wide_lines, lines)
     rows = max(round_up(depth, wide_lines), round_up(depth, lines))
     if has_pairs:
-        depth, fill = round_up(depth, _simd_pairs.DEPTH), math.lcm(fill, _simd_pairs.DEPTH)
+        depth, fill = round_up(depth, pair_products.DEPTH), math.lcm(fill, pair_products.DEPTH)
     # An image of few channels, too, is work for two threads: it has two pieces of tiles or, since these cost a copy of
     # its gradient, two blocks of channels. Never by batch, which must not show.
     halves = g.in_channels * g.in_h * g.in_w * dtype.itemsize > SMALL_IMAGE
@@ -637,7 +637,7 @@ def _part_of(unit: int, parts: int, g: Any) -> tuple[int, int, int]:
 @inline_always
 def _filled(depth: int) -> int:
     """What a product of pairs takes for this depth: behind it both factors have zeros."""
-    return -(-depth // _simd_pairs.DEPTH) * _simd_pairs.DEPTH
+    return -(-depth // pair_products.DEPTH) * pair_products.DEPTH
 
 
 @inline

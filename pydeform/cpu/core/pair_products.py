@@ -23,8 +23,8 @@ from numba import types
 from numba.core import config
 from numba.extending import intrinsic
 
-from pydeform.cpu import _simd
-from pydeform.cpu._simd import _INT, _LANE, VECTOR_BYTES, BFloat, _const, _loop, _put_sums, _shuffle, _Vectors
+from pydeform.cpu.core import simd
+from pydeform.cpu.core.simd import _INT, _LANE, VECTOR_BYTES, BFloat, _const, _loop, _put_sums, _shuffle, _Vectors
 
 DOTS, TILES = np.dtype(np.uint16), np.dtype(np.int16)
 DEPTH = 32  # the depth of a product is a multiple: of a tile's
@@ -36,7 +36,7 @@ _PAIRS = (types.uint16, types.int16)  # Numba's names of the two
 @functools.cache
 def pair_dtype() -> Any:
     """DOTS, TILES, or None where products of bfloat16 would be no faster than those of float32."""
-    features = _simd.host_features()
+    features = simd.host_features()
     if VECTOR_BYTES != 64 or "avx512bf16" not in features:
         return None
     if {"amx-tile", "amx-bf16"} <= features and _may_use_tiles():
@@ -55,7 +55,7 @@ def _may_use_tiles() -> bool:
 
 def rows_of(dtype: Any) -> tuple[int, int, int]:
     """Rows of a block of `multiply_wide`, `multiply_tile` and `multiply_narrow`."""
-    return (2 * _TILE,) * 3 if dtype == TILES else (_simd.WIDE_ROWS, _simd.ROWS, _simd.NARROW_ROWS)
+    return (2 * _TILE,) * 3 if dtype == TILES else (simd.WIDE_ROWS, simd.ROWS, simd.NARROW_ROWS)
 
 
 def multiply(rows: int, vectors: int, vector_bytes: int, native: bool, of_floats: Any = None) -> Any:
@@ -306,7 +306,7 @@ def pack_rows(typing_context: Any, out: Any, first: Any, second: Any) -> Any:
     return types.void(out, first, second), codegen
 
 
-_HAS_DOTS = VECTOR_BYTES == 64 and "avx512bf16" in _simd.host_features()
-multiply_wide = multiply(_simd.WIDE_ROWS, _simd.PANEL, VECTOR_BYTES, _HAS_DOTS, _simd.multiply_wide)
-multiply_tile = multiply(_simd.ROWS, 2, VECTOR_BYTES, _HAS_DOTS, _simd.multiply_tile)
-multiply_narrow = multiply(_simd.NARROW_ROWS, 1, VECTOR_BYTES, _HAS_DOTS, _simd.multiply_narrow)
+_HAS_DOTS = VECTOR_BYTES == 64 and "avx512bf16" in simd.host_features()
+multiply_wide = multiply(simd.WIDE_ROWS, simd.PANEL, VECTOR_BYTES, _HAS_DOTS, simd.multiply_wide)
+multiply_tile = multiply(simd.ROWS, 2, VECTOR_BYTES, _HAS_DOTS, simd.multiply_tile)
+multiply_narrow = multiply(simd.NARROW_ROWS, 1, VECTOR_BYTES, _HAS_DOTS, simd.multiply_narrow)

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform.cpu import _threads
-from pydeform.cpu._arrays import contiguous
-from pydeform.cpu._channels_last import pixel_parts, to_channels_last
-from pydeform.cpu._conv_common import SERIAL_FLOPS, pixel_dtype, round_up, table
-from pydeform.cpu._jit import inline, inline_always
-from pydeform.cpu._roi_bins import (
+from pydeform.cpu.conv.plan import SERIAL_FLOPS, pixel_dtype, round_up, table
+from pydeform.cpu.core import parallel
+from pydeform.cpu.core.bands import BAND, band_lists
+from pydeform.cpu.core.jit import inline, inline_always
+from pydeform.cpu.core.layout import pixel_parts, to_channels_last
+from pydeform.cpu.core.memory import contiguous
+from pydeform.cpu.core.parallel import claim, finish, wait_for
+from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at
+from pydeform.cpu.roi.bins import (
     BROKEN,
     MANY_POINTS,
     SOUND,
@@ -23,9 +26,6 @@ from pydeform.cpu._roi_bins import (
     state_of,
     worse,
 )
-from pydeform.cpu._simd import VECTOR_BYTES, advance, at
-from pydeform.cpu._simd_bands import BAND, band_lists
-from pydeform.cpu._threads import claim, finish, wait_for
 
 CHANNELS = 64  # of a block whose gradients one thread adds up
 SLICE_CHANNELS = 128  # at least, of those that the forward puts last at a time: each slice lists the bins anew
@@ -179,7 +179,7 @@ def threads_for(g: Any, products: int, planes: bool, units: int) -> int:
     flops = g.boxes * g.pooled_h * g.pooled_w * per_bin
     if not planes:
         flops += products * g.batch * g.in_channels * g.in_h * g.in_w
-    return 1 if flops < SERIAL_FLOPS else _threads.threads_for(units)
+    return 1 if flops < SERIAL_FLOPS else parallel.threads_for(units)
 
 
 def has_few_channels(g: Any) -> bool:

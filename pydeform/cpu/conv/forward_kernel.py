@@ -6,10 +6,8 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-from pydeform.cpu import _conv_common, _simd_pairs, _threads
-from pydeform.cpu._arrays import Workspace, compute_dtype, empty, to_result
-from pydeform.cpu._channels_last import pixel_parts, to_channels_first, to_channels_last
-from pydeform.cpu._conv_common import (
+from pydeform.cpu.conv import plan as conv_plan
+from pydeform.cpu.conv.plan import (
     CHANNELS,
     INT32,
     channel_blocks,
@@ -26,11 +24,24 @@ from pydeform.cpu._conv_common import (
     table,
     threads_for,
 )
-from pydeform.cpu._conv_weights import pack_depthwise, pack_forward, squares_size
-from pydeform.cpu._jit import Kernel, inline
-from pydeform.cpu._planes import gather_corners, planes_of
-from pydeform.cpu._sampling import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
-from pydeform.cpu._simd import (
+from pydeform.cpu.conv.weights import pack_depthwise, pack_forward, squares_size
+from pydeform.cpu.core import pair_products, parallel
+from pydeform.cpu.core.jit import Kernel, inline
+from pydeform.cpu.core.layout import pixel_parts, to_channels_first, to_channels_last
+from pydeform.cpu.core.memory import Workspace, compute_dtype, empty, to_result
+from pydeform.cpu.core.pair_products import (
+    begin_products,
+    end_products,
+    multiply_narrow,
+    multiply_tile,
+    multiply_wide,
+    pick,
+    put,
+    rows_of,
+)
+from pydeform.cpu.core.parallel import call_helpers, claim_near, finish, let_helpers_go, wait_for
+from pydeform.cpu.core.planes import gather_corners, planes_of
+from pydeform.cpu.core.simd import (
     CACHE_LINE,
     PANEL,
     ROWS,
@@ -42,17 +53,7 @@ from pydeform.cpu._simd import (
     fetch_ahead,
     second_level_cache,
 )
-from pydeform.cpu._simd_pairs import (
-    begin_products,
-    end_products,
-    multiply_narrow,
-    multiply_tile,
-    multiply_wide,
-    pick,
-    put,
-    rows_of,
-)
-from pydeform.cpu._threads import call_helpers, claim_near, finish, let_helpers_go, wait_for
+from pydeform.cpu.sampling.corners import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
 
 # Sizes that keep a tile's columns and sums in the second-level cache and a panel of weights in the first. The more
 # positions, the less often are all weights read, which may come from further away.
@@ -97,11 +98,11 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
         numbers = numbers_of(input.dtype, g)
         how = _prepared(g, dtype, numbers, threads, offset is not None, mask is not None)
         arrays = how.workspace.take()
-        _threads.run(
+        parallel.run(
             _forward,
             how.key,
             how.threads,
-            _threads.new_counters(2),
+            parallel.new_counters(2),
             *flat_arguments(None if how.planes else input, offset, weight, bias, mask, g, dtype, how.plan.positions),
             planes_of(input) if how.planes else None,
             output,
@@ -121,7 +122,7 @@ def _prepared(g: Any, *rest: Any) -> Prepared:
 
 @functools.lru_cache(maxsize=64)
 def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_mask: bool) -> Prepared:
-    pixel_dtype = _conv_common.pixel_dtype(g)
+    pixel_dtype = conv_plan.pixel_dtype(g)
     lanes = VECTOR_BYTES // dtype.itemsize
     wide_rows, rows, narrow_rows = rows_of(numbers)
     panel = PANEL * lanes
@@ -489,7 +490,7 @@ def _steps_of_period(g: Any, panel: int, depthwise: bool, has_pairs: bool) -> tu
         depth, first = 0, len(entries)
         for number, step in enumerate(steps):
             is_end = depth + step[3] >= target or number == len(steps) - 1
-            fill = (_simd_pairs.DEPTH if is_end else 2) if has_pairs else 1
+            fill = (pair_products.DEPTH if is_end else 2) if has_pairs else 1
             after = round_up(depth + step[3], fill)
             entries.append((*step, after - depth, depth, len(chunks)))
             depth = after

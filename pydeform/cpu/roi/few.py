@@ -10,12 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform.cpu import _roi_common, _threads
-from pydeform.cpu._arrays import workspace
-from pydeform.cpu._conv_common import pixel_dtype
-from pydeform.cpu._jit import Kernel, inline, inline_always
-from pydeform.cpu._planes import NO_PLANES, Planes, gather, gather_band, reader_of, reader_parts
-from pydeform.cpu._roi_common import (
+from pydeform.cpu.conv.plan import pixel_dtype
+from pydeform.cpu.core import parallel
+from pydeform.cpu.core.bands import BAND, band_dots, band_scatter, band_sum
+from pydeform.cpu.core.jit import Kernel, inline, inline_always
+from pydeform.cpu.core.memory import workspace
+from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
+from pydeform.cpu.core.planes import NO_PLANES, Planes, gather, gather_band, reader_of, reader_parts
+from pydeform.cpu.core.simd import advance, at
+from pydeform.cpu.core.weighted import plane_scatter, plane_weighted_dots, plane_weighted_sum
+from pydeform.cpu.roi import common as roi_common
+from pydeform.cpu.roi.common import (
     LISTED,
     bins_of,
     bins_of_cell,
@@ -31,10 +36,6 @@ from pydeform.cpu._roi_common import (
     slots_of,
     write_moves,
 )
-from pydeform.cpu._simd import advance, at
-from pydeform.cpu._simd_bands import BAND, band_dots, band_scatter, band_sum
-from pydeform.cpu._simd_roi import plane_scatter, plane_weighted_dots, plane_weighted_sum
-from pydeform.cpu._threads import call_helpers, claim, finish, let_helpers_go, wait_for
 
 # Neighbouring bins of a box are neighbours in memory: threads that wrote them at the same time would wait for each
 # other's cache lines. So a unit is several planes in a row, and there are not many more of them than keep all at work.
@@ -63,7 +64,7 @@ def _plan(
     need_input: bool = False,
     need_dots: bool = False,
 ) -> FewPlan:
-    number = g.batch * _roi_common.cells_of(g) * g.classes
+    number = g.batch * roi_common.cells_of(g) * g.classes
     return FewPlan(
         planes=int(planes),
         per_class=g.out_channels // g.classes,
@@ -78,7 +79,7 @@ def _plan(
 
 def _workspace(threads: int, g: Any, boxes: Any, gathered: bool) -> Any:
     dtype = boxes.dtype
-    lists = _roi_common.lists_of_threads(threads, g, boxes)
+    lists = roi_common.lists_of_threads(threads, g, boxes)
     longest = max(LISTED, lists[1][0][-1]) if gathered else 0
     return workspace(
         ((g.boxes, 4), dtype),
@@ -94,15 +95,15 @@ def forward(
     arguments: tuple[Any, ...], planes: Planes | None, output: Any, has_offset: bool, has_mask: bool, g: Any
 ) -> None:
     """`planes`: where the input lies, if `arguments` have none of it."""
-    threads = _roi_common.threads_for(g, 1, True, g.boxes * _roi_common.cells_of(g) * g.classes)
-    _threads.run(
+    threads = roi_common.threads_for(g, 1, True, g.boxes * roi_common.cells_of(g) * g.classes)
+    parallel.run(
         _mean_of_few,
         output.dtype.char + pixel_dtype(g).char,
         threads,
-        _threads.new_counters(2),
+        parallel.new_counters(2),
         *arguments,
         planes or NO_PLANES,
-        *_roi_common.by_image(arguments[1], g.batch),
+        *roi_common.by_image(arguments[1], g.batch),
         output,
         *_workspace(threads, g, arguments[1], planes is not None),
         bins_of(g),
@@ -123,17 +124,17 @@ def backward(
     g: Any,
 ) -> None:
     """Adds to grad_input, and writes grad_moves (box, class, axis, bin) and grad_mask; an empty one is not wanted."""
-    units = (g.batch * bool(len(grad_input)) + g.boxes * bool(len(grad_mask))) * _roi_common.cells_of(g) * g.classes
-    threads = _roi_common.threads_for(g, 1 + 2 * bool(len(grad_mask)), True, units)
-    _threads.run(
+    units = (g.batch * bool(len(grad_input)) + g.boxes * bool(len(grad_mask))) * roi_common.cells_of(g) * g.classes
+    threads = roi_common.threads_for(g, 1 + 2 * bool(len(grad_mask)), True, units)
+    parallel.run(
         _few_backward,
         grad_output.dtype.char + pixel_dtype(g).char,
         threads,
-        _threads.new_counters(2),
+        parallel.new_counters(2),
         grad_output,
         *arguments,
         planes or NO_PLANES,
-        *_roi_common.by_image(arguments[1], g.batch),
+        *roi_common.by_image(arguments[1], g.batch),
         grad_input,
         grad_moves,
         grad_mask,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydeform.cpu._jit import inline
-from pydeform.cpu._simd import VECTOR_BYTES, at, transpose_block, transpose_block_shifted
+from pydeform.cpu.core.jit import inline
+from pydeform.cpu.core.simd import VECTOR_BYTES, at, transpose_block, transpose_block_shifted
 
 PIXELS = 128  # a unit of work: its channels-last form stays in the first-level cache while channels are filled in
 

@@ -14,8 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydeform.cpu._simd import _const, _loop, _shuffle, _Vectors
-from pydeform.cpu._simd_roi import place_of
+from pydeform.cpu.core.simd import _const, _loop, _shuffle, _Vectors
+from pydeform.cpu.core.weighted import place_of
 
 BAND = 8
 

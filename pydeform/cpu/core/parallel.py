@@ -31,9 +31,9 @@ from numba.extending import intrinsic
 
 from pydeform import _background
 from pydeform._runtime import get_num_threads
-from pydeform.cpu._arrays import empty
-from pydeform.cpu._jit import Kernel
-from pydeform.cpu._kernel_cache import say_once
+from pydeform.cpu.core.jit import Kernel
+from pydeform.cpu.core.kernel_cache import say_once
+from pydeform.cpu.core.memory import empty
 
 _STRIDE = 8  # counters and helpers' places lie a cache line apart
 _CLAIMED, _FINISHED = 0, 1

@@ -20,7 +20,7 @@ from numba.core.typing.typeof import typeof
 from numba.core.untyped_passes import DeadBranchPrune, InlineClosureLikes
 
 from pydeform import _background
-from pydeform.cpu._kernel_cache import KernelCache, cache_directory, say_once
+from pydeform.cpu.core.kernel_cache import KernelCache, cache_directory, say_once
 
 _background.hold_at_fork(global_compiler_lock, llvmlite.binding.ffi.lib._lock)
 

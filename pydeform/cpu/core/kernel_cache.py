@@ -30,7 +30,7 @@ from numba.core import caching, config, serialize
 from numba.core.compiler import CompileResult
 from numba.core.types.containers import BaseNamedTuple, BaseTuple
 
-_PACKAGE = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parents[2]
 # Imports from this package outside of cpu/, all of which counts anyway.
 _IMPORT = re.compile(
     r"^[ \t]*(?:from +(pydeform(?!\.cpu\b)[\w.]*) +import +(\([^)]*\)|.*)|import +(.*\bpydeform\b.*))", re.MULTILINE

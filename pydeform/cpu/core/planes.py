@@ -14,8 +14,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pydeform.cpu._jit import inline, inline_always
-from pydeform.cpu._simd import at
+from pydeform.cpu.core.jit import inline, inline_always
+from pydeform.cpu.core.simd import at
 
 _AS_COMPUTED, _FLOAT16, _BFLOAT16 = 0, 1, 2
 _KINDS = {"float64": _AS_COMPUTED, "float32": _AS_COMPUTED, "float16": _FLOAT16, "bfloat16": _BFLOAT16}

@@ -18,7 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pydeform.cpu._simd import VECTOR_BYTES, _const, _loop, _Vectors
+from pydeform.cpu.core.simd import VECTOR_BYTES, _const, _loop, _Vectors
 
 AT_ONCE = (8, 4, 2, 1)  # vectors of sums in registers: each weight is loaded once for as many
 

@@ -11,14 +11,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform.cpu import _roi_common, _roi_few, _threads
-from pydeform.cpu._arrays import compute_dtype, contiguous, empty, to_result, workspace
-from pydeform.cpu._channels_last import PIXELS, block_to_channels_first, pixel_parts, to_channels_last
-from pydeform.cpu._conv_common import pixel_dtype
-from pydeform.cpu._jit import Kernel, inline
-from pydeform.cpu._planes import NO_PLANES, gather, is_as_computed, planes_of, reader_of, reader_parts
-from pydeform.cpu._roi_bins import SOUND
-from pydeform.cpu._roi_common import (
+from pydeform.cpu.conv.plan import pixel_dtype
+from pydeform.cpu.core import parallel
+from pydeform.cpu.core.jit import Kernel, inline
+from pydeform.cpu.core.layout import PIXELS, block_to_channels_first, pixel_parts, to_channels_last
+from pydeform.cpu.core.memory import compute_dtype, contiguous, empty, to_result, workspace
+from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
+from pydeform.cpu.core.planes import NO_PLANES, gather, is_as_computed, planes_of, reader_of, reader_parts
+from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at
+from pydeform.cpu.core.weighted import plane_scatter, scatter, weighted_dots
+from pydeform.cpu.roi import common as roi_common
+from pydeform.cpu.roi import few as roi_few
+from pydeform.cpu.roi.bins import SOUND
+from pydeform.cpu.roi.common import (
     LISTED,
     bin_after,
     bin_at,
@@ -41,10 +46,7 @@ from pydeform.cpu._roi_common import (
     slots_of,
     write_moves,
 )
-from pydeform.cpu._roi_largest import largest_of_bin, list_candidates, list_part
-from pydeform.cpu._simd import VECTOR_BYTES, advance, at
-from pydeform.cpu._simd_roi import plane_scatter, scatter, weighted_dots
-from pydeform.cpu._threads import call_helpers, claim, finish, let_helpers_go, wait_for
+from pydeform.cpu.roi.largest import largest_of_bin, list_candidates, list_part
 
 
 class BackwardPlan(NamedTuple):
@@ -61,13 +63,11 @@ class BackwardPlan(NamedTuple):
     blocks_of_unit: int  # blocks of the input's gradient that one thread adds up together
 
 
-def backward(
-    grad_output: Any, input: Any, boxes: Any, offset: Any, mask: Any, g: Any, needs: Any
-) -> tuple[Any, Any, Any]:
+def backward(grad_output: Any, input: Any, boxes: Any, offset: Any, mask: Any, g: Any, needs: Any) -> dict[str, Any]:
     dtype = compute_dtype(input.dtype)
     bins = g.pooled_h * g.pooled_w
     need_input, need_dots = "input" in needs, "offset" in needs or "mask" in needs
-    few, planes = _roi_common.has_few_channels(g), _roi_common.prefers_planes(g, dtype)
+    few, planes = roi_common.has_few_channels(g), roi_common.prefers_planes(g, dtype)
     planes = planes and not (few and is_as_computed(input, dtype))
     shape = (g.batch, g.in_channels, g.in_h * g.in_w)
     # Zeros that are never touched cost nothing; with channels last every pixel is written.
@@ -79,21 +79,21 @@ def backward(
     grad_mask = empty((boxes_with_dots, g.classes, bins), dtype)
     # Where only the input's gradient is wanted, a mean needs none of the input's numbers.
     read = not planes and (has_dots or g.is_max)
-    arguments = _roi_common.flat_arguments(input if read else None, boxes, offset, mask, g, dtype)
+    arguments = roi_common.flat_arguments(input if read else None, boxes, offset, mask, g, dtype)
     grad_output = contiguous(grad_output, dtype, (g.boxes, g.out_channels, bins))
     wanted = g.boxes > 0 and (need_input or need_dots)
     if wanted and few:
         given = offset is not None, mask is not None
         where = planes_of(input) if planes else None
-        _roi_few.backward(grad_output, arguments, where, grad_input, grad_moves, grad_mask, *given, g)
+        roi_few.backward(grad_output, arguments, where, grad_input, grad_moves, grad_mask, *given, g)
     elif wanted:
-        lanes = _roi_common.lanes_of(dtype)
+        lanes = roi_common.lanes_of(dtype)
         per_class = g.out_channels // g.classes
-        groups = g.batch * _roi_common.cells_of(g) * g.classes
+        groups = g.batch * roi_common.cells_of(g) * g.classes
         blocks, width = blocks_of_class(per_class, lanes)
         units = groups * len(blocks) * need_input + g.boxes * g.classes * need_dots
         parts = -(-g.in_h * g.in_w // PIXELS)
-        threads = _roi_common.threads_for(g, 1 + 2 * need_dots, planes, max(units, g.batch * parts))
+        threads = roi_common.threads_for(g, 1 + 2 * need_dots, planes, max(units, g.batch * parts))
         plan = BackwardPlan(
             planes=int(planes),
             per_class=per_class,
@@ -106,15 +106,15 @@ def backward(
             # What a bin reads is listed once for each unit, so there are no more than keep the threads at work.
             blocks_of_unit=-(-len(blocks) // max(1, threads // groups)),
         )
-        order, starts = _roi_common.by_image(arguments[1], g.batch)
+        order, starts = roi_common.by_image(arguments[1], g.batch)
         corners = 4 if g.is_max and g.points else 1
         copied = not planes and (has_dots or g.is_max)
         gathered = planes and (has_dots or g.is_max)
-        _threads.run(
+        parallel.run(
             _largest_backward if g.is_max else _mean_backward,
             dtype.char + pixel_dtype(g).char,
             threads,
-            _threads.new_counters(4),
+            parallel.new_counters(4),
             grad_output,
             *arguments,
             planes_of(input) if planes else NO_PLANES,
@@ -126,10 +126,10 @@ def backward(
             *workspace(
                 ((g.boxes, 4), dtype),
                 ((g.boxes,), np.dtype(np.int64)),
-                ((_roi_common.copy_size(g, width) if copied else 0,), dtype),
-                ((_roi_common.copy_size(g, width) if need_input and not planes else 0,), dtype),
+                ((roi_common.copy_size(g, width) if copied else 0,), dtype),
+                ((roi_common.copy_size(g, width) if need_input and not planes else 0,), dtype),
                 ((g.boxes * g.classes * width * (bins + 1) if plan.copies else 0,), dtype),
-                *_roi_common.lists_of_threads(threads, g, arguments[1]),
+                *roi_common.lists_of_threads(threads, g, arguments[1]),
                 ((threads, corners * LISTED), pixel_dtype(g)),
                 ((threads, 3, corners * LISTED), dtype),
                 ((threads, max(blocks["width"])), np.dtype(f"i{dtype.itemsize}")),
@@ -146,11 +146,10 @@ def backward(
         "offset": (_by_part(grad_moves, g), (g.boxes, 2 * g.classes, g.part_h, g.part_w)),
         "mask": (grad_mask.sum(axis=1), (g.boxes, 1, g.pooled_h, g.pooled_w)),
     }
-    grads = [
-        to_result(grad, (offset if name == "offset" else input).dtype, shape) if name in needs else None
+    return {
+        name: to_result(grad, (offset if name == "offset" else input).dtype, shape) if name in needs else None
         for name, (grad, shape) in taken.items()
-    ]
-    return tuple(grads)  # type: ignore[return-value]
+    }
 
 
 def _by_part(grad_moves: Any, g: Any) -> Any:

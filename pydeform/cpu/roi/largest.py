@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from pydeform.cpu._jit import inline, inline_always
-from pydeform.cpu._planes import gather
-from pydeform.cpu._roi_bins import BROKEN, SOUND, pixels_read, points_listed
-from pydeform.cpu._roi_common import LISTED, bins_from, entries_of, lay_bins, lists_from
-from pydeform.cpu._simd import VECTOR_BYTES, advance, at
-from pydeform.cpu._simd_roi import largest_pixel, largest_point
+from pydeform.cpu.core.jit import inline, inline_always
+from pydeform.cpu.core.planes import gather
+from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at
+from pydeform.cpu.core.weighted import largest_pixel, largest_point
+from pydeform.cpu.roi.bins import BROKEN, SOUND, pixels_read, points_listed
+from pydeform.cpu.roi.common import LISTED, bins_from, entries_of, lay_bins, lists_from
 
 
 @inline

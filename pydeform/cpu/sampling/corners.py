@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from pydeform._geometry import BOUNDARIES
-from pydeform.cpu._jit import inline
-from pydeform.cpu._simd import advance, at, sum_values
-from pydeform.cpu._simd_pairs import put
+from pydeform.cpu.core.jit import inline
+from pydeform.cpu.core.pair_products import put
+from pydeform.cpu.core.simd import advance, at, sum_values
 
 DCNV2, DCNV1 = BOUNDARIES.index("dcnv2"), BOUNDARIES.index("dcnv1")
 

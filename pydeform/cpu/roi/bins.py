@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pydeform._roi_geometry import AFTER_SCALE, BEFORE_SCALE
-from pydeform.cpu._jit import inline, inline_always
+from pydeform.cpu.core.jit import inline, inline_always
 
 SOUND, BROKEN, OUTSIDE = 0, 1, 2  # of a box or bin: as it should be, with a NaN, infinite
 MANY_POINTS = 4096  # on an axis of a bin: more are not looked at one by one

@@ -1,0 +1,46 @@
+"""Convolutions on NumPy arrays: tiles of output positions, sampled into cache and multiplied at once.
+
+The image is copied once to channels-last, so that a corner is one contiguous run of channels, and a tile of sampled
+columns never leaves the cache: no column buffer of the whole problem exists. A plain convolution is a deformable one
+whose taps do not move: its offset is None. Kernels cite docs/math/deform_conv2d.md. Options that choose between ways on
+CUDA choose nothing here: results are always deterministic and in full precision.
+
+Which problem takes which way, and why:
+
+- few samples of a large image (`plan.prefers_planes`): corners are gathered from the image as it lies, since the copy
+  would be most of the work and of the memory
+- no offset: columns are copied, not blended, since a tap reads one pixel
+- depthwise, one input and one output channel in each group: columns times one weight each, since there is nothing to
+  sum over channels
+- bfloat16 where the processor multiplies pairs of it (`plan.numbers_of`): columns and weights become pairs, two to four
+  times as fast, rounded as on CUDA's tensor cores
+- an image of few channels, backward: two pieces of its tiles, so that there is work for two threads
+
+What a problem does not take is not compiled into its kernel: see the arguments that may be None.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydeform.cpu.conv import backward_kernel, forward_kernel
+
+
+def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, *, allow_tf32: bool = False) -> Any:
+    return forward_kernel.forward(input, offset, weight, bias, mask, g)
+
+
+def backward(
+    grad_output: Any,
+    input: Any,
+    offset: Any,
+    weight: Any,
+    bias: Any,
+    mask: Any,
+    g: Any,
+    needs: Any,
+    *,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+) -> dict[str, Any]:
+    return backward_kernel.backward(grad_output, input, offset, weight, bias, mask, g, needs)

@@ -183,6 +183,22 @@ def _on_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr("tests.conftest._tolerance", tolerance_of(name, is_convolution))
 
 
+def map_arrays(function: Callable[[np.ndarray], Any], value: Any) -> Any:
+    """The arguments of a kernel with another array for each, in tuples as well."""
+    if isinstance(value, np.ndarray):
+        return function(value)
+    if isinstance(value, tuple):
+        items = [map_arrays(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
+def arrays_in(value: Any) -> list[np.ndarray]:
+    found: list[np.ndarray] = []
+    map_arrays(found.append, value)
+    return found
+
+
 def take_no_spare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every workspace is new, so that what a test fills fresh memory with is what kernels get."""
     from pydeform.cpu.core import memory

@@ -21,7 +21,7 @@ from pydeform.cpu.core.jit import Kernel
 from pydeform.cpu.core.simd import at
 from pydeform.cpu.roi import common as roi_common
 from tests.cases.deform_conv2d import ARRAYS, CASES, make, make_grad_output
-from tests.conftest import assert_same_bits, take_no_spare
+from tests.conftest import arrays_in, assert_same_bits, map_arrays, take_no_spare
 from tests.test_roi import CORNERS, OPERATORS, VARIANTS, problem, wide
 
 FENCE = 4096  # bytes on either side
@@ -43,15 +43,16 @@ def _run_fenced(run: Any) -> Any:
     """`parallel.run` with fences around all arrays of a kernel."""
 
     def fenced(kernel: Any, key: Any, threads: int, *arguments: Any) -> None:
-        pairs = [_fenced(a) if isinstance(a, np.ndarray) else (a, None) for a in arguments]
-        run(kernel, key, threads, *(copy for copy, _ in pairs))
-        for number, (array, (copy, around)) in enumerate(zip(arguments, pairs, strict=True)):
-            if around is not None:
-                for side, fence in ("before", around[:FENCE]), ("after", around[FENCE + array.nbytes :]):
-                    what = f"{kernel.call.__name__} wrote {side} its argument {number}, {array.dtype}{array.shape}"
-                    assert (fence == WOOD).all(), what
-                if copy.tobytes() != array.tobytes():
-                    array[...] = copy
+        arrays = arrays_in(arguments)
+        pairs = [_fenced(array) for array in arrays]
+        copies = iter([copy for copy, _ in pairs])
+        run(kernel, key, threads, *map_arrays(lambda array: next(copies), arguments))
+        for number, (array, (copy, around)) in enumerate(zip(arrays, pairs, strict=True)):
+            for side, fence in ("before", around[:FENCE]), ("after", around[FENCE + array.nbytes :]):
+                what = f"{kernel.call.__name__} wrote {side} its array {number}, {array.dtype}{array.shape}"
+                assert (fence == WOOD).all(), what
+            if copy.tobytes() != array.tobytes():
+                array[...] = copy
 
     return fenced
 

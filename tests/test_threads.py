@@ -19,7 +19,7 @@ from pydeform.cpu.conv import plan as conv_plan
 from pydeform.cpu.core import jit, kernel_cache, memory, parallel
 from pydeform.cpu.roi import common as roi_common
 from tests.cases.deform_conv2d import ARRAYS, Case, make, make_grad_output
-from tests.conftest import assert_same_bits, times_helped
+from tests.conftest import arrays_in, assert_same_bits, times_helped
 from tests.test_waits import PROBLEMS as PROBLEMS_OF_KERNELS
 
 ROOT = Path(pydeform.__file__).parents[1]
@@ -155,7 +155,7 @@ def test_a_million_threads_take_no_more_memory_than_there_is_work_and_processors
     asked = []
 
     def look(kernel, key, threads, *arguments):
-        asked.append((threads, sum(a.nbytes for a in arguments if isinstance(a, np.ndarray))))
+        asked.append((threads, sum(a.nbytes for a in arrays_in(arguments))))
 
     monkeypatch.setattr(parallel, "run", look)
     PROBLEMS_OF_KERNELS[name][1]()

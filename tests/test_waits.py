@@ -24,7 +24,7 @@ from pydeform.cpu.core import memory, parallel
 from pydeform.cpu.core.jit import Kernel, inline
 from pydeform.cpu.roi import common as roi_common
 from tests.cases.deform_conv2d import Case, make, make_grad_output
-from tests.conftest import assert_same_bits, take_no_spare
+from tests.conftest import assert_same_bits, map_arrays, take_no_spare
 from tests.test_roi import VARIANTS, problem, wide
 
 FOLDER = Path(parallel.__file__).parents[1]
@@ -90,7 +90,7 @@ class Call(NamedTuple):
 
     def fresh(self) -> Call:
         """With arrays of its own: as they were before the first call."""
-        return self._replace(arguments=tuple(a.copy() if isinstance(a, np.ndarray) else a for a in self.arguments))
+        return self._replace(arguments=map_arrays(np.copy, self.arguments))
 
     @property
     def counters(self) -> np.ndarray:
@@ -115,7 +115,7 @@ def call(request, monkeypatch) -> Call:
     def keep(kernel: Kernel, key: Any, threads: int, *arguments: Any) -> None:
         kernel.prepare(key, (0, *arguments))
         assert threads == 2
-        calls.append(Call(kernel, tuple(a.copy() if isinstance(a, np.ndarray) else a for a in arguments)))
+        calls.append(Call(kernel, map_arrays(np.copy, arguments)))
 
     take_no_spare(monkeypatch)
     for module in MODULES:
@@ -203,17 +203,21 @@ def test_a_kernel_waits_for_every_phase(call):
         assert others[finished(phase)] == want.counters[finished(phase)] > 0
         got.counters[finished(phase)] = others[finished(phase)]
         running.end()
-        names = argument_names(call)
-        assert RESULTS.intersection(names)
-        for name, a, b in zip(names, got.arguments[1:], want.arguments[1:], strict=True):
-            if name in RESULTS:
-                assert_same_bits(a, b, f"{name} where phase {phase} is another thread's")
+        expected = results_of(want)
+        for name, array in results_of(got).items():
+            assert_same_bits(array, expected[name], f"{name} where phase {phase} is another thread's")
 
 
-def argument_names(call: Call) -> tuple[str, ...]:
-    """Behind the thread and the counters."""
+def results_of(call: Call) -> dict[str, np.ndarray]:
+    """What the call is for, by names."""
     code = call.kernel.call.py_func.__code__
-    return code.co_varnames[2 : code.co_argcount]
+    names = code.co_varnames[2 : code.co_argcount]  # behind the thread and the counters
+    arguments = dict(zip(names, call.arguments[1:], strict=True))
+    if "grads" in arguments:
+        arguments |= {f"grad_{name}": a for name, a in arguments["grads"]._asdict().items() if name != "output"}
+    found = {name: a for name, a in arguments.items() if name in RESULTS}
+    assert found
+    return found
 
 
 RESULTS = {"output", "grad_input", "grad_offset", "grad_moves", "grad_mask", "grad_weight", "grad_bias"}
@@ -222,15 +226,15 @@ RESULTS = {"output", "grad_input", "grad_offset", "grad_moves", "grad_mask", "gr
 @pytest.mark.parametrize("call", ["dense backward", "depthwise backward"], indirect=True)
 def test_sums_over_blocks_wait_for_the_block_before(call):
     """The first block is another thread's. It says how far it has come, and what it has left is there to add to."""
-    geometry, plan = call.arguments[-2:]
-    blocks = call.arguments[-4]
+    tables, geometry, plan = call.arguments[-3:]
+    blocks = tables.blocks
     taps = geometry.kernel_h * geometry.kernel_w
     assert list(blocks["previous"][:2]) == [-1, 0] and plan.splits == geometry.batch > 1 and plan.tiles > 1
     got = call.fresh()
     own, units = parallel.own_counters(3), plan.splits * len(blocks)
     assert plan.pieces == 1
     progress = got.counters[own:]  # of the first image's blocks
-    offsets = got.arguments[1 + argument_names(call).index("grad_offset")]
+    offsets = results_of(got)["grad_offset"]
     got.counters[claimed(1)] = 1
     running = Running(got)
     for step in range(plan.tiles * taps):

@@ -15,7 +15,7 @@ from pydeform.cpu.conv.plan import (
     channel_blocks,
     channels_last_size,
     corners_size,
-    flat_arguments,
+    given_arrays,
     is_depthwise,
     is_small,
     numbers_of,
@@ -58,7 +58,7 @@ from pydeform.cpu.core.parallel import (
     wait_for,
     wait_until,
 )
-from pydeform.cpu.core.planes import gather_corners, planes_of
+from pydeform.cpu.core.planes import gather_corners
 from pydeform.cpu.core.simd import (
     PANEL,
     VECTOR_BYTES,
@@ -71,6 +71,7 @@ from pydeform.cpu.core.simd import (
     sum_values,
     transpose_block,
     use_widest_vectors,
+    vectors_of,
 )
 from pydeform.cpu.core.weighted import plane_scatter
 from pydeform.cpu.sampling.corners import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
@@ -110,6 +111,65 @@ class BackwardPlan(NamedTuple):
     need_bias: int
 
 
+class Gradients(NamedTuple):
+    """That of the output, which is given, and those that are asked for, in the kernels' shapes; others are empty."""
+
+    output: Any
+    input: Any
+    offset: Any
+    mask: Any
+    weight: Any
+    bias: Any
+
+
+class Scratch(NamedTuple):
+    """A call's own memory; squares, and from `grads` on, each thread's."""
+
+    image: Any  # block by block of channels, channels last
+    grad_image: Any  # its gradient, for each piece
+    packed: Any  # the weight, as products read it
+    squares: Any  # of the weight, while it is turned
+    partial: Any  # the weight's gradient, for each range of pieces
+    grads: Any  # the output's gradient in a tile: (output channel, position), depthwise (position, channel)
+    columns: Any  # of a tap of a tile: (position, channel), and their gradient
+    corners: Any  # of a tap's samples: places of their pixels,
+    weights: Any  # weights, positions within the cell, and dots of the columns' gradient with the corners
+    bases: Any  # y and x of a tile's positions
+    pixels: Any  # corners of one sample, where they are gathered,
+    places: Any  # those of them that are inside,
+    products: Any  # and their weights
+
+
+class Pairs(NamedTuple):
+    """What products of pairs take besides."""
+
+    by_position: Any  # the output's gradient: (image, group, position, output of the group),
+    by_output: Any  # and (output, position)
+    columns: Any  # of a tap of a tile, each thread's
+
+
+class Tables(NamedTuple):
+    """How the channels are cut up."""
+
+    blocks: Any
+    depthwise: int | None
+
+
+class Part(NamedTuple):
+    """One block of channels of one tile, and the thread that computes it."""
+
+    thread: int
+    image: int
+    piece: int  # of the image
+    block: int
+    split: int  # the partial weight gradient that it is added to
+    is_first: bool  # nothing is there yet
+    start: int  # the tile's first position
+    positions: int
+    ordinal: int  # of the tile in its piece
+    progress: int  # the counter of the piece's first block
+
+
 class Prepared(NamedTuple):
     """All that is decided before the arrays are known."""
 
@@ -118,8 +178,7 @@ class Prepared(NamedTuple):
     planes: bool  # corners are gathered from the input, and its gradient added up, as they lie; else channels last
     workspace: Workspace
     pairs: Workspace | None  # what pairs take besides, if there are any
-    blocks: Any
-    depthwise: int | None
+    tables: Tables
     plan: BackwardPlan
 
 
@@ -145,29 +204,29 @@ def backward(
         most_threads = threads_for(g, 3, g.batch * g.in_channels * positions)
         how = _prepared(g, dtype, numbers, most_threads, offset is not None, mask is not None, needs)
         arrays = how.workspace.take()
-        pairs = how.pairs.take() if how.pairs else [None, None, None]
+        pairs = how.pairs.take() if how.pairs else None
         parallel.run(
             _backward,
             how.key,
             how.threads,
-            parallel.new_counters(3, g.batch * how.plan.pieces * len(how.blocks)),
-            contiguous(grad_output, dtype, (g.batch, g.out_channels, positions)),
-            *flat_arguments(None if how.planes else input, offset, weight, bias, mask, g, dtype, how.plan.positions),
-            planes_of(input) if how.planes else None,
-            grad_input,
-            grad_offset,
-            grad_mask,
-            grad_weight,
-            grad_bias,
-            *arrays,
-            *pairs,
-            how.blocks,
-            how.depthwise,
+            parallel.new_counters(3, g.batch * how.plan.pieces * len(how.tables.blocks)),
+            given_arrays(input, offset, weight, bias, mask, g, dtype, how.planes, how.plan.positions),
+            Gradients(
+                contiguous(grad_output, dtype, (g.batch, g.out_channels, positions)),
+                grad_input,
+                grad_offset,
+                grad_mask,
+                grad_weight,
+                grad_bias,
+            ),
+            Scratch(*arrays),
+            Pairs(*pairs) if pairs else None,
+            how.tables,
             g,
             how.plan,
         )
         how.workspace.give_back(arrays)
-        if how.pairs:
+        if how.pairs and pairs:
             how.pairs.give_back(pairs)
     taken = {
         "input": (grad_input, (g.batch, g.in_channels, g.in_h, g.in_w)),
@@ -253,348 +312,199 @@ def _kept(
     )
     depthwise = 1 if is_depthwise(g) else None
     key = dtype.char + numbers.char + pixel_dtype.char + planes * "p" + has_offset * "o" + bool(depthwise) * "d"
-    return Prepared(threads, key, planes, arrays, pairs if has_pairs else None, blocks, depthwise, plan)
+    return Prepared(threads, key, planes, arrays, pairs if has_pairs else None, Tables(blocks, depthwise), plan)
 
 
 @Kernel
 def _backward(
-    thread: int,
-    counters: Any,
-    grad_output: Any,
-    input: Any,
-    offset: Any,
-    mask: Any,
-    weight: Any,
-    bias: Any,
-    planes: Any,
-    grad_input: Any,
-    grad_offset: Any,
-    grad_mask: Any,
-    grad_weight: Any,
-    grad_bias: Any,
-    image: Any,
-    grad_image: Any,
-    packed: Any,
-    packing: Any,
-    partial: Any,
-    tile_grad: Any,
-    tile_columns: Any,
-    corners: Any,
-    weights: Any,
-    bases: Any,
-    all_pixels: Any,
-    all_places: Any,
-    all_products: Any,
-    by_position: Any,
-    by_output: Any,
-    paired: Any,
-    blocks: Any,
-    depthwise: Any,
-    g: Any,
-    p: Any,
+    thread: int, counters: Any, given: Any, grads: Any, scratch: Any, pairs: Any, tables: Any, g: Any, p: Any
 ) -> None:
-    """`by_position`, `by_output` and `paired`: the output's gradient and a tile's columns in pairs, or None. One of
-    input and planes is None, offset is None in a plain convolution, and depthwise where it is not: a kernel is compiled
-    without what they would take."""
+    """A kernel is compiled without what those would take that are None: given.input or given.planes, given.offset in a
+    plain convolution, tables.depthwise where it is not, and pairs where there are none."""
     call_helpers(thread, counters)
-    use_widest_vectors()
-    scratch = at(tile_columns, (thread, 0, 0, 0))
-    _prepare_backward(
-        thread,
-        counters,
-        input,
-        image,
-        grad_image,
-        weight,
-        packed,
-        at(packing, (thread, 0)),
-        grad_output,
-        by_position,
-        by_output,
-        scratch,
-        blocks,
-        depthwise,
-        g,
-        p,
-    )
-
-    # Phase 1: every unit is one block of channels of one range of images, and owns its slices of all gradients.
-    low = lowest_coordinate(g.boundary, image)
-    has_mask = p.has_mask != 0
-    taps = g.kernel_h * g.kernel_w
-    length = g.out_h * g.out_w
-    out_channels = g.out_channels // g.groups
-    corner = corners[thread]
-    blending = weights[thread]
-    base = bases[thread]
-    working = p.splits * len(blocks) * (p.need_input | p.need_dots | p.need_weight)
-    if paired is not None:
-        begin_products(at(paired, (thread, 0, 0, 0)))
+    _prepare_backward(thread, counters, given, grads.output, scratch, pairs, tables, g, p)
+    # Phase 1: every unit is one block of channels of one range of pieces, and owns its slices of all gradients.
+    units = p.splits * len(tables.blocks) * (p.need_input | p.need_dots | p.need_weight)
+    if pairs is not None:
+        begin_products(at(pairs.columns, (thread, 0, 0, 0)))
     unit = claim(counters, 1)
-    while unit < working:
-        split = unit // len(blocks)
-        block = unit - split * len(blocks)
-        row = blocks[block]
-        og, channel, channels, width, previous = row.og, row.channel, row.channels, row.width, row.previous
-        first_piece = split * g.batch * p.pieces // p.splits
-        for piece in range(first_piece, (split + 1) * g.batch * p.pieces // p.splits):
-            b = piece // p.pieces
-            part = piece - b * p.pieces
-            origin = (b * g.in_channels + channel) * (g.in_h * g.in_w + 1)
-            grad_origin = (part * p.apart + origin) * p.need_input
-            progress = PROGRESS + piece * len(blocks)
-            first_tile = part * p.tiles // p.pieces
-            for tile in range(first_tile, (part + 1) * p.tiles // p.pieces):
+    while unit < units:
+        split = unit // len(tables.blocks)
+        block = unit - split * len(tables.blocks)
+        first = split * g.batch * p.pieces // p.splits
+        for piece in range(first, (split + 1) * g.batch * p.pieces // p.splits):
+            image = piece // p.pieces
+            number = piece - image * p.pieces
+            first_tile = number * p.tiles // p.pieces
+            for tile in range(first_tile, (number + 1) * p.tiles // p.pieces):
                 start = tile * p.positions
-                count = min(p.positions, length - start)
-                tile_origins(start, count, base, g)
-                if depthwise is not None:  # (position, channel)
-                    grads = at(tile_grad, (thread, 0, 0))
-                    for c in range(channels):
-                        for i in range(count):
-                            grads[i * COLUMN_ROW + c] = grad_output[b, channel + c, start + i]
-                elif paired is None:  # (output channel, position)
-                    for o in range(out_channels):
-                        for i in range(count):
-                            tile_grad[thread, o, i] = grad_output[b, row.first_out + o, start + i]
-                for tap in range(taps):
-                    masks = at(mask, (b, og, tap, start)) if has_mask else at(mask, (0, 0, 0, 0))
-                    is_infinite = locate_tap(
-                        offset, masks, b, og, tap, start, count, low, base, corner, blending, g, has_mask
-                    )
-                    if not (p.need_input | p.need_dots):
-                        pass
-                    elif depthwise is not None:
-                        # grad_columns[i, c] = grad_output[c, i] * weight[c, tap]
-                        _scale_channels(
-                            at(tile_grad, (thread, 0, 0)),
-                            at(packed, (row.packed_at + tap * width,)),
-                            at(tile_columns, (thread, 1, 0, 0)),
-                            COLUMN_ROW,
-                            count,
-                            channels,
-                        )
-                    else:
-                        # grad_columns[i, c] = sum_o grad_output[o, i] * weight[o, c, tap]
-                        panel_at = row.packed_at + tap * width * p.depth
-                        if paired is None:
-                            for o in range(0, out_channels, DEPTH):
-                                _multiply(
-                                    at(tile_grad, (thread, o, 0)),
-                                    1,
-                                    ROW,
-                                    count,
-                                    at(packed, (panel_at + o * width,)),
-                                    width,
-                                    min(DEPTH, out_channels - o),
-                                    at(tile_columns, (thread, 1, 0, 0)),
-                                    COLUMN_ROW,
-                                    o > 0,
-                                    width,
-                                    p,
-                                )
-                        else:
-                            _multiply(
-                                at(by_position, (b, row.first_out // out_channels, start, 0)),
-                                by_position.shape[3],
-                                1,
-                                count,
-                                at(packed, (panel_at,)),
-                                width,
-                                p.depth,
-                                at(tile_columns, (thread, 1, 0, 0)),
-                                COLUMN_ROW,
-                                False,
-                                width,
-                                p,
-                            )
-                    if planes is None:
-                        _sample_backward(
-                            at(tile_columns, (thread, 0, 0, 0)),
-                            at(tile_columns, (thread, 1, 0, 0)),
-                            at(image, (origin,)),
-                            at(grad_image, (grad_origin,)),
-                            corner,
-                            blending,
-                            count,
-                            channels,
-                            p,
-                        )
-                        if is_infinite:
-                            blend_infinite(
-                                at(tile_columns, (thread, 0, 0, 0)),
-                                COLUMN_ROW,
-                                at(image, (origin,)),
-                                corner,
-                                blending,
-                                masks,
-                                count,
-                                channels,
-                            )
-                    else:
-                        _sample_planes(
-                            planes,
-                            b,
-                            channel,
-                            channels,
-                            at(tile_columns, (thread, 0, 0, 0)),
-                            at(tile_columns, (thread, 1, 0, 0)),
-                            grad_input,
-                            corner,
-                            blending,
-                            masks,
-                            is_infinite,
-                            count,
-                            at(all_pixels, (thread, 0)),
-                            at(all_places, (thread, 0)),
-                            at(all_products, (thread, 0)),
-                            g,
-                            p,
-                        )
-                    if p.need_dots and previous >= 0:
-                        # Sums over channels go from block to block: this one adds where the one before has been.
-                        wait_until(counters, progress + previous, (tile - first_tile) * taps + tap + 1)
-                    if p.need_dots:
-                        _add_offset_gradient(
-                            blending,
-                            masks,
-                            at(grad_offset, (b, og, tap, 0, start)),
-                            at(grad_offset, (b, og, tap, 1, start)),
-                            at(grad_mask, (b, og, tap, start)),
-                            count,
-                            previous >= 0,
-                            row.is_last != 0,
-                        )
-                        advance_counter(counters, progress + block)
-                    if not p.need_weight:
-                        pass
-                    elif depthwise is not None:
-                        # partial[c] += sum_i grad_output[c, i] * columns[i, c]
-                        _sum_channels(
-                            at(tile_grad, (thread, 0, 0)),
-                            at(tile_columns, (thread, 0, 0, 0)),
-                            at(partial, (split, row.partial_at + tap * width)),
-                            COLUMN_ROW,
-                            count,
-                            channels,
-                            piece > first_piece or tile > first_tile,
-                        )
-                    else:
-                        # partial[o, c] += sum_i grad_output[o, i] * columns[i, c]: eq. 6 for one tap of one tile
-                        more = piece > first_piece or tile > first_tile
-                        if paired is not None:
-                            _pair_columns(
-                                at(tile_columns, (thread, 0, 0, 0)), at(paired, (thread, 0, 0, 0)), count, width
-                            )
-                            _multiply(
-                                at(by_output, (b * g.out_channels + row.first_out, start)),
-                                by_output.shape[1],
-                                1,
-                                out_channels,
-                                at(paired, (thread, 0, 0, 0)),
-                                COLUMN_ROW,
-                                _filled(count),
-                                at(partial, (split, row.partial_at + tap * p.rows * width)),
-                                width,
-                                more,
-                                width,
-                                p,
-                            )
-                        else:
-                            _multiply(
-                                at(tile_grad, (thread, 0, 0)),
-                                ROW,
-                                1,
-                                out_channels,
-                                at(tile_columns, (thread, 0, 0, 0)),
-                                COLUMN_ROW,
-                                count,
-                                at(partial, (split, row.partial_at + tap * p.rows * width)),
-                                width,
-                                more,
-                                width,
-                                p,
-                            )
+                count = min(p.positions, g.out_h * g.out_w - start)
+                progress = PROGRESS + piece * len(tables.blocks)
+                is_first = piece == first and tile == first_tile
+                part = Part(thread, image, number, block, split, is_first, start, count, tile - first_tile, progress)
+                _block_of_tile(counters, part, given, grads, scratch, pairs, tables, g, p)
         finish(counters, 1)
         unit = claim(counters, 1)
-    if paired is not None:
-        end_products(at(paired, (thread, 0, 0, 0)))
-    wait_for(counters, 1, working)
-
-    _finish_backward(
-        thread,
-        counters,
-        grad_output,
-        grad_image,
-        partial,
-        at(packing, (thread, 0)),
-        grad_input,
-        grad_weight,
-        grad_bias,
-        blocks,
-        planes,
-        depthwise,
-        g,
-        p,
-    )
+    if pairs is not None:
+        end_products(at(pairs.columns, (thread, 0, 0, 0)))
+    wait_for(counters, 1, units)
+    _finish_backward(thread, counters, given.planes, grads, scratch, tables, g, p)
     let_helpers_go(thread, counters)
 
 
 @inline
 def _prepare_backward(
-    thread: int,
-    counters: Any,
-    input: Any,
-    image: Any,
-    grad_image: Any,
-    weight: Any,
-    packed: Any,
-    packing: Any,
-    grad_output: Any,
-    by_position: Any,
-    by_output: Any,
-    scratch: Any,
-    blocks: Any,
-    depthwise: Any,
-    g: Any,
-    p: Any,
+    thread: int, counters: Any, given: Any, grad_output: Any, scratch: Any, pairs: Any, tables: Any, g: Any, p: Any
 ) -> None:
     """Phase 0: the image to channels-last, its gradient to zero, the weight into panels; the output's gradient into
     pairs."""
-    pixels = g.in_h * g.in_w
+    use_widest_vectors()
+    blocks, pixels = tables.blocks, g.in_h * g.in_w
     parts = pixel_parts(pixels)
-    converting = len(blocks) * g.batch * parts if input is not None else 0
+    converting = len(blocks) * g.batch * parts if given.input is not None else 0
     packing_too = converting + len(blocks)
-    preparing = packing_too
-    if by_position is not None:
-        preparing += g.batch * p.tiles
-    unit = claim_near(counters, 0, thread, preparing)
-    while unit < preparing:
+    units = packing_too + (0 if pairs is None else g.batch * p.tiles)
+    unit = claim_near(counters, 0, thread, units)
+    while unit < units:
         if unit >= packing_too:
-            if by_position is not None:
+            if pairs is not None:
                 b = (unit - packing_too) // p.tiles
                 start = (unit - packing_too - b * p.tiles) * p.positions
-                _pair_gradients(grad_output, b, start, by_position, by_output, scratch, g, p)
+                turned = at(scratch.columns, (thread, 0, 0, 0))
+                _pair_gradients(grad_output, b, start, pairs.by_position, pairs.by_output, turned, g, p)
         elif unit >= converting:
-            row = blocks[unit - converting]
-            if depthwise is None:
-                pack_backward(weight, packed, packing, row, g.out_channels // g.groups, p.depth)
-            else:
-                for tap in range(g.kernel_h * g.kernel_w):
-                    pack_depthwise(weight, packed, row.channel, row.channels, tap, row.packed_at + tap * row.width)
-        elif input is not None:  # block by block, as phase 1 goes on
+            row, squares = blocks[unit - converting], at(scratch.squares, (thread, 0))
+            _pack_block(given.weight, scratch.packed, squares, row, tables.depthwise, g, p)
+        elif given.input is not None:  # block by block, as phase 1 goes on
             block, b, part = _part_of(unit, parts, g)
             channel, channels = blocks[block].channel, blocks[block].channels
             origin = (b * g.in_channels + channel) * (pixels + 1)
-            to_channels_last(input, b, channel, 1, image, origin, channels, channels, part, pixels)
+            to_channels_last(given.input, b, channel, 1, scratch.image, origin, channels, channels, part, pixels)
             if p.need_input:
                 last = pixels + 1 if part == parts - 1 else (part + 1) * PIXELS
                 for start in range(origin, origin + p.pieces * p.apart, p.apart):
                     for i in range(start + part * PIXELS * channels, start + last * channels):
-                        grad_image[i] = 0
+                        scratch.grad_image[i] = 0
         finish(counters, 0)
-        unit = claim_near(counters, 0, thread, preparing)
-    wait_for(counters, 0, preparing)
+        unit = claim_near(counters, 0, thread, units)
+    wait_for(counters, 0, units)
+
+
+@inline
+def _pack_block(weight: Any, packed: Any, squares: Any, row: Any, depthwise: Any, g: Any, p: Any) -> None:
+    if depthwise is None:
+        pack_backward(weight, packed, squares, row, g.out_channels // g.groups, p.depth)
+    else:
+        for tap in range(g.kernel_h * g.kernel_w):
+            pack_depthwise(weight, packed, row.channel, row.channels, tap, row.packed_at + tap * row.width)
+
+
+@inline
+def _block_of_tile(
+    counters: Any, part: Any, given: Any, grads: Any, scratch: Any, pairs: Any, tables: Any, g: Any, p: Any
+) -> None:
+    """What one block of channels of one tile adds to all gradients, tap by tap."""
+    thread, b, start, count = part.thread, part.image, part.start, part.positions
+    row, taps = tables.blocks[part.block], g.kernel_h * g.kernel_w
+    low, has_mask = lowest_coordinate(g.boundary, scratch.image), p.has_mask != 0
+    corner, weights, base = scratch.corners[thread], scratch.weights[thread], scratch.bases[thread]
+    columns, grad_columns = at(scratch.columns, (thread, 0, 0, 0)), at(scratch.columns, (thread, 1, 0, 0))
+    origin = (b * g.in_channels + row.channel) * (g.in_h * g.in_w + 1)
+    source = at(scratch.image, (origin,))
+    target = at(scratch.grad_image, ((part.piece * p.apart + origin) * p.need_input,))
+    tile_origins(start, count, base, g)
+    _copy_gradient(part, row, grads.output, scratch.grads, pairs, tables.depthwise, g)
+    for tap in range(taps):
+        masks = at(given.mask, (b, row.og, tap, start)) if has_mask else at(given.mask, (0, 0, 0, 0))
+        is_infinite = locate_tap(
+            given.offset, masks, b, row.og, tap, start, count, low, base, corner, weights, g, has_mask
+        )
+        if p.need_input | p.need_dots:
+            _gradient_of_columns(part, row, tap, scratch, pairs, tables.depthwise, g, p)
+        if given.planes is None:
+            _sample_backward(columns, grad_columns, source, target, corner, weights, count, row.channels, p)
+            if is_infinite:
+                blend_infinite(columns, COLUMN_ROW, source, corner, weights, masks, count, row.channels)
+        else:
+            _sample_planes(given.planes, part, row, scratch, grads.input, masks, is_infinite, g, p)
+        if p.need_dots:
+            if row.previous >= 0:
+                # Sums over channels go from block to block: this one adds where the one before has been.
+                wait_until(counters, part.progress + row.previous, part.ordinal * taps + tap + 1)
+            _add_offset_gradient(
+                weights,
+                masks,
+                at(grads.offset, (b, row.og, tap, 0, start)),
+                at(grads.offset, (b, row.og, tap, 1, start)),
+                at(grads.mask, (b, row.og, tap, start)),
+                count,
+                row.previous >= 0,
+                row.is_last != 0,
+            )
+            advance_counter(counters, part.progress + part.block)
+        if p.need_weight:
+            _gradient_of_weight(part, row, tap, scratch, pairs, tables.depthwise, g, p)
+
+
+@inline
+def _copy_gradient(part: Any, row: Any, grad_output: Any, grads: Any, pairs: Any, depthwise: Any, g: Any) -> None:
+    """The output's gradient in the tile, for the block's products: depthwise (position, channel), else (output channel,
+    position); pairs are there already."""
+    use_widest_vectors()
+    if depthwise is not None:
+        turned = at(grads, (part.thread, 0, 0))
+        for c in range(row.channels):
+            source = at(grad_output, (part.image, row.channel + c, part.start))
+            for i in range(part.positions):
+                turned[i * COLUMN_ROW + c] = source[i]
+    elif pairs is None:
+        for o in range(g.out_channels // g.groups):
+            for i in range(part.positions):
+                grads[part.thread, o, i] = grad_output[part.image, row.first_out + o, part.start + i]
+
+
+@inline
+def _gradient_of_columns(
+    part: Any, row: Any, tap: int, scratch: Any, pairs: Any, depthwise: Any, g: Any, p: Any
+) -> None:
+    """grad_columns[i, c] = sum_o grad_output[o, i] * weight[o, c, tap]."""
+    thread, width, outs, count = part.thread, row.width, g.out_channels // g.groups, part.positions
+    target = at(scratch.columns, (thread, 1, 0, 0))
+    if depthwise is not None:
+        scale = at(scratch.packed, (row.packed_at + tap * width,))
+        _scale_channels(at(scratch.grads, (thread, 0, 0)), scale, target, COLUMN_ROW, count, row.channels)
+    elif pairs is None:
+        for o in range(0, outs, DEPTH):
+            weights = at(scratch.packed, (row.packed_at + (tap * p.depth + o) * width,))
+            grads, depth = at(scratch.grads, (thread, o, 0)), min(DEPTH, outs - o)
+            _multiply(grads, 1, ROW, count, weights, width, depth, target, COLUMN_ROW, o > 0, width, p)
+    else:
+        weights, of_row = at(scratch.packed, (row.packed_at + tap * p.depth * width,)), pairs.by_position.shape[3]
+        grads = at(pairs.by_position, (part.image, row.first_out // outs, part.start, 0))
+        _multiply(grads, of_row, 1, count, weights, width, p.depth, target, COLUMN_ROW, False, width, p)
+
+
+@inline
+def _gradient_of_weight(
+    part: Any, row: Any, tap: int, scratch: Any, pairs: Any, depthwise: Any, g: Any, p: Any
+) -> None:
+    """Eq. 6 for one tap of one tile: partial[o, c] += sum_i grad_output[o, i] * columns[i, c]."""
+    use_widest_vectors()
+    thread, width, outs, count = part.thread, row.width, g.out_channels // g.groups, part.positions
+    columns, more = at(scratch.columns, (thread, 0, 0, 0)), not part.is_first
+    if depthwise is not None:
+        sums = at(scratch.partial, (part.split, row.partial_at + tap * width))
+        _sum_channels(at(scratch.grads, (thread, 0, 0)), columns, sums, COLUMN_ROW, count, row.channels, more)
+        return
+    sums = at(scratch.partial, (part.split, row.partial_at + tap * p.rows * width))
+    if pairs is None:
+        grads = at(scratch.grads, (thread, 0, 0))
+        _multiply(grads, ROW, 1, outs, columns, COLUMN_ROW, count, sums, width, more, width, p)
+    else:
+        paired, of_row = at(pairs.columns, (thread, 0, 0, 0)), pairs.by_output.shape[1]
+        _pair_columns(columns, paired, count, width)
+        grads = at(pairs.by_output, (part.image * g.out_channels + row.first_out, part.start))
+        _multiply(grads, of_row, 1, outs, paired, COLUMN_ROW, _filled(count), sums, width, more, width, p)
 
 
 @inline_always
@@ -696,57 +606,50 @@ def _pair_columns(columns: Any, paired: Any, count: int, width: int) -> None:
 
 @inline
 def _finish_backward(
-    thread: int,
-    counters: Any,
-    grad_output: Any,
-    grad_image: Any,
-    partial: Any,
-    packing: Any,
-    grad_input: Any,
-    grad_weight: Any,
-    grad_bias: Any,
-    blocks: Any,
-    planes: Any,
-    depthwise: Any,
-    g: Any,
-    p: Any,
+    thread: int, counters: Any, planes: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any
 ) -> None:
     """Phase 2: gradients into the caller's layout."""
-    pixels = g.in_h * g.in_w
+    use_widest_vectors()
+    blocks, pixels = tables.blocks, g.in_h * g.in_w
     parts = pixel_parts(pixels)
     inputs = len(blocks) * g.batch * parts * p.need_input if planes is None else 0
-    lanes = VECTOR_BYTES // partial.itemsize
-    rows = 1 if depthwise is not None else -(-(g.out_channels // g.groups) // lanes)
+    lanes = VECTOR_BYTES // scratch.partial.itemsize
+    rows = 1 if tables.depthwise is not None else -(-(g.out_channels // g.groups) // lanes)
     outputs = inputs + len(blocks) * rows * p.need_weight
-    biases = outputs + g.out_channels * p.need_bias
-    unit = claim_near(counters, 2, thread, biases)
-    while unit < biases:
+    units = outputs + g.out_channels * p.need_bias
+    unit = claim_near(counters, 2, thread, units)
+    while unit < units:
         if unit < inputs:
             block, b, part = _part_of(unit, parts, g)
             channel, channels = blocks[block].channel, blocks[block].channels
-            origin = (b * g.in_channels + channel) * (pixels + 1)
+            image, origin = scratch.grad_image, (b * g.in_channels + channel) * (pixels + 1)
             first, last = part * PIXELS * channels, min((part + 1) * PIXELS, pixels) * channels
             for start in range(p.apart, p.pieces * p.apart, p.apart):
                 for i in range(origin + first, origin + last):
-                    grad_image[i] += grad_image[start + i]
-            block_to_channels_first(grad_image, origin, channels, channels, grad_input, b, channel, 1, part, pixels)
+                    image[i] += image[start + i]
+            block_to_channels_first(image, origin, channels, channels, grads.input, b, channel, 1, part, pixels)
         elif unit < outputs:
             block = (unit - inputs) // rows
-            first = (unit - inputs - block * rows) * lanes
-            if depthwise is None:
-                outs = g.out_channels // g.groups
-                reduce_weight(partial, grad_weight, packing, blocks[block], first, outs, p.rows, p.splits)
+            first, outs = (unit - inputs - block * rows) * lanes, g.out_channels // g.groups
+            if tables.depthwise is None:
+                squares = at(scratch.squares, (thread, 0))
+                reduce_weight(scratch.partial, grads.weight, squares, blocks[block], first, outs, p.rows, p.splits)
             else:
-                reduce_depthwise(partial, grad_weight, blocks[block], p.splits)
-        else:  # eq. 7
-            o = unit - outputs
-            total = sum_values(at(grad_output, (0, o, 0)), g.out_h * g.out_w)
-            for b in range(1, g.batch):
-                total += sum_values(at(grad_output, (b, o, 0)), g.out_h * g.out_w)
-            grad_bias[o] = total
+                reduce_depthwise(scratch.partial, grads.weight, blocks[block], p.splits)
+        else:
+            _sum_bias(grads.output, grads.bias, unit - outputs, g)
         finish(counters, 2)
-        unit = claim_near(counters, 2, thread, biases)
-    wait_for(counters, 2, biases)
+        unit = claim_near(counters, 2, thread, units)
+    wait_for(counters, 2, units)
+
+
+@inline
+def _sum_bias(grad_output: Any, grad_bias: Any, o: int, g: Any) -> None:
+    """Eq. 7."""
+    total = sum_values(at(grad_output, (0, o, 0)), g.out_h * g.out_w)
+    for b in range(1, g.batch):
+        total += sum_values(at(grad_output, (b, o, 0)), g.out_h * g.out_w)
+    grad_bias[o] = total
 
 
 @inline
@@ -781,49 +684,43 @@ def _sample_backward(
 
 @inline
 def _sample_planes(
-    planes: Any,
-    b: int,
-    channel: int,
-    channels: int,
-    columns: Any,
-    grad_columns: Any,
-    grad_input: Any,
-    corner: Any,
-    weights: Any,
-    mask: Any,
-    is_infinite: bool,
-    count: int,
-    pixels: Any,
-    places: Any,
-    products: Any,
-    g: Any,
-    p: Any,
+    planes: Any, part: Any, row: Any, scratch: Any, grad_input: Any, mask: Any, is_infinite: bool, g: Any, p: Any
 ) -> None:
     """`_sample_backward` on planes as they lie, in the same order: the same bits."""
-    vectors = -(-channels * weights.itemsize // VECTOR_BYTES)
-    one = weights.dtype.type(1)
+    thread, b, channels = part.thread, part.image, row.channels
+    corner, weights = scratch.corners[thread], scratch.weights[thread]
+    columns, grad_columns = at(scratch.columns, (thread, 0, 0, 0)), at(scratch.columns, (thread, 1, 0, 0))
+    pixels = at(scratch.pixels, (thread, 0))
     i1, i2, i3 = channels, 2 * channels, 3 * channels
-    for i in range(count):
+    for i in range(part.positions):
         w0, w1, w2, w3 = weights[0, i], weights[1, i], weights[2, i], weights[3, i]
-        out = advance(columns, i * COLUMN_ROW)
-        grad = advance(grad_columns, i * COLUMN_ROW)
-        gather_corners(planes, b, channel, channels, corner, i, g, pixels)
+        out, grad = advance(columns, i * COLUMN_ROW), advance(grad_columns, i * COLUMN_ROW)
+        gather_corners(planes, b, row.channel, channels, corner, i, g, pixels)
         if p.need_input | p.need_dots:
             dots = blend_dots(out, grad, pixels, pixels, 0, i1, i2, i3, w0, w1, w2, w3, channels)
             weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
         else:
-            blend(out, pixels, 0, i1, i2, i3, w0, w1, w2, w3, vectors)
+            blend(out, pixels, 0, i1, i2, i3, w0, w1, w2, w3, vectors_of(pixels, channels))
         if is_infinite:
             infinite_sample(out, mask[i], pixels, 0, i1, i2, i3, weights[4, i], weights[5, i], channels)
         if p.need_input:
-            listed = 0
-            for k in range(4):
-                if corner[k, i] != g.in_h * g.in_w:
-                    places[listed], products[listed] = corner[k, i], weights[k, i]
-                    listed += 1
-            for c in range(channels):
-                target = at(grad_input, (b, channel + c, 0))
-                plane_scatter(advance(grad, c), target, places, products, listed, 1, 1, one)
+            _scatter_to_planes(grad, grad_input, part, row, i, corner, weights, scratch, g)
+
+
+@inline
+def _scatter_to_planes(
+    grad: Any, grad_input: Any, part: Any, row: Any, i: int, corner: Any, weights: Any, scratch: Any, g: Any
+) -> None:
+    """Eq. 5 of one sample."""
+    places, products = at(scratch.places, (part.thread, 0)), at(scratch.products, (part.thread, 0))
+    listed, one = 0, weights.dtype.type(1)
+    for k in range(4):
+        if corner[k, i] != g.in_h * g.in_w:
+            places[listed], products[listed] = corner[k, i], weights[k, i]
+            listed += 1
+    for c in range(row.channels):
+        target = at(grad_input, (part.image, row.channel + c, 0))
+        plane_scatter(advance(grad, c), target, places, products, listed, 1, 1, one)
 
 
 @inline

@@ -13,7 +13,7 @@ from pydeform.cpu.conv.plan import (
     channel_blocks,
     channels_last_size,
     corners_size,
-    flat_arguments,
+    given_arrays,
     is_depthwise,
     is_small,
     numbers_of,
@@ -26,7 +26,7 @@ from pydeform.cpu.conv.plan import (
 )
 from pydeform.cpu.conv.weights import pack_depthwise, pack_forward, squares_size
 from pydeform.cpu.core import pair_products, parallel
-from pydeform.cpu.core.jit import Kernel, inline
+from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.layout import pixel_parts, to_channels_first, to_channels_last
 from pydeform.cpu.core.memory import Workspace, compute_dtype, empty, to_result
 from pydeform.cpu.core.pair_products import (
@@ -40,7 +40,7 @@ from pydeform.cpu.core.pair_products import (
     rows_of,
 )
 from pydeform.cpu.core.parallel import call_helpers, claim_near, finish, let_helpers_go, wait_for
-from pydeform.cpu.core.planes import gather_corners, planes_of
+from pydeform.cpu.core.planes import gather_corners
 from pydeform.cpu.core.simd import (
     CACHE_LINE,
     PANEL,
@@ -52,6 +52,7 @@ from pydeform.cpu.core.simd import (
     copy_vectors,
     fetch_ahead,
     second_level_cache,
+    vectors_of,
 )
 from pydeform.cpu.sampling.corners import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
 
@@ -78,6 +79,29 @@ class ForwardPlan(NamedTuple):
     has_mask: int
 
 
+class Scratch(NamedTuple):
+    """A call's own memory. All but the first two are a thread's each."""
+
+    image: Any  # block by block of channels, channels last
+    packed: Any  # the weight, in panels
+    squares: Any  # of the weight, while it is turned
+    columns: Any  # of a tile: (position, entry's channels)
+    sums: Any  # of a tile: (position, output channel)
+    corners: Any  # of a tap's samples: places of their pixels,
+    weights: Any  # weights, and positions within the cell
+    bases: Any  # y and x of a tile's positions
+    pixels: Any  # corners of one sample, where they are gathered
+
+
+class Tables(NamedTuple):
+    """How the channels are cut up."""
+
+    blocks: Any
+    entries: Any
+    chunks: Any
+    depthwise: int | None
+
+
 class Prepared(NamedTuple):
     """All that is decided before the arrays are known."""
 
@@ -85,8 +109,7 @@ class Prepared(NamedTuple):
     key: str  # of the kernel's types
     planes: bool  # corners are gathered from the input as it lies; else a copy with channels last is made
     workspace: Workspace
-    tables: tuple[Any, Any, Any]
-    depthwise: int | None
+    tables: Tables
     plan: ForwardPlan
 
 
@@ -103,12 +126,10 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
             how.key,
             how.threads,
             parallel.new_counters(2),
-            *flat_arguments(None if how.planes else input, offset, weight, bias, mask, g, dtype, how.plan.positions),
-            planes_of(input) if how.planes else None,
+            given_arrays(input, offset, weight, bias, mask, g, dtype, how.planes, how.plan.positions),
             output,
-            *arrays,
-            *how.tables,
-            how.depthwise,
+            Scratch(*arrays),
+            how.tables,
             g,
             how.plan,
         )
@@ -166,191 +187,182 @@ def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_
     )
     depthwise = 1 if is_depthwise(g) else None
     key = dtype.char + numbers.char + pixel_dtype.char + planes * "p" + has_offset * "o" + bool(depthwise) * "d"
-    return Prepared(threads, key, planes, arrays, (blocks, entries, chunks), depthwise, plan)
+    return Prepared(threads, key, planes, arrays, Tables(blocks, entries, chunks, depthwise), plan)
+
+
+class Tile(NamedTuple):
+    """Positions start to start + positions of one image, and the thread whose memory they are computed in."""
+
+    thread: int
+    image: int
+    start: int
+    positions: int
 
 
 @Kernel
-def _forward(
-    thread: int,
-    counters: Any,
-    input: Any,
-    offset: Any,
-    mask: Any,
-    weight: Any,
-    bias: Any,
-    planes: Any,
-    output: Any,
-    image: Any,
-    packed: Any,
-    packing: Any,
-    columns: Any,
-    sums: Any,
-    corners: Any,
-    weights: Any,
-    bases: Any,
-    all_pixels: Any,
-    blocks: Any,
-    entries: Any,
-    chunks: Any,
-    depthwise: Any,
-    g: Any,
-    p: Any,
-) -> None:
-    """One of input and planes is None, offset is None in a plain convolution, and depthwise where it is not: a kernel
-    is compiled without what they would take."""
+def _forward(thread: int, counters: Any, given: Any, output: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
+    """A kernel is compiled without what those would take that are None: given.input or given.planes, given.offset in a
+    plain convolution, and tables.depthwise where it is not."""
     call_helpers(thread, counters)
-    # Phase 0: the image to channels-last, the weight into panels.
-    parts = pixel_parts(g.in_h * g.in_w)
-    taps = g.kernel_h * g.kernel_w
-    converting = g.batch * parts if planes is None else 0
-    packs = p.panels if depthwise is None else 1  # of a block
-    preparing = converting + len(blocks) * packs
-    unit = claim_near(counters, 0, thread, preparing)
-    while unit < preparing:
-        if unit >= converting:
-            block = (unit - converting) // packs
-            number = unit - converting - block * packs
-            if depthwise is None:
-                pack_forward(weight, packed, at(packing, (thread, 0)), entries, chunks, block * taps, number)
-            else:
-                for e in range(block * taps, (block + 1) * taps):
-                    start = chunks[entries[e].chunk].packed_at + entries[e].column
-                    pack_depthwise(weight, packed, entries[e].channel, entries[e].channels, entries[e].tap, start)
-        elif planes is None:
-            b = unit // parts
-            for number in range(len(blocks)):
-                channel, channels = blocks[number].channel, blocks[number].channels
-                origin = (b * g.in_channels + channel) * (g.in_h * g.in_w + 1)
-                to_channels_last(input, b, channel, 1, image, origin, channels, channels, unit % parts, g.in_h * g.in_w)
-        finish(counters, 0)
-        unit = claim_near(counters, 0, thread, preparing)
-    wait_for(counters, 0, preparing)
-
+    _prepare_forward(thread, counters, given, scratch, tables, g, p)
     # Phase 1: every unit is one tile of positions of one image, and owns its outputs.
-    low, nothing = lowest_coordinate(g.boundary, bias), bias.dtype.type(0)
-    has_mask = p.has_mask != 0
-    length = g.out_h * g.out_w
-    pixels = g.in_h * g.in_w + 1
-    tile_columns = columns[thread]
-    tile_sums = sums[thread]
-    corner = corners[thread]
-    blending = weights[thread]
-    base = bases[thread]
-    gathered = at(all_pixels, (thread, 0))
-    panel = sums.shape[2] // p.panels
-    row = pick(at(tile_columns, (0, 0)), ROW, PAIRS_ROW)
-    begin_products(at(tile_columns, (0, 0)))
-    unit = claim_near(counters, 1, thread, g.batch * p.tiles)
-    while unit < g.batch * p.tiles:
-        b = unit // p.tiles
-        start = (unit - b * p.tiles) * p.positions
-        count = min(p.positions, length - start)
-        tile_origins(start, count, base, g)
-        at_tap, at_group, is_infinite, masks = -1, -1, False, at(mask, (0, 0, 0, 0))
-        for chunk in range(len(chunks)):
-            product = chunks[chunk]
-            depth = product.depth
-            for e in range(product.first_entry, product.last_entry):
-                entry = entries[e]
-                if entry.tap != at_tap or entry.og != at_group:
-                    at_tap, at_group = entry.tap, entry.og
-                    masks = at(mask, (b, at_group, at_tap, start)) if has_mask else at(mask, (0, 0, 0, 0))
-                    is_infinite = locate_tap(
-                        offset,
-                        masks,
-                        b,
-                        at_group,
-                        at_tap,
-                        start,
-                        count,
-                        low,
-                        base,
-                        corner,
-                        blending,
-                        g,
-                        has_mask,
-                    )
-                channels, column = entry.channels, entry.column
-                vectors = -(-channels * image.itemsize // VECTOR_BYTES)
-                if planes is None:
-                    source = at(image, ((b * g.in_channels + entry.channel) * pixels,))
-                    if offset is None:
-                        for i in range(count):
-                            copy_vectors(
-                                at(tile_columns, (i, column)), advance(source, corner[0, i] * channels), vectors
-                            )
-                    else:
-                        for i in range(count):
-                            blend(
-                                at(tile_columns, (i, column)),
-                                source,
-                                corner[0, i] * channels,
-                                corner[1, i] * channels,
-                                corner[2, i] * channels,
-                                corner[3, i] * channels,
-                                blending[0, i],
-                                blending[1, i],
-                                blending[2, i],
-                                blending[3, i],
-                                vectors,
-                            )
-                        if is_infinite:
-                            blend_infinite(
-                                at(tile_columns, (0, column)), row, source, corner, blending, masks, count, channels
-                            )
-                else:
-                    _gather_columns(
-                        planes,
-                        b,
-                        entry.channel,
-                        channels,
-                        corner,
-                        blending,
-                        masks,
-                        is_infinite,
-                        count,
-                        gathered,
-                        at(tile_columns, (0, column)),
-                        row,
-                        g,
-                    )
-                if entry.width > channels:  # what stands there may be no number, and its weights are zeros
-                    for i in range(count):
-                        for k in range(channels, entry.width):
-                            put(at(tile_columns, (i, column)), k, nothing)
-            if depthwise is not None:
-                for e in range(product.first_entry, product.last_entry):
-                    column = entries[e].column
-                    _multiply_channels(
-                        at(tile_columns, (0, column)),
-                        row,
-                        at(packed, (product.packed_at + column,)),
-                        at(tile_sums, (0, 0)),
-                        p.panels * panel,
-                        count,
-                        entries[e].channels,
-                        product.is_first == 0 or e > product.first_entry,
-                    )
-            else:
-                for j in range(p.panels):
-                    _multiply_panel(
-                        at(tile_columns, (0, 0)),
-                        at(packed, (product.packed_at + j * depth * panel,)),
-                        at(tile_sums, (0, j * panel)),
-                        p.panels * panel,
-                        product.is_first == 0,
-                        count,
-                        depth,
-                        product.outs - j * panel,
-                        p,
-                    )
-            if product.is_last:
-                to_channels_first(tile_sums, output, b, product.first_out, product.outs, start, count, bias)
+    units = g.batch * p.tiles
+    begin_products(at(scratch.columns, (0, 0, 0)))
+    unit = claim_near(counters, 1, thread, units)
+    while unit < units:
+        image = unit // p.tiles
+        start = (unit - image * p.tiles) * p.positions
+        tile = Tile(thread, image, start, min(p.positions, g.out_h * g.out_w - start))
+        _compute_tile(tile, given, output, scratch, tables, g, p)
         finish(counters, 1)
-        unit = claim_near(counters, 1, thread, g.batch * p.tiles)
-    end_products(at(tile_columns, (0, 0)))
-    wait_for(counters, 1, g.batch * p.tiles)
+        unit = claim_near(counters, 1, thread, units)
+    end_products(at(scratch.columns, (0, 0, 0)))
+    wait_for(counters, 1, units)
     let_helpers_go(thread, counters)
+
+
+@inline
+def _prepare_forward(thread: int, counters: Any, given: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
+    """Phase 0: the image to channels-last, the weight into panels."""
+    taps, pixels = g.kernel_h * g.kernel_w, g.in_h * g.in_w
+    parts = pixel_parts(pixels)
+    converting = g.batch * parts if given.planes is None else 0
+    packs = p.panels if tables.depthwise is None else 1  # of a block
+    units = converting + len(tables.blocks) * packs
+    unit = claim_near(counters, 0, thread, units)
+    while unit < units:
+        if unit >= converting:
+            number = (unit - converting) // packs
+            first = number * taps
+            if tables.depthwise is None:
+                panel, squares = unit - converting - number * packs, at(scratch.squares, (thread, 0))
+                pack_forward(given.weight, scratch.packed, squares, tables.entries, tables.chunks, first, panel)
+            else:
+                for e in range(first, first + taps):
+                    entry = tables.entries[e]
+                    start = tables.chunks[entry.chunk].packed_at + entry.column
+                    pack_depthwise(given.weight, scratch.packed, entry.channel, entry.channels, entry.tap, start)
+        elif given.planes is None:
+            b, part = unit // parts, unit % parts
+            for number in range(len(tables.blocks)):
+                channel, channels = tables.blocks[number].channel, tables.blocks[number].channels
+                origin = (b * g.in_channels + channel) * (pixels + 1)
+                to_channels_last(given.input, b, channel, 1, scratch.image, origin, channels, channels, part, pixels)
+        finish(counters, 0)
+        unit = claim_near(counters, 0, thread, units)
+    wait_for(counters, 0, units)
+
+
+@inline
+def _compute_tile(tile: Any, given: Any, output: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
+    sum_row = scratch.sums.shape[2]
+    panel = sum_row // p.panels
+    columns, sums = at(scratch.columns, (tile.thread, 0, 0)), at(scratch.sums, (tile.thread, 0, 0))
+    tile_origins(tile.start, tile.positions, scratch.bases[tile.thread], g)
+    for chunk in range(len(tables.chunks)):
+        product = tables.chunks[chunk]
+        add = product.is_first == 0
+        _sample_chunk(tile, product, given, scratch, tables.entries, g, p)
+        if tables.depthwise is not None:
+            for e in range(product.first_entry, product.last_entry):
+                column = tables.entries[e].column
+                scale = at(scratch.packed, (product.packed_at + column,))
+                more = add or e > product.first_entry
+                _multiply_channels(
+                    advance(columns, column), scale, sums, sum_row, tile.positions, tables.entries[e].channels, more
+                )
+        else:
+            for j in range(p.panels):
+                weights = at(scratch.packed, (product.packed_at + j * product.depth * panel,))
+                target, outs = advance(sums, j * panel), product.outs - j * panel
+                _multiply_panel(columns, weights, target, sum_row, add, tile.positions, product.depth, outs, p)
+        if product.is_last:
+            to_channels_first(
+                scratch.sums[tile.thread],
+                output,
+                tile.image,
+                product.first_out,
+                product.outs,
+                tile.start,
+                tile.positions,
+                given.bias,
+            )
+
+
+@inline
+def _sample_chunk(tile: Any, product: Any, given: Any, scratch: Any, entries: Any, g: Any, p: Any) -> None:
+    """The columns of one chunk of entries."""
+    low, nothing = lowest_coordinate(g.boundary, given.bias), given.bias.dtype.type(0)
+    has_mask = p.has_mask != 0
+    thread, b, start, count = tile
+    corner, weights, base = scratch.corners[thread], scratch.weights[thread], scratch.bases[thread]
+    row = pick(at(scratch.columns, (0, 0, 0)), ROW, PAIRS_ROW)
+    at_tap, at_group, is_infinite, masks = -1, -1, False, at(given.mask, (0, 0, 0, 0))
+    for e in range(product.first_entry, product.last_entry):
+        entry = entries[e]
+        if entry.tap != at_tap or entry.og != at_group:
+            at_tap, at_group = entry.tap, entry.og
+            if has_mask:
+                masks = at(given.mask, (b, at_group, at_tap, start))
+            is_infinite = locate_tap(
+                given.offset, masks, b, at_group, at_tap, start, count, low, base, corner, weights, g, has_mask
+            )
+        channels = entry.channels
+        columns = at(scratch.columns, (thread, 0, entry.column))
+        if given.planes is None:
+            source = at(scratch.image, ((b * g.in_channels + entry.channel) * (g.in_h * g.in_w + 1),))
+            if given.offset is None:
+                _copy_columns(columns, row, source, corner, count, channels)
+            else:
+                _blend_columns(columns, row, source, corner, weights, count, channels)
+                if is_infinite:
+                    blend_infinite(columns, row, source, corner, weights, masks, count, channels)
+        else:
+            _gather_columns(
+                given.planes,
+                b,
+                entry.channel,
+                channels,
+                corner,
+                weights,
+                masks,
+                is_infinite,
+                count,
+                at(scratch.pixels, (thread, 0)),
+                columns,
+                row,
+                g,
+            )
+        if entry.width > channels:  # what stands there may be no number, and its weights are zeros
+            for i in range(count):
+                for k in range(channels, entry.width):
+                    put(columns, i * row + k, nothing)
+
+
+@inline_always
+def _copy_columns(columns: Any, row: int, source: Any, corner: Any, count: int, channels: int) -> None:
+    vectors = vectors_of(source, channels)
+    for i in range(count):
+        copy_vectors(advance(columns, i * row), advance(source, corner[0, i] * channels), vectors)
+
+
+@inline_always
+def _blend_columns(columns: Any, row: int, source: Any, corner: Any, weights: Any, count: int, channels: int) -> None:
+    vectors = vectors_of(source, channels)
+    for i in range(count):
+        blend(
+            advance(columns, i * row),
+            source,
+            corner[0, i] * channels,
+            corner[1, i] * channels,
+            corner[2, i] * channels,
+            corner[3, i] * channels,
+            weights[0, i],
+            weights[1, i],
+            weights[2, i],
+            weights[3, i],
+            vectors,
+        )
 
 
 @inline
@@ -393,12 +405,10 @@ def _multiply_panel(
 
 
 @inline
-def _multiply_channels(
-    columns: Any, column_row: int, scale: Any, sums: Any, sum_row: int, count: int, channels: int, add: bool
-) -> None:
+def _multiply_channels(columns: Any, scale: Any, sums: Any, sum_row: int, count: int, channels: int, add: bool) -> None:
     """sums[i, c] (+)= columns[i, c] * scale[c]: one tap of a depthwise convolution."""
     for i in range(count):
-        source = advance(columns, i * column_row)
+        source = advance(columns, i * ROW)
         target = advance(sums, i * sum_row)
         if add:
             for c in range(channels):

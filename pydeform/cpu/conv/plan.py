@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pydeform.cpu.core import parallel
 from pydeform.cpu.core.memory import compute_dtype, contiguous
 from pydeform.cpu.core.pair_products import pair_dtype
+from pydeform.cpu.core.planes import planes_of
 from pydeform.cpu.core.simd import VECTOR_BYTES
 
 CHANNELS = 64  # of a block, sampled together
@@ -57,20 +58,31 @@ def numbers_of(dtype: Any, g: Any) -> Any:
     return (pair_dtype() if is_pairs else None) or compute_dtype(dtype)
 
 
-def flat_arguments(
-    input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, dtype: Any, tile: int
-) -> tuple[Any, ...]:
-    """input, offset, mask, weight, bias in the kernels' shapes. Of those that are absent, input and offset are None, so
-    that kernels are compiled without what they would take, the mask is ones for one tile, and bias zeros."""
+class Given(NamedTuple):
+    """What a caller gave, in the kernels' shapes. What is absent is None, so that kernels are compiled without what it
+    would take: input or planes, and the offset of a plain convolution. No mask is ones for one tile, no bias zeros."""
+
+    input: Any
+    offset: Any
+    mask: Any
+    weight: Any
+    bias: Any
+    planes: Any  # the input as it lies
+
+
+def given_arrays(
+    input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, dtype: Any, planes: bool, tile: int
+) -> Given:
     taps = g.kernel_h * g.kernel_w
     positions = g.out_h * g.out_w
     shape = (g.batch, g.offset_groups, taps)
-    return (
-        None if input is None else contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)),
+    return Given(
+        None if planes else contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)),
         None if offset is None else contiguous(offset, dtype, (*shape, 2, positions)),
         np.ones((1, 1, 1, tile), dtype) if mask is None else contiguous(mask, dtype, (*shape, positions)),
         contiguous(weight, dtype, (g.out_channels, g.in_channels // g.groups, taps)),
         np.zeros(g.out_channels, dtype) if bias is None else contiguous(bias, dtype, (g.out_channels,)),
+        planes_of(input) if planes else None,
     )
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import operator
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import llvmlite.binding.ffi
 import numba
 from numba import _dynfunc
+from numba.core import ir
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder, PassManager
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import register_pass
+from numba.core.ir_utils import get_definition, guard
 from numba.core.typed_passes import NativeLowering, NopythonRewrites
 from numba.core.types import none
+from numba.core.types.containers import BaseNamedTuple
 from numba.core.typing.typeof import typeof
 from numba.core.untyped_passes import DeadBranchPrune, InlineClosureLikes
 
@@ -83,26 +87,44 @@ class _LowerPartOfKernels(NativeLowering):  # type: ignore[misc]
         return True
 
 
-class _NotNone(NamedTuple):
-    """What `dead_branch_prune` must see to know that an argument of this type is not None."""
-
-    literal_type: Any
-
-
 @register_pass(mutates_CFG=True, analysis_only=False)
 class _PruneAbsent(DeadBranchPrune):  # type: ignore[misc]
-    """Leaves out what stands under `argument is None`, or `is not None`, where the argument's type decides it. Numba
-    itself does so only for arguments that are None."""
+    """Leaves out what stands under `x is None`, or `is not None`, where x is an argument or a field of one and its type
+    decides it. Numba itself does so only for arguments that are None."""
 
     _name = "prune_absent"
 
     def run_pass(self, state: Any) -> bool:
-        arguments = state.args
-        state.args = tuple(type if type == none else _NotNone(type) for type in arguments)
-        try:
-            return bool(super().run_pass(state))
-        finally:
-            state.args = arguments
+        for block in state.func_ir.blocks.values():
+            for assign in block.find_insts(ir.Assign):
+                decided = _decided(state, assign.value)
+                if decided is not None:
+                    answer = ir.Const(decided, assign.loc)
+                    definitions = state.func_ir._definitions[assign.target.name]
+                    definitions[definitions.index(assign.value)] = answer
+                    assign.value = answer
+        return bool(super().run_pass(state))
+
+
+def _decided(state: Any, value: Any) -> bool | None:
+    """What a comparison with None will always give; None if that is not known."""
+    if not isinstance(value, ir.Expr) or value.op != "binop" or value.fn not in (operator.is_, operator.is_not):
+        return None
+    left, right = (guard(get_definition, state.func_ir, side) for side in (value.lhs, value.rhs))
+    if not (isinstance(right, ir.Const) and right.value is None):
+        return None
+    fields = []
+    while isinstance(left, ir.Expr) and left.op == "getattr":
+        fields.append(left.attr)
+        left = guard(get_definition, state.func_ir, left.value)
+    if not isinstance(left, ir.Arg):
+        return None
+    type = state.args[left.index]
+    for field in reversed(fields):
+        if not isinstance(type, BaseNamedTuple):
+            return None
+        type = type[type.fields.index(field)]
+    return (type == none) == (value.fn is operator.is_)
 
 
 # Steps of Numba that find nothing in kernels, which have no closures and no expressions of whole arrays.

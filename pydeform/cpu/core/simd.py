@@ -235,6 +235,17 @@ def at(typing_context: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic  # type: ignore[misc]
+def vectors_of(typing_context: Any, pointer: Any, count: Any) -> Any:
+    """Vectors that hold `count` of the numbers that `pointer` points to."""
+    lanes = 8 * VECTOR_BYTES // pointer.dtype.bitwidth
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.sdiv(builder.add(arguments[1], _const(lanes - 1)), _const(lanes))
+
+    return types.int64(pointer, types.int64), codegen
+
+
+@intrinsic  # type: ignore[misc]
 def advance(typing_context: Any, pointer: Any, elements: Any) -> Any:
     """pointer + elements."""
 

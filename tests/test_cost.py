@@ -443,7 +443,7 @@ def test_tables_of_many_groups(monkeypatch):
     prepared = conv_forward._prepared(g, single, single, 1, True, True)
     assert len(prepared.tables[1]) == 9 * 30_000
     needs = frozenset({"input", "weight"})
-    assert len(conv_backward._prepared(g, single, single, 1, True, True, needs).blocks) == 30_000
+    assert len(conv_backward._prepared(g, single, single, 1, True, True, needs).tables.blocks) == 30_000
     assert seen == [1, 1]
     assert kept == (conv_forward._kept.cache_info().currsize, conv_backward._kept.cache_info().currsize)
     kept_bins = roi_common.bins_table.cache_info().currsize

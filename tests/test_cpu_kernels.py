@@ -199,7 +199,7 @@ def test_a_large_image_of_few_channels_has_one_gradient():
         )
         single, needs = np.dtype(np.float32), frozenset({"input"})
         prepared = conv_backward._prepared(g, single, single, 2, False, False, needs)
-        assert (len(prepared.blocks), prepared.plan.pieces) == (blocks, pieces)
+        assert (len(prepared.tables.blocks), prepared.plan.pieces) == (blocks, pieces)
 
 
 @pytest.mark.parametrize("answer", [0, ValueError, OSError, AttributeError])

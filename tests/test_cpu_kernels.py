@@ -19,7 +19,7 @@ from pydeform.cpu.conv import backward_kernel as conv_backward
 from pydeform.cpu.conv import forward_kernel as conv_forward
 from pydeform.cpu.conv import plan as conv_plan
 from pydeform.cpu.conv import weights as conv_weights
-from pydeform.cpu.core import jit, memory, parallel, simd
+from pydeform.cpu.core import jit, memory, parallel, simd, sizes
 from tests.cases.deform_conv2d import CASES, make
 from tests.conftest import assert_same_bits, poison, take_no_spare
 from tests.reference import deform_conv2d as reference
@@ -78,8 +78,8 @@ def test_kernels_without_avx():
 
 def test_an_image_of_2_to_the_31_pixels_takes_the_wide_index():
     g = _geometry.Conv2dGeometry(*[1] * len(_geometry.Conv2dGeometry._fields))
-    assert conv_plan.pixel_dtype(g._replace(in_h=2**15, in_w=2**16 - 1)) == np.int32
-    assert conv_plan.pixel_dtype(g._replace(in_h=2**16, in_w=2**15)) == np.int64
+    assert sizes.pixel_dtype(g._replace(in_h=2**15, in_w=2**16 - 1)) == np.int32
+    assert sizes.pixel_dtype(g._replace(in_h=2**16, in_w=2**15)) == np.int64
 
 
 def test_both_index_types_give_the_same_bits(monkeypatch):
@@ -93,7 +93,7 @@ def test_both_index_types_give_the_same_bits(monkeypatch):
     narrow = pydeform.deform_conv2d(*arrays, padding=1)
     narrow_grads = pydeform.deform_conv2d_backward(grad, *arrays, padding=1)
     asked = []
-    monkeypatch.setattr(conv_plan, "pixel_dtype", lambda g: asked.append(g) or np.dtype(np.int64))
+    monkeypatch.setattr(sizes, "pixel_dtype", lambda g: asked.append(g) or np.dtype(np.int64))
     for module in (conv_forward, conv_backward):  # plans are kept
         monkeypatch.setattr(module, "_kept", module._kept.__wrapped__)
     wide = pydeform.deform_conv2d(*arrays, padding=1)
@@ -183,7 +183,7 @@ def test_images_of_few_channels_are_two_pieces_or_two_blocks(monkeypatch, larges
             alone = pydeform.deform_conv2d_backward(grad[1:], x[1:], offset[1:], weight, padding=1)
         for name in ("input", "offset"):
             assert_same_bits(getattr(alone, name)[0], getattr(results[-1], name)[1], name)
-    assert {(len(plan.blocks), plan.plan.pieces) for plan in plans} == {(1, 2) if largest else (2, 1)}
+    assert {(len(plan.tables.blocks), plan.plan.pieces) for plan in plans} == {(1, 2) if largest else (2, 1)}
     for name in ("input", "offset", "weight"):
         for got in results:
             assert_same_bits(getattr(got, name), getattr(results[0], name), name)

@@ -191,5 +191,5 @@ def _one_too_many(thread: int, inside: Any, place: int) -> None:
 def test_fences_are_looked_at(place):
     run = _run_fenced(parallel.run)
     run(_one_too_many, "d", 1, np.zeros(5), 4)
-    with pytest.raises(AssertionError, match=r"_one_too_many wrote \w+ its argument 0, float64\(5,\)"):
+    with pytest.raises(AssertionError, match=r"_one_too_many wrote \w+ its array 0, float64\(5,\)"):
         run(_one_too_many, "d", 1, np.zeros(5), place)

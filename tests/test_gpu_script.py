@@ -196,7 +196,7 @@ def test_what_the_sanitizers_watch_is_sound(monkeypatch):
 # On the emulated device ----------------------------------------------------------------------------------------------
 def forget_plans():
     """And all else that the launch code keeps."""
-    from pydeform.cuda import _launch, deform_conv2d  # noqa: F401  (imports the rest)
+    from pydeform.cuda import _launch, conv  # noqa: F401  (imports the rest)
 
     for name, loaded in list(sys.modules.items()):
         if name.startswith("pydeform.cuda."):

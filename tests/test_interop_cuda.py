@@ -200,15 +200,15 @@ def waits(cupy, monkeypatch):
 @pytest.fixture
 def launches(cupy, monkeypatch):
     """(stream, device) at each call of the kernels' side of conv2d, which returns its input."""
-    from pydeform.cuda import conv2d
+    from pydeform.cuda import conv
 
     seen = []
 
-    def forward(input, weight, bias, g, **options):
+    def forward(input, *arguments, **options):
         seen.append((cupy.cuda.get_current_stream().ptr, cupy.cuda.Device().id))
         return input.copy()
 
-    monkeypatch.setattr(conv2d, "forward", forward)
+    monkeypatch.setattr(conv, "forward", forward)
     return seen
 
 
@@ -300,30 +300,30 @@ def test_torch_tensors_are_computed_with_on_torchs_stream(torch, cupy, launches,
 
 def test_memory_for_torchs_stream_is_allocated_on_it(torch, cupy, monkeypatch):
     """CuPy's pool gives memory back to the stream that it was allocated on."""
-    from pydeform.cuda import conv2d
+    from pydeform.cuda import conv
 
     seen = []
     empty = cupy.empty
     monkeypatch.setattr(
         cupy, "empty", lambda *a, **k: seen.append(cupy.cuda.get_current_stream().ptr) or empty(*a, **k)
     )
-    monkeypatch.setattr(conv2d, "forward", lambda input, weight, bias, g, **_: cupy.empty(input.shape, input.dtype))
+    monkeypatch.setattr(conv, "forward", lambda input, *_, **__: cupy.empty(input.shape, input.dtype))
     pydeform.conv2d(**arrays(Tensor))
     assert seen == [OTHER_STREAM]
 
 
 def test_memory_for_torchs_stream_is_torchs(torch, cupy, monkeypatch):
     """Until the result is gone; what CuPy allocates elsewhere is its own."""
-    from pydeform.cuda import conv2d
+    from pydeform.cuda import conv
 
     inside = []
 
-    def forward(input, weight, bias, g, **_):
+    def forward(input, *_, **__):
         temporary, nothing = cupy.empty(8, np.float32), cupy.empty((0, 3), np.float32)
         inside.append((temporary.data.ptr in torch.memory.blocks, nothing.data.ptr, len(torch.memory.blocks)))
         return cupy.ones(input.shape, input.dtype)
 
-    monkeypatch.setattr(conv2d, "forward", forward)
+    monkeypatch.setattr(conv, "forward", forward)
     for number in (0, 1):
         result = pydeform.conv2d(**arrays(Tensor, number))
         assert inside.pop() == (True, 0, 1)
@@ -352,9 +352,9 @@ def test_a_result_may_outlive_torch(torch, cupy, launches, monkeypatch):
 
 def test_no_memory_of_torch_when_kinds_are_mixed(torch, cupy, monkeypatch):
     """The result is in the order of both streams then, which is not for torch to know; on one stream it is."""
-    from pydeform.cuda import conv2d
+    from pydeform.cuda import conv
 
-    monkeypatch.setattr(conv2d, "forward", lambda input, weight, bias, g, **_: cupy.ones(input.shape, input.dtype))
+    monkeypatch.setattr(conv, "forward", lambda input, *_, **__: cupy.ones(input.shape, input.dtype))
     mixed = arrays(Tensor, weight=cupy.ones((2, 2, 1, 1), np.float32))
     with cupy.cuda.Stream():
         pydeform.conv2d(**mixed)
@@ -365,10 +365,10 @@ def test_no_memory_of_torch_when_kinds_are_mixed(torch, cupy, monkeypatch):
 
 
 def test_an_error_leaves_cupys_allocator(torch, cupy, monkeypatch):
-    from pydeform.cuda import conv2d
+    from pydeform.cuda import conv
 
     monkeypatch.setattr(torch.cuda, "caching_allocator_alloc", lambda *_: 1 / 0)
-    monkeypatch.setattr(conv2d, "forward", lambda input, *_, **__: cupy.empty(input.shape, input.dtype))
+    monkeypatch.setattr(conv, "forward", lambda input, *_, **__: cupy.empty(input.shape, input.dtype))
     with pytest.raises(ZeroDivisionError):
         pydeform.conv2d(**arrays(Tensor))
     assert cupy.ones(3).get().tolist() == [1, 1, 1]
@@ -492,12 +492,12 @@ def test_torch_gradients_are_not_lost_in_silence(torch, launches):
 
 
 def test_an_error_leaves_cupy_on_its_stream(torch, cupy, monkeypatch):
-    from pydeform.cuda import conv2d
+    from pydeform.cuda import conv
 
     def broken(*arguments, **options):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(conv2d, "forward", broken)
+    monkeypatch.setattr(conv, "forward", broken)
     with cupy.cuda.Stream() as mine:
         with pytest.raises(MemoryError):
             pydeform.conv2d(**arrays(Tensor, 1))
@@ -581,11 +581,11 @@ def test_real_torch_streams_are_used(monkeypatch):
     import cupy
     import torch
 
-    from pydeform.cuda import deform_conv2d
+    from pydeform.cuda import conv
 
-    seen, compute = [], deform_conv2d.forward
+    seen, compute = [], conv.forward
     monkeypatch.setattr(
-        deform_conv2d,
+        conv,
         "forward",
         lambda *a, **k: seen.append(cupy.cuda.get_current_stream().ptr) or compute(*a, **k),
     )

@@ -21,7 +21,7 @@ from pydeform.cpu.core import kernel_cache
 from pydeform.cpu.core.kernel_cache import KernelCache
 from tests.test_cpu_kernels import TINY, run_python
 
-PACKAGE = Path(kernel_cache.__file__).parents[1]
+PACKAGE = Path(kernel_cache.__file__).parents[2]
 SAID = "are damaged: they are compiled again"
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
 

@@ -39,9 +39,9 @@ def test_module_exports_the_width_of_this_machine():
 
 @pytest.mark.parametrize("features, expected", [("+sse2", 16), ("+avx,+avx2", 16), ("+avx2,+fma", 32)])
 def test_width_follows_the_features_numba_compiles_for(monkeypatch, features, expected):
-    monkeypatch.setattr(core.VECTOR_BYTES.config, "CPU_FEATURES", features)
+    monkeypatch.setattr(core.config, "CPU_FEATURES", features)
     assert core.host_vector_bytes() == expected
-    monkeypatch.setattr(core.VECTOR_BYTES.config, "CPU_FEATURES", features + ",+avx512f,+avx512vl")
+    monkeypatch.setattr(core.config, "CPU_FEATURES", features + ",+avx512f,+avx512vl")
     assert core.host_vector_bytes() == 64
 
 

@@ -21,9 +21,10 @@ def check_arrays(op: str, arrays: dict[str, Any], *needed: str) -> None:
     """Those that must be there are, and all have one dtype, but for coordinates."""
     if "grad_output" in arrays:
         _checks.check_present(op, arrays, "grad_output")
+        rest = {name: array for name, array in arrays.items() if name != "grad_output"}
+        arrays = {**rest, "grad_output": arrays["grad_output"]}  # last: others set the dtype
     _checks.check_present(op, arrays, *needed)
-    forward_first = {name: array for name, array in arrays.items() if name != "grad_output"}
-    _checks.check_dtypes(op, {**forward_first, "grad_output": arrays.get("grad_output")}, coordinates=COORDINATES)
+    _checks.check_dtypes(op, arrays, coordinates=COORDINATES)
 
 
 def forward(op: str, family: str, arrays: dict[str, Any], back: _interop.Back, g: Any, **options: bool) -> Any:
@@ -48,5 +49,7 @@ def backward(
 
 def _in_order(family: str, arrays: dict[str, Any]) -> list[Any]:
     """None for those that the operator does not have."""
-    known = {CALLED.get(name, name): array for name, array in arrays.items()}
+    known = arrays
+    if "trans" in arrays:
+        known = {CALLED.get(name, name): array for name, array in arrays.items()}
     return [known.get(name) for name in ORDER[family]]

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform.cpu.conv import plan as conv_plan
 from pydeform.cpu.conv.plan import (
     CHANNELS,
     INT32,
@@ -22,8 +21,6 @@ from pydeform.cpu.conv.plan import (
     period_of,
     prefers_planes,
     repeated,
-    round_up,
-    table,
     threads_for,
 )
 from pydeform.cpu.conv.weights import (
@@ -33,7 +30,7 @@ from pydeform.cpu.conv.weights import (
     reduce_weight,
     squares_size,
 )
-from pydeform.cpu.core import pair_products, parallel
+from pydeform.cpu.core import pair_products, parallel, sizes
 from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.layout import PIXELS, block_to_channels_first, pixel_parts, to_channels_last
 from pydeform.cpu.core.memory import Workspace, compute_dtype, contiguous, empty, to_result
@@ -73,6 +70,7 @@ from pydeform.cpu.core.simd import (
     use_widest_vectors,
     vectors_of,
 )
+from pydeform.cpu.core.sizes import round_up, table
 from pydeform.cpu.core.weighted import plane_scatter
 from pydeform.cpu.sampling.corners import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
 
@@ -249,7 +247,7 @@ def _prepared(g: Any, *rest: Any) -> Prepared:
 def _kept(
     g: Any, dtype: Any, numbers: Any, most_threads: int, has_offset: bool, has_mask: bool, needs: frozenset[str]
 ) -> Prepared:
-    pixel_dtype = conv_plan.pixel_dtype(g)
+    pixel_dtype = sizes.pixel_dtype(g)
     lanes = VECTOR_BYTES // dtype.itemsize
     has_pairs = numbers != dtype
     wide_lines, lines, _ = rows_of(numbers)

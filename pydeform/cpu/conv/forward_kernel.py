@@ -6,7 +6,6 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-from pydeform.cpu.conv import plan as conv_plan
 from pydeform.cpu.conv.plan import (
     CHANNELS,
     INT32,
@@ -20,12 +19,10 @@ from pydeform.cpu.conv.plan import (
     period_of,
     prefers_planes,
     repeated,
-    round_up,
-    table,
     threads_for,
 )
 from pydeform.cpu.conv.weights import pack_depthwise, pack_forward, squares_size
-from pydeform.cpu.core import pair_products, parallel
+from pydeform.cpu.core import pair_products, parallel, sizes
 from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.layout import pixel_parts, to_channels_first, to_channels_last
 from pydeform.cpu.core.memory import Workspace, compute_dtype, empty, to_result
@@ -54,6 +51,7 @@ from pydeform.cpu.core.simd import (
     second_level_cache,
     vectors_of,
 )
+from pydeform.cpu.core.sizes import round_up, table
 from pydeform.cpu.sampling.corners import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
 
 # Sizes that keep a tile's columns and sums in the second-level cache and a panel of weights in the first. The more
@@ -143,7 +141,7 @@ def _prepared(g: Any, *rest: Any) -> Prepared:
 
 @functools.lru_cache(maxsize=64)
 def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_mask: bool) -> Prepared:
-    pixel_dtype = conv_plan.pixel_dtype(g)
+    pixel_dtype = sizes.pixel_dtype(g)
     lanes = VECTOR_BYTES // dtype.itemsize
     wide_rows, rows, narrow_rows = rows_of(numbers)
     panel = PANEL * lanes

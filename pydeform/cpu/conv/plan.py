@@ -13,25 +13,16 @@ from pydeform.cpu.core.memory import compute_dtype, contiguous
 from pydeform.cpu.core.pair_products import pair_dtype
 from pydeform.cpu.core.planes import planes_of
 from pydeform.cpu.core.simd import VECTOR_BYTES
+from pydeform.cpu.core.sizes import SERIAL_FLOPS
 
 CHANNELS = 64  # of a block, sampled together
 FEW_SAMPLES = 16  # pixels of an image for each sample, or more: then a copy of it would be most of the work
-SERIAL_FLOPS = 3e6  # below this a second thread costs more than it saves
 KEPT_ROWS = 1 << 16  # of a problem's tables: longer ones are made for each call
 INT32 = np.dtype(np.int32)
 
 
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 def channels_last_size(g: Any) -> int:
     return int(g.batch * (g.in_h * g.in_w + 1) * g.in_channels)
-
-
-def pixel_dtype(g: Any) -> Any:
-    """Type of a pixel's index; the wide one halves the speed of `locate`, so only where it must be."""
-    return np.dtype(np.int32 if g.in_h * g.in_w < 2**31 - 1 else np.int64)
 
 
 def threads_for(g: Any, products: int, units: int) -> int:
@@ -84,11 +75,6 @@ def given_arrays(
         np.zeros(g.out_channels, dtype) if bias is None else contiguous(bias, dtype, (g.out_channels,)),
         planes_of(input) if planes else None,
     )
-
-
-def table(names: str, rows: list[Any]) -> Any:
-    """Rows of integers as an array of records, so that a kernel reads `row.channel`, not row[3]."""
-    return np.array([tuple(row) for row in rows], [(name, np.int64) for name in names.split()])
 
 
 def repeated(rows: Any, times: int, **steps: int) -> Any:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform.cpu.conv.plan import SERIAL_FLOPS, pixel_dtype, round_up, table
 from pydeform.cpu.core import parallel
 from pydeform.cpu.core.bands import BAND, band_lists
 from pydeform.cpu.core.jit import inline, inline_always
@@ -15,6 +14,7 @@ from pydeform.cpu.core.layout import pixel_parts, to_channels_last
 from pydeform.cpu.core.memory import contiguous
 from pydeform.cpu.core.parallel import claim, finish, wait_for
 from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at
+from pydeform.cpu.core.sizes import SERIAL_FLOPS, pixel_dtype, round_up, table
 from pydeform.cpu.roi.bins import (
     BROKEN,
     MANY_POINTS,

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform.cpu.conv.plan import pixel_dtype
 from pydeform.cpu.core import parallel
 from pydeform.cpu.core.bands import BAND, band_dots, band_scatter, band_sum
 from pydeform.cpu.core.jit import Kernel, inline, inline_always
@@ -18,6 +17,7 @@ from pydeform.cpu.core.memory import workspace
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
 from pydeform.cpu.core.planes import NO_PLANES, Planes, gather, gather_band, reader_of, reader_parts
 from pydeform.cpu.core.simd import advance, at
+from pydeform.cpu.core.sizes import pixel_dtype
 from pydeform.cpu.core.weighted import plane_scatter, plane_weighted_dots, plane_weighted_sum
 from pydeform.cpu.roi import common as roi_common
 from pydeform.cpu.roi.common import (

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from pydeform.cpu.conv.plan import pixel_dtype
 from pydeform.cpu.core import parallel
 from pydeform.cpu.core.jit import Kernel
 from pydeform.cpu.core.layout import to_channels_first
@@ -14,6 +13,7 @@ from pydeform.cpu.core.memory import compute_dtype, empty, to_result, workspace
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
 from pydeform.cpu.core.planes import NO_PLANES, gather, is_as_computed, planes_of, reader_of, reader_parts
 from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at
+from pydeform.cpu.core.sizes import pixel_dtype
 from pydeform.cpu.core.weighted import weighted_sum
 from pydeform.cpu.roi import common as roi_common
 from pydeform.cpu.roi import few as roi_few

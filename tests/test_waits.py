@@ -264,7 +264,7 @@ def test_every_kernel_is_here():
 def calls_in_functions() -> dict[str, dict[str, list[str]]]:
     """By function: the phase, or the counter, that each primitive of threads is called for."""
     found: dict[str, dict[str, list[str]]] = {}
-    for path in FOLDER.glob("*.py"):
+    for path in FOLDER.rglob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef):
                 for node in ast.walk(function):

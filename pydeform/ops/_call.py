@@ -12,8 +12,6 @@ from pydeform._types import Needs
 ORDER = {"conv": ("input", "offset", "weight", "bias", "mask"), "roi": ("input", "boxes", "offset", "mask")}
 # What an operator calls otherwise, as its paper or the system that it follows does.
 CALLED = {"trans": "offset"}
-
-
 COORDINATES = ("boxes", "offset", "trans")  # may be float32 beside data of half types
 
 
@@ -49,7 +47,6 @@ def backward(
 
 def _in_order(family: str, arrays: dict[str, Any]) -> list[Any]:
     """None for those that the operator does not have."""
-    known = arrays
-    if "trans" in arrays:
-        known = {CALLED.get(name, name): array for name, array in arrays.items()}
-    return [known.get(name) for name in ORDER[family]]
+    if CALLED.keys() & arrays.keys():
+        arrays = {CALLED.get(name, name): array for name, array in arrays.items()}
+    return [arrays.get(name) for name in ORDER[family]]

@@ -11,7 +11,7 @@ from pydeform.cpu.core.jit import inline
 from pydeform.cpu.core.pair_products import pack_rows
 from pydeform.cpu.core.simd import PANEL, VECTOR_BYTES, advance, at, transpose_block
 
-TAPS = 64
+TAPS = 64  # of a square: kernels of hundreds of taps would make it larger than the weight
 
 
 def squares_size(g: Any, lanes: int) -> int:

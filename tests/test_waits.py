@@ -289,6 +289,20 @@ def test_kernels_call_their_helpers_first_and_let_them_go_last():
         assert not any(isinstance(node, ast.Return | ast.Raise) for node in ast.walk(function)), name
 
 
+def test_no_part_of_a_kernel_raises():
+    """Else a call would end while its helpers use the caller's arrays."""
+    compiled = [
+        function
+        for path in FOLDER.rglob("*.py")
+        for function in ast.parse(path.read_text()).body
+        if isinstance(function, ast.FunctionDef)
+        and {"inline", "inline_always", "Kernel"} & {getattr(by, "id", "") for by in function.decorator_list}
+    ]
+    assert len(compiled) > 100
+    for function in compiled:
+        assert not any(isinstance(node, ast.Raise | ast.Assert) for node in ast.walk(function)), function.name
+
+
 def test_every_phase_is_claimed_finished_and_waited_for():
     """`wait_until` is tested above for one kernel: whoever calls it elsewhere writes that test for it."""
     functions = calls_in_functions()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import pydeform
-from pydeform._geometry import Conv2dGeometry
+from pydeform._geometry import ConvGeometry
 from pydeform.cpu.conv import backward_kernel as conv_backward
 from pydeform.cpu.conv import forward_kernel as conv_forward
 from pydeform.cpu.conv import plan as conv_plan
@@ -392,8 +392,10 @@ def test_large_kernels_and_many_outputs_keep_to_the_bound(one_thread, inputs, ou
     assert (grads.weight == 1).all() and beyond < 4 * ((64 + 256) * weight.size + 256 * outputs) + (20 << 20)
 
 
-def _geometry(groups: int, offset_groups: int, ins: int, outs: int) -> Conv2dGeometry:
-    return Conv2dGeometry(1, groups * ins, 8, 8, groups * outs, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1, groups, offset_groups, 0)
+def _geometry(groups: int, offset_groups: int, ins: int, outs: int) -> ConvGeometry:
+    return ConvGeometry(
+        1, groups * ins, groups * outs, groups, offset_groups, 0, (8, 8), (8, 8), *((n, n) for n in (3, 1, 1, 1))
+    )
 
 
 @pytest.mark.parametrize(

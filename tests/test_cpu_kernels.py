@@ -77,9 +77,8 @@ def test_kernels_without_avx():
 
 
 def test_an_image_of_2_to_the_31_pixels_takes_the_wide_index():
-    g = _geometry.Conv2dGeometry(*[1] * len(_geometry.Conv2dGeometry._fields))
-    assert sizes.pixel_dtype(g._replace(in_h=2**15, in_w=2**16 - 1)) == np.int32
-    assert sizes.pixel_dtype(g._replace(in_h=2**16, in_w=2**15)) == np.int64
+    assert sizes.pixel_dtype(2**15 * (2**16 - 1)) == np.int32
+    assert sizes.pixel_dtype(2**31) == np.int64
 
 
 def test_both_index_types_give_the_same_bits(monkeypatch):
@@ -93,7 +92,7 @@ def test_both_index_types_give_the_same_bits(monkeypatch):
     narrow = pydeform.deform_conv2d(*arrays, padding=1)
     narrow_grads = pydeform.deform_conv2d_backward(grad, *arrays, padding=1)
     asked = []
-    monkeypatch.setattr(sizes, "pixel_dtype", lambda g: asked.append(g) or np.dtype(np.int64))
+    monkeypatch.setattr(sizes, "pixel_dtype", lambda pixels: asked.append(pixels) or np.dtype(np.int64))
     for module in (conv_forward, conv_backward):  # plans are kept
         monkeypatch.setattr(module, "_kept", module._kept.__wrapped__)
     wide = pydeform.deform_conv2d(*arrays, padding=1)
@@ -194,8 +193,8 @@ def test_a_large_image_of_few_channels_has_one_gradient():
     """More would be most of the memory."""
     for channels, side, blocks, pieces in ((3, 100, 1, 2), (3, 2000, 1, 1), (64, 100, 1, 2), (64, 600, 2, 1)):
         shape = (1, channels, side, side)
-        g = _geometry.conv2d_geometry(
-            "test", np.broadcast_to(np.float32(0), shape), np.ones((8, channels, 3, 3)), None, 1, 1, 1
+        g = _geometry.conv_geometry(
+            "test", 2, np.broadcast_to(np.float32(0), shape), np.ones((8, channels, 3, 3)), None, 1, 1, 1
         )
         single, needs = np.dtype(np.float32), frozenset({"input"})
         prepared = conv_backward._prepared(g, single, single, 2, False, False, needs)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import pydeform
-from pydeform._geometry import Conv2dGeometry
+from pydeform._geometry import ConvGeometry
 from tests import conftest
 from tests.cases.deform_conv2d import ARRAYS, Case, make, make_grad_output
 from tests.conftest import assert_close, assert_same_bits
@@ -142,7 +142,7 @@ def test_chunks_add_up(monkeypatch, direct, workspace):
     case = Case(3, 3, 13, 11, 2, (1, 2), padding=((0, 0), (1, 0)), groups=1, offset_groups=3)
     problem = deformable("float32", case)
     monkeypatch.setattr(direct, "WORKSPACE", workspace)
-    g = Conv2dGeometry(3, 3, 13, 11, 2, 13, 11, 1, 2, 1, 1, 0, 1, 1, 1, 1, 3, 0)
+    g = ConvGeometry(3, 3, 2, 1, 3, 0, (13, 11), (13, 11), (1, 2), (1, 1), (0, 1), (1, 1))
     count = len(list(direct.chunks(g, 4, workspace)))
     assert count == {1: 3 * 2 * 2, 20_000: 3, 60_000: 1}[workspace]
     got = run(*problem, deterministic=True)
@@ -158,7 +158,7 @@ def test_chunks_add_up(monkeypatch, direct, workspace):
 @pytest.mark.parametrize("workspace", [1, 5_000, 100_000, 1_000_000, 10**9])
 @pytest.mark.parametrize(("out_h", "out_w"), [(1, 1), (7, 9), (16, 24), (31, 17)])
 def test_chunks_cover_every_sample_once_and_keep_to_their_bytes(direct, out_h, out_w, workspace):
-    g = Conv2dGeometry(5, 6, 9, 8, 2, out_h, out_w, 3, 2, 1, 1, 0, 0, 1, 1, 1, 2, 0)
+    g = ConvGeometry(5, 6, 2, 1, 2, 0, (9, 8), (out_h, out_w), (3, 2), (1, 1), (0, 0), (1, 1))
     pixels, taps = out_h * out_w, 6
     seen = np.zeros((taps, g.batch * pixels), int)
     for first, count, tap0, some in direct.chunks(g, 4, workspace):

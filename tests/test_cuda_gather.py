@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from pydeform._geometry import BOUNDARIES, Conv2dGeometry
+from pydeform._geometry import BOUNDARIES, ConvGeometry
 from tests import conftest
 from tests.cases.deform_conv2d import dtype_of
 from tests.conftest import TOLERANCE, assert_same_bits
@@ -31,7 +31,7 @@ def gather(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class Problem(NamedTuple):
-    g: Conv2dGeometry
+    g: ConvGeometry
     columns: np.ndarray  # (taps, N * P, channels), of all output pixels and taps
     offset: np.ndarray  # (N, offset_groups, taps, 2, P)
     mask: np.ndarray | None  # (N, offset_groups, taps, P)
@@ -43,14 +43,14 @@ class Problem(NamedTuple):
     def points(self) -> np.ndarray:
         """(N, offset_groups, taps, P, 2) sampling points (y, x)."""
         g = self.g
-        oy, ox = np.divmod(np.arange(g.out_h * g.out_w), g.out_w)
-        ky, kx = np.divmod(np.arange(self.taps), g.kernel_w)
-        y = oy * g.stride_h - g.pad_h + ky[:, None] * g.dilation_h
-        x = ox * g.stride_w - g.pad_w + kx[:, None] * g.dilation_w
+        oy, ox = np.divmod(np.arange(g.out_size[0] * g.out_size[1]), g.out_size[1])
+        ky, kx = np.divmod(np.arange(self.taps), g.kernel[1])
+        y = oy * g.stride[0] - g.pad[0] + ky[:, None] * g.dilation[0]
+        x = ox * g.stride[1] - g.pad[1] + kx[:, None] * g.dilation[1]
         return np.moveaxis(self.offset.astype(np.float64), 3, 4) + np.stack([y, x], -1)
 
     def accumulator(self) -> np.ndarray:
-        shape = (self.g.batch, self.g.in_h * self.g.in_w, self.columns.shape[2])
+        shape = (self.g.batch, self.g.in_size[0] * self.g.in_size[1], self.columns.shape[2])
         return np.random.default_rng(17).integers(-9, 9, shape).astype(self.columns.dtype)
 
 
@@ -68,8 +68,8 @@ def problem(
 ) -> Problem:
     """Values that every dtype has exactly, samples all over the image and around it."""
     rng = np.random.default_rng(3)
-    g = Conv2dGeometry(
-        *(batch, channels, *size, 1, *out, *kernel, 1, 2, 1, 1, 2, 1, 1, offset_groups, BOUNDARIES.index(boundary))
+    g = ConvGeometry(
+        *(batch, channels, 1, 1, offset_groups, BOUNDARIES.index(boundary), size, out, kernel, (1, 2), (1, 1), (2, 1))
     )
     taps, pixels = kernel[0] * kernel[1], out[0] * out[1]
     storage, sums = dtype_of(dtype), np.float64 if dtype == "float64" else np.float32
@@ -84,14 +84,14 @@ def expected(p: Problem) -> np.ndarray:
     g = p.g
     result = p.accumulator().astype(np.float64)
     width = p.columns.shape[2] // g.offset_groups
-    image = np.zeros((g.in_h, g.in_w))
+    image = np.zeros((g.in_size[0], g.in_size[1]))
     for b, og, tap, pixel in np.ndindex(p.points().shape[:4]):
         m = 1.0 if p.mask is None else float(p.mask[b, og, tap, pixel])
         part = slice(og * width, (og + 1) * width)
         y, x = p.points()[b, og, tap, pixel]
         for row, column, share in sample(image, y, x, BOUNDARIES[g.boundary]).pixels:
-            gradient = p.columns[tap, b * g.out_h * g.out_w + pixel, part]
-            result[b, row * g.in_w + column, part] += m * share * gradient
+            gradient = p.columns[tap, b * g.out_size[0] * g.out_size[1] + pixel, part]
+            result[b, row * g.in_size[1] + column, part] += m * share * gradient
     return result
 
 

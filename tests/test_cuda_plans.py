@@ -128,10 +128,11 @@ def test_shared_memory_without_bank_conflicts_in_backward(emulated, capability, 
 def geometry_of(case: Case) -> Any:
     from pydeform import _geometry
 
-    (before_y, _), (before_x, _) = case.padding
-    return _geometry.Conv2dGeometry(
-        *(case.batch, case.in_channels, case.in_h, case.in_w, case.out_channels, *case.out_size),
-        *(*case.kernel, *case.stride, before_y, before_x, *case.dilation, case.groups, case.offset_groups, 0),
+    return _geometry.ConvGeometry(
+        *(case.batch, case.in_channels, case.out_channels, case.groups, case.offset_groups, 0),
+        *((case.in_h, case.in_w), case.out_size, case.kernel, case.stride),
+        tuple(before for before, _ in case.padding),
+        case.dilation,
     )
 
 

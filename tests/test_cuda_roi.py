@@ -271,7 +271,8 @@ def test_layout_of_the_geometry():
 
     fields = _roi_geometry.RoiGeometry._fields
     values = [
-        i + 2 if c == "int" else i + 0.125 for i, c in enumerate(_source.c_types(_roi_geometry.RoiGeometry).values())
+        i + 2 if c.kind == "int" else i + 0.125
+        for i, c in enumerate(_source.c_fields(_roi_geometry.RoiGeometry).values())
     ]
     body = " ".join(f"p[{i}] = g.{field};" for i, field in enumerate(fields))
     struct = _source.struct("RoiGeometry", _roi_geometry.RoiGeometry)
@@ -282,7 +283,7 @@ def test_layout_of_the_geometry():
     geometry = _launch.geometry(_roi_geometry.RoiGeometry(*values))
     function((1,), (1,), (found, geometry))
     assert found.get().tolist() == [*values, geometry.dtype.itemsize]
-    assert {"int", "double"} == set(_source.c_types(_roi_geometry.RoiGeometry).values())
+    assert {"int", "double"} == {field.kind for field in _source.c_fields(_roi_geometry.RoiGeometry).values()}
 
 
 def test_an_image_too_large_is_refused(monkeypatch):

@@ -163,12 +163,12 @@ BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"padding": 2**30},
         ValueError,
-        f"input must have {MOST} rows and columns with padding, got (2147483655, 2147483657) of them",
+        f"input must have {MOST} pixels along an axis with padding, got (2147483655, 2147483657) of them",
     ),
     (
         {"padding": "same", "dilation": (2**31 - 1, 1)},
         ValueError,
-        f"input must have {MOST} rows and columns with padding, got (4294967301, 10) of them",
+        f"input must have {MOST} pixels along an axis with padding, got (4294967301, 10) of them",
     ),
     (
         {"padding": 2**30 - 5},

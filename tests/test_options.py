@@ -223,7 +223,7 @@ def test_the_largest_dilation(backend):
         if 2 * dilation + 1 <= MOST:
             assert backend.numpy(pydeform.conv2d(*sent, **options))[0, 0].tolist() == [[10, 20]]
             continue
-        text = "conv2d: input must have at most 2147483647 rows and columns with padding, got (2147483649, 2) of them"
+        text = "conv2d: input must have at most 2147483647 pixels along an axis with padding, got (2147483649, 2) of them"
         with pytest.raises(ValueError, match=re.escape(text)):
             pydeform.conv2d(*sent, **options)
 
@@ -276,14 +276,14 @@ def test_sizes_that_ints_of_a_struct_cannot_hold_are_refused_on_cuda():
     """Arrays of 4 GB and more, or views of one element that look as large."""
     from pydeform.cuda import _conv_common
 
-    g = _geometry.Conv2dGeometry(*[1] * len(_geometry.Conv2dGeometry._fields))
+    g = _geometry.ConvGeometry(*[1] * 6, *[(1, 1)] * 6)
     _conv_common.check_size("conv2d", g._replace(batch=2**31 - 1, out_channels=2**31 - 1))
     for name in ("batch", "in_channels", "out_channels"):
         text = f"^conv2d: {name} must be at most 2147483647 on CUDA, got 2147483648$"
         with pytest.raises(ValueError, match=text):
             _conv_common.check_size("conv2d", g._replace(**{name: 2**31, "groups": 2 if name == "in_channels" else 1}))
     with pytest.raises(ValueError, match=rf"^conv2d: weight must have .* <= 2147483647 on CUDA, got {2**32}$"):
-        _conv_common.check_size("conv2d", g._replace(kernel_h=2**16, kernel_w=2**16))
+        _conv_common.check_size("conv2d", g._replace(kernel=(2**16, 2**16)))
 
 
 # Layers ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from numba import njit, types
 
 import pydeform
-from pydeform._geometry import BOUNDARIES, conv2d_geometry
+from pydeform._geometry import BOUNDARIES, conv_geometry
 from pydeform.cpu.conv import forward_kernel as conv_forward
 from pydeform.cpu.conv import plan as conv_plan
 from pydeform.cpu.core import jit, pair_products, simd
@@ -205,7 +205,7 @@ def test_a_key_stands_for_the_types_of_one_kernel(use, monkeypatch):
 
 def geometry_of(arrays, options):
     rest = {key: arrays[key] for key in ("offset", "mask")}
-    return conv2d_geometry("test", arrays["input"], arrays["weight"], arrays["bias"], options["stride"], 1, 1, **rest)
+    return conv_geometry("test", 2, arrays["input"], arrays["weight"], arrays["bias"], options["stride"], 1, 1, **rest)
 
 
 def rounded(array):
@@ -287,7 +287,7 @@ def test_only_bfloat16_that_has_sums_is_multiplied_in_pairs(use):
 def oracle_geometry(groups):
     from pydeform import _geometry
 
-    g = _geometry.Conv2dGeometry(*[1] * len(_geometry.Conv2dGeometry._fields))
+    g = _geometry.ConvGeometry(*[1] * 6, *[(1, 1)] * 6)
     return g._replace(in_channels=4, out_channels=4, groups=groups)
 
 

@@ -72,7 +72,7 @@ def test_a_file_in_every_folder(family):
 @pytest.mark.parametrize(
     ("operator", "name", "geometry"),
     [
-        ("deform_conv2d", "Geometry", _geometry.Conv2dGeometry),
+        ("deform_conv2d", "Geometry", _geometry.ConvGeometry),
         ("roi", "RoiGeometry", _roi_geometry.RoiGeometry),
     ],
 )
@@ -84,7 +84,9 @@ def test_same_geometry(operator, name, geometry):
     fields = {}
     for line in declaration.splitlines():
         kind, _, names = line.strip().rstrip(";").partition(" ")
-        fields |= dict.fromkeys(names.split(", "), {"int": int, "double": float}[kind])
+        number = {"int": int, "double": float}[kind]
+        for field in names.split(", "):
+            fields[field.removesuffix("[2]")] = tuple[number, ...] if field.endswith("[2]") else number
     assert list(fields.items()) == list(get_type_hints(geometry).items())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import cupy
@@ -156,7 +157,7 @@ class Plan:
         self._samples = functools.lru_cache(self.KEPT)(self._make_samples)
         self._weight = functools.lru_cache(self.KEPT)(self._make_weight)
         self._sum = functools.lru_cache(self.KEPT)(self._make_sum)
-        image, gradient = self.memory * g.in_h * g.in_w, g.groups * self.padded_outputs * pixels(g)
+        image, gradient = self.memory * math.prod(g.in_size), g.groups * self.padded_outputs * pixels(g)
         self.image_bytes = (image + gradient) * itemsize + image * sums.itemsize
         self.index = index_type(
             *(g.batch * image + self.memory, g.batch * gradient, 2 * g.offset_groups * taps(g) * self.everything),
@@ -209,7 +210,7 @@ class Plan:
         if grad_input is None:  # `deterministic` chooses the kernel also here, so that `needs` changes no bit
             self._samples(deterministic, *whole)(*arrays, None)
             return
-        sums = cupy.zeros((g.batch * g.in_h * g.in_w, self.memory), self.sums)
+        sums = cupy.zeros((g.batch * math.prod(g.in_size), self.memory), self.sums)
         if deterministic:
             for chunk in _conv_direct.chunks(g._replace(in_channels=self.memory), self.sums.itemsize, WORKSPACE):
                 columns = cupy.empty((chunk[3], chunk[1], self.memory), self.sums)

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from pydeform import _checks
-from pydeform._geometry import Conv2dGeometry
+from pydeform._geometry import ConvGeometry
 
 C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -135,15 +135,15 @@ def weight_product(dtype: str, capability: int, group_outputs: int, allow_tf32: 
     return Product("TurnedMma", dtype, 256, 64, 64, 32)
 
 
-def check_size(op: str, g: Conv2dGeometry) -> None:
+def check_size(op: str, g: ConvGeometry) -> None:
     """Pixels and cells of one image are counted in an int, those of all images in whatever they need."""
-    for what, height, width in (("input", g.in_h, g.in_w), ("output", g.out_h, g.out_w)):
+    for what, (height, width) in (("input", g.in_size), ("output", g.out_size)):
         if (height + 1) * (width + 1) > MOST_CELLS:
             raise ValueError(
                 f"{op}: an image of the {what} must have (height + 1) * (width + 1) <= {MOST_CELLS} on CUDA, "
                 f"got {height + 1} * {width + 1} = {(height + 1) * (width + 1)}"
             )
-    weights = g.in_channels // g.groups * g.kernel_h * g.kernel_w
+    weights = g.in_channels // g.groups * math.prod(g.kernel)
     if weights > _checks.MOST:
         raise ValueError(
             f"{op}: weight must have C/groups * kernel_h * kernel_w <= {_checks.MOST} on CUDA, got {weights}"
@@ -158,16 +158,16 @@ def check_fields(op: str, g: Any) -> None:
             raise ValueError(f"{op}: {name} must be at most {_checks.MOST} on CUDA, got {value}")
 
 
-def is_direct(g: Conv2dGeometry) -> bool:
+def is_direct(g: ConvGeometry) -> bool:
     """Whether arrays are read as they lie: tiles of few channels are a waste, or a copy of an image for few samples."""
-    outputs = g.out_channels // g.groups * g.out_h * g.out_w
-    copy = g.in_channels * g.in_h * g.in_w
-    samples = g.kernel_h * g.kernel_w * g.in_channels * outputs
+    outputs = g.out_channels // g.groups * math.prod(g.out_size)
+    copy = g.in_channels * math.prod(g.in_size)
+    samples = math.prod(g.kernel) * g.in_channels * outputs
     return g.in_channels // g.groups < DIRECT_CHANNELS or copy > max(SMALL_COPY, COPIED_FOR_EACH * samples)
 
 
 def channels(
-    g: Conv2dGeometry, dtype: str, depth: int, shared: Callable[[int], int], limit: int, *, whole: bool = False
+    g: ConvGeometry, dtype: str, depth: int, shared: Callable[[int], int], limit: int, *, whole: bool = False
 ) -> Channels:
     """Layout of the input's channels for tiles of this depth. `shared(slots)`: bytes that a kernel then takes.
 
@@ -207,15 +207,13 @@ def slices(tiles: int, steps: int, processors: int, shortest: int) -> int:
     return max(1, min(processors // max(tiles, 1), steps // shortest))
 
 
-def swapped(g: Conv2dGeometry) -> Conv2dGeometry:
+def swapped(g: ConvGeometry) -> ConvGeometry:
     """The transposed convolution: outputs in the places of inputs."""
     return g._replace(
         in_channels=g.out_channels,
-        in_h=g.out_h,
-        in_w=g.out_w,
+        in_size=g.out_size,
         out_channels=g.in_channels,
-        out_h=g.in_h,
-        out_w=g.in_w,
+        out_size=g.in_size,
         offset_groups=1,
     )
 
@@ -237,11 +235,11 @@ def corner_bytes(dtype: str, index: str, corners: int, values: int) -> int:
 
 
 def pixels(g: Any) -> int:
-    return int(g.out_h * g.out_w)
+    return math.prod(g.out_size)
 
 
 def taps(g: Any) -> int:
-    return int(g.kernel_h * g.kernel_w)
+    return math.prod(g.kernel)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -5,6 +5,7 @@ Arrays arrive C-contiguous and checked, with at least one image; None stands for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -144,7 +145,7 @@ class _Data(NamedTuple):
             self._run(None, None, 0, g.batch * pixels(g), 0, taps(g), store=True)
             return
         dtype = compute_dtype(grad_input.dtype)
-        sums = cupy.zeros((g.batch, g.in_h * g.in_w, g.in_channels), dtype)
+        sums = cupy.zeros((g.batch, math.prod(g.in_size), g.in_channels), dtype)
         for first, count, tap0, some in chunks(g, dtype.itemsize, WORKSPACE):
             columns = cupy.empty((some, count, g.in_channels), dtype)
             self._run(None, columns, first, count, tap0, some, store=True)

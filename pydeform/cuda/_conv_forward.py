@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import cupy
@@ -36,7 +37,7 @@ def forward(
     _conv_common.check_size(operator, g)
     with input.device:
         input, offset, weight, bias, mask = contiguous(input, offset, weight, bias, mask)
-        output = cupy.empty((g.batch, g.out_channels, g.out_h, g.out_w), input.dtype)
+        output = cupy.empty((g.batch, g.out_channels, *g.out_size), input.dtype)
         if g.batch == 0:
             return output
         if _conv_common.is_direct(g):
@@ -102,7 +103,7 @@ class Tiles:
             g, dtype, p.depth, lambda slots: self._shared(slots, "long long"), on.shared
         )
         self.memory = c.memory(g.groups)
-        self.image_bytes = self.memory * g.in_h * g.in_w * self.dtype.itemsize
+        self.image_bytes = self.memory * math.prod(g.in_size) * self.dtype.itemsize
         self._tiles_n = ceil_div(group_outputs, p.columns)
         self._packed = g.groups * self._tiles_n * c.blocks * taps(g) * p.parts * p.columns * p.depth
         self._everything = g.batch * pixels(g)
@@ -110,7 +111,7 @@ class Tiles:
         self._slices = _conv_common.slices(tiles, c.blocks * taps(g), on.processors, SHORTEST_SLICE)
         outputs = self._everything * g.out_channels
         index = index_type(
-            *((g.batch * g.in_h * g.in_w + 1) * self.memory, self._packed, outputs * self._slices),
+            *((g.batch * math.prod(g.in_size) + 1) * self.memory, self._packed, outputs * self._slices),
             2 * g.offset_groups * taps(g) * self._everything,
         )
         slots = c.slots(p.depth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import cupy
@@ -33,7 +34,7 @@ def accumulate(
     those in memory, an equal number for each offset group. The host waits for nothing, so a graph can be captured.
     """
     images = (first + count - 1) // pixels(g) - first // pixels(g) + 1
-    bins = images * g.offset_groups * (g.in_h + 1) * (g.in_w + 1)
+    bins = images * g.offset_groups * math.prod(size + 1 for size in g.in_size)
     samples = g.offset_groups * taps * count
     index = index_type(bins, samples, offset.size, accumulator.size, columns.size)
     integer = np.int32 if index == "int" else np.int64
@@ -48,7 +49,7 @@ def accumulate(
     data = offset if mask is None else mask
     _launch(
         f"gather_bins<{C_TYPES[data.dtype.name]}, {index}{own_types(data, offset)}>",
-        32 * images * g.offset_groups * g.in_h * g.in_w,
+        32 * images * g.offset_groups * math.prod(g.in_size),
         (
             *(columns, offset, mask, starts, ids, accumulator, geometry(g)),
             *(np.int32(channels), np.int32(images), integer(first), integer(count), np.int32(tap0)),
@@ -58,7 +59,7 @@ def accumulate(
 
 def bin_bytes(g: Any) -> int:
     """Of the counts and starts of an image's bins."""
-    return int(g.offset_groups * (g.in_h + 1) * (g.in_w + 1) * 8)
+    return int(g.offset_groups * math.prod(size + 1 for size in g.in_size) * 8)
 
 
 def _launch(expression: str, threads: int, arguments: tuple[Any, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from pydeform.cuda._source import c_types, source
+from pydeform.cuda._source import c_fields, source
 
 OLDEST = 75  # compute capability
 DEFAULT_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel has without asking
@@ -55,7 +55,10 @@ def geometry(g: Any) -> Any:
 @functools.lru_cache(maxsize=1024)
 def _geometry(kind: Any, g: Any) -> Any:
     numbers = {"int": np.int32, "double": np.float64}
-    fields: Any = [(field, numbers[c]) for field, c in c_types(kind).items()]
+    fields: Any = [
+        (name, numbers[field.kind], (len(value),) if field.is_array else ())
+        for (name, field), value in zip(c_fields(kind).items(), g, strict=True)
+    ]
     struct = np.array([tuple(g)], dtype=np.dtype(fields, align=True))
     struct.flags.writeable = False
     return struct

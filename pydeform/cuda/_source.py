@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from pydeform._geometry import Conv2dGeometry
+from pydeform._geometry import ConvGeometry
 from pydeform._roi_geometry import RoiGeometry
 
 FOLDER = Path(__file__).parent
@@ -21,22 +21,33 @@ EMULATED = "primitives_emulated.h"
 @functools.cache
 def source(operator: str) -> str:
     """CUDA C++ of `operator`; compilers report errors under the names and lines of our files."""
-    structs = struct("Geometry", Conv2dGeometry)  # which headers that all share ask for
+    structs = struct("Geometry", ConvGeometry, 2)  # which headers that all share ask for
     if operator == "roi":
         structs += struct("RoiGeometry", RoiGeometry)
     return structs + _inlined(f"{operator}.cu", set())
 
 
-def c_types(geometry: Any) -> dict[str, str]:
-    """Of the fields of a NamedTuple, in their order: its floats are double."""
+class Field(typing.NamedTuple):
+    kind: str  # in C
+    is_array: bool  # a number for each axis
+
+
+def c_fields(geometry: Any) -> dict[str, Field]:
+    """Of a NamedTuple, in their order: its floats are double."""
     hints = typing.get_type_hints(geometry)
-    return {field: "double" if hints[field] is float else "int" for field in geometry._fields}
+    return {
+        field: Field("double" if hints[field] is float else "int", typing.get_origin(hints[field]) is tuple)
+        for field in geometry._fields
+    }
 
 
-def struct(name: str, geometry: Any) -> str:
+def struct(name: str, geometry: Any, axes: int = 0) -> str:
     """A NamedTuple as a C struct, its fields in their order."""
-    types = c_types(geometry)
-    lines = [f"  {kind} {', '.join(fields)};\n" for kind, fields in itertools.groupby(types, types.__getitem__)]
+    fields = c_fields(geometry)
+    lines = [
+        f"  {kind} {', '.join(field + is_array * f'[{axes}]' for field in names)};\n"
+        for (kind, is_array), names in itertools.groupby(fields, fields.__getitem__)
+    ]
     return f"struct {name} {{\n{''.join(lines)}}};\n"
 
 

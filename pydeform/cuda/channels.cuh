@@ -36,12 +36,12 @@ struct OutputPixel {
   int b, p;         // image, pixel in it
   int row, column;  // input pixel of tap (0, 0)
   template <class I> PYDEFORM_DEVICE OutputPixel(I m, const Geometry& g) {
-    const I pixels = (I)g.out_h * g.out_w;
+    const I pixels = (I)g.out_size[0] * g.out_size[1];
     b = (int)(m / pixels);
     p = (int)(m - b * pixels);
-    const int oy = p / g.out_w;
-    row = oy * g.stride_h - g.pad_h;
-    column = (p - oy * g.out_w) * g.stride_w - g.pad_w;
+    const int oy = p / g.out_size[1];
+    row = oy * g.stride[0] - g.pad[0];
+    column = (p - oy * g.out_size[1]) * g.stride[1] - g.pad[1];
   }
 };
 

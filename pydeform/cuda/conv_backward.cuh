@@ -51,10 +51,10 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
   Point<A, I>* const points =
       reinterpret_cast<Point<A, I>*>(shared + (PIPELINE > STAGED ? PIPELINE : STAGED));  // [slots][BM]
 
-  const int tid = threadIdx.x, kernel = g.kernel_h * g.kernel_w, tap = tap0 + (int)(blockIdx.x % taps);
-  const I m0 = first + (I)(blockIdx.x / taps) * P::BM, end = first + count, pixels = (I)g.out_h * g.out_w;
+  const int tid = threadIdx.x, kernel = g.kernel[0] * g.kernel[1], tap = tap0 + (int)(blockIdx.x % taps);
+  const I m0 = first + (I)(blockIdx.x / taps) * P::BM, end = first + count, pixels = (I)g.out_size[0] * g.out_size[1];
   const int steps = padded_outputs / P::DEPTH, memory = g.groups * c.units * c.pitch;
-  const I chunks = memory / E, zeros = (I)g.batch * g.in_h * g.in_w * chunks;
+  const I chunks = memory / E, zeros = (I)g.batch * g.in_size[0] * g.in_size[1] * chunks;
   const bool dots = grad_offset || grad_mask;
   const Offsets<T, I, TOffset> offsets{offset, mask};
 
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
             offsets.sample(pixel.b, place.offset_group(g, c), tap, pixel.p, pixel.row, pixel.column, t.m, g);
 #pragma unroll
         for (int k = 0; k < 4; k++)
-          t.corner[k] = s.corner[k] < 0 ? zeros : ((I)pixel.b * g.in_h * g.in_w + s.corner[k]) * chunks;
+          t.corner[k] = s.corner[k] < 0 ? zeros : ((I)pixel.b * g.in_size[0] * g.in_size[1] + s.corner[k]) * chunks;
         t.y = s.y;
         t.x = s.x;
       }
@@ -246,14 +246,14 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   unsigned char *const a_tiles = shared, *const b_tiles = shared + 2 * A_BYTES;
   Spot* const spots = reinterpret_cast<Spot*>(shared + 2 * (A_BYTES + B_BYTES));  // [3][slots][DEPTH]
 
-  const int tid = threadIdx.x, kernel = g.kernel_h * g.kernel_w, group_outputs = g.out_channels / g.groups;
+  const int tid = threadIdx.x, kernel = g.kernel[0] * g.kernel[1], group_outputs = g.out_channels / g.groups;
   int place_of_block = blockIdx.x;
   const int o0 = place_of_block % tiles_o * P::BM;
   place_of_block /= tiles_o;
   const int tap = place_of_block % kernel;
   place_of_block /= kernel;
   const int block = place_of_block % c.blocks, group = place_of_block / c.blocks;
-  const I all = (I)g.batch * g.out_h * g.out_w, steps = (all + DEPTH - 1) / DEPTH;
+  const I all = (I)g.batch * g.out_size[0] * g.out_size[1], steps = (all + DEPTH - 1) / DEPTH;
   const I first = (I)((long long)steps * blockIdx.y / gridDim.y),
           end = (I)((long long)steps * (blockIdx.y + 1) / gridDim.y);
   const I chunks = (I)g.groups * c.units * c.pitch / E;
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
       Spot t = no_tap<T, I, READS>(g, chunks);
       if (m < all && place.valid)
         t = locate_tap<T, I, READS>(offsets, OutputPixel(m, g), READS == DEFORMED ? place.offset_group(g, c) : 0, tap,
-                                    tap / g.kernel_w, tap % g.kernel_w, g, chunks);
+                                    tap / g.kernel[1], tap % g.kernel[1], g, chunks);
       spots[((int)(s % 3) * slots + slot) * DEPTH + r] = t;
     }
   };
@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 template <class T, class I>
 __global__ void __launch_bounds__(256) sum_weight(const Compute<T>* __restrict__ partial, T* __restrict__ grad_weight,
                                                   Geometry g, Channels c, int width, int slices) {
-  const int kernel = g.kernel_h * g.kernel_w, summed = g.in_channels / g.groups;
+  const int kernel = g.kernel[0] * g.kernel[1], summed = g.in_channels / g.groups;
   const I i = (I)blockIdx.x * 256 + threadIdx.x;
   if (i >= (I)g.out_channels * summed) return;
   const int o = (int)(i / summed), q = (int)(i - (I)o * summed);
@@ -374,7 +374,7 @@ __global__ void __launch_bounds__(256)
     pack_weight_columns(const typename P::T* __restrict__ weight, typename P::T* __restrict__ packed, Geometry g,
                         Channels c, int steps) {
   using T = typename P::T;
-  const int kernel = g.kernel_h * g.kernel_w, summed = g.in_channels / g.groups,
+  const int kernel = g.kernel[0] * g.kernel[1], summed = g.in_channels / g.groups,
             group_outputs = g.out_channels / g.groups;
   const int k = threadIdx.x % P::DEPTH, n = blockIdx.y * (256 / P::DEPTH) + threadIdx.x / P::DEPTH;
   const int tile = blockIdx.x / steps, o = (blockIdx.x - tile * steps) * P::DEPTH + k, group = tile / c.blocks;

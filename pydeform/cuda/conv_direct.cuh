@@ -16,10 +16,10 @@ PYDEFORM_DEVICE Sample<Compute<T>> direct_sample(const Offsets<T, I, TOffset>& o
   if constexpr (DEFORMED) {
     return offsets.sample(pixel.b, og, tap, pixel.p, pixel.row, pixel.column, m, g);
   } else {
-    const int y = pixel.row + tap / g.kernel_w * g.dilation_h, x = pixel.column + tap % g.kernel_w * g.dilation_w;
-    const bool inside = y >= 0 && y < g.in_h && x >= 0 && x < g.in_w;
+    const int y = pixel.row + tap / g.kernel[1] * g.dilation[0], x = pixel.column + tap % g.kernel[1] * g.dilation[1];
+    const bool inside = y >= 0 && y < g.in_size[0] && x >= 0 && x < g.in_size[1];
     m = 1;
-    return {{inside ? y * g.in_w + x : -1, -1, -1, -1}, 0, 0};
+    return {{inside ? y * g.in_size[1] + x : -1, -1, -1, -1}, 0, 0};
   }
 }
 
@@ -48,12 +48,12 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
                    const T* __restrict__ bias, const T* __restrict__ mask, T* __restrict__ output, Geometry g) {
   using A = Compute<T>;
   const I i = (I)blockIdx.x * DIRECT_THREADS + threadIdx.x;
-  const I out_pixels = (I)g.out_h * g.out_w, in_pixels = (I)g.in_h * g.in_w;
+  const I out_pixels = (I)g.out_size[0] * g.out_size[1], in_pixels = (I)g.in_size[0] * g.in_size[1];
   if (i >= g.batch * g.out_channels * out_pixels) return;
   const I plane = i / out_pixels;
   const int b = (int)(plane / g.out_channels), o = (int)(plane - (I)b * g.out_channels);
   const OutputPixel pixel(b * out_pixels + (i - plane * out_pixels), g);
-  const int taps = g.kernel_h * g.kernel_w;
+  const int taps = g.kernel[0] * g.kernel[1];
   const int per_group = g.in_channels / g.groups, per_offset = g.in_channels / g.offset_groups;
   const int first = o / (g.out_channels / g.groups) * per_group, last = first + per_group;
   const Offsets<T, I, TOffset> offsets{offset, mask};
@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
   A m, w[4], dots[4] = {};
   const Sample<A> s = direct_sample<T, I, true>(Offsets<T, I, TOffset>{offset, mask}, pixel, og, tap, m, g);
   corner_weights(w, s.y, s.x, m);
-  const I out_pixels = (I)g.out_h * g.out_w, in_pixels = (I)g.in_h * g.in_w;
-  const int all_taps = g.kernel_h * g.kernel_w;
+  const I out_pixels = (I)g.out_size[0] * g.out_size[1], in_pixels = (I)g.in_size[0] * g.in_size[1];
+  const int all_taps = g.kernel[0] * g.kernel[1];
   const int per_group = g.in_channels / g.groups, outputs = g.out_channels / g.groups;
   const int per_offset = g.in_channels / g.offset_groups;
   const bool need_dots = grad_offset || grad_mask;
@@ -142,25 +142,25 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
                           Geometry g) {
   using A = Compute<T>;
   const I i = (I)blockIdx.x * DIRECT_THREADS + threadIdx.x;
-  const I out_pixels = (I)g.out_h * g.out_w, in_pixels = (I)g.in_h * g.in_w;
+  const I out_pixels = (I)g.out_size[0] * g.out_size[1], in_pixels = (I)g.in_size[0] * g.in_size[1];
   if (i >= g.batch * g.in_channels * in_pixels) return;
   const I plane = i / in_pixels;
   const int b = (int)(plane / g.in_channels), c = (int)(plane - (I)b * g.in_channels);
-  const int p = (int)(i - plane * in_pixels), y = p / g.in_w, x = p - y * g.in_w;
-  const int taps = g.kernel_h * g.kernel_w;
+  const int p = (int)(i - plane * in_pixels), y = p / g.in_size[1], x = p - y * g.in_size[1];
+  const int taps = g.kernel[0] * g.kernel[1];
   const int per_group = g.in_channels / g.groups, outputs = g.out_channels / g.groups;
   const int group = c / per_group;
   const T* grads = grad_output + ((I)b * g.out_channels + group * outputs) * out_pixels;
   const T* factors = weight + ((I)group * outputs * per_group + (c - group * per_group)) * taps;
   A sum = 0;
-  for (int ky = 0; ky < g.kernel_h; ky++) {
-    const int below = y + g.pad_h - ky * g.dilation_h, oy = below / g.stride_h;
-    if (below < 0 || oy >= g.out_h || oy * g.stride_h != below) continue;
-    for (int kx = 0; kx < g.kernel_w; kx++) {
-      const int right = x + g.pad_w - kx * g.dilation_w, ox = right / g.stride_w;
-      if (right < 0 || ox >= g.out_w || ox * g.stride_w != right) continue;
-      const T* grad = grads + (I)oy * g.out_w + ox;
-      const T* factor = factors + ky * g.kernel_w + kx;
+  for (int ky = 0; ky < g.kernel[0]; ky++) {
+    const int below = y + g.pad[0] - ky * g.dilation[0], oy = below / g.stride[0];
+    if (below < 0 || oy >= g.out_size[0] || oy * g.stride[0] != below) continue;
+    for (int kx = 0; kx < g.kernel[1]; kx++) {
+      const int right = x + g.pad[1] - kx * g.dilation[1], ox = right / g.stride[1];
+      if (right < 0 || ox >= g.out_size[1] || ox * g.stride[1] != right) continue;
+      const T* grad = grads + (I)oy * g.out_size[1] + ox;
+      const T* factor = factors + ky * g.kernel[1] + kx;
 #pragma unroll 2
       for (int o = 0; o < outputs; o++, grad += out_pixels, factor += per_group * taps)
         sum += to_float(*factor) * to_float(*grad);
@@ -191,12 +191,12 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
     weight_direct(const T* __restrict__ grad_output, const T* __restrict__ input, const TOffset* __restrict__ offset,
                   const T* __restrict__ mask, T* __restrict__ grad_weight, Geometry g) {
   using A = Compute<T>;
-  const int taps = g.kernel_h * g.kernel_w, per_group = g.in_channels / g.groups;
+  const int taps = g.kernel[0] * g.kernel[1], per_group = g.in_channels / g.groups;
   const int row = blockIdx.x / taps, tap = blockIdx.x % taps;  // row: (o, channel of the group)
   const int o = row / per_group;
   const int c = o / (g.out_channels / g.groups) * per_group + row % per_group;
   const int og = c / (g.in_channels / g.offset_groups);
-  const I out_pixels = (I)g.out_h * g.out_w, in_pixels = (I)g.in_h * g.in_w;
+  const I out_pixels = (I)g.out_size[0] * g.out_size[1], in_pixels = (I)g.in_size[0] * g.in_size[1];
   const Offsets<T, I, TOffset> offsets{offset, mask};
   A sum = 0;
   for (I n = threadIdx.x; n < g.batch * out_pixels; n += DIRECT_THREADS) {
@@ -219,7 +219,7 @@ template <class T, class I>
 __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
     bias_gradient(const T* __restrict__ grad_output, T* __restrict__ grad_bias, Geometry g) {
   using A = Compute<T>;
-  const I pixels = (I)g.out_h * g.out_w;
+  const I pixels = (I)g.out_size[0] * g.out_size[1];
   A sum = 0;
 #pragma unroll 4
   for (I n = threadIdx.x; n < g.batch * pixels; n += DIRECT_THREADS) {

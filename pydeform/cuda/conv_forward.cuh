@@ -18,18 +18,18 @@ struct Tap {  // corner: first chunk of the pixel, or of the zeros behind the la
 struct Cursor {
   int block, tap, row, column, place;
   PYDEFORM_DEVICE Cursor(int s, const Geometry& g) : place(0) {
-    block = s / (g.kernel_h * g.kernel_w);
-    tap = s - block * g.kernel_h * g.kernel_w;
-    row = tap / g.kernel_w;
-    column = tap - row * g.kernel_w;
+    block = s / (g.kernel[0] * g.kernel[1]);
+    tap = s - block * g.kernel[0] * g.kernel[1];
+    row = tap / g.kernel[1];
+    column = tap - row * g.kernel[1];
   }
   PYDEFORM_DEVICE void next_place() { place = place == 2 ? 0 : place + 1; }
   PYDEFORM_DEVICE bool next(const Geometry& g) {  // true: a new block
     next_place();
     tap++;
-    if (++column < g.kernel_w) return false;
+    if (++column < g.kernel[1]) return false;
     column = 0;
-    if (++row < g.kernel_h) return false;
+    if (++row < g.kernel[0]) return false;
     row = tap = 0;
     block++;
     return true;
@@ -43,8 +43,8 @@ PYDEFORM_DEVICE Tap<Compute<T>, I, READS> locate_tap(const Offsets<T, I, TOffset
                                                      I chunks) {
   using A = Compute<T>;
   Tap<A, I, READS> t;
-  const I image = (I)g.in_h * g.in_w, zeros = g.batch * image * chunks, start = pixel.b * image;
-  const int shift_y = row * g.dilation_h, shift_x = column * g.dilation_w;
+  const I image = (I)g.in_size[0] * g.in_size[1], zeros = g.batch * image * chunks, start = pixel.b * image;
+  const int shift_y = row * g.dilation[0], shift_x = column * g.dilation[1];
   if constexpr (READS == DEFORMED) {
     A m;
     const Sample<A> s = offsets.at(pixel.b, og, tap, pixel.p, pixel.row + shift_y, pixel.column + shift_x, m, g);
@@ -60,15 +60,15 @@ PYDEFORM_DEVICE Tap<Compute<T>, I, READS> locate_tap(const Offsets<T, I, TOffset
     int y = pixel.row + shift_y, x = pixel.column + shift_x;
     bool inside = true;
     if constexpr (READS == ADJOINT) {  // the pixel whose tap read this one
-      const int oy = pixel.p / g.out_w;
-      y = oy + g.pad_h - shift_y;
-      x = pixel.p - oy * g.out_w + g.pad_w - shift_x;
-      inside = y % g.stride_h == 0 && x % g.stride_w == 0;
-      y /= g.stride_h;
-      x /= g.stride_w;
+      const int oy = pixel.p / g.out_size[1];
+      y = oy + g.pad[0] - shift_y;
+      x = pixel.p - oy * g.out_size[1] + g.pad[1] - shift_x;
+      inside = y % g.stride[0] == 0 && x % g.stride[1] == 0;
+      y /= g.stride[0];
+      x /= g.stride[1];
     }
-    inside = inside && y >= 0 && y < g.in_h && x >= 0 && x < g.in_w;
-    t.corner[0] = inside ? (start + (I)y * g.in_w + x) * chunks : zeros;
+    inside = inside && y >= 0 && y < g.in_size[0] && x >= 0 && x < g.in_size[1];
+    t.corner[0] = inside ? (start + (I)y * g.in_size[1] + x) * chunks : zeros;
     t.weight[0] = 1;
   }
   return t;
@@ -79,7 +79,7 @@ template <class T, class I, int READS> PYDEFORM_DEVICE Tap<Compute<T>, I, READS>
   Tap<Compute<T>, I, READS> t;
 #pragma unroll
   for (int k = 0; k < (READS == DEFORMED ? 4 : 1); k++) {
-    t.corner[k] = (I)g.batch * g.in_h * g.in_w * chunks;
+    t.corner[k] = (I)g.batch * g.in_size[0] * g.in_size[1] * chunks;
     t.weight[k] = 0;
   }
   return t;
@@ -140,9 +140,9 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   Point* const taps = reinterpret_cast<Point*>(shared + 2 * (A_BYTES + B_BYTES));  // [3][slots][BM]
 
   const int tid = threadIdx.x;
-  const int group_outputs = g.out_channels / g.groups, steps = c.blocks * g.kernel_h * g.kernel_w;
+  const int group_outputs = g.out_channels / g.groups, steps = c.blocks * g.kernel[0] * g.kernel[1];
   const int tile_n = blockIdx.x % tiles_n, group = blockIdx.x / tiles_n % g.groups, n0 = tile_n * P::BN;
-  const I m0 = (I)(blockIdx.x / (tiles_n * g.groups)) * P::BM, pixels = (I)g.out_h * g.out_w, all = g.batch * pixels;
+  const I m0 = (I)(blockIdx.x / (tiles_n * g.groups)) * P::BM, pixels = (I)g.out_size[0] * g.out_size[1], all = g.batch * pixels;
   const int first = (int)((long long)steps * blockIdx.y / gridDim.y),
             end = (int)((long long)steps * (blockIdx.y + 1) / gridDim.y);
   const I chunks = (I)g.groups * c.units * c.pitch / P::E;
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   int stored = 0;  // place of the taps
   auto store_samples = [&](int s, int stage, const uint4(&corner)[TASKS][CORNERS]) {
     auto count_channels = [&]() {
-      const Place place(group, s / (g.kernel_h * g.kernel_w) * P::DEPTH + column * P::E, c);
+      const Place place(group, s / (g.kernel[0] * g.kernel[1]) * P::DEPTH + column * P::E, c);
       return place.valid ? c.unit - place.within : 0;
     };
 #pragma unroll
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 template <class T, class I>
 __global__ void __launch_bounds__(256) sum_slices(const Compute<T>* __restrict__ partial, const T* __restrict__ bias,
                                                   T* __restrict__ output, Geometry g, int slices) {
-  const I pixels = (I)g.out_h * g.out_w, all = g.batch * pixels, i = (I)blockIdx.x * 256 + threadIdx.x;
+  const I pixels = (I)g.out_size[0] * g.out_size[1], all = g.batch * pixels, i = (I)blockIdx.x * 256 + threadIdx.x;
   if (i >= all * g.out_channels) return;
   const I o = i / all, m = i - o * all, b = m / pixels;
   Compute<T> sum = 0;
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(256)
     pack_weight(const typename P::T* __restrict__ weight, typename P::T* __restrict__ packed, Geometry g, Channels c,
                 int tiles_n) {
   using T = typename P::T;
-  const int kernel = g.kernel_h * g.kernel_w, group_outputs = g.out_channels / g.groups,
+  const int kernel = g.kernel[0] * g.kernel[1], group_outputs = g.out_channels / g.groups,
             summed = g.in_channels / g.groups;
   const int k = threadIdx.x % P::DEPTH, r = blockIdx.y * (256 / P::DEPTH) + threadIdx.x / P::DEPTH;
   const int tile = blockIdx.x / c.blocks, block = blockIdx.x - tile * c.blocks, group = tile / tiles_n,

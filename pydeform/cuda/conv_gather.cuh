@@ -22,13 +22,13 @@ template <class A> PYDEFORM_DEVICE int cell_of(const Sample<A>& s, const Geometr
   for (int j = 0; j < 4; j++) {
     if (s.corner[j] < 0) continue;
     // The first corner that is inside, so never one of dcnv1's repeated ones: those follow the pixel that they repeat.
-    const int y = s.corner[j] / g.in_w, x = s.corner[j] - y * g.in_w;
-    return (y - j / 2 + 1) * (g.in_w + 1) + (x - j % 2 + 1);
+    const int y = s.corner[j] / g.in_size[1], x = s.corner[j] - y * g.in_size[1];
+    return (y - j / 2 + 1) * (g.in_size[1] + 1) + (x - j % 2 + 1);
   }
   return -1;
 }
 
-PYDEFORM_DEVICE int cells_of_image(const Geometry& g) { return (g.in_h + 1) * (g.in_w + 1); }
+PYDEFORM_DEVICE int cells_of_image(const Geometry& g) { return (g.in_size[0] + 1) * (g.in_size[1] + 1); }
 
 // The bin of thread i's sample, or -1; `id` is its number.
 template <class T, class I>
@@ -40,7 +40,7 @@ PYDEFORM_DEVICE I bin_of(I i, int& id, const Offsets<T, I>& offsets, const Geome
   const OutputPixel pixel(first + (id - tap * count), g);
   Compute<T> m;
   const int cell = cell_of(offsets.sample(pixel.b, og, tap0 + tap, pixel.p, pixel.row, pixel.column, m, g), g);
-  const int image = pixel.b - (int)(first / ((I)g.out_h * g.out_w));  // of those that the chunk touches
+  const int image = pixel.b - (int)(first / ((I)g.out_size[0] * g.out_size[1]));  // of those that the chunk touches
   return cell < 0 ? -1 : ((I)image * g.offset_groups + og) * cells_of_image(g) + cell;
 }
 
@@ -125,13 +125,13 @@ __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS)
                 const I* __restrict__ starts, const int* __restrict__ ids, Compute<T>* __restrict__ accumulator,
                 Geometry g, int channels, int images, I first, I count, int tap0) {
   using A = Compute<T>;
-  const I in_pixels = (I)g.in_h * g.in_w;
+  const I in_pixels = (I)g.in_size[0] * g.in_size[1];
   const I warp = (I)blockIdx.x * (GATHER_THREADS / 32) + threadIdx.x / 32;
   if (warp >= images * g.offset_groups * in_pixels) return;
   const int lane = threadIdx.x % 32;
   const int slot = (int)(warp / in_pixels), og = slot % g.offset_groups;  // slot: (image of the chunk, og)
-  const int p = (int)(warp - slot * in_pixels), y = p / g.in_w, x = p - y * g.in_w;
-  const int b = (int)(first / ((I)g.out_h * g.out_w)) + slot / g.offset_groups;
+  const int p = (int)(warp - slot * in_pixels), y = p / g.in_size[1], x = p - y * g.in_size[1];
+  const int b = (int)(first / ((I)g.out_size[0] * g.out_size[1])) + slot / g.offset_groups;
   const int width = channels / g.offset_groups;
   const Offsets<T, I, TOffset> offsets{offset, mask};
   for (int q0 = 0; q0 < width; q0 += 32 * LANE_CHANNELS) {
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS)
     A sum[LANE_CHANNELS] = {};
     for (int row = 0; row < 2; row++) {
       // The cells left and right of a pixel follow each other, and so do their samples.
-      const I bin = (I)slot * cells_of_image(g) + (y + row) * (g.in_w + 1) + x;
+      const I bin = (I)slot * cells_of_image(g) + (y + row) * (g.in_size[1] + 1) + x;
       const I last = starts[bin + 2];
       for (I start = starts[bin]; start < last; start += 32) {
         I place = 0;

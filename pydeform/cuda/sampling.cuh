@@ -40,20 +40,20 @@ template <class A> struct Sample {
 // that whatever is made of them is NaN and nothing is read; an infinite coordinate is outside.
 template <class A> PYDEFORM_DEVICE Sample<A> locate(A y, A x, const Geometry& g) {
   const A low = lowest_coordinate<A>(g.boundary);
-  const bool inside = y >= low && y < (A)g.in_h && x >= low && x < (A)g.in_w;  // false for NaN
+  const bool inside = y >= low && y < (A)g.in_size[0] && x >= low && x < (A)g.in_size[1];  // false for NaN
   const A ys = inside ? y : low, xs = inside ? x : low;
   const A fy = round_down(ys), fx = round_down(xs);
   const int y0 = (int)fy, x0 = (int)fx;
   // dcnv1 repeats the last row and column instead of fading to zero: there both corners are one pixel.
   const int repeated = g.boundary == DCNV1;
-  const int y1 = min(y0 + 1, g.in_h - repeated), x1 = min(x0 + 1, g.in_w - repeated);
-  const bool row0 = inside && y0 >= 0, row1 = inside && y1 >= 0 && y1 < g.in_h;
-  const bool column0 = x0 >= 0, column1 = x1 >= 0 && x1 < g.in_w;
+  const int y1 = min(y0 + 1, g.in_size[0] - repeated), x1 = min(x0 + 1, g.in_size[1] - repeated);
+  const bool row0 = inside && y0 >= 0, row1 = inside && y1 >= 0 && y1 < g.in_size[0];
+  const bool column0 = x0 >= 0, column1 = x1 >= 0 && x1 < g.in_size[1];
   Sample<A> s;
-  s.corner[0] = row0 && column0 ? y0 * g.in_w + x0 : -1;
-  s.corner[1] = row0 && column1 ? y0 * g.in_w + x1 : -1;
-  s.corner[2] = row1 && column0 ? y1 * g.in_w + x0 : -1;
-  s.corner[3] = row1 && column1 ? y1 * g.in_w + x1 : -1;
+  s.corner[0] = row0 && column0 ? y0 * g.in_size[1] + x0 : -1;
+  s.corner[1] = row0 && column1 ? y0 * g.in_size[1] + x1 : -1;
+  s.corner[2] = row1 && column0 ? y1 * g.in_size[1] + x0 : -1;
+  s.corner[3] = row1 && column1 ? y1 * g.in_size[1] + x1 : -1;
   const bool broken = y != y || x != x;
   s.y = broken ? y + x : ys - fy;
   s.x = broken ? y + x : xs - fx;
@@ -88,14 +88,14 @@ template <class T, class I, class TOffset = T> struct Offsets {
   PYDEFORM_DEVICE Sample<Compute<T>> at(int b, int og, int tap, int p, int y, int x, Compute<T>& m,
                                         const Geometry& g) const {
     using A = Compute<T>;
-    const I pixels = (I)g.out_h * g.out_w;
-    const I k = ((I)b * g.offset_groups + og) * (g.kernel_h * g.kernel_w) + tap;
+    const I pixels = (I)g.out_size[0] * g.out_size[1];
+    const I k = ((I)b * g.offset_groups + og) * (g.kernel[0] * g.kernel[1]) + tap;
     m = mask ? to_float(mask[k * pixels + p]) : (A)1;
     return locate((A)y + to_float(offset[2 * k * pixels + p]), (A)x + to_float(offset[(2 * k + 1) * pixels + p]), g);
   }
   // (row, column) is the place of tap (0, 0) of the kernel for the pixel.
   PYDEFORM_DEVICE Sample<Compute<T>> sample(int b, int og, int tap, int p, int row, int column, Compute<T>& m,
                                             const Geometry& g) const {
-    return at(b, og, tap, p, row + tap / g.kernel_w * g.dilation_h, column + tap % g.kernel_w * g.dilation_w, m, g);
+    return at(b, og, tap, p, row + tap / g.kernel[1] * g.dilation[0], column + tap % g.kernel[1] * g.dilation[1], m, g);
   }
 };

@@ -126,11 +126,11 @@ def _geometry_of(
     padding: Padding,
     dilation: Size,
     groups: Int,
-) -> _geometry.Conv2dGeometry:
+) -> _geometry.ConvGeometry:
     _call.check_arrays(op, arrays, "input", "weight")
     (count,) = _checks.per_axis(op, "groups", groups, 1, 1)
-    g = _geometry.conv2d_geometry(
-        op, arrays["input"], arrays["weight"], arrays["bias"], stride, padding, dilation, groups=count
+    g = _geometry.conv_geometry(
+        op, 2, arrays["input"], arrays["weight"], arrays["bias"], stride, padding, dilation, groups=count
     )
     if "grad_output" in arrays:
         _geometry.check_grad_output(op, arrays["grad_output"], g)

@@ -163,10 +163,11 @@ def _geometry_of(
     padding: Padding,
     dilation: Size,
     boundary: str,
-) -> _geometry.Conv2dGeometry:
+) -> _geometry.ConvGeometry:
     _call.check_arrays(op, arrays, "input", "offset", "weight")
-    g = _geometry.conv2d_geometry(
+    g = _geometry.conv_geometry(
         op,
+        2,
         arrays["input"],
         arrays["weight"],
         arrays["bias"],

@@ -70,7 +70,7 @@ from pydeform.cpu.core.simd import (
     use_widest_vectors,
     vectors_of,
 )
-from pydeform.cpu.core.sizes import round_up, table
+from pydeform.cpu.core.sizes import round_up, table, volume
 from pydeform.cpu.core.weighted import plane_scatter
 from pydeform.cpu.sampling.corners import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
 
@@ -184,12 +184,12 @@ def backward(
     grad_output: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, needs: Any
 ) -> dict[str, Any]:
     dtype = compute_dtype(input.dtype)
-    taps = g.kernel_h * g.kernel_w
-    positions = g.out_h * g.out_w
+    taps = math.prod(g.kernel)
+    positions = math.prod(g.out_size)
     need_dots = "offset" in needs or "mask" in needs
     # Zeros that are never touched cost nothing; with channels last every pixel is written.
     make = np.zeros if prefers_planes(g) else empty
-    grad_input = make((g.batch, g.in_channels, g.in_h * g.in_w) if "input" in needs else (0, 1, 1), dtype)
+    grad_input = make((g.batch, g.in_channels, math.prod(g.in_size)) if "input" in needs else (0, 1, 1), dtype)
     grad_offset = empty((g.batch, g.offset_groups, taps, 2, positions) if need_dots else (0, 1, 1, 2, 1), dtype)
     grad_mask = empty((g.batch, g.offset_groups, taps, positions) if need_dots else (0, 1, 1, 1), dtype)
     grad_weight = empty((g.out_channels, g.in_channels // g.groups, taps) if "weight" in needs else (0, 1, 1), dtype)
@@ -227,11 +227,11 @@ def backward(
         if how.pairs and pairs:
             how.pairs.give_back(pairs)
     taken = {
-        "input": (grad_input, (g.batch, g.in_channels, g.in_h, g.in_w)),
-        "offset": (grad_offset, (g.batch, 2 * g.offset_groups * taps, g.out_h, g.out_w)),
-        "weight": (grad_weight, (g.out_channels, g.in_channels // g.groups, g.kernel_h, g.kernel_w)),
+        "input": (grad_input, (g.batch, g.in_channels, *g.in_size)),
+        "offset": (grad_offset, (g.batch, 2 * g.offset_groups * taps, *g.out_size)),
+        "weight": (grad_weight, (g.out_channels, g.in_channels // g.groups, *g.kernel)),
         "bias": (grad_bias, (g.out_channels,)),
-        "mask": (grad_mask, (g.batch, g.offset_groups * taps, g.out_h, g.out_w)),
+        "mask": (grad_mask, (g.batch, g.offset_groups * taps, *g.out_size)),
     }
     return {
         name: to_result(grad, (offset if name == "offset" else input).dtype, shape) if name in needs else None
@@ -247,7 +247,7 @@ def _prepared(g: Any, *rest: Any) -> Prepared:
 def _kept(
     g: Any, dtype: Any, numbers: Any, most_threads: int, has_offset: bool, has_mask: bool, needs: frozenset[str]
 ) -> Prepared:
-    pixel_dtype = sizes.pixel_dtype(g)
+    pixel_dtype = sizes.pixel_dtype(math.prod(g.in_size))
     lanes = VECTOR_BYTES // dtype.itemsize
     has_pairs = numbers != dtype
     wide_lines, lines, _ = rows_of(numbers)
@@ -257,9 +257,9 @@ def _kept(
         depth, fill = round_up(depth, pair_products.DEPTH), math.lcm(fill, pair_products.DEPTH)
     # An image of few channels, too, is work for two threads: it has two pieces of tiles or, since these cost a copy of
     # its gradient, two blocks of channels. Never by batch, which must not show.
-    halves = g.in_channels * g.in_h * g.in_w * dtype.itemsize > SMALL_IMAGE
+    halves = g.in_channels * math.prod(g.in_size) * dtype.itemsize > SMALL_IMAGE
     blocks, weight_size, packed_size = _blocks(g, 2 * lanes, rows, depth, halves)
-    out_positions = g.out_h * g.out_w
+    out_positions = math.prod(g.out_size)
     tiles = -(-out_positions // POSITIONS)
     positions = round_up(-(-out_positions // tiles), fill)
     tiles = -(-out_positions // positions)
@@ -285,7 +285,7 @@ def _kept(
         need_weight=int("weight" in needs),
         need_bias=int("bias" in needs),
     )
-    parts = -(-g.in_h * g.in_w // PIXELS)
+    parts = -(-math.prod(g.in_size) // PIXELS)
     threads = min(most_threads, max(len(blocks) * g.batch * parts, splits * len(blocks), g.out_channels))
     arrays = Workspace(
         ((0 if planes else image_size,), dtype),
@@ -336,7 +336,7 @@ def _backward(
             first_tile = number * p.tiles // p.pieces
             for tile in range(first_tile, (number + 1) * p.tiles // p.pieces):
                 start = tile * p.positions
-                count = min(p.positions, g.out_h * g.out_w - start)
+                count = min(p.positions, volume(g.out_size) - start)
                 progress = PROGRESS + piece * len(tables.blocks)
                 is_first = piece == first and tile == first_tile
                 part = Part(thread, image, number, block, split, is_first, start, count, tile - first_tile, progress)
@@ -357,7 +357,7 @@ def _prepare_backward(
     """Phase 0: the image to channels-last, its gradient to zero, the weight into panels; the output's gradient into
     pairs."""
     use_widest_vectors()
-    blocks, pixels = tables.blocks, g.in_h * g.in_w
+    blocks, pixels = tables.blocks, volume(g.in_size)
     parts = pixel_parts(pixels)
     converting = len(blocks) * g.batch * parts if given.input is not None else 0
     packing_too = converting + len(blocks)
@@ -393,7 +393,7 @@ def _pack_block(weight: Any, packed: Any, squares: Any, row: Any, depthwise: Any
     if depthwise is None:
         pack_backward(weight, packed, squares, row, g.out_channels // g.groups, p.depth)
     else:
-        for tap in range(g.kernel_h * g.kernel_w):
+        for tap in range(volume(g.kernel)):
             pack_depthwise(weight, packed, row.channel, row.channels, tap, row.packed_at + tap * row.width)
 
 
@@ -403,11 +403,11 @@ def _block_of_tile(
 ) -> None:
     """What one block of channels of one tile adds to all gradients, tap by tap."""
     thread, b, start, count = part.thread, part.image, part.start, part.positions
-    row, taps = tables.blocks[part.block], g.kernel_h * g.kernel_w
+    row, taps = tables.blocks[part.block], volume(g.kernel)
     low, has_mask = lowest_coordinate(g.boundary, scratch.image), p.has_mask != 0
     corner, weights, base = scratch.corners[thread], scratch.weights[thread], scratch.bases[thread]
     columns, grad_columns = at(scratch.columns, (thread, 0, 0, 0)), at(scratch.columns, (thread, 1, 0, 0))
-    origin = (b * g.in_channels + row.channel) * (g.in_h * g.in_w + 1)
+    origin = (b * g.in_channels + row.channel) * (volume(g.in_size) + 1)
     source = at(scratch.image, (origin,))
     target = at(scratch.grad_image, ((part.piece * p.apart + origin) * p.need_input,))
     tile_origins(start, count, base, g)
@@ -556,7 +556,7 @@ def _pair_gradients(
     by_output[output, position], zeros behind the last output and the last position."""
     nothing = grad_output.dtype.type(0)
     lanes = VECTOR_BYTES // grad_output.itemsize
-    outs, length = g.out_channels // g.groups, g.out_h * g.out_w
+    outs, length = g.out_channels // g.groups, volume(g.out_size)
     last = min(start + p.positions, length)
     whole = start + (last - start) // lanes * lanes
     for o in range(g.out_channels):
@@ -608,7 +608,7 @@ def _finish_backward(
 ) -> None:
     """Phase 2: gradients into the caller's layout."""
     use_widest_vectors()
-    blocks, pixels = tables.blocks, g.in_h * g.in_w
+    blocks, pixels = tables.blocks, volume(g.in_size)
     parts = pixel_parts(pixels)
     inputs = len(blocks) * g.batch * parts * p.need_input if planes is None else 0
     lanes = VECTOR_BYTES // scratch.partial.itemsize
@@ -644,9 +644,9 @@ def _finish_backward(
 @inline
 def _sum_bias(grad_output: Any, grad_bias: Any, o: int, g: Any) -> None:
     """Eq. 7."""
-    total = sum_values(at(grad_output, (0, o, 0)), g.out_h * g.out_w)
+    total = sum_values(at(grad_output, (0, o, 0)), volume(g.out_size))
     for b in range(1, g.batch):
-        total += sum_values(at(grad_output, (b, o, 0)), g.out_h * g.out_w)
+        total += sum_values(at(grad_output, (b, o, 0)), volume(g.out_size))
     grad_bias[o] = total
 
 
@@ -713,7 +713,7 @@ def _scatter_to_planes(
     places, products = at(scratch.places, (part.thread, 0)), at(scratch.products, (part.thread, 0))
     listed, one = 0, weights.dtype.type(1)
     for k in range(4):
-        if corner[k, i] != g.in_h * g.in_w:
+        if corner[k, i] != volume(g.in_size):
             places[listed], products[listed] = corner[k, i], weights[k, i]
             listed += 1
     for c in range(row.channels):
@@ -815,7 +815,7 @@ def _blocks_of_period(g: Any, panel: int, largest: int, depthwise: bool, rows: i
     """The blocks of channels, the elements of a partial weight gradient and of packed. `previous` is the block before
     in the same offset group, or -1; `is_last` says that none follows in it.
     """
-    taps = g.kernel_h * g.kernel_w
+    taps = math.prod(g.kernel)
     outs, ins = g.out_channels // g.groups, g.in_channels // g.groups
     table_rows: list[tuple[int, ...]] = []
     weight_size = packed_size = 0

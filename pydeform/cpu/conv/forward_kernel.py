@@ -51,7 +51,7 @@ from pydeform.cpu.core.simd import (
     second_level_cache,
     vectors_of,
 )
-from pydeform.cpu.core.sizes import round_up, table
+from pydeform.cpu.core.sizes import round_up, table, volume
 from pydeform.cpu.sampling.corners import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
 
 # Sizes that keep a tile's columns and sums in the second-level cache and a panel of weights in the first. The more
@@ -113,9 +113,9 @@ class Prepared(NamedTuple):
 
 def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) -> Any:
     dtype = compute_dtype(input.dtype)
-    output = empty((g.batch, g.out_channels, g.out_h * g.out_w), dtype)
+    output = empty((g.batch, g.out_channels, math.prod(g.out_size)), dtype)
     if output.size:
-        threads = threads_for(g, 1, g.batch * -(-g.out_h * g.out_w // (4 * ROWS)))
+        threads = threads_for(g, 1, g.batch * -(-math.prod(g.out_size) // (4 * ROWS)))
         numbers = numbers_of(input.dtype, g)
         how = _prepared(g, dtype, numbers, threads, offset is not None, mask is not None)
         arrays = how.workspace.take()
@@ -132,7 +132,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
             how.plan,
         )
         how.workspace.give_back(arrays)
-    return to_result(output, input.dtype, (g.batch, g.out_channels, g.out_h, g.out_w))
+    return to_result(output, input.dtype, (g.batch, g.out_channels, *g.out_size))
 
 
 def _prepared(g: Any, *rest: Any) -> Prepared:
@@ -141,13 +141,13 @@ def _prepared(g: Any, *rest: Any) -> Prepared:
 
 @functools.lru_cache(maxsize=64)
 def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_mask: bool) -> Prepared:
-    pixel_dtype = sizes.pixel_dtype(g)
+    pixel_dtype = sizes.pixel_dtype(math.prod(g.in_size))
     lanes = VECTOR_BYTES // dtype.itemsize
     wide_rows, rows, narrow_rows = rows_of(numbers)
     panel = PANEL * lanes
     blocks, entries, chunks, panels, packed_size = _steps(g, panel, numbers != dtype)
     planes = prefers_planes(g)
-    out_positions = g.out_h * g.out_w
+    out_positions = math.prod(g.out_size)
     itemsize = numbers.itemsize
     row = ROW if numbers == dtype else PAIRS_ROW
     of_position = row * itemsize + panels * panel * dtype.itemsize
@@ -210,7 +210,7 @@ def _forward(thread: int, counters: Any, given: Any, output: Any, scratch: Any, 
     while unit < units:
         image = unit // p.tiles
         start = (unit - image * p.tiles) * p.positions
-        tile = Tile(thread, image, start, min(p.positions, g.out_h * g.out_w - start))
+        tile = Tile(thread, image, start, min(p.positions, volume(g.out_size) - start))
         _compute_tile(tile, given, output, scratch, tables, g, p)
         finish(counters, 1)
         unit = claim_near(counters, 1, thread, units)
@@ -222,7 +222,7 @@ def _forward(thread: int, counters: Any, given: Any, output: Any, scratch: Any, 
 @inline
 def _prepare_forward(thread: int, counters: Any, given: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     """Phase 0: the image to channels-last, the weight into panels."""
-    taps, pixels = g.kernel_h * g.kernel_w, g.in_h * g.in_w
+    taps, pixels = volume(g.kernel), volume(g.in_size)
     parts = pixel_parts(pixels)
     converting = g.batch * parts if given.planes is None else 0
     packs = p.panels if tables.depthwise is None else 1  # of a block
@@ -308,7 +308,7 @@ def _sample_chunk(tile: Any, product: Any, given: Any, scratch: Any, entries: An
         channels = entry.channels
         columns = at(scratch.columns, (thread, 0, entry.column))
         if given.planes is None:
-            source = at(scratch.image, ((b * g.in_channels + entry.channel) * (g.in_h * g.in_w + 1),))
+            source = at(scratch.image, ((b * g.in_channels + entry.channel) * (volume(g.in_size) + 1),))
             if given.offset is None:
                 _copy_columns(columns, row, source, corner, count, channels)
             else:
@@ -475,7 +475,7 @@ def _steps_of_period(g: Any, panel: int, depthwise: bool, has_pairs: bool) -> tu
     `is_first` and `is_last` say whether a chunk begins or ends the sums of its outputs. After the tables: the panels of
     a chunk, the elements of packed.
     """
-    taps = g.kernel_h * g.kernel_w
+    taps = math.prod(g.kernel)
     blocks = channel_blocks(g, CHANNELS, depthwise)
     if depthwise:
         products = [(channel, channels, channel, [(og, channel, channels)]) for _, og, channel, channels in blocks]

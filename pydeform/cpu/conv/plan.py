@@ -22,20 +22,20 @@ INT32 = np.dtype(np.int32)
 
 
 def channels_last_size(g: Any) -> int:
-    return int(g.batch * (g.in_h * g.in_w + 1) * g.in_channels)
+    return int(g.batch * (math.prod(g.in_size) + 1) * g.in_channels)
 
 
 def threads_for(g: Any, products: int, units: int) -> int:
-    taps = g.kernel_h * g.kernel_w
+    taps = math.prod(g.kernel)
     per_output = 2 * products * (g.out_channels // g.groups) + 16
-    flops = per_output * g.batch * g.out_h * g.out_w * g.in_channels * taps
+    flops = per_output * g.batch * math.prod(g.out_size) * g.in_channels * taps
     return 1 if flops < SERIAL_FLOPS else parallel.threads_for(units)
 
 
 def prefers_planes(g: Any) -> bool:
     """For few samples of a large image the copy would be most of the work, and of the memory. No bit depends on it."""
-    samples = g.kernel_h * g.kernel_w * g.out_h * g.out_w
-    return bool(FEW_SAMPLES * samples <= g.in_h * g.in_w)
+    samples = math.prod(g.kernel) * math.prod(g.out_size)
+    return bool(FEW_SAMPLES * samples <= math.prod(g.in_size))
 
 
 def corners_size(blocks: Any) -> int:
@@ -64,11 +64,11 @@ class Given(NamedTuple):
 def given_arrays(
     input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, dtype: Any, planes: bool, tile: int
 ) -> Given:
-    taps = g.kernel_h * g.kernel_w
-    positions = g.out_h * g.out_w
+    taps = math.prod(g.kernel)
+    positions = math.prod(g.out_size)
     shape = (g.batch, g.offset_groups, taps)
     return Given(
-        None if planes else contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)),
+        None if planes else contiguous(input, dtype, (g.batch, g.in_channels, math.prod(g.in_size))),
         None if offset is None else contiguous(offset, dtype, (*shape, 2, positions)),
         np.ones((1, 1, 1, tile), dtype) if mask is None else contiguous(mask, dtype, (*shape, positions)),
         contiguous(weight, dtype, (g.out_channels, g.in_channels // g.groups, taps)),
@@ -105,7 +105,7 @@ def period_of(g: Any) -> tuple[Any, int]:
 
 def is_small(g: Any) -> bool:
     """Its tables may be kept."""
-    return bool(g.in_channels * g.kernel_h * g.kernel_w <= KEPT_ROWS)
+    return bool(g.in_channels * math.prod(g.kernel) <= KEPT_ROWS)
 
 
 def is_depthwise(g: Any) -> bool:

@@ -4,6 +4,7 @@ end."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydeform.cpu.conv.plan import is_depthwise
@@ -16,7 +17,7 @@ TAPS = 64  # of a square: kernels of hundreds of taps would make it larger than 
 
 def squares_size(g: Any, lanes: int) -> int:
     """Numbers that a thread needs for one square as it is and turned."""
-    return 0 if is_depthwise(g) else 2 * lanes * lanes * min(g.kernel_h * g.kernel_w, TAPS)
+    return 0 if is_depthwise(g) else 2 * lanes * lanes * min(math.prod(g.kernel), TAPS)
 
 
 @inline

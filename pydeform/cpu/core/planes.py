@@ -16,23 +16,23 @@ from numba.extending import intrinsic
 
 from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.simd import at
+from pydeform.cpu.core.sizes import volume
 
 _AS_COMPUTED, _FLOAT16, _BFLOAT16 = 0, 1, 2
 _KINDS = {"float64": _AS_COMPUTED, "float32": _AS_COMPUTED, "float16": _FLOAT16, "bfloat16": _BFLOAT16}
 
 
 class Planes(NamedTuple):
-    """Where the pixels of an array (N, C, H, W) lie; who has it keeps the array."""
+    """Where the pixels of an array (N, C, *size) lie; who has it keeps the array."""
 
     address: int
     image: int  # bytes from one to the next
     channel: int
-    row: int
-    column: int
+    steps: tuple[int, ...]  # along each axis
     kind: int  # of a pixel
 
 
-NO_PLANES = Planes(0, 0, 0, 0, 0, _AS_COMPUTED)
+NO_PLANES = Planes(0, 0, 0, (0, 0), _AS_COMPUTED)
 
 
 class Reader(NamedTuple):
@@ -50,8 +50,8 @@ def is_as_computed(array: Any, dtype: Any) -> bool:
 
 
 def planes_of(array: Any) -> Planes:
-    image, channel, row, column = array.strides
-    return Planes(array.__array_interface__["data"][0], image, channel, row, column, _KINDS[array.dtype.name])
+    image, channel, *steps = array.strides
+    return Planes(array.__array_interface__["data"][0], image, channel, tuple(steps), _KINDS[array.dtype.name])
 
 
 def reader_parts(threads: int, count: int, width: int, index_dtype: Any, dtype: Any) -> tuple[Any, ...]:
@@ -138,23 +138,27 @@ def read_pixel(planes: Any, address: int, like: Any) -> Any:
 
 
 @inline_always
-def pixel_offset(planes: Any, place: int, in_w: int) -> int:
-    """Bytes from the first pixel of a plane to pixel `place`."""
-    y = place // in_w
-    return y * planes.row + (place - y * in_w) * planes.column
+def pixel_offset(planes: Any, place: int, size: Any) -> int:
+    """Bytes from the first pixel of a plane of `size` to pixel `place`."""
+    offset = np.int64(0)
+    for axis in range(len(size) - 1, 0, -1):
+        before = place // size[axis]
+        offset += (place - before * size[axis]) * planes.steps[axis]
+        place = before
+    return offset + place * planes.steps[0]
 
 
 @inline
 def gather_corners(planes: Any, b: int, first: int, channels: int, corner: Any, i: int, g: Any, target: Any) -> None:
     """target[k * channels + c] = channel first + c of pixel corner[k, i]; zeros for the pixel behind the last one."""
     start = planes.address + b * planes.image + first * planes.channel
-    for k in range(4):
+    for k in range(len(corner)):
         place = np.int64(corner[k, i])
-        if place == g.in_h * g.in_w:
+        if place == volume(g.in_size):
             for c in range(channels):
                 target[k * channels + c] = 0
         else:
-            pixel = start + pixel_offset(planes, place, g.in_w)
+            pixel = start + pixel_offset(planes, place, g.in_size)
             for c in range(channels):
                 target[k * channels + c] = read_pixel(planes, pixel + c * planes.channel, target)
 
@@ -163,12 +167,12 @@ def gather_corners(planes: Any, b: int, first: int, channels: int, corner: Any, 
 def gather_band(reader: Any, b: int, channel: int, rows: Any, count: int, column: int, columns: int, band: int) -> None:
     """pixels[i * band + k] = column + k of row rows[i] of a channel, zeros from `columns` to `band`; own[i] = i."""
     planes, own, _, target = reader
-    start = planes.address + b * planes.image + channel * planes.channel + column * planes.column
+    start = planes.address + b * planes.image + channel * planes.channel + column * planes.steps[1]
     for i in range(count):
         own[i] = i
-        row = start + rows[i] * planes.row
+        row = start + rows[i] * planes.steps[0]
         for k in range(columns):
-            target[i * band + k] = read_pixel(planes, row + k * planes.column, target)
+            target[i * band + k] = read_pixel(planes, row + k * planes.steps[1], target)
         for k in range(columns, band):
             target[i * band + k] = 0
 
@@ -193,7 +197,7 @@ def gather(
     for i in range(count):
         place = np.int64(places[i])
         own[i] = i if place >= 0 else place
-        offsets[i] = pixel_offset(planes, max(place, 0), in_w)
+        offsets[i] = pixel_offset(planes, max(place, 0), (0, in_w))
     start = planes.address + b * planes.image + first * planes.channel
     for c in range(channels):
         plane = start + c * apart * planes.channel

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from pydeform.cpu.core.jit import inline
+
 SERIAL_FLOPS = 3e6  # below this a second thread costs more than it saves
 
 
@@ -13,9 +15,18 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def pixel_dtype(g: Any) -> Any:
+def pixel_dtype(pixels: int) -> Any:
     """Type of a pixel's index; the wide one halves the speed of `locate`, so only where it must be."""
-    return np.dtype(np.int32 if g.in_h * g.in_w < 2**31 - 1 else np.int64)
+    return np.dtype(np.int32 if pixels < 2**31 - 1 else np.int64)
+
+
+@inline
+def volume(numbers: Any) -> int:
+    """Of a tuple, in a kernel: what `math.prod` is elsewhere."""
+    result = numbers[0]
+    for i in range(1, len(numbers)):
+        result *= numbers[i]
+    return result
 
 
 def table(names: str, rows: list[Any]) -> Any:

@@ -112,7 +112,7 @@ def backward(grad_output: Any, input: Any, boxes: Any, offset: Any, mask: Any, g
         gathered = planes and (has_dots or g.is_max)
         parallel.run(
             _largest_backward if g.is_max else _mean_backward,
-            dtype.char + pixel_dtype(g).char,
+            dtype.char + pixel_dtype(g.in_h * g.in_w).char,
             threads,
             parallel.new_counters(4),
             grad_output,
@@ -130,11 +130,13 @@ def backward(grad_output: Any, input: Any, boxes: Any, offset: Any, mask: Any, g
                 ((roi_common.copy_size(g, width) if need_input and not planes else 0,), dtype),
                 ((g.boxes * g.classes * width * (bins + 1) if plan.copies else 0,), dtype),
                 *roi_common.lists_of_threads(threads, g, arguments[1]),
-                ((threads, corners * LISTED), pixel_dtype(g)),
+                ((threads, corners * LISTED), pixel_dtype(g.in_h * g.in_w)),
                 ((threads, 3, corners * LISTED), dtype),
                 ((threads, max(blocks["width"])), np.dtype(f"i{dtype.itemsize}")),
                 ((threads, max(blocks["width"])), dtype),
-                *reader_parts(threads, corners * LISTED * gathered, max(blocks["width"]), pixel_dtype(g), dtype),
+                *reader_parts(
+                    threads, corners * LISTED * gathered, max(blocks["width"]), pixel_dtype(g.in_h * g.in_w), dtype
+                ),
             ),
             bins_of(g),
             blocks,

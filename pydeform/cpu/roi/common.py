@@ -202,7 +202,7 @@ def lists_of_threads(threads: int, g: Any, boxes: Any) -> tuple[tuple[tuple[int,
     """Shapes and dtypes of `Lists`, for each thread. `boxes` as kernels get them."""
     dtype = boxes.dtype
     listed, of_axis = most_listed(g), round_up(max(g.pooled_h, g.pooled_w), BAND)  # eight are listed at once
-    entry = 2 * (pixel_dtype(g).itemsize + 2 * dtype.itemsize)
+    entry = 2 * (pixel_dtype(g.in_h * g.in_w).itemsize + 2 * dtype.itemsize)
     if of_axis * listed * entry > LIST_BYTES:
         if not (g.points and g.is_max and g.samples):
             # Lists as long as bins, not as the image: every pixel, or point between, is one entry, or two.
@@ -210,7 +210,7 @@ def lists_of_threads(threads: int, g: Any, boxes: Any) -> tuple[tuple[tuple[int,
         of_axis = max(BAND, min(of_axis, LIST_BYTES // (listed * entry) // BAND * BAND))
     return (
         ((threads, 2, 2 * of_axis), dtype),
-        ((threads, 2 * of_axis, listed), pixel_dtype(g)),
+        ((threads, 2 * of_axis, listed), pixel_dtype(g.in_h * g.in_w)),
         ((threads, 2 * of_axis, 2, listed), dtype),
         ((threads, 2 * of_axis), dtype),
         ((threads, 3 * of_axis), np.dtype(np.int64)),

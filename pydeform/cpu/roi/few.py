@@ -85,9 +85,9 @@ def _workspace(threads: int, g: Any, boxes: Any, gathered: bool) -> Any:
         ((g.boxes, 4), dtype),
         ((g.boxes,), np.dtype(np.int64)),
         *lists,
-        ((threads, LISTED), pixel_dtype(g)),
+        ((threads, LISTED), pixel_dtype(g.in_h * g.in_w)),
         ((threads, 3, LISTED), dtype),
-        *reader_parts(threads, longest, BAND, pixel_dtype(g), dtype),
+        *reader_parts(threads, longest, BAND, pixel_dtype(g.in_h * g.in_w), dtype),
     )
 
 
@@ -98,7 +98,7 @@ def forward(
     threads = roi_common.threads_for(g, 1, True, g.boxes * roi_common.cells_of(g) * g.classes)
     parallel.run(
         _mean_of_few,
-        output.dtype.char + pixel_dtype(g).char,
+        output.dtype.char + pixel_dtype(g.in_h * g.in_w).char,
         threads,
         parallel.new_counters(2),
         *arguments,
@@ -128,7 +128,7 @@ def backward(
     threads = roi_common.threads_for(g, 1 + 2 * bool(len(grad_mask)), True, units)
     parallel.run(
         _few_backward,
-        grad_output.dtype.char + pixel_dtype(g).char,
+        grad_output.dtype.char + pixel_dtype(g.in_h * g.in_w).char,
         threads,
         parallel.new_counters(2),
         grad_output,

@@ -67,7 +67,7 @@ def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
         corners = 4 if g.is_max and g.points else 1
         parallel.run(
             _largest if g.is_max else _mean,
-            dtype.char + pixel_dtype(g).char,
+            dtype.char + pixel_dtype(g.in_h * g.in_w).char,
             threads,
             parallel.new_counters(2 * len(slices)),
             *arguments,
@@ -78,10 +78,10 @@ def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
                 ((0 if planes else roi_common.copy_size(g, width),), dtype),
                 ((threads, plan.tile_bins, width), dtype),
                 *roi_common.lists_of_threads(threads, g, arguments[1]),
-                ((threads, corners * LISTED), pixel_dtype(g)),
+                ((threads, corners * LISTED), pixel_dtype(g.in_h * g.in_w)),
                 ((threads, 3, corners * LISTED), dtype),
                 ((threads, width), np.dtype(f"i{dtype.itemsize}")),
-                *reader_parts(threads, corners * LISTED * planes, width, pixel_dtype(g), dtype),
+                *reader_parts(threads, corners * LISTED * planes, width, pixel_dtype(g.in_h * g.in_w), dtype),
             ),
             np.full(g.out_channels, -0.0, dtype),  # added to every output: +0.0 would change -0.0
             bins_of(g),

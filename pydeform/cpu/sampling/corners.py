@@ -21,13 +21,13 @@ DCNV2, DCNV1 = BOUNDARIES.index("dcnv2"), BOUNDARIES.index("dcnv1")
 @inline
 def tile_origins(start: int, count: int, base: Any, g: Any) -> None:
     """base[0, i], base[1, i]: y and x of tap (0, 0) for output position start + i."""
-    oy = start // g.out_w
-    ox = start - oy * g.out_w
+    oy = start // g.out_size[1]
+    ox = start - oy * g.out_size[1]
     for i in range(count):
-        base[0, i] = oy * g.stride_h - g.pad_h
-        base[1, i] = ox * g.stride_w - g.pad_w
+        base[0, i] = oy * g.stride[0] - g.pad[0]
+        base[1, i] = ox * g.stride[1] - g.pad[1]
         ox += 1
-        if ox == g.out_w:
+        if ox == g.out_size[1]:
             oy, ox = oy + 1, 0
 
 
@@ -64,12 +64,12 @@ def locate(
     """
     real = weight.dtype.type  # a Python number would turn float32 into float64
     one, nan = real(1), real(np.nan)
-    in_h, in_w = np.int32(g.in_h), np.int32(g.in_w)
-    high_y, high_x = real(g.in_h), real(g.in_w)
+    in_h, in_w = np.int32(g.in_size[0]), np.int32(g.in_size[1])
+    high_y, high_x = real(g.in_size[0]), real(g.in_size[1])
     move_y, move_x = np.int32(shift_y), np.int32(shift_x)
     index = corner.dtype.type  # int32, or int64 for an image with too many pixels
-    width = index(g.in_w)
-    zero_pixel = index(index(g.in_h) * width)
+    width = index(g.in_size[1])
+    zero_pixel = index(index(g.in_size[0]) * width)
     # Rule dcnv1 repeats the last row and column instead of fading to zero: there both corners are one pixel.
     last_y = np.int32(in_h - 1) if g.boundary == DCNV1 else in_h
     last_x = np.int32(in_w - 1) if g.boundary == DCNV1 else in_w
@@ -114,12 +114,12 @@ def locate(
 @inline
 def locate_plain(base: Any, shift_y: int, shift_x: int, count: int, g: Any, corner: Any, weight: Any) -> None:
     """The same without offsets: one corner of weight 1, the others on the zero pixel."""
-    zero_pixel = np.int64(g.in_h) * g.in_w
+    zero_pixel = np.int64(g.in_size[0]) * g.in_size[1]
     for i in range(count):
         y = np.int64(base[0, i]) + shift_y
         x = np.int64(base[1, i]) + shift_x
-        inside = (y >= 0) & (y < g.in_h) & (x >= 0) & (x < g.in_w)
-        corner[0, i] = y * g.in_w + x if inside else zero_pixel
+        inside = (y >= 0) & (y < g.in_size[0]) & (x >= 0) & (x < g.in_size[1])
+        corner[0, i] = y * g.in_size[1] + x if inside else zero_pixel
         for k in range(1, 4):
             corner[k, i] = zero_pixel
         weight[0, i] = 1
@@ -147,8 +147,8 @@ def locate_tap(
 
     `masks` points to the tile's. True: some may be infinite; what is blended with such weights needs `blend_infinite`.
     """
-    shift_y = tap // g.kernel_w * g.dilation_h
-    shift_x = tap % g.kernel_w * g.dilation_w
+    shift_y = tap // g.kernel[1] * g.dilation[0]
+    shift_x = tap % g.kernel[1] * g.dilation[1]
     if offset is None:
         locate_plain(base, shift_y, shift_x, count, g, corner, weights)
     else:

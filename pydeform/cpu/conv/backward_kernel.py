@@ -10,13 +10,13 @@ import numpy as np
 
 from pydeform.cpu.conv.plan import (
     CHANNELS,
-    INT32,
     channel_blocks,
     channels_last_size,
     corners_size,
     given_arrays,
     is_depthwise,
     is_small,
+    kernel_key,
     numbers_of,
     period_of,
     prefers_planes,
@@ -64,15 +64,29 @@ from pydeform.cpu.core.simd import (
     blend,
     blend_dots,
     blend_dots_scatter,
+    column,
     copy_vectors,
+    corner_numbers,
+    put_column,
     sum_values,
+    times,
     transpose_block,
     use_widest_vectors,
     vectors_of,
 )
 from pydeform.cpu.core.sizes import round_up, table, volume
 from pydeform.cpu.core.weighted import plane_scatter
-from pydeform.cpu.sampling.corners import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
+from pydeform.cpu.sampling.corners import (
+    blend_dots_of,
+    blend_infinite,
+    infinite_sample,
+    is_any_infinite,
+    locate_tap,
+    places,
+    sample_tables,
+    samples_of,
+    tile_origins,
+)
 
 POSITIONS = 192  # of a tile: its columns, their gradient and that of the output stay in the second-level cache
 DEPTH = 128  # of one product over output channels: panel and gradients stay in the first-level cache
@@ -130,9 +144,11 @@ class Scratch(NamedTuple):
     partial: Any  # the weight's gradient, for each range of pieces
     grads: Any  # the output's gradient in a tile: (output channel, position), depthwise (position, channel)
     columns: Any  # of a tap of a tile: (position, channel), and their gradient
-    corners: Any  # of a tap's samples: places of their pixels,
-    weights: Any  # weights, positions within the cell, and dots of the columns' gradient with the corners
-    bases: Any  # y and x of a tile's positions
+    bases: Any  # and the tables of a tap's samples: see `Samples`
+    corners: Any
+    weights: Any
+    cells: Any
+    dots: Any
     pixels: Any  # corners of one sample, where they are gathered,
     places: Any  # those of them that are inside,
     products: Any  # and their weights
@@ -151,6 +167,7 @@ class Tables(NamedTuple):
 
     blocks: Any
     depthwise: int | None
+    axes: tuple[int, ...]  # of a sample's cell: none in a plain convolution, whose taps read one pixel
 
 
 class Part(NamedTuple):
@@ -186,11 +203,11 @@ def backward(
     dtype = compute_dtype(input.dtype)
     taps = math.prod(g.kernel)
     positions = math.prod(g.out_size)
-    need_dots = "offset" in needs or "mask" in needs
+    need_dots, axes = "offset" in needs or "mask" in needs, len(g.out_size)
     # Zeros that are never touched cost nothing; with channels last every pixel is written.
     make = np.zeros if prefers_planes(g) else empty
     grad_input = make((g.batch, g.in_channels, math.prod(g.in_size)) if "input" in needs else (0, 1, 1), dtype)
-    grad_offset = empty((g.batch, g.offset_groups, taps, 2, positions) if need_dots else (0, 1, 1, 2, 1), dtype)
+    grad_offset = empty((g.batch, g.offset_groups, taps, axes, positions) if need_dots else (0, 1, 1, 1, 1), dtype)
     grad_mask = empty((g.batch, g.offset_groups, taps, positions) if need_dots else (0, 1, 1, 1), dtype)
     grad_weight = empty((g.out_channels, g.in_channels // g.groups, taps) if "weight" in needs else (0, 1, 1), dtype)
     grad_bias = empty((g.out_channels,) if "bias" in needs else (0,), dtype)
@@ -228,7 +245,7 @@ def backward(
             how.pairs.give_back(pairs)
     taken = {
         "input": (grad_input, (g.batch, g.in_channels, *g.in_size)),
-        "offset": (grad_offset, (g.batch, 2 * g.offset_groups * taps, *g.out_size)),
+        "offset": (grad_offset, (g.batch, axes * g.offset_groups * taps, *g.out_size)),
         "weight": (grad_weight, (g.out_channels, g.in_channels // g.groups, *g.kernel)),
         "bias": (grad_bias, (g.out_channels,)),
         "mask": (grad_mask, (g.batch, g.offset_groups * taps, *g.out_size)),
@@ -247,7 +264,7 @@ def _prepared(g: Any, *rest: Any) -> Prepared:
 def _kept(
     g: Any, dtype: Any, numbers: Any, most_threads: int, has_offset: bool, has_mask: bool, needs: frozenset[str]
 ) -> Prepared:
-    pixel_dtype = sizes.pixel_dtype(math.prod(g.in_size))
+    pixel_dtype, axes = sizes.pixel_dtype(math.prod(g.in_size)), g.in_size if has_offset else ()
     lanes = VECTOR_BYTES // dtype.itemsize
     has_pairs = numbers != dtype
     wide_lines, lines, _ = rows_of(numbers)
@@ -295,12 +312,10 @@ def _kept(
         ((splits if plan.need_weight else 0, weight_size), dtype),
         ((threads, 0 if has_pairs else COLUMN_ROW if is_depthwise(g) else rows, ROW), dtype),
         ((threads, 2, positions, COLUMN_ROW), dtype),
-        ((threads, 4, positions), pixel_dtype),
-        ((threads, 10, positions), dtype),
-        ((threads, 2, positions), INT32),
-        ((threads, corners_size(blocks) if planes else 0), dtype),
-        ((threads, 4), pixel_dtype),
-        ((threads, 4), dtype),
+        *sample_tables(threads, len(g.out_size), len(axes), positions, pixel_dtype, dtype),
+        ((threads, corners_size(blocks, axes) if planes else 0), dtype),
+        ((threads, 2 ** len(axes)), pixel_dtype),
+        ((threads, 2 ** len(axes)), dtype),
     )
     # Rows of an odd number of cache lines: else those of a tile would crowd into few of them.
     pairs = Workspace(
@@ -309,8 +324,8 @@ def _kept(
         ((threads, positions // 2, COLUMN_ROW, 2), numbers),
     )
     depthwise = 1 if is_depthwise(g) else None
-    key = dtype.char + numbers.char + pixel_dtype.char + planes * "p" + has_offset * "o" + bool(depthwise) * "d"
-    return Prepared(threads, key, planes, arrays, pairs if has_pairs else None, Tables(blocks, depthwise), plan)
+    key = kernel_key(g, dtype, numbers, pixel_dtype, planes, has_offset)
+    return Prepared(threads, key, planes, arrays, pairs if has_pairs else None, Tables(blocks, depthwise, axes), plan)
 
 
 @Kernel
@@ -404,41 +419,30 @@ def _block_of_tile(
     """What one block of channels of one tile adds to all gradients, tap by tap."""
     thread, b, start, count = part.thread, part.image, part.start, part.positions
     row, taps = tables.blocks[part.block], volume(g.kernel)
-    low, has_mask = lowest_coordinate(g.boundary, scratch.image), p.has_mask != 0
-    corner, weights, base = scratch.corners[thread], scratch.weights[thread], scratch.bases[thread]
+    has_mask, samples, axes = p.has_mask != 0, samples_of(thread, scratch), tables.axes
     columns, grad_columns = at(scratch.columns, (thread, 0, 0, 0)), at(scratch.columns, (thread, 1, 0, 0))
     origin = (b * g.in_channels + row.channel) * (volume(g.in_size) + 1)
     source = at(scratch.image, (origin,))
     target = at(scratch.grad_image, ((part.piece * p.apart + origin) * p.need_input,))
-    tile_origins(start, count, base, g)
+    tile_origins(start, count, samples, g)
     _copy_gradient(part, row, grads.output, scratch.grads, pairs, tables.depthwise, g)
     for tap in range(taps):
         masks = at(given.mask, (b, row.og, tap, start)) if has_mask else at(given.mask, (0, 0, 0, 0))
-        is_infinite = locate_tap(
-            given.offset, masks, b, row.og, tap, start, count, low, base, corner, weights, g, has_mask
-        )
+        locate_tap(given.offset, masks, b, row.og, tap, start, count, samples, g)
+        is_infinite = has_mask and is_any_infinite(masks, count)
         if p.need_input | p.need_dots:
             _gradient_of_columns(part, row, tap, scratch, pairs, tables.depthwise, g, p)
         if given.planes is None:
-            _sample_backward(columns, grad_columns, source, target, corner, weights, count, row.channels, p)
+            _sample_backward(columns, grad_columns, source, target, samples, count, row.channels, axes, p)
             if is_infinite:
-                blend_infinite(columns, COLUMN_ROW, source, corner, weights, masks, count, row.channels)
+                blend_infinite(columns, COLUMN_ROW, source, masks, count, row.channels, samples, axes)
         else:
-            _sample_planes(given.planes, part, row, scratch, grads.input, masks, is_infinite, g, p)
+            _sample_planes(given.planes, part, row, scratch, grads.input, masks, is_infinite, axes, g, p)
         if p.need_dots:
             if row.previous >= 0:
                 # Sums over channels go from block to block: this one adds where the one before has been.
                 wait_until(counters, part.progress + row.previous, part.ordinal * taps + tap + 1)
-            _add_offset_gradient(
-                weights,
-                masks,
-                at(grads.offset, (b, row.og, tap, 0, start)),
-                at(grads.offset, (b, row.og, tap, 1, start)),
-                at(grads.mask, (b, row.og, tap, start)),
-                count,
-                row.previous >= 0,
-                row.is_last != 0,
-            )
+            _add_offset_gradient(samples, masks, grads, part, row, tap, axes)
             advance_counter(counters, part.progress + part.block)
         if p.need_weight:
             _gradient_of_weight(part, row, tap, scratch, pairs, tables.depthwise, g, p)
@@ -656,65 +660,70 @@ def _sample_backward(
     grad_columns: Any,
     image: Any,
     grad_image: Any,
-    corner: Any,
-    weights: Any,
+    samples: Any,
     count: int,
     channels: int,
+    axes: Any,
     p: Any,
 ) -> None:
-    """One tap of a tile: its columns, eq. 5 into grad_image, and the dots for eq. 3 and 4 in rows 6-9 of weights."""
-    vectors = -(-channels * weights.itemsize // VECTOR_BYTES)
+    """One tap of a tile: its columns, eq. 5 into grad_image, and the dots for eq. 3 and 4."""
+    vectors = vectors_of(image, channels)
     for i in range(count):
-        i0, i1 = corner[0, i] * channels, corner[1, i] * channels
-        i2, i3 = corner[2, i] * channels, corner[3, i] * channels
-        w0, w1, w2, w3 = weights[0, i], weights[1, i], weights[2, i], weights[3, i]
-        out = advance(columns, i * COLUMN_ROW)
-        grad = advance(grad_columns, i * COLUMN_ROW)
+        corners = places(samples, i, channels, axes)
+        weights = column(advance(samples.weights, i), samples.row, axes)
+        out, grad = advance(columns, i * COLUMN_ROW), advance(grad_columns, i * COLUMN_ROW)
+        dots = advance(samples.dots, i)
         if p.need_input:
-            dots = blend_dots_scatter(out, grad, image, grad_image, i0, i1, i2, i3, w0, w1, w2, w3, channels)
-            weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
+            put_column(dots, samples.row, blend_dots_scatter(out, grad, image, grad_image, corners, weights, channels))
         elif p.need_dots:
-            dots = blend_dots(out, grad, image, grad_image, i0, i1, i2, i3, w0, w1, w2, w3, channels)
-            weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
+            put_column(dots, samples.row, blend_dots(out, grad, image, grad_image, corners, weights, channels))
         else:
-            blend(out, image, i0, i1, i2, i3, w0, w1, w2, w3, vectors)
+            blend(out, image, corners, weights, vectors)
 
 
 @inline
 def _sample_planes(
-    planes: Any, part: Any, row: Any, scratch: Any, grad_input: Any, mask: Any, is_infinite: bool, g: Any, p: Any
+    planes: Any,
+    part: Any,
+    row: Any,
+    scratch: Any,
+    grad_input: Any,
+    mask: Any,
+    is_infinite: bool,
+    axes: Any,
+    g: Any,
+    p: Any,
 ) -> None:
     """`_sample_backward` on planes as they lie, in the same order: the same bits."""
-    thread, b, channels = part.thread, part.image, row.channels
-    corner, weights = scratch.corners[thread], scratch.weights[thread]
+    thread, channels, samples = part.thread, row.channels, samples_of(part.thread, scratch)
     columns, grad_columns = at(scratch.columns, (thread, 0, 0, 0)), at(scratch.columns, (thread, 1, 0, 0))
-    pixels = at(scratch.pixels, (thread, 0))
-    i1, i2, i3 = channels, 2 * channels, 3 * channels
+    pixels, gathered = at(scratch.pixels, (thread, 0)), times(corner_numbers(axes), channels)
     for i in range(part.positions):
-        w0, w1, w2, w3 = weights[0, i], weights[1, i], weights[2, i], weights[3, i]
         out, grad = advance(columns, i * COLUMN_ROW), advance(grad_columns, i * COLUMN_ROW)
-        gather_corners(planes, b, row.channel, channels, corner, i, g, pixels)
+        corners = column(advance(samples.corners, i), samples.row, axes)
+        weights = column(advance(samples.weights, i), samples.row, axes)
+        gather_corners(planes, part.image, row.channel, channels, corners, g, pixels)
         if p.need_input | p.need_dots:
-            dots = blend_dots(out, grad, pixels, pixels, 0, i1, i2, i3, w0, w1, w2, w3, channels)
-            weights[6, i], weights[7, i], weights[8, i], weights[9, i] = dots
+            dots = blend_dots(out, grad, pixels, pixels, gathered, weights, channels)
+            put_column(advance(samples.dots, i), samples.row, dots)
         else:
-            blend(out, pixels, 0, i1, i2, i3, w0, w1, w2, w3, vectors_of(pixels, channels))
-        if is_infinite:
-            infinite_sample(out, mask[i], pixels, 0, i1, i2, i3, weights[4, i], weights[5, i], channels)
+            blend(out, pixels, gathered, weights, vectors_of(pixels, channels))
+        if is_infinite and mask[i] - mask[i] != 0:
+            infinite_sample(out, mask[i], pixels, gathered, i, channels, samples, axes)
         if p.need_input:
-            _scatter_to_planes(grad, grad_input, part, row, i, corner, weights, scratch, g)
+            _scatter_to_planes(grad, grad_input, part, row, corners, weights, scratch, g)
 
 
 @inline
 def _scatter_to_planes(
-    grad: Any, grad_input: Any, part: Any, row: Any, i: int, corner: Any, weights: Any, scratch: Any, g: Any
+    grad: Any, grad_input: Any, part: Any, row: Any, corners: Any, weights: Any, scratch: Any, g: Any
 ) -> None:
     """Eq. 5 of one sample."""
     places, products = at(scratch.places, (part.thread, 0)), at(scratch.products, (part.thread, 0))
-    listed, one = 0, weights.dtype.type(1)
-    for k in range(4):
-        if corner[k, i] != volume(g.in_size):
-            places[listed], products[listed] = corner[k, i], weights[k, i]
+    listed, one = 0, type(weights[0])(1)
+    for k in range(len(corners)):
+        if corners[k] != volume(g.in_size):
+            places[listed], products[listed] = corners[k], weights[k]
             listed += 1
     for c in range(row.channels):
         target = at(grad_input, (part.image, row.channel + c, 0))
@@ -722,43 +731,30 @@ def _scatter_to_planes(
 
 
 @inline
-def _add_offset_gradient(
-    weights: Any,
-    mask: Any,
-    grad_y: Any,
-    grad_x: Any,
-    grad_mask: Any,
-    count: int,
-    add: bool,
-    is_last: bool,
-) -> None:
-    """Eq. 3 and 4 from the dots of the column gradient with the four corners.
+def _add_offset_gradient(samples: Any, masks: Any, grads: Any, part: Any, row: Any, tap: int, axes: Any) -> None:
+    """Eq. 3 and 4 from the dots of the column gradient with the corners."""
+    last = len(axes)
+    for axis in range(last + 1):
+        blend_dots_of(samples, axis, part.positions, axes)
+        if axis < last:
+            target = at(grads.offset, (part.image, row.og, tap, axis, part.start))
+        else:
+            target = at(grads.mask, (part.image, row.og, tap, part.start))
+        _add_to_gradient(target, samples.weights, masks, axis < last, part.positions, row)
 
-    The mask multiplies what each block adds; an infinite one the whole sum, which may be finite where parts are not.
-    """
-    one = weights.dtype.type(1)
+
+@inline
+def _add_to_gradient(target: Any, sums: Any, mask: Any, is_scaled: bool, count: int, row: Any) -> None:
+    """The mask multiplies what each block adds to an offset's gradient; an infinite one the whole sum, which may be
+    finite where parts are not."""
+    one, add = type(mask[0])(1), row.previous >= 0
     for i in range(count):
-        ly, lx = weights[4, i], weights[5, i]
-        d00, d01, d10, d11 = weights[6, i], weights[7, i], weights[8, i], weights[9, i]
-        hy, hx = 1 - ly, 1 - lx
-        y = hx * (d10 - d00) + lx * (d11 - d01)
-        x = hy * (d01 - d00) + ly * (d11 - d10)
-        value = hy * (hx * d00 + lx * d01) + ly * (hx * d10 + lx * d11)
-        m = mask[i]
+        m = mask[i] if is_scaled else one
         is_finite = m - m == 0
-        part = m if is_finite else one
-        y *= part
-        x *= part
+        total = sums[i] * (m if is_finite else one)
         if add:
-            y += grad_y[i]
-            x += grad_x[i]
-            value += grad_mask[i]
-        whole = one if is_finite or not is_last else m
-        y *= whole
-        x *= whole
-        grad_y[i] = y
-        grad_x[i] = x
-        grad_mask[i] = value
+            total += target[i]
+        target[i] = total * (one if is_finite or not row.is_last else m)
 
 
 @inline

@@ -6,15 +6,17 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pydeform.cpu.conv.plan import (
     CHANNELS,
-    INT32,
     channel_blocks,
     channels_last_size,
     corners_size,
     given_arrays,
     is_depthwise,
     is_small,
+    kernel_key,
     numbers_of,
     period_of,
     prefers_planes,
@@ -46,13 +48,25 @@ from pydeform.cpu.core.simd import (
     advance,
     at,
     blend,
+    column,
     copy_vectors,
+    corner_numbers,
     fetch_ahead,
     second_level_cache,
+    times,
     vectors_of,
 )
 from pydeform.cpu.core.sizes import round_up, table, volume
-from pydeform.cpu.sampling.corners import blend_infinite, infinite_sample, locate_tap, lowest_coordinate, tile_origins
+from pydeform.cpu.sampling.corners import (
+    blend_infinite,
+    infinite_sample,
+    is_any_infinite,
+    locate_tap,
+    places,
+    sample_tables,
+    samples_of,
+    tile_origins,
+)
 
 # Sizes that keep a tile's columns and sums in the second-level cache and a panel of weights in the first. The more
 # positions, the less often are all weights read, which may come from further away.
@@ -85,9 +99,11 @@ class Scratch(NamedTuple):
     squares: Any  # of the weight, while it is turned
     columns: Any  # of a tile: (position, entry's channels)
     sums: Any  # of a tile: (position, output channel)
-    corners: Any  # of a tap's samples: places of their pixels,
-    weights: Any  # weights, and positions within the cell
-    bases: Any  # y and x of a tile's positions
+    bases: Any  # and the tables of a tap's samples: see `Samples`
+    corners: Any
+    weights: Any
+    cells: Any
+    dots: Any
     pixels: Any  # corners of one sample, where they are gathered
 
 
@@ -98,6 +114,7 @@ class Tables(NamedTuple):
     entries: Any
     chunks: Any
     depthwise: int | None
+    axes: tuple[int, ...]  # of a sample's cell: none in a plain convolution, whose taps read one pixel
 
 
 class Prepared(NamedTuple):
@@ -141,7 +158,7 @@ def _prepared(g: Any, *rest: Any) -> Prepared:
 
 @functools.lru_cache(maxsize=64)
 def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_mask: bool) -> Prepared:
-    pixel_dtype = sizes.pixel_dtype(math.prod(g.in_size))
+    pixel_dtype, axes = sizes.pixel_dtype(math.prod(g.in_size)), g.in_size if has_offset else ()
     lanes = VECTOR_BYTES // dtype.itemsize
     wide_rows, rows, narrow_rows = rows_of(numbers)
     panel = PANEL * lanes
@@ -178,14 +195,12 @@ def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_
         ((threads, squares_size(g, lanes)), dtype),
         ((threads, multiplied, row), numbers),
         ((threads, multiplied, panels * panel), dtype),
-        ((threads, 4, positions), pixel_dtype),
-        ((threads, 6, positions), dtype),
-        ((threads, 2, positions), INT32),
-        ((threads, corners_size(blocks) if planes else 0), dtype),
+        *sample_tables(threads, len(g.out_size), len(axes), positions, pixel_dtype, dtype),
+        ((threads, corners_size(blocks, axes) if planes else 0), dtype),
     )
     depthwise = 1 if is_depthwise(g) else None
-    key = dtype.char + numbers.char + pixel_dtype.char + planes * "p" + has_offset * "o" + bool(depthwise) * "d"
-    return Prepared(threads, key, planes, arrays, Tables(blocks, entries, chunks, depthwise), plan)
+    key = kernel_key(g, dtype, numbers, pixel_dtype, planes, has_offset)
+    return Prepared(threads, key, planes, arrays, Tables(blocks, entries, chunks, depthwise, axes), plan)
 
 
 class Tile(NamedTuple):
@@ -256,11 +271,11 @@ def _compute_tile(tile: Any, given: Any, output: Any, scratch: Any, tables: Any,
     sum_row = scratch.sums.shape[2]
     panel = sum_row // p.panels
     columns, sums = at(scratch.columns, (tile.thread, 0, 0)), at(scratch.sums, (tile.thread, 0, 0))
-    tile_origins(tile.start, tile.positions, scratch.bases[tile.thread], g)
+    tile_origins(tile.start, tile.positions, samples_of(tile.thread, scratch), g)
     for chunk in range(len(tables.chunks)):
         product = tables.chunks[chunk]
         add = product.is_first == 0
-        _sample_chunk(tile, product, given, scratch, tables.entries, g, p)
+        _sample_chunk(tile, product, given, scratch, tables, g, p)
         if tables.depthwise is not None:
             for e in range(product.first_entry, product.last_entry):
                 column = tables.entries[e].column
@@ -288,49 +303,34 @@ def _compute_tile(tile: Any, given: Any, output: Any, scratch: Any, tables: Any,
 
 
 @inline
-def _sample_chunk(tile: Any, product: Any, given: Any, scratch: Any, entries: Any, g: Any, p: Any) -> None:
+def _sample_chunk(tile: Any, product: Any, given: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     """The columns of one chunk of entries."""
-    low, nothing = lowest_coordinate(g.boundary, given.bias), given.bias.dtype.type(0)
-    has_mask = p.has_mask != 0
+    nothing, has_mask = given.bias.dtype.type(0), p.has_mask != 0
     thread, b, start, count = tile
-    corner, weights, base = scratch.corners[thread], scratch.weights[thread], scratch.bases[thread]
+    samples, axes = samples_of(thread, scratch), tables.axes
     row = pick(at(scratch.columns, (0, 0, 0)), ROW, PAIRS_ROW)
     at_tap, at_group, is_infinite, masks = -1, -1, False, at(given.mask, (0, 0, 0, 0))
     for e in range(product.first_entry, product.last_entry):
-        entry = entries[e]
+        entry = tables.entries[e]
         if entry.tap != at_tap or entry.og != at_group:
             at_tap, at_group = entry.tap, entry.og
             if has_mask:
                 masks = at(given.mask, (b, at_group, at_tap, start))
-            is_infinite = locate_tap(
-                given.offset, masks, b, at_group, at_tap, start, count, low, base, corner, weights, g, has_mask
-            )
+            locate_tap(given.offset, masks, b, at_group, at_tap, start, count, samples, g)
+            is_infinite = has_mask and is_any_infinite(masks, count)
         channels = entry.channels
         columns = at(scratch.columns, (thread, 0, entry.column))
         if given.planes is None:
             source = at(scratch.image, ((b * g.in_channels + entry.channel) * (volume(g.in_size) + 1),))
             if given.offset is None:
-                _copy_columns(columns, row, source, corner, count, channels)
+                _copy_columns(columns, row, source, samples, count, channels)
             else:
-                _blend_columns(columns, row, source, corner, weights, count, channels)
+                _blend_columns(columns, row, source, samples, count, channels, axes)
                 if is_infinite:
-                    blend_infinite(columns, row, source, corner, weights, masks, count, channels)
+                    blend_infinite(columns, row, source, masks, count, channels, samples, axes)
         else:
-            _gather_columns(
-                given.planes,
-                b,
-                entry.channel,
-                channels,
-                corner,
-                weights,
-                masks,
-                is_infinite,
-                count,
-                at(scratch.pixels, (thread, 0)),
-                columns,
-                row,
-                g,
-            )
+            pixels = at(scratch.pixels, (thread, 0))
+            _gather_columns(given.planes, b, entry, samples, masks, is_infinite, count, pixels, columns, row, axes, g)
         if entry.width > channels:  # what stands there may be no number, and its weights are zeros
             for i in range(count):
                 for k in range(channels, entry.width):
@@ -338,29 +338,18 @@ def _sample_chunk(tile: Any, product: Any, given: Any, scratch: Any, entries: An
 
 
 @inline_always
-def _copy_columns(columns: Any, row: int, source: Any, corner: Any, count: int, channels: int) -> None:
+def _copy_columns(columns: Any, row: int, source: Any, samples: Any, count: int, channels: int) -> None:
     vectors = vectors_of(source, channels)
     for i in range(count):
-        copy_vectors(advance(columns, i * row), advance(source, corner[0, i] * channels), vectors)
+        copy_vectors(advance(columns, i * row), advance(source, np.int64(samples.corners[i]) * channels), vectors)
 
 
 @inline_always
-def _blend_columns(columns: Any, row: int, source: Any, corner: Any, weights: Any, count: int, channels: int) -> None:
+def _blend_columns(columns: Any, row: int, source: Any, samples: Any, count: int, channels: int, axes: Any) -> None:
     vectors = vectors_of(source, channels)
     for i in range(count):
-        blend(
-            advance(columns, i * row),
-            source,
-            corner[0, i] * channels,
-            corner[1, i] * channels,
-            corner[2, i] * channels,
-            corner[3, i] * channels,
-            weights[0, i],
-            weights[1, i],
-            weights[2, i],
-            weights[3, i],
-            vectors,
-        )
+        weights = column(advance(samples.weights, i), samples.row, axes)
+        blend(advance(columns, i * row), source, places(samples, i, channels, axes), weights, vectors)
 
 
 @inline
@@ -420,29 +409,29 @@ def _multiply_channels(columns: Any, scale: Any, sums: Any, sum_row: int, count:
 def _gather_columns(
     planes: Any,
     b: int,
-    channel: int,
-    channels: int,
-    corner: Any,
-    weights: Any,
+    entry: Any,
+    samples: Any,
     mask: Any,
     is_infinite: bool,
     count: int,
     pixels: Any,
     columns: Any,
     row: int,
+    axes: Any,
     g: Any,
 ) -> None:
     """The columns of one tap of a tile from planes as they lie. Apart from the kernel, where its code would be in the
     way of the usual loop."""
-    vectors = -(-channels * weights.itemsize // VECTOR_BYTES)
-    i1, i2, i3 = channels, 2 * channels, 3 * channels
+    channels, gathered = entry.channels, times(corner_numbers(axes), entry.channels)
+    vectors = vectors_of(pixels, channels)
     for i in range(count):
-        w0, w1, w2, w3 = weights[0, i], weights[1, i], weights[2, i], weights[3, i]
         out = advance(columns, i * row)
-        gather_corners(planes, b, channel, channels, corner, i, g, pixels)
-        blend(out, pixels, 0, i1, i2, i3, w0, w1, w2, w3, vectors)
-        if is_infinite:
-            infinite_sample(out, mask[i], pixels, 0, i1, i2, i3, weights[4, i], weights[5, i], channels)
+        gather_corners(
+            planes, b, entry.channel, channels, column(advance(samples.corners, i), samples.row, axes), g, pixels
+        )
+        blend(out, pixels, gathered, column(advance(samples.weights, i), samples.row, axes), vectors)
+        if is_infinite and mask[i] - mask[i] != 0:
+            infinite_sample(out, mask[i], pixels, gathered, i, channels, samples, axes)
 
 
 def _steps(g: Any, panel: int, has_pairs: bool) -> tuple[Any, Any, Any, int, int]:

@@ -18,7 +18,6 @@ from pydeform.cpu.core.sizes import SERIAL_FLOPS
 CHANNELS = 64  # of a block, sampled together
 FEW_SAMPLES = 16  # pixels of an image for each sample, or more: then a copy of it would be most of the work
 KEPT_ROWS = 1 << 16  # of a problem's tables: longer ones are made for each call
-INT32 = np.dtype(np.int32)
 
 
 def channels_last_size(g: Any) -> int:
@@ -38,15 +37,21 @@ def prefers_planes(g: Any) -> bool:
     return bool(FEW_SAMPLES * samples <= math.prod(g.in_size))
 
 
-def corners_size(blocks: Any) -> int:
-    """Numbers of the four corners of one sample, and behind them what the last vector reads too."""
-    return 4 * int(max(blocks["channels"])) + VECTOR_BYTES // 4
+def corners_size(blocks: Any, axes: tuple[int, ...]) -> int:
+    """Numbers of the corners of one sample, and behind them what the last vector reads too."""
+    return 2 ** len(axes) * int(max(blocks["channels"])) + VECTOR_BYTES // 4
 
 
 def numbers_of(dtype: Any, g: Any) -> Any:
     """The dtype of what is multiplied, columns and weights: the one that is computed with, or pairs of bfloat16."""
     is_pairs = dtype.itemsize == 2 and dtype.name == "bfloat16" and not is_depthwise(g)
     return (pair_dtype() if is_pairs else None) or compute_dtype(dtype)
+
+
+def kernel_key(g: Any, dtype: Any, numbers: Any, pixel_dtype: Any, planes: bool, has_offset: bool) -> str:
+    """Of the types of a kernel's arguments."""
+    options = planes * "p" + has_offset * "o" + is_depthwise(g) * "d"
+    return dtype.char + numbers.char + pixel_dtype.char + str(len(g.in_size)) + options
 
 
 class Given(NamedTuple):
@@ -69,7 +74,7 @@ def given_arrays(
     shape = (g.batch, g.offset_groups, taps)
     return Given(
         None if planes else contiguous(input, dtype, (g.batch, g.in_channels, math.prod(g.in_size))),
-        None if offset is None else contiguous(offset, dtype, (*shape, 2, positions)),
+        None if offset is None else contiguous(offset, dtype, (*shape, len(g.out_size), positions)),
         np.ones((1, 1, 1, tile), dtype) if mask is None else contiguous(mask, dtype, (*shape, positions)),
         contiguous(weight, dtype, (g.out_channels, g.in_channels // g.groups, taps)),
         np.zeros(g.out_channels, dtype) if bias is None else contiguous(bias, dtype, (g.out_channels,)),

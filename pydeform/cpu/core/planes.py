@@ -149,11 +149,11 @@ def pixel_offset(planes: Any, place: int, size: Any) -> int:
 
 
 @inline
-def gather_corners(planes: Any, b: int, first: int, channels: int, corner: Any, i: int, g: Any, target: Any) -> None:
-    """target[k * channels + c] = channel first + c of pixel corner[k, i]; zeros for the pixel behind the last one."""
+def gather_corners(planes: Any, b: int, first: int, channels: int, corners: Any, g: Any, target: Any) -> None:
+    """target[k * channels + c] = channel first + c of pixel corners[k]; zeros for the pixel behind the last one."""
     start = planes.address + b * planes.image + first * planes.channel
-    for k in range(len(corner)):
-        place = np.int64(corner[k, i])
+    for k in range(len(corners)):
+        place = np.int64(corners[k])
         if place == volume(g.in_size):
             for c in range(channels):
                 target[k * channels + c] = 0

@@ -256,6 +256,58 @@ def advance(typing_context: Any, pointer: Any, elements: Any) -> Any:
 
 
 @intrinsic  # type: ignore[misc]
+def column(typing_context: Any, pointer: Any, step: Any, axes: Any) -> Any:
+    """(pointer[0], pointer[step], ...), one for each corner of a cell with an axis for each item of the tuple `axes`."""
+    signature = types.UniTuple(pointer.dtype, 2 ** len(axes))(pointer, types.int64, axes)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, step, _ = arguments
+        places = [builder.gep(pointer, [builder.mul(step, _const(k))]) for k in range(2 ** len(axes))]
+        return cgutils.pack_array(builder, [builder.load(place) for place in places])
+
+    return signature, codegen
+
+
+@intrinsic  # type: ignore[misc]
+def put_column(typing_context: Any, pointer: Any, step: Any, values: Any) -> Any:
+    """pointer[k * step] = values[k]."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        for k, value in enumerate(cgutils.unpack_tuple(builder, arguments[2])):
+            builder.store(value, builder.gep(arguments[0], [builder.mul(arguments[1], _const(k))]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, values), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def times(typing_context: Any, numbers: Any, factor: Any) -> Any:
+    """A tuple of integers, each times `factor`, as they index."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide = [builder.sext(n, _INT) if n.type != _INT else n for n in cgutils.unpack_tuple(builder, arguments[0])]
+        return cgutils.pack_array(builder, [builder.mul(n, arguments[1]) for n in wide])
+
+    return types.UniTuple(types.int64, len(numbers))(numbers, types.int64), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def corner_numbers(typing_context: Any, axes: Any) -> Any:
+    """(0, 1, ...), one for each corner of a cell with an axis for each item of `axes`."""
+    count = 2 ** len(axes)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return cgutils.pack_array(builder, [_const(k) for k in range(count)])
+
+    return types.UniTuple(types.int64, count)(axes), codegen
+
+
+def _corner_types(corners: Any, number: Any) -> tuple[Any, Any]:
+    """Of a tuple with the place of each corner and one with its weight."""
+    return types.UniTuple(types.int64, len(corners)), types.UniTuple(number, len(corners))
+
+
+@intrinsic  # type: ignore[misc]
 def use_widest_vectors(typing_context: Any) -> Any:
     """In a kernel: LLVM vectorises its plain loops, too, to vectors of `VECTOR_BYTES`, where it would take half of
     them on processors that once ran slower with the widest."""
@@ -363,24 +415,17 @@ def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:
         typing_context: Any,
         out: Any,
         image: Any,
-        i0: Any,
-        i1: Any,
-        i2: Any,
-        i3: Any,
-        w0: Any,
-        w1: Any,
-        w2: Any,
-        w3: Any,
+        corners: Any,
+        weights: Any,
         vectors: Any,
     ) -> Any:
-        """out[c] = w0*image[i0 + c] + w1*image[i1 + c] + w2*image[i2 + c] + w3*image[i3 + c]."""
-        index, weight = types.int64, image.dtype
-        signature = types.void(out, image, *(index,) * 4, *(weight,) * 4, types.int64)
+        """out[c] = sum_k weights[k] * image[corners[k] + c], of two tuples of any length."""
+        signature = types.void(out, image, *_corner_types(corners, image.dtype), types.int64)
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             v = _Vectors(builder, image.dtype, vector_bytes)
-            corners = [v.offset(arguments[1], i) for i in arguments[2:6]]
-            weights = [v.splat(w) for w in arguments[6:10]]
+            corners = [v.offset(arguments[1], i) for i in cgutils.unpack_tuple(builder, arguments[2])]
+            weights = [v.splat(w) for w in cgutils.unpack_tuple(builder, arguments[3])]
 
             def body(i: Any, _: list[Any]) -> list[Any]:
                 c = builder.mul(i, _const(v.lanes))
@@ -390,7 +435,7 @@ def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:
                 v.store(total, v.offset(arguments[0], c))
                 return []
 
-            _loop(builder, arguments[10], [], body)
+            _loop(builder, arguments[4], [], body)
             return context.get_dummy_value()
 
         return signature, codegen
@@ -403,28 +448,22 @@ def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:
             grad: Any,
             image: Any,
             grad_image: Any,
-            i0: Any,
-            i1: Any,
-            i2: Any,
-            i3: Any,
-            w0: Any,
-            w1: Any,
-            w2: Any,
-            w3: Any,
+            corners: Any,
+            weights: Any,
             channels: Any,
         ) -> Any:
-            """`blend` into out, its transpose added to grad_image, and the dots sum_c grad[c] * image[ik + c]."""
-            index, weight = types.int64, out.dtype
-            result = types.UniTuple(weight, 4)
-            signature = result(out, grad, image, grad_image, *(index,) * 4, *(weight,) * 4, types.int64)
+            """`blend` into out, its transpose added to grad_image, and dots sum_c grad[c] * image[corners[k] + c]."""
+            kinds = _corner_types(corners, out.dtype)
+            signature = kinds[1](out, grad, image, grad_image, *kinds, types.int64)
 
             def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
                 v = _Vectors(builder, out.dtype, vector_bytes)
                 out_, grad_, image_, grad_image_ = arguments[:4]
-                corners = [v.offset(image_, i) for i in arguments[4:8]]
-                targets = [v.offset(grad_image_, i) for i in arguments[4:8]]
-                weights = [v.splat(w) for w in arguments[8:12]]
-                count = arguments[12]
+                places = cgutils.unpack_tuple(builder, arguments[4])
+                corners = [v.offset(image_, i) for i in places]
+                targets = [v.offset(grad_image_, i) for i in places]
+                weights = [v.splat(w) for w in cgutils.unpack_tuple(builder, arguments[5])]
+                count = arguments[6]
 
                 def step(c: Any, dots: list[Any], load: Any, store: Any) -> list[Any]:
                     g = v.load(v.offset(grad_, c))
@@ -444,7 +483,7 @@ def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:
                 dots = _loop(
                     builder,
                     full,
-                    [v.zero] * 4,
+                    [v.zero] * len(corners),
                     lambda i, dots: step(builder.mul(i, lanes), dots, v.load, v.store),
                 )
                 # The last channels of a block: the lanes beyond belong to another block and another thread. There, grad
@@ -468,7 +507,7 @@ def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:
                     phi.add_incoming(dot, before)
                     phi.add_incoming(with_tail, inside)
                     sums.append(phi)
-                return context.make_tuple(builder, result, [v.sum(total) for total in sums])
+                return cgutils.pack_array(builder, [v.sum(total) for total in sums])
 
             return signature, codegen
 

@@ -1,40 +1,89 @@
-"""Where a deformable tap samples: four corners, their weights, and the position within the cell (eq. 2).
+"""Where a deformable tap samples: the corners of a cell, their weights, and the position within the cell (eq. 2).
 
-The kernels keep an image channels-last and with one more pixel, of zeros, behind the last one. A corner that is
-outside the image points at that pixel, so nothing that follows asks again what is inside.
+Along each axis a coordinate names two pixels and the share of each; a sample reads the product of all axes: 2, 4 or
+8 corners, the last axis fastest, as pixels lie. The kernels keep an image channels-last and with one more pixel, of
+zeros, behind the last one. A corner that is outside the image points at that pixel, so nothing that follows asks again
+what is inside.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pydeform._geometry import BOUNDARIES
-from pydeform.cpu.core.jit import inline
+from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.pair_products import put
-from pydeform.cpu.core.simd import advance, at, sum_values
+from pydeform.cpu.core.simd import advance, at, column, sum_values, times
+from pydeform.cpu.core.sizes import volume
 
 DCNV2, DCNV1 = BOUNDARIES.index("dcnv2"), BOUNDARIES.index("dcnv1")
+OUTSIDE = -1  # in the place of a pixel's number
+
+
+class Samples(NamedTuple):
+    """Those of one tap in a tile, a thread's own: pointers to tables with a row for each corner or axis."""
+
+    row: int  # numbers from one row to the next
+    bases: Any  # of each axis: where tap 0 reads for an output position
+    corners: Any  # pixels; behind them two rows for what an axis names
+    weights: Any  # of the corners, times the mask
+    cells: Any  # of each axis: the position within the cell
+    dots: Any  # of the columns' gradient with the corners
+
+
+def sample_tables(threads: int, axes: int, cell: int, positions: int, pixel_dtype: Any, dtype: Any) -> tuple[Any, ...]:
+    """Shapes and dtypes of the tables of `Samples`. `cell`: axes of a cell, none where taps do not move."""
+    corners, base = 2**cell, np.dtype(np.int32)
+    tables = ((axes, base), (corners + 2, pixel_dtype), (corners, dtype), (cell, dtype), (corners, dtype))
+    return tuple(((threads, rows, positions), kind) for rows, kind in tables)
+
+
+@inline_always
+def samples_of(thread: int, scratch: Any) -> Samples:
+    return Samples(
+        scratch.bases.shape[2],
+        at(scratch.bases, (thread, 0, 0)),
+        at(scratch.corners, (thread, 0, 0)),
+        at(scratch.weights, (thread, 0, 0)),
+        at(scratch.cells, (thread, 0, 0)),
+        at(scratch.dots, (thread, 0, 0)),
+    )
+
+
+@inline_always
+def places(samples: Samples, i: int, channels: int, axes: Any) -> Any:
+    """Where the corners of sample i begin in an image of so many channels."""
+    return times(column(advance(samples.corners, i), samples.row, axes), channels)
 
 
 @inline
-def tile_origins(start: int, count: int, base: Any, g: Any) -> None:
-    """base[0, i], base[1, i]: y and x of tap (0, 0) for output position start + i."""
-    oy = start // g.out_size[1]
-    ox = start - oy * g.out_size[1]
-    for i in range(count):
-        base[0, i] = oy * g.stride[0] - g.pad[0]
-        base[1, i] = ox * g.stride[1] - g.pad[1]
-        ox += 1
-        if ox == g.out_size[1]:
-            oy, ox = oy + 1, 0
+def tile_origins(start: int, count: int, samples: Samples, g: Any) -> None:
+    """bases[axis][i]: where tap 0 reads for output position start + i, without an offset."""
+    bases, row, last = samples.bases, samples.row, len(g.out_size) - 1
+    rest = np.int64(start)
+    for k in range(last + 1):
+        axis = last - k
+        before = rest // g.out_size[axis]
+        bases[axis * row] = (rest - before * g.out_size[axis]) * g.stride[axis] - g.pad[axis]
+        rest = before
+    for i in range(1, count):
+        goes_on = True
+        for k in range(last + 1):
+            axis = last - k
+            base = np.int64(bases[axis * row + i - 1])
+            if goes_on:
+                base += g.stride[axis]
+                goes_on = base == g.out_size[axis] * g.stride[axis] - g.pad[axis]
+                base = -g.pad[axis] if goes_on else base
+            bases[axis * row + i] = base
 
 
 @inline
-def lowest_coordinate(boundary: int, values: Any) -> Any:
+def lowest_coordinate(boundary: int, like: Any) -> Any:
     """A sample with a coordinate below this one is outside; at and above it the corners decide."""
-    real = values.dtype.type
+    real = type(like)
     if boundary == DCNV2:
         return np.nextafter(real(-1), real(0))  # -1 itself is outside, with derivative 0
     if boundary == DCNV1:
@@ -43,144 +92,179 @@ def lowest_coordinate(boundary: int, values: Any) -> Any:
 
 
 @inline
-def locate(
-    offset_y: Any,
-    offset_x: Any,
-    mask: Any,
-    base: Any,
-    shift_y: int,
-    shift_x: int,
-    count: int,
-    low: Any,
-    g: Any,
-    corner: Any,
-    weight: Any,
-) -> None:
-    """Corners (pixel indices), weights (times the mask) and, in rows 4 and 5 of weight, (y, x) within the cell.
-
-    offset_y, offset_x and mask are pointers to the first of `count` samples. Corner order: (y0, x0), (y0, x1),
-    (y1, x0), (y1, x1). A NaN coordinate makes weights and positions NaN and points at the zero pixel: no index is
-    formed from a value that is not known to be in range.
-    """
-    real = weight.dtype.type  # a Python number would turn float32 into float64
-    one, nan = real(1), real(np.nan)
-    in_h, in_w = np.int32(g.in_size[0]), np.int32(g.in_size[1])
-    high_y, high_x = real(g.in_size[0]), real(g.in_size[1])
-    move_y, move_x = np.int32(shift_y), np.int32(shift_x)
-    index = corner.dtype.type  # int32, or int64 for an image with too many pixels
-    width = index(g.in_size[1])
-    zero_pixel = index(index(g.in_size[0]) * width)
-    # Rule dcnv1 repeats the last row and column instead of fading to zero: there both corners are one pixel.
-    last_y = np.int32(in_h - 1) if g.boundary == DCNV1 else in_h
-    last_x = np.int32(in_w - 1) if g.boundary == DCNV1 else in_w
-    for i in range(count):
-        y = real(np.int32(base[0, i] + move_y)) + offset_y[i]
-        x = real(np.int32(base[1, i] + move_x)) + offset_x[i]
-        inside = (y >= low) & (y < high_y) & (x >= low) & (x < high_x)  # False for NaN
-        m = mask[i]
-        ys = y if inside else low
-        xs = x if inside else low
-        fy = np.floor(ys)
-        fx = np.floor(xs)
-        y0 = np.int32(fy)
-        x0 = np.int32(fx)
-        y1 = np.int32(y0 + 1) if y0 < last_y else last_y  # Numba's int32 + int32 is int64: back to the narrow type
-        x1 = np.int32(x0 + 1) if x0 < last_x else last_x
-        ly = ys - fy
-        lx = xs - fx
-        broken = (y != y) | (x != x)
-        ly = nan if broken else ly
-        lx = nan if broken else lx
-        hy = one - ly
-        hx = one - lx
-        row0 = inside & (y0 >= 0)
-        row1 = inside & (y1 >= 0) & (y1 < in_h)
-        col0 = x0 >= 0
-        col1 = (x1 >= 0) & (x1 < in_w)
-        pixel0 = index(index(y0) * width)
-        pixel1 = index(index(y1) * width)
-        corner[0, i] = index(pixel0 + x0) if row0 & col0 else zero_pixel
-        corner[1, i] = index(pixel0 + x1) if row0 & col1 else zero_pixel
-        corner[2, i] = index(pixel1 + x0) if row1 & col0 else zero_pixel
-        corner[3, i] = index(pixel1 + x1) if row1 & col1 else zero_pixel
-        weight[0, i] = hy * m * hx
-        weight[1, i] = hy * m * lx
-        weight[2, i] = ly * m * hx
-        weight[3, i] = ly * m * lx
-        weight[4, i] = ly
-        weight[5, i] = lx
-
-
-@inline
-def locate_plain(base: Any, shift_y: int, shift_x: int, count: int, g: Any, corner: Any, weight: Any) -> None:
-    """The same without offsets: one corner of weight 1, the others on the zero pixel."""
-    zero_pixel = np.int64(g.in_size[0]) * g.in_size[1]
-    for i in range(count):
-        y = np.int64(base[0, i]) + shift_y
-        x = np.int64(base[1, i]) + shift_x
-        inside = (y >= 0) & (y < g.in_size[0]) & (x >= 0) & (x < g.in_size[1])
-        corner[0, i] = y * g.in_size[1] + x if inside else zero_pixel
-        for k in range(1, 4):
-            corner[k, i] = zero_pixel
-        weight[0, i] = 1
-        for k in range(1, 4):
-            weight[k, i] = 0
-
-
-@inline
 def locate_tap(
-    offset: Any,
-    masks: Any,
-    b: int,
-    og: int,
-    tap: int,
-    start: int,
-    count: int,
-    low: Any,
-    base: Any,
-    corner: Any,
-    weights: Any,
-    g: Any,
-    has_mask: bool,
-) -> bool:
-    """Corners, weights (rows 0-3 of `weights`) and positions within the cell (rows 4, 5) of one tap of a tile.
+    offset: Any, mask: Any, b: int, og: int, tap: int, start: int, count: int, samples: Samples, g: Any
+) -> None:
+    """Fills the tables of `samples`. `mask` points to the first of them; offset is None in a plain convolution.
 
-    `masks` points to the tile's. True: some may be infinite; what is blended with such weights needs `blend_infinite`.
+    A NaN coordinate makes weights and positions NaN and points at the zero pixel: no index is formed from a value that
+    is not known to be in range.
     """
-    shift_y = tap // g.kernel[1] * g.dilation[0]
-    shift_x = tap % g.kernel[1] * g.dilation[1]
-    if offset is None:
-        locate_plain(base, shift_y, shift_x, count, g, corner, weights)
-    else:
-        offset_y, offset_x = at(offset, (b, og, tap, 0, start)), at(offset, (b, og, tap, 1, start))
-        locate(offset_y, offset_x, masks, base, shift_y, shift_x, count, low, g, corner, weights)
-    total = sum_values(masks, count if has_mask else 0)
+    after, axes = volume(g.kernel), len(g.in_size)
+    zero_pixel = volume(g.in_size)
+    corners, weights, row = samples.corners, samples.weights, samples.row
+    for i in range(count):
+        corners[i] = 0
+        weights[i] = mask[i]
+    for axis in range(axes):
+        after //= g.kernel[axis]
+        shift = tap // after % g.kernel[axis] * g.dilation[axis]
+        nothing = zero_pixel if axis == axes - 1 else OUTSIDE
+        if offset is None:
+            name_pixel(axis, shift, nothing, count, samples, g)
+        else:
+            name_pixels(at(offset, (b, og, tap, axis, start)), axis, shift, count, samples, g)
+            step = 1 << (axes - 1 - axis)
+            for k in range(0, 1 << axes, 2 * step):
+                _extend_corners(step, advance(corners, k * row), nothing, axis, count, samples, g)
+                _extend_weights(step, advance(weights, k * row), advance(samples.cells, axis * row), count, row)
+    if offset is not None and axes > 1:
+        _spread_nan(samples, axes, count)
+
+
+@inline
+def name_pixel(axis: int, shift: int, nothing: int, count: int, samples: Samples, g: Any) -> None:
+    """A tap that does not move reads one pixel."""
+    bases, corners = advance(samples.bases, axis * samples.row), samples.corners
+    size = np.int64(g.in_size[axis])
+    for i in range(count):
+        pixel, before = np.int64(bases[i]) + shift, np.int64(corners[i])
+        corners[i] = before * size + pixel if (before >= 0) & (pixel >= 0) & (pixel < size) else nothing
+
+
+@inline
+def name_pixels(offset: Any, axis: int, shift: int, count: int, samples: Samples, g: Any) -> None:
+    """The two pixels that a coordinate names along an axis, and the share of the second in `cells`."""
+    row, corners = samples.row, 1 << len(g.in_size)
+    bases, cell = advance(samples.bases, axis * row), advance(samples.cells, axis * row)
+    first, second = advance(samples.corners, corners * row), advance(samples.corners, (corners + 1) * row)
+    real, index = type(cell[0]), type(first[0])  # a Python number would turn float32 into float64
+    low, high = lowest_coordinate(g.boundary, cell[0]), real(g.in_size[axis])
+    size, move, nan = np.int32(g.in_size[axis]), np.int32(shift), real(np.nan)
+    # Rule dcnv1 repeats the last row and column instead of fading to zero: there both pixels are one.
+    last = np.int32(size - 1) if g.boundary == DCNV1 else size
+    for i in range(count):
+        p = real(np.int32(bases[i] + move)) + offset[i]
+        inside = (p >= low) & (p < high)  # False for NaN
+        within = p if inside else low
+        floor = np.floor(within)
+        pixel = np.int32(floor)
+        after = np.int32(pixel + 1) if pixel < last else last  # Numba's int32 + int32 is int64: back to the narrow type
+        cell[i] = within - floor if p == p else nan
+        first[i] = index(pixel) if inside & (pixel >= 0) else index(OUTSIDE)
+        second[i] = index(after) if inside & (after >= 0) & (after < size) else index(OUTSIDE)
+
+
+@inline
+def _extend_corners(step: int, corner: Any, nothing: int, axis: int, count: int, samples: Samples, g: Any) -> None:
+    """From a corner of the axes before this one to the one that has this axis's first pixel, in its place, and the one
+    that has the second, `step` rows behind it."""
+    row, every = samples.row, 1 << len(g.in_size)
+    first, second = advance(samples.corners, every * row), advance(samples.corners, (every + 1) * row)
+    far = advance(corner, step * row)
+    index = type(corner[0])
+    size, none = index(g.in_size[axis]), index(nothing)
+    for i in range(count):
+        start = index(corner[i] * size)
+        is_inside = corner[i] >= 0
+        corner[i] = index(start + first[i]) if is_inside & (first[i] >= 0) else none
+        far[i] = index(start + second[i]) if is_inside & (second[i] >= 0) else none
+
+
+@inline
+def _extend_weights(step: int, weight: Any, cell: Any, count: int, row: int) -> None:
+    """The same for their weights."""
+    far = advance(weight, step * row)
+    one = type(cell[0])(1)
+    for i in range(count):
+        before = weight[i]
+        weight[i] = (one - cell[i]) * before
+        far[i] = cell[i] * before
+
+
+@inline
+def _spread_nan(samples: Samples, axes: int, count: int) -> None:
+    """A sample with one coordinate that is NaN has no position along any axis."""
+    cells, row = samples.cells, samples.row
+    for _ in range(axes - 1):
+        for axis in range(axes):
+            one, following = advance(cells, axis * row), advance(cells, (axis + 1) % axes * row)
+            for i in range(count):
+                one[i] = following[i] if following[i] != following[i] else one[i]
+
+
+@inline
+def blend_dots_of(samples: Samples, slope: int, count: int, axes: Any) -> None:
+    """weights[0] = what the samples' derivative along axis `slope` has in the place of pixels, or, of no axis, the
+    samples: the dots, differences along that axis and blends along all others."""
+    row, corners, source = samples.row, 1 << len(axes), samples.dots
+    if slope < len(axes):
+        corners //= 2
+        apart = 1 << (len(axes) - 1 - slope)
+        for k in range(corners):
+            near = k // apart * 2 * apart + k % apart
+            _subtract(advance(source, near * row), apart * row, advance(samples.weights, k * row), count)
+        source = samples.weights
+    for axis in range(len(axes) - 1, -1, -1):
+        if axis != slope:
+            corners //= 2
+            for k in range(corners):
+                share, target = advance(samples.cells, axis * row), advance(samples.weights, k * row)
+                _blend_rows(advance(source, 2 * k * row), row, share, target, count)
+            source = samples.weights
+
+
+@inline
+def _subtract(values: Any, row: int, target: Any, count: int) -> None:
+    for i in range(count):
+        target[i] = values[row + i] - values[i]
+
+
+@inline
+def _blend_rows(values: Any, row: int, share: Any, target: Any, count: int) -> None:
+    one = type(share[0])(1)
+    for i in range(count):
+        target[i] = (one - share[i]) * values[i] + share[i] * values[row + i]
+
+
+@inline
+def is_any_infinite(mask: Any, count: int) -> bool:
+    """Of `count` numbers, or NaN; what is blended with such weights needs `blend_infinite`."""
+    total = sum_values(mask, count)
     return bool(total - total != 0)
 
 
 @inline
 def blend_infinite(
-    columns: Any, row: int, image: Any, corner: Any, weights: Any, mask: Any, count: int, channels: int
+    columns: Any, row: int, image: Any, mask: Any, count: int, channels: int, samples: Samples, axes: Any
 ) -> None:
     """columns[i, c] = mask[i] * S where the mask is infinite. As a part of the weights it would make NaN of an S that
     has a corner without weight or a pixel of 0."""
     for i in range(count):
-        i0, i1 = corner[0, i] * channels, corner[1, i] * channels
-        i2, i3 = corner[2, i] * channels, corner[3, i] * channels
-        infinite_sample(
-            advance(columns, i * row), mask[i], image, i0, i1, i2, i3, weights[4, i], weights[5, i], channels
-        )
+        if mask[i] - mask[i] != 0:
+            infinite_sample(
+                advance(columns, i * row),
+                mask[i],
+                image,
+                places(samples, i, channels, axes),
+                i,
+                channels,
+                samples,
+                axes,
+            )
 
 
 @inline
 def infinite_sample(
-    out: Any, m: Any, image: Any, i0: int, i1: int, i2: int, i3: int, ly: Any, lx: Any, channels: int
+    out: Any, m: Any, image: Any, places: Any, i: int, channels: int, samples: Samples, axes: Any
 ) -> None:
-    """out[c] = m * S of one sample, if its mask m is infinite or NaN."""
-    if m - m == 0:
-        return
-    one = type(m)(1)
-    hy, hx = one - ly, one - lx
+    """out[c] = m * S of sample i, whose weights are of no more use."""
+    weights, cells, row, one = advance(samples.weights, i), advance(samples.cells, i), samples.row, type(m)(1)
     for c in range(channels):
-        above = hy * (hx * image[i0 + c] + lx * image[i1 + c])
-        put(out, c, m * (above + ly * (hx * image[i2 + c] + lx * image[i3 + c])))
+        for k in range(len(places)):
+            weights[k * row] = image[places[k] + c]
+        for axis in range(len(axes) - 1, -1, -1):
+            share = cells[axis * row]
+            for k in range(1 << axis):
+                weights[k * row] = (one - share) * weights[2 * k * row] + share * weights[(2 * k + 1) * row]
+        put(out, c, m * weights[0])

@@ -27,7 +27,7 @@ class Samples(NamedTuple):
 
     row: int  # numbers from one row to the next
     bases: Any  # of each axis: where tap 0 reads for an output position
-    corners: Any  # pixels; behind them two rows for what an axis names
+    corners: Any  # pixels; behind them two rows for what one axis names
     weights: Any  # of the corners, times the mask
     cells: Any  # of each axis: the position within the cell
     dots: Any  # of the columns' gradient with the corners
@@ -62,22 +62,21 @@ def places(samples: Samples, i: int, channels: int, axes: Any) -> Any:
 def tile_origins(start: int, count: int, samples: Samples, g: Any) -> None:
     """bases[axis][i]: where tap 0 reads for output position start + i, without an offset."""
     bases, row, last = samples.bases, samples.row, len(g.out_size) - 1
-    rest = np.int64(start)
-    for k in range(last + 1):
-        axis = last - k
-        before = rest // g.out_size[axis]
-        bases[axis * row] = (rest - before * g.out_size[axis]) * g.stride[axis] - g.pad[axis]
-        rest = before
-    for i in range(1, count):
-        goes_on = True
-        for k in range(last + 1):
-            axis = last - k
-            base = np.int64(bases[axis * row + i - 1])
-            if goes_on:
-                base += g.stride[axis]
-                goes_on = base == g.out_size[axis] * g.stride[axis] - g.pad[axis]
-                base = -g.pad[axis] if goes_on else base
-            bases[axis * row + i] = base
+    i = 0
+    while i < count:  # one row of positions after the other
+        rest, at_row = (start + i) // g.out_size[last], start + i
+        first = at_row - rest * g.out_size[last]
+        some = min(count - i, g.out_size[last] - first)
+        for k in range(last):
+            axis = last - 1 - k
+            before = rest // g.out_size[axis]
+            base = (rest - before * g.out_size[axis]) * g.stride[axis] - g.pad[axis]
+            for j in range(i, i + some):
+                bases[axis * row + j] = base
+            rest = before
+        for j in range(some):
+            bases[last * row + i + j] = (first + j) * g.stride[last] - g.pad[last]
+        i += some
 
 
 @inline
@@ -100,97 +99,101 @@ def locate_tap(
     A NaN coordinate makes weights and positions NaN and points at the zero pixel: no index is formed from a value that
     is not known to be in range.
     """
-    after, axes = volume(g.kernel), len(g.in_size)
-    zero_pixel = volume(g.in_size)
-    corners, weights, row = samples.corners, samples.weights, samples.row
+    axes, row = len(g.in_size), samples.row
+    if offset is None:
+        _name_pixels(mask, tap, count, samples, g)
+        return
     for i in range(count):
-        corners[i] = 0
-        weights[i] = mask[i]
+        samples.corners[i] = 0
+        samples.weights[i] = mask[i]
     for axis in range(axes):
-        after //= g.kernel[axis]
-        shift = tap // after % g.kernel[axis] * g.dilation[axis]
-        nothing = zero_pixel if axis == axes - 1 else OUTSIDE
-        if offset is None:
-            name_pixel(axis, shift, nothing, count, samples, g)
-        else:
-            name_pixels(at(offset, (b, og, tap, axis, start)), axis, shift, count, samples, g)
-            step = 1 << (axes - 1 - axis)
-            for k in range(0, 1 << axes, 2 * step):
-                _extend_corners(step, advance(corners, k * row), nothing, axis, count, samples, g)
-                _extend_weights(step, advance(weights, k * row), advance(samples.cells, axis * row), count, row)
-    if offset is not None and axes > 1:
+        _name_cells(at(offset, (b, og, tap, axis, start)), axis, tap, count, samples, g)
+        outside, apart = volume(g.in_size) if axis == axes - 1 else OUTSIDE, 1 << (axes - 1 - axis)
+        for near in range(0, 1 << axes, 2 * apart):
+            _extend(near * row, (near + apart) * row, axis, outside, count, samples, g)
+    if axes > 1:
         _spread_nan(samples, axes, count)
 
 
+@inline_always
+def shift_of(tap: int, axis: int, g: Any) -> int:
+    """From tap 0 to this one, in pixels along an axis."""
+    for following in range(len(g.kernel) - 1, axis, -1):
+        tap //= g.kernel[following]
+    return tap % g.kernel[axis] * g.dilation[axis]
+
+
 @inline
-def name_pixel(axis: int, shift: int, nothing: int, count: int, samples: Samples, g: Any) -> None:
-    """A tap that does not move reads one pixel."""
-    bases, corners = advance(samples.bases, axis * samples.row), samples.corners
-    size = np.int64(g.in_size[axis])
+def _name_pixels(mask: Any, tap: int, count: int, samples: Samples, g: Any) -> None:
+    """The one that each sample of a tap that does not move reads, with the mask as its weight."""
+    corner, weight, outside = samples.corners, samples.weights, volume(g.in_size)
+    for axis in range(len(g.in_size)):
+        base, shift, size = advance(samples.bases, axis * samples.row), shift_of(tap, axis, g), np.int64(g.in_size[axis])
+        for i in range(count):
+            pixel, before = np.int64(base[i]) + shift, np.int64(corner[i]) if axis else 0
+            is_inside = (before >= 0) & (pixel >= 0) & (pixel < size)
+            corner[i] = before * size + pixel if is_inside else OUTSIDE
     for i in range(count):
-        pixel, before = np.int64(bases[i]) + shift, np.int64(corners[i])
-        corners[i] = before * size + pixel if (before >= 0) & (pixel >= 0) & (pixel < size) else nothing
+        corner[i] = corner[i] if corner[i] >= 0 else outside
+        weight[i] = mask[i]
 
 
 @inline
-def name_pixels(offset: Any, axis: int, shift: int, count: int, samples: Samples, g: Any) -> None:
-    """The two pixels that a coordinate names along an axis, and the share of the second in `cells`."""
-    row, corners = samples.row, 1 << len(g.in_size)
-    bases, cell = advance(samples.bases, axis * row), advance(samples.cells, axis * row)
-    first, second = advance(samples.corners, corners * row), advance(samples.corners, (corners + 1) * row)
+def _name_cells(offset: Any, axis: int, tap: int, count: int, samples: Samples, g: Any) -> None:
+    """The two pixels that each coordinate names along an axis, and the share of the second in `cells`."""
+    row, every = samples.row, 1 << len(g.in_size)
+    base, cell = advance(samples.bases, axis * row), advance(samples.cells, axis * row)
+    first, second = advance(samples.corners, every * row), advance(samples.corners, (every + 1) * row)
     real, index = type(cell[0]), type(first[0])  # a Python number would turn float32 into float64
-    low, high = lowest_coordinate(g.boundary, cell[0]), real(g.in_size[axis])
-    size, move, nan = np.int32(g.in_size[axis]), np.int32(shift), real(np.nan)
+    low, high, nan = lowest_coordinate(g.boundary, cell[0]), real(g.in_size[axis]), real(np.nan)
+    size, move = np.int32(g.in_size[axis]), np.int32(shift_of(tap, axis, g))
     # Rule dcnv1 repeats the last row and column instead of fading to zero: there both pixels are one.
     last = np.int32(size - 1) if g.boundary == DCNV1 else size
     for i in range(count):
-        p = real(np.int32(bases[i] + move)) + offset[i]
-        inside = (p >= low) & (p < high)  # False for NaN
-        within = p if inside else low
+        p = real(np.int32(base[i] + move)) + offset[i]
+        is_inside = (p >= low) & (p < high)  # False for NaN
+        within = p if is_inside else low
         floor = np.floor(within)
         pixel = np.int32(floor)
         after = np.int32(pixel + 1) if pixel < last else last  # Numba's int32 + int32 is int64: back to the narrow type
         cell[i] = within - floor if p == p else nan
-        first[i] = index(pixel) if inside & (pixel >= 0) else index(OUTSIDE)
-        second[i] = index(after) if inside & (after >= 0) & (after < size) else index(OUTSIDE)
+        first[i] = index(pixel) if is_inside & (pixel >= 0) else index(OUTSIDE)
+        second[i] = index(after) if is_inside & (after >= 0) & (after < size) else index(OUTSIDE)
 
 
 @inline
-def _extend_corners(step: int, corner: Any, nothing: int, axis: int, count: int, samples: Samples, g: Any) -> None:
-    """From a corner of the axes before this one to the one that has this axis's first pixel, in its place, and the one
-    that has the second, `step` rows behind it."""
+def _extend(near: int, far: int, axis: int, outside: int, count: int, samples: Samples, g: Any) -> None:
+    """From a corner of the axes before this one to two: the one with this axis's first pixel, in its place, and the one
+    with the second."""
     row, every = samples.row, 1 << len(g.in_size)
     first, second = advance(samples.corners, every * row), advance(samples.corners, (every + 1) * row)
-    far = advance(corner, step * row)
-    index = type(corner[0])
-    size, none = index(g.in_size[axis]), index(nothing)
+    cell, corners, weights = advance(samples.cells, axis * row), samples.corners, samples.weights
+    one, index = type(cell[0])(1), type(first[0])
+    size, none = index(g.in_size[axis]), index(outside)
     for i in range(count):
-        start = index(corner[i] * size)
-        is_inside = corner[i] >= 0
-        corner[i] = index(start + first[i]) if is_inside & (first[i] >= 0) else none
-        far[i] = index(start + second[i]) if is_inside & (second[i] >= 0) else none
-
-
-@inline
-def _extend_weights(step: int, weight: Any, cell: Any, count: int, row: int) -> None:
-    """The same for their weights."""
-    far = advance(weight, step * row)
-    one = type(cell[0])(1)
-    for i in range(count):
-        before = weight[i]
-        weight[i] = (one - cell[i]) * before
-        far[i] = cell[i] * before
+        start, weight = corners[near + i], weights[near + i]
+        has_start, start = start >= 0, index(start * size)
+        corners[near + i] = index(start + first[i]) if has_start & (first[i] >= 0) else none
+        corners[far + i] = index(start + second[i]) if has_start & (second[i] >= 0) else none
+        weights[near + i] = (one - cell[i]) * weight
+        weights[far + i] = cell[i] * weight
 
 
 @inline
 def _spread_nan(samples: Samples, axes: int, count: int) -> None:
     """A sample with one coordinate that is NaN has no position along any axis."""
-    cells, row = samples.cells, samples.row
-    for _ in range(axes - 1):
-        for axis in range(axes):
-            one, following = advance(cells, axis * row), advance(cells, (axis + 1) % axes * row)
-            for i in range(count):
-                one[i] = following[i] if following[i] != following[i] else one[i]
+    cells, row, total = samples.cells, samples.row, type(samples.cells[0])(0)
+    for axis in range(axes):
+        total += sum_values(advance(cells, axis * row), count)
+    if total == total:
+        return
+    for i in range(count):
+        total = cells[i]
+        for axis in range(1, axes):
+            total += cells[axis * row + i]
+        if total != total:
+            for axis in range(axes):
+                cells[axis * row + i] = total
 
 
 @inline

@@ -67,7 +67,7 @@ class TestActiveConv2d(PlacedTests):
         ramp = (np.arange(100) % 8 + rng.integers(0, 2, (2, 1, 80, 100)) / 64).astype(dtype)
         arrays["input"], arrays["positions"] = ramp, np.array([0.25, 0.5], dtype)
         grad_output = (rng.integers(32, 65, (2, 1, 80, 100)) / 64).astype(dtype)
-        want, grads = solve_oracle(self.operator, arrays, options, grad_output)
+        _, grads = solve_oracle(self.operator, arrays, options, grad_output)
         assert abs(grads["positions"]).max() < 60000  # of which a half has room
         _, got = self.both(backend, arrays, options, grad_output)
         assert_grads(got, grads, dtype)

@@ -1,7 +1,7 @@
 """Results of other systems for deformable convolution over one and three axes, each within its own tolerances.
 
-The oracle, tests/reference/deform_conv.py, has to give them as well as every backend: it is what all other tests compare
-with. It also has to agree with the oracle of two axes, which is written out.
+The oracle, tests/reference/deform_conv.py, has to give them as well as every backend: it is what all other tests
+compare with. It also has to agree with the oracle of two axes, which is written out.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def test_vectors_in_float32(backend):
 # ---------------------------------------------------------------------------------------------------------------------
 # dc1d pads with zeros, then moves a sample that is outside to the nearest end: of the padded signal, or of the taps of
 # its own output ("constrained"). So written, it is deform_conv1d on the padded signal, with offsets to the place moved
-# to and the rule that has no slope on the last pixel. Its gradient of the offset is that, and 0 where a sample was moved.
+# to and the rule that has no slope on the last pixel. Its gradient of the offset is that one's, and 0 where a sample
+# was moved.
 
 
 class Clamped(NamedTuple):

@@ -1,6 +1,6 @@
 """Problems of convolution over one, two or three axes, plain, deformable and active, on which the tests agree.
 
-A problem has one name whatever its axes, so that one set of tests serves all of them. No two sizes alike where it allows.
+A problem has one name whatever its axes, so that one set of tests serves all. No two sizes alike where it allows.
 """
 
 from __future__ import annotations

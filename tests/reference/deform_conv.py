@@ -167,7 +167,7 @@ def backward(grad_output, input, offset, weight, bias, mask, stride, padding, di
     }
 
 
-# Active convolution: the same place of every tap for all images and pixels ---------------------------------------------
+# Active convolution: one place of each tap for all images and pixels -------------------------------------------------
 
 
 def offset_of_positions(positions, batch, out, kernel):

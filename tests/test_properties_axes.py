@@ -185,7 +185,7 @@ def test_backward_is_the_transpose(backend, operator, data):
         ends = [run(backend, operator, {**arrays, name: array + s * v}, options) for s in (step, -step)]
         left, right = float((u * (ends[0] - ends[1])).sum()) / (2 * step), float((v * grads[name]).sum())
         size = float(np.abs(u * ends[0]).sum() + np.abs(v * grads[name]).sum())
-        # A position moves both axes of a tap at once, and the product of the two leaves a term of third order alone.
+        # Along three axes at once a sample is a cubic, of which central differences leave a term in step**2.
         assert abs(left - right) <= (1e-5 if AXES[operator] == 3 and name == "offset" else 1e-10) * size, name
 
 

@@ -25,8 +25,8 @@ def named(what: str, axes: int, between: str = ", ") -> str:
 
 
 class Good:
-    """N 2, C 12; O 4 in 2 groups, 3 offset groups; image 4x7x9, kernel 2x3x2, output 3x5x8, of which fewer axes have the
-    last ones."""
+    """N 2, C 12; O 4 in 2 groups, 3 offset groups; image 4x7x9, kernel 2x3x2, output 3x5x8, the last of them where
+    there are fewer axes."""
 
     def __init__(self, operator: str) -> None:
         self.operator, self.axes, self.kind = operator, AXES[operator], kind_of(operator)

@@ -70,11 +70,13 @@ class ConvTests:
         case = self.case(name)
         return make(self.operator, case, dtype), case.options(self.operator), make_grad_output(case, dtype)
 
-    def both(self, backend: Any, arrays: dict[str, Any], options: dict[str, Any], grad_output: Any) -> Any:
+    def both(
+        self, backend: Any, arrays: dict[str, Any], options: dict[str, Any], grad_output: Any, **of_backward: Any
+    ) -> Any:
         """Output and gradients, and nothing that was given is written to."""
         with Guard(grad_output, *arrays.values()):
             output = run(backend, self.operator, arrays, options)
-            return output, run_backward(backend, self.operator, grad_output, arrays, options)
+            return output, run_backward(backend, self.operator, grad_output, arrays, {**options, **of_backward})
 
     # Against the oracle
 
@@ -180,8 +182,7 @@ class ConvTests:
     def test_needs(self, backend, name):
         """Each subset leaves the others None and changes no bit of what it computes."""
         arrays, options, grad_output = self.problem(name, "float32")
-        if kind_of(self.operator) != "conv":  # whose gradients need no atomics, and which has no such option
-            options["deterministic"] = True
+        options["deterministic"] = True
         every = run_backward(backend, self.operator, grad_output, arrays, options)
         present = [n for n in self.names if arrays[n] is not None]
         for needs in [(n,) for n in present] + [present[:2], present[1:], ["input", "weight"], ()]:
@@ -200,14 +201,13 @@ class ConvTests:
     @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
     def test_layouts_give_the_bits_of_a_copy(self, backend, dtype):
         arrays, options, grad_output = self.problem("every_option", dtype)
-        output, grads = self.both(backend, arrays, options, grad_output)
+        output, grads = self.both(backend, arrays, options, grad_output, deterministic=True)
         for layout in LAYOUTS:
             odd = {name: layout(a) for name, a in arrays.items()}
-            odd_output, odd_grads = self.both(backend, odd, options, layout(grad_output))
+            odd_output, odd_grads = self.both(backend, odd, options, layout(grad_output), deterministic=True)
             assert_same_bits(odd_output, output, layout.__name__)
             for name in self.names:
-                if backend.on_cpu or name != "input":  # that is added with atomics on CUDA
-                    assert_same_bits(odd_grads[name], grads[name], f"{name}, {layout.__name__}")
+                assert_same_bits(odd_grads[name], grads[name], f"{name}, {layout.__name__}")
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_batch_0(self, backend, dtype):
@@ -231,6 +231,15 @@ class ConvTests:
             assert all(r.flags.writeable for r in results)
             everything = [*results, *sent.values()]
             assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(everything, 2))
+
+    @pytest.mark.parametrize("name", ["every_option", "version_1", "depthwise"])
+    def test_deterministic_is_accepted_and_changes_nothing_on_the_cpu(self, name):
+        arrays, options, grad_output = self.problem(name)
+        plain = run_backward(CPU, self.operator, grad_output, arrays, options)
+        asked = run_backward(CPU, self.operator, grad_output, arrays, {**options, "deterministic": True})
+        for gradient, array in plain.items():
+            if array is not None:
+                assert_same_bits(asked[gradient], array, gradient)
 
     @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
     def test_the_number_of_threads_changes_no_bit(self, threads, dtype):
@@ -399,12 +408,3 @@ class DeformTests(PlacedTests):
         assert (grad[0][:, ~edge] != 0).any()
         with pytest.raises(AssertionError, match="offset"):
             gradcheck(forward, backward, {"offset": offset}, side="right", elements=offset.size)
-
-    @pytest.mark.parametrize("name", ["every_option", "version_1", "depthwise"])
-    def test_deterministic_is_accepted_and_changes_nothing_on_the_cpu(self, name):
-        arrays, options, grad_output = self.problem(name)
-        plain = run_backward(CPU, self.operator, grad_output, arrays, options)
-        asked = run_backward(CPU, self.operator, grad_output, arrays, {**options, "deterministic": True})
-        for gradient, array in plain.items():
-            if array is not None:
-                assert_same_bits(asked[gradient], array, gradient)

@@ -37,8 +37,8 @@ def test_every_operator_dtype_and_kind_is_drawn():
     operators = {name for name in pydeform.__all__ if f"{name}_backward" in pydeform.__all__}
     assert set(problems.MAKERS) == operators
     for operator in operators:
-        kinds = ["exact", "far", "real", "ulp" if operator == "deform_conv2d" else "hostile"]
-        for what in (*problems.DTYPES, *(kinds if operator != "conv2d" else ["plain"])):
+        kinds = ["exact", "far", "real", "hostile" if "roi" in operator else "ulp"]
+        for what in (*problems.DTYPES, *(["plain"] if operator.startswith("conv") else kinds)):
             assert drawn[operator, what] > 10, (operator, what)
 
 
@@ -62,7 +62,7 @@ def test_a_wrong_number_is_found(monkeypatch, operator, which):
         return result
 
     monkeypatch.setattr(pydeform, operator + which, wrong)
-    problem, rng = one(operator, "plain" if operator == "conv2d" else "exact")
+    problem, rng = one(operator, "plain" if operator.startswith("conv") else "exact")
     with pytest.raises(AssertionError, match="input" if which else "output"):
         check.check(problem, rng, CPU)
 

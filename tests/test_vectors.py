@@ -14,7 +14,7 @@ import pydeform
 from pydeform import _selfcheck
 from tests.vectors import Vector, load
 from tests.vectors.bundle import BUNDLED
-from tests.vectors.calls import boundary_of, call_of, deform_conv2d_options
+from tests.vectors.calls import boundary_of, call_of, deform_conv_options
 
 VECTORS = {vector.name: vector for vector in load("deform_conv2d")}
 ROI = {vector.name: vector for vector in load("roi")}
@@ -30,7 +30,7 @@ def run(backend: Any, vector: Vector, dtype: Any) -> tuple[np.ndarray, dict[str,
     grad_output = vector.grad_outputs.get("y")
     if grad_output is not None:
         grad_output = backend.array(grad_output.astype(dtype))
-    options = deform_conv2d_options(vector)
+    options = deform_conv_options(vector)
     if "composite" in vector.args:
         output, grads = run_with_offset_branch(sent, grad_output, options)
     else:

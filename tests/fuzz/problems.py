@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tests.cases.conv import AXES, kind_of
 from tests.cases.deform_conv2d import dtype_of
 from tests.test_roi import Variant
 from tests.test_roi import problem as roi_problem
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 HALF_TYPES = ("float16", "bfloat16")
-COORDINATES = ("offset", "boxes", "trans")  # which may be float32 beside half types
+COORDINATES = ("offset", "positions", "boxes", "trans")  # which may be float32 beside half types
 
 
 class Problem(NamedTuple):
@@ -89,8 +90,13 @@ def _poison(rng: np.random.Generator, arrays: dict[str, Any]) -> str:
 # Convolution ---------------------------------------------------------------------------------------------------------
 
 
-def _conv_sizes(rng: np.random.Generator) -> dict[str, Any]:
+def _conv_sizes(rng: np.random.Generator, operator: str) -> dict[str, Any]:
     """Of at most some thousand products, which is what a loop in Python takes in some milliseconds."""
+    axes = AXES[operator]
+
+    def one_each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(map(int, rng.integers(low, high, axes)))
+
     while True:
         groups, offset_groups = _some(rng, 1, 1, 2, 3), _some(rng, 1, 1, 2, 3)
         per_group = _some(rng, 1, 2, 3, 5, 17)
@@ -99,10 +105,11 @@ def _conv_sizes(rng: np.random.Generator) -> dict[str, Any]:
             in_channels = math.lcm(in_channels, offset_groups)
         else:
             offset_groups = _some(rng, *[n for n in range(1, in_channels + 1) if in_channels % n == 0])
-        kernel = int(rng.integers(1, 4)), int(rng.integers(1, 4))
-        size = int(rng.integers(1, 9)), int(rng.integers(1, 9))
-        stride, dilation = (tuple(map(int, rng.integers(1, 4, 2))) for _ in range(2))
-        padding: Any = tuple((int(rng.integers(0, 3)), int(rng.integers(0, 3))) for _ in range(2))
+        kernel, size = one_each(1, 4), one_each(1, 9 if axes < 3 else 6)
+        stride, dilation = one_each(1, 4), one_each(1, 4)
+        if kind_of(operator) == "active":
+            dilation = (1,) * axes
+        padding: Any = tuple(zip(one_each(0, 3), one_each(0, 3), strict=True))
         out = [
             (n + sum(p) - d * (k - 1) - 1) // s + 1
             for n, p, d, k, s in zip(size, padding, dilation, kernel, stride, strict=True)
@@ -124,7 +131,7 @@ def _conv_sizes(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _convolution(rng: np.random.Generator, operator: str) -> Problem:
-    s = _conv_sizes(rng)
+    s = _conv_sizes(rng, operator)
     dtype = _some(rng, *DTYPES)
     options = dict(s["options"])
     arrays: dict[str, Any] = {
@@ -133,21 +140,26 @@ def _convolution(rng: np.random.Generator, operator: str) -> Problem:
         "bias": _some(rng, None, _eighths(rng, s["out_channels"])),
     }
     kind, beyond, slack = "plain", frozenset[str](), 0.0
-    if operator == "conv2d":
+    of = kind_of(operator)
+    if of == "conv":
         options["groups"] = s["groups"]
     else:
-        taps = s["offset_groups"] * math.prod(s["kernel"])
+        axes, taps = AXES[operator], s["offset_groups"] * math.prod(s["kernel"])
         kind = _some(rng, "exact", "exact", "far", "ulp", "real")
         if kind == "real" or (kind == "ulp" and dtype in HALF_TYPES):
             dtype = "float64"
-        arrays["offset"] = _offsets(rng, kind, dtype, (s["batch"], 2 * taps, *s["out"]))
-        arrays["mask"] = _some(rng, None, _eighths(rng, s["batch"], taps, *s["out"]))
-        options["boundary"] = _some(rng, "torchvision", "dcnv2", "dcnv1")
+        if of == "active":
+            del options["dilation"]
+            arrays["positions"] = _offsets(rng, kind, dtype, (axes * taps,))
+        else:
+            arrays["offset"] = _offsets(rng, kind, dtype, (s["batch"], axes * taps, *s["out"]))
+            arrays["mask"] = _some(rng, None, _eighths(rng, s["batch"], taps, *s["out"]))
+            options["boundary"] = _some(rng, "torchvision", "dcnv2", "dcnv1")
         if kind == "ulp" and dtype == "float32":
             # Beside an integer float32 may round a sample onto it: nearly the same value, but another slope; with
             # dcnv1's jump at the border another value as well.
-            beyond, slack = frozenset({"offset"}), 1e-3
-            if options["boundary"] == "dcnv1":
+            beyond, slack = frozenset({"offset", "positions"}), 1e-3
+            if options.get("boundary") == "dcnv1":
                 options["boundary"] = "torchvision"
     grad_output = _eighths(rng, s["batch"], s["out_channels"], *s["out"])
     arrays, grad_output = _cast(rng, arrays, dtype), grad_output.astype(dtype_of(dtype))
@@ -250,8 +262,7 @@ def _hostile(rng: np.random.Generator, count: int, dtype: str) -> Any:
 
 
 MAKERS: dict[str, Callable[[np.random.Generator, str], Problem]] = {
-    "conv2d": _convolution,
-    "deform_conv2d": _convolution,
+    **dict.fromkeys(AXES, _convolution),
     "roi_pool": _roi,
     "roi_align": _roi,
     "ps_roi_pool": _roi,

@@ -18,6 +18,8 @@ def outside_api(vector: Vector) -> str:
         return "MXNet's ROIAlign can be position-sensitive without the half pixel"
     if vector.args.get("mode") == "max" and "onnx_op" in vector.args:
         return "ONNX's largest of single weighted pixels"
+    if vector.meta.get("semantics", {}).get("border", "").startswith("clamp"):
+        return "dc1d clamps positions to the padded signal"
     return ""
 
 
@@ -30,7 +32,7 @@ def boundary_of(vector: Vector) -> str:
     return {"floor": "torchvision", "strict": "dcnv2"}[semantics.get("kink", "floor")]
 
 
-def deform_conv2d_options(vector: Vector) -> dict[str, Any]:
+def deform_conv_options(vector: Vector) -> dict[str, Any]:
     args = vector.args
     if "onnx_op" in args and "kernel_shape" in args:  # the attributes of the node, with ONNX's defaults
         top, left, bottom, right = args.get("pads", (0, 0, 0, 0))
@@ -52,8 +54,8 @@ class Call(NamedTuple):
 
 
 def call_of(vector: Vector) -> Call:
-    if vector.meta["operator"] == "deform_conv2d":
-        return deform_conv2d_call(vector)
+    if vector.meta["operator"].startswith("deform_conv"):
+        return deform_conv_call(vector)
     inputs, args = dict(vector.inputs), vector.args
     options = {"spatial_scale": args.get("spatial_scale_effective", args["spatial_scale"])}
     if "onnx_op" in args:
@@ -89,10 +91,11 @@ def call_of(vector: Vector) -> Call:
     return Call(operator, arrays, options, grads)
 
 
-def deform_conv2d_call(vector: Vector) -> Call:
+def deform_conv_call(vector: Vector) -> Call:
+    """Of one, two or three axes."""
     arrays = {PARAMETERS.get(name, name): array for name, array in vector.inputs.items()}
     grads = {PARAMETERS.get(name, name): grad for name, grad in vector.grads.items()}
-    return Call("deform_conv2d", arrays, deform_conv2d_options(vector), grads)
+    return Call(vector.meta["operator"], arrays, deform_conv_options(vector), grads)
 
 
 def psroi_pooling_call(

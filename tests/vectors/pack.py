@@ -15,6 +15,7 @@ import numpy as np
 # The subfolders that go into one archive: operators whose vectors share inputs.
 ARCHIVES = {
     "deform_conv2d": ("deform_conv2d",),
+    "deform_conv": ("deform_conv1d", "deform_conv3d"),
     "roi": (
         "roi_pool",
         "roi_align",

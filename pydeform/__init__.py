@@ -2,9 +2,14 @@
 
 from pydeform._runtime import get_num_threads, num_threads, set_num_threads
 from pydeform._version import __version__
+from pydeform.ops.active_conv2d import ActiveConv2dGrads, active_conv2d, active_conv2d_backward
 from pydeform.ops.analysis import effective_dilation, sampling_locations
+from pydeform.ops.conv1d import Conv1dGrads, conv1d, conv1d_backward
 from pydeform.ops.conv2d import Conv2dGrads, conv2d, conv2d_backward
+from pydeform.ops.conv3d import Conv3dGrads, conv3d, conv3d_backward
+from pydeform.ops.deform_conv1d import DeformConv1dGrads, deform_conv1d, deform_conv1d_backward
 from pydeform.ops.deform_conv2d import DeformConv2dGrads, deform_conv2d, deform_conv2d_backward
+from pydeform.ops.deform_conv3d import DeformConv3dGrads, deform_conv3d, deform_conv3d_backward
 from pydeform.ops.deform_psroi_pool import DeformPsroiPoolGrads, deform_psroi_pool, deform_psroi_pool_backward
 from pydeform.ops.deform_roi_pool import DeformRoiPoolGrads, deform_roi_pool, deform_roi_pool_backward
 from pydeform.ops.ps_roi_align import PsRoiAlignGrads, ps_roi_align, ps_roi_align_backward
@@ -13,8 +18,13 @@ from pydeform.ops.roi_align import RoiAlignGrads, roi_align, roi_align_backward
 from pydeform.ops.roi_pool import RoiPoolGrads, roi_pool, roi_pool_backward
 
 __all__ = [
+    "ActiveConv2dGrads",
+    "Conv1dGrads",
     "Conv2dGrads",
+    "Conv3dGrads",
+    "DeformConv1dGrads",
     "DeformConv2dGrads",
+    "DeformConv3dGrads",
     "DeformPsroiPoolGrads",
     "DeformRoiPoolGrads",
     "PsRoiAlignGrads",
@@ -22,10 +32,20 @@ __all__ = [
     "RoiAlignGrads",
     "RoiPoolGrads",
     "__version__",
+    "active_conv2d",
+    "active_conv2d_backward",
+    "conv1d",
+    "conv1d_backward",
     "conv2d",
     "conv2d_backward",
+    "conv3d",
+    "conv3d_backward",
+    "deform_conv1d",
+    "deform_conv1d_backward",
     "deform_conv2d",
     "deform_conv2d_backward",
+    "deform_conv3d",
+    "deform_conv3d_backward",
     "deform_psroi_pool",
     "deform_psroi_pool_backward",
     "deform_roi_pool",

@@ -47,11 +47,12 @@ def conv_geometry(
     *,
     groups: int | None = None,
     offset: Any = None,
+    positions: Any = None,
     mask: Any = None,
     boundary: str = "torchvision",
 ) -> ConvGeometry:
     """Check every shape and option of a convolution over `axes` axes. `groups` None: inferred from the weight."""
-    shapes = [None if array is None else array.shape for array in (input, weight, bias, offset, mask)]
+    shapes = [None if array is None else array.shape for array in (input, weight, bias, offset, positions, mask)]
     options = (stride, padding, dilation, groups, boundary)
     # A call like one before, as nearly all are, need not be checked again.
     checked = _conv_geometry if _checks.is_plain(options) else _conv_geometry.__wrapped__
@@ -67,6 +68,7 @@ def _conv_geometry(
     weight: Any,
     bias: Any,
     offset: Any,
+    positions: Any,
     mask: Any,
     stride: Any,
     padding: Any,
@@ -118,7 +120,10 @@ def _conv_geometry(
         pad=tuple(before for before, _ in padding),
         dilation=dilations,
     )
-    return g if offset is None else _with_offset(op, g, offset, mask, itemsize)
+    if offset is None and positions is None:
+        return g
+    _check_taps(op, g, itemsize)
+    return _with_positions(op, g, positions) if offset is None else _with_offset(op, g, offset, mask)
 
 
 def _groups(op: str, groups: int | None, in_channels: int, weight: Any, formula: str) -> int:
@@ -141,31 +146,51 @@ def _groups(op: str, groups: int | None, in_channels: int, weight: Any, formula:
     return groups
 
 
-def _with_offset(op: str, g: ConvGeometry, offset: Any, mask: Any, itemsize: int) -> ConvGeometry:
+def _with_offset(op: str, g: ConvGeometry, offset: Any, mask: Any) -> ConvGeometry:
     """Its offset groups, once the shapes of offset and mask are checked."""
     axes, taps = len(g.kernel), math.prod(g.kernel)
-    ends = [
-        (out - 1) * s + (k - 1) * d for out, s, k, d in zip(g.out_size, g.stride, g.kernel, g.dilation, strict=True)
-    ]
-    check_taps(op, g.pad, ends, itemsize)
     kernel = named("kernel", axes).replace(", ", "*")
     mask_formula = f"(N, offset_groups*{kernel}, {named('out', axes)})"
     formula = mask_formula if axes == 1 else mask_formula.replace("N, ", f"N, {axes}*")
     _checks.check_ndim(op, "offset", offset, formula, 2 + axes)
     offset_groups = max(int(offset[1]) // (axes * taps), 1)
     _checks.check_shape(op, "offset", offset, formula, (g.batch, axes * offset_groups * taps, *g.out_size))
-    if g.in_channels % offset_groups:
-        raise ValueError(
-            f"{op}: offset must have shape {formula} with offset_groups a divisor of C = {g.in_channels}, "
-            f"got {tuple(offset)}, which has offset_groups = {offset_groups}"
-        )
+    _check_offset_groups(op, "offset", "offset_groups", g, formula, offset, offset_groups)
     if mask is not None:
         _checks.check_shape(op, "mask", mask, mask_formula, (g.batch, offset_groups * taps, *g.out_size))
     return g._replace(offset_groups=offset_groups)
 
 
+def _with_positions(op: str, g: ConvGeometry, positions: Any) -> ConvGeometry:
+    """The same of an offset that all output positions share."""
+    axes, taps = len(g.kernel), math.prod(g.kernel)
+    formula = f"({axes}*groups_of_positions*{named('kernel', axes).replace(', ', '*')},)"
+    _checks.check_ndim(op, "positions", positions, formula, 1)
+    groups = max(int(positions[0]) // (axes * taps), 1)
+    _checks.check_shape(op, "positions", positions, formula, (axes * groups * taps,))
+    _check_offset_groups(op, "positions", "groups_of_positions", g, formula, positions, groups)
+    return g._replace(offset_groups=groups)
+
+
+def _check_offset_groups(
+    op: str, name: str, groups_name: str, g: ConvGeometry, formula: str, shape: Any, groups: int
+) -> None:
+    if g.in_channels % groups:
+        raise ValueError(
+            f"{op}: {name} must have shape {formula} with {groups_name} a divisor of C = {g.in_channels}, "
+            f"got {tuple(shape)}, which has {groups_name} = {groups}"
+        )
+
+
 def named(what: str, axes: int) -> str:
     return ", ".join(what + ending for ending in ENDINGS[axes])
+
+
+def _check_taps(op: str, g: ConvGeometry, itemsize: int) -> None:
+    ends = [
+        (out - 1) * s + (k - 1) * d for out, s, k, d in zip(g.out_size, g.stride, g.kernel, g.dilation, strict=True)
+    ]
+    check_taps(op, g.pad, ends, itemsize)
 
 
 def check_taps(op: str, before: Sequence[int], ends: Sequence[int], itemsize: int) -> None:

@@ -11,8 +11,8 @@ from pydeform._types import Needs
 # gradients behind the geometry.
 ORDER = {"conv": ("input", "offset", "weight", "bias", "mask"), "roi": ("input", "boxes", "offset", "mask")}
 # What an operator calls otherwise, as its paper or the system that it follows does.
-CALLED = {"trans": "offset"}
-COORDINATES = ("boxes", "offset", "trans")  # may be float32 beside data of half types
+CALLED = {"trans": "offset", "positions": "offset"}
+COORDINATES = ("boxes", "offset", "trans", "positions")  # may be float32 beside data of half types
 
 
 def check_arrays(op: str, arrays: dict[str, Any], *needed: str) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pydeform import _checks, _geometry, _interop
 from pydeform._types import AnyArray, Array, Int, Needs, Padding, Size
-from pydeform.ops import _call
+from pydeform.ops import _conv
 
 
 class Conv2dGrads(NamedTuple):
@@ -68,10 +67,8 @@ def conv2d(
     >>> conv2d(np.ones((1, 4, 8, 8)), np.ones((6, 2, 3, 3)), padding="same", groups=2)[0, 0, 0].tolist()
     [8.0, 12.0, 12.0, 12.0, 12.0, 12.0, 12.0, 8.0]
     """
-    op = "conv2d"
-    arrays, back = _interop.to_native(op, {"input": input, "weight": weight, "bias": bias})
-    g = _geometry_of(op, arrays, stride, padding, dilation, groups)
-    return _call.forward(op, "conv", arrays, back, g, allow_tf32=allow_tf32)
+    arrays = {"input": input, "weight": weight, "bias": bias}
+    return _conv.forward("conv2d", 2, arrays, stride, padding, dilation, groups=groups, allow_tf32=allow_tf32)
 
 
 def conv2d_backward(
@@ -112,26 +109,6 @@ def conv2d_backward(
     >>> grads.weight.shape, grads.input
     ((6, 4, 3, 3), None)
     """
-    op = "conv2d_backward"
-    arrays, back = _interop.to_native(op, {"grad_output": grad_output, "input": input, "weight": weight, "bias": bias})
-    g = _geometry_of(op, arrays, stride, padding, dilation, groups)
-    options = {"deterministic": deterministic, "allow_tf32": allow_tf32}
-    return Conv2dGrads(**_call.backward(op, "conv", arrays, back, g, needs, **options))
-
-
-def _geometry_of(
-    op: str,
-    arrays: dict[str, Any],
-    stride: Size,
-    padding: Padding,
-    dilation: Size,
-    groups: Int,
-) -> _geometry.ConvGeometry:
-    _call.check_arrays(op, arrays, "input", "weight")
-    (count,) = _checks.per_axis(op, "groups", groups, 1, 1)
-    g = _geometry.conv_geometry(
-        op, 2, arrays["input"], arrays["weight"], arrays["bias"], stride, padding, dilation, groups=count
-    )
-    if "grad_output" in arrays:
-        _geometry.check_grad_output(op, arrays["grad_output"], g)
-    return g
+    arrays = {"grad_output": grad_output, "input": input, "weight": weight, "bias": bias}
+    options: dict[str, Any] = {"groups": groups, "deterministic": deterministic, "allow_tf32": allow_tf32}
+    return Conv2dGrads(**_conv.backward("conv2d_backward", 2, arrays, stride, padding, dilation, needs, **options))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pydeform import _geometry, _interop
 from pydeform._types import AnyArray, Array, Boundary, Needs, Padding, Size
-from pydeform.ops import _call
+from pydeform.ops import _conv
 
 
 class DeformConv2dGrads(NamedTuple):
@@ -83,12 +82,9 @@ def deform_conv2d(
     >>> deform_conv2d(image, offset, np.ones((6, 4, 3, 3)), padding=1).shape
     (1, 6, 8, 8)
     """
-    op = "deform_conv2d"
-    arrays, back = _interop.to_native(
-        op, {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-    )
-    g = _geometry_of(op, arrays, stride, padding, dilation, boundary)
-    return _call.forward(op, "conv", arrays, back, g, allow_tf32=allow_tf32)
+    arrays = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
+    options: dict[str, Any] = {"boundary": boundary, "allow_tf32": allow_tf32}
+    return _conv.forward("deform_conv2d", 2, arrays, stride, padding, dilation, **options)
 
 
 def deform_conv2d_backward(
@@ -139,45 +135,14 @@ def deform_conv2d_backward(
     >>> grads.offset.shape, grads.weight
     ((1, 18, 8, 8), None)
     """
-    op = "deform_conv2d_backward"
-    arrays, back = _interop.to_native(
-        op,
-        {
-            "grad_output": grad_output,
-            "input": input,
-            "offset": offset,
-            "weight": weight,
-            "bias": bias,
-            "mask": mask,
-        },
-    )
-    g = _geometry_of(op, arrays, stride, padding, dilation, boundary)
-    options = {"deterministic": deterministic, "allow_tf32": allow_tf32}
-    return DeformConv2dGrads(**_call.backward(op, "conv", arrays, back, g, needs, **options))
-
-
-def _geometry_of(
-    op: str,
-    arrays: dict[str, Any],
-    stride: Size,
-    padding: Padding,
-    dilation: Size,
-    boundary: str,
-) -> _geometry.ConvGeometry:
-    _call.check_arrays(op, arrays, "input", "offset", "weight")
-    g = _geometry.conv_geometry(
-        op,
-        2,
-        arrays["input"],
-        arrays["weight"],
-        arrays["bias"],
-        stride,
-        padding,
-        dilation,
-        offset=arrays["offset"],
-        mask=arrays["mask"],
-        boundary=boundary,
-    )
-    if "grad_output" in arrays:
-        _geometry.check_grad_output(op, arrays["grad_output"], g)
-    return g
+    arrays = {
+        "grad_output": grad_output,
+        "input": input,
+        "offset": offset,
+        "weight": weight,
+        "bias": bias,
+        "mask": mask,
+    }
+    options: dict[str, Any] = {"boundary": boundary, "deterministic": deterministic, "allow_tf32": allow_tf32}
+    grads = _conv.backward("deform_conv2d_backward", 2, arrays, stride, padding, dilation, needs, **options)
+    return DeformConv2dGrads(**grads)

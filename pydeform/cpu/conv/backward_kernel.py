@@ -15,6 +15,7 @@ from pydeform.cpu.conv.plan import (
     corners_size,
     given_arrays,
     is_depthwise,
+    is_shared,
     is_small,
     kernel_key,
     numbers_of,
@@ -117,6 +118,7 @@ class BackwardPlan(NamedTuple):
     depth: int  # output channels of a group, for pairs rounded up to the depth of a product
     weight_size: int  # elements of one partial weight gradient
     has_mask: int
+    offset_step: int  # 0 if all images and positions share one offset
     need_input: int
     need_dots: int  # for offset and mask
     need_weight: int
@@ -132,6 +134,9 @@ class Gradients(NamedTuple):
     mask: Any
     weight: Any
     bias: Any
+    shared: (
+        Any  # that of an offset which all images and positions share: (piece of an image, block, tap, axis); or None
+    )
 
 
 class Scratch(NamedTuple):
@@ -203,7 +208,8 @@ def backward(
     dtype = compute_dtype(input.dtype)
     taps = math.prod(g.kernel)
     positions = math.prod(g.out_size)
-    need_dots, axes = "offset" in needs or "mask" in needs, len(g.out_size)
+    axes, shared = len(g.out_size), is_shared(offset)
+    need_dots = not shared and ("offset" in needs or "mask" in needs)
     # Zeros that are never touched cost nothing; with channels last every pixel is written.
     make = np.zeros if prefers_planes(g) else empty
     grad_input = make((g.batch, g.in_channels, math.prod(g.in_size)) if "input" in needs else (0, 1, 1), dtype)
@@ -211,13 +217,16 @@ def backward(
     grad_mask = empty((g.batch, g.offset_groups, taps, positions) if need_dots else (0, 1, 1, 1), dtype)
     grad_weight = empty((g.out_channels, g.in_channels // g.groups, taps) if "weight" in needs else (0, 1, 1), dtype)
     grad_bias = empty((g.out_channels,) if "bias" in needs else (0,), dtype)
+    grad_shared = np.zeros((g.offset_groups, taps, axes))
     if g.batch == 0:
         grad_weight[...] = 0
         grad_bias[...] = 0
     elif needs:
         numbers = numbers_of(input.dtype, g)
         most_threads = threads_for(g, 3, g.batch * g.in_channels * positions)
-        how = _prepared(g, dtype, numbers, most_threads, offset is not None, mask is not None, needs)
+        how = _prepared(g, dtype, numbers, most_threads, offset is not None, mask is not None, shared, needs)
+        blocks = how.tables.blocks
+        sums = np.zeros((g.batch * how.plan.pieces, len(blocks), taps, axes), dtype) if shared else None
         arrays = how.workspace.take()
         pairs = how.pairs.take() if how.pairs else None
         parallel.run(
@@ -233,6 +242,7 @@ def backward(
                 grad_mask,
                 grad_weight,
                 grad_bias,
+                sums,
             ),
             Scratch(*arrays),
             Pairs(*pairs) if pairs else None,
@@ -243,9 +253,16 @@ def backward(
         how.workspace.give_back(arrays)
         if how.pairs and pairs:
             how.pairs.give_back(pairs)
+        if sums is not None:
+            for block, og in zip(sums.swapaxes(0, 1), blocks["og"], strict=True):
+                grad_shared[og] += block.sum(axis=0, dtype=np.float64)
     taken = {
         "input": (grad_input, (g.batch, g.in_channels, *g.in_size)),
-        "offset": (grad_offset, (g.batch, axes * g.offset_groups * taps, *g.out_size)),
+        "offset": (
+            (grad_shared.astype(dtype), (grad_shared.size,))
+            if shared
+            else (grad_offset, (g.batch, axes * g.offset_groups * taps, *g.out_size))
+        ),
         "weight": (grad_weight, (g.out_channels, g.in_channels // g.groups, *g.kernel)),
         "bias": (grad_bias, (g.out_channels,)),
         "mask": (grad_mask, (g.batch, g.offset_groups * taps, *g.out_size)),
@@ -262,7 +279,14 @@ def _prepared(g: Any, *rest: Any) -> Prepared:
 
 @functools.lru_cache(maxsize=64)
 def _kept(
-    g: Any, dtype: Any, numbers: Any, most_threads: int, has_offset: bool, has_mask: bool, needs: frozenset[str]
+    g: Any,
+    dtype: Any,
+    numbers: Any,
+    most_threads: int,
+    has_offset: bool,
+    has_mask: bool,
+    shared: bool,
+    needs: frozenset[str],
 ) -> Prepared:
     pixel_dtype, axes = sizes.pixel_dtype(math.prod(g.in_size)), g.in_size if has_offset else ()
     lanes = VECTOR_BYTES // dtype.itemsize
@@ -297,6 +321,7 @@ def _kept(
         depth=depth,
         weight_size=weight_size,
         has_mask=int(has_mask),
+        offset_step=int(not shared),
         need_input=int("input" in needs),
         need_dots=int("offset" in needs or "mask" in needs),
         need_weight=int("weight" in needs),
@@ -324,7 +349,7 @@ def _kept(
         ((threads, positions // 2, COLUMN_ROW, 2), numbers),
     )
     depthwise = 1 if is_depthwise(g) else None
-    key = kernel_key(g, dtype, numbers, pixel_dtype, planes, has_offset)
+    key = kernel_key(g, dtype, numbers, pixel_dtype, planes, has_offset) + shared * "s"
     return Prepared(threads, key, planes, arrays, pairs if has_pairs else None, Tables(blocks, depthwise, axes), plan)
 
 
@@ -428,7 +453,8 @@ def _block_of_tile(
     _copy_gradient(part, row, grads.output, scratch.grads, pairs, tables.depthwise, g)
     for tap in range(taps):
         masks = at(given.mask, (b, row.og, tap, start)) if has_mask else at(given.mask, (0, 0, 0, 0))
-        locate_tap(given.offset, masks, b, row.og, tap, start, count, samples, g)
+        first = b * p.offset_step, row.og, tap, 0, start * p.offset_step
+        locate_tap(given.offset, first, masks, tap, count, samples, g)
         is_infinite = has_mask and is_any_infinite(masks, count)
         if p.need_input | p.need_dots:
             _gradient_of_columns(part, row, tap, scratch, pairs, tables.depthwise, g, p)
@@ -438,7 +464,9 @@ def _block_of_tile(
                 blend_infinite(columns, COLUMN_ROW, source, masks, count, row.channels, samples, axes)
         else:
             _sample_planes(given.planes, part, row, scratch, grads.input, masks, is_infinite, axes, g, p)
-        if p.need_dots:
+        if p.need_dots and grads.shared is not None:
+            _sum_offset_gradient(samples, grads.shared, part, tap, axes, p)
+        elif p.need_dots:
             if row.previous >= 0:
                 # Sums over channels go from block to block: this one adds where the one before has been.
                 wait_until(counters, part.progress + row.previous, part.ordinal * taps + tap + 1)
@@ -741,6 +769,14 @@ def _add_offset_gradient(samples: Any, masks: Any, grads: Any, part: Any, row: A
         else:
             target = at(grads.mask, (part.image, row.og, tap, part.start))
         _add_to_gradient(target, samples.weights, masks, axis < last, part.positions, row)
+
+
+@inline
+def _sum_offset_gradient(samples: Any, shared: Any, part: Any, tap: int, axes: Any, p: Any) -> None:
+    """Eq. 3 where all positions have one offset: a tile's sum onto those of the same piece and block."""
+    for axis in range(len(axes)):
+        blend_dots_of(samples, axis, part.positions, axes)
+        shared[part.image * p.pieces + part.piece, part.block, tap, axis] += sum_values(samples.weights, part.positions)
 
 
 @inline

@@ -15,6 +15,7 @@ from pydeform.cpu.conv.plan import (
     corners_size,
     given_arrays,
     is_depthwise,
+    is_shared,
     is_small,
     kernel_key,
     numbers_of,
@@ -89,6 +90,7 @@ class ForwardPlan(NamedTuple):
     ahead: int  # weights that are asked for while a whole panel's block is multiplied, so many more than a panel on
     ahead_lines: int  # the same in cache lines
     has_mask: int
+    offset_step: int  # 0 if all images and positions share one offset
 
 
 class Scratch(NamedTuple):
@@ -134,7 +136,7 @@ def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) 
     if output.size:
         threads = threads_for(g, 1, g.batch * -(-math.prod(g.out_size) // (4 * ROWS)))
         numbers = numbers_of(input.dtype, g)
-        how = _prepared(g, dtype, numbers, threads, offset is not None, mask is not None)
+        how = _prepared(g, dtype, numbers, threads, offset is not None, mask is not None, is_shared(offset))
         arrays = how.workspace.take()
         parallel.run(
             _forward,
@@ -157,7 +159,7 @@ def _prepared(g: Any, *rest: Any) -> Prepared:
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_mask: bool) -> Prepared:
+def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_mask: bool, shared: bool) -> Prepared:
     pixel_dtype, axes = sizes.pixel_dtype(math.prod(g.in_size)), g.in_size if has_offset else ()
     lanes = VECTOR_BYTES // dtype.itemsize
     wide_rows, rows, narrow_rows = rows_of(numbers)
@@ -186,6 +188,7 @@ def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_
         ahead=ahead_lines * CACHE_LINE // itemsize,
         ahead_lines=ahead_lines,
         has_mask=int(has_mask),
+        offset_step=int(not shared),
     )
     threads = min(threads, g.batch * plan.tiles)
     multiplied = round_up(positions, wide_rows)
@@ -316,7 +319,8 @@ def _sample_chunk(tile: Any, product: Any, given: Any, scratch: Any, tables: Any
             at_tap, at_group = entry.tap, entry.og
             if has_mask:
                 masks = at(given.mask, (b, at_group, at_tap, start))
-            locate_tap(given.offset, masks, b, at_group, at_tap, start, count, samples, g)
+            first = b * p.offset_step, at_group, at_tap, 0, start * p.offset_step
+            locate_tap(given.offset, first, masks, at_tap, count, samples, g)
             is_infinite = has_mask and is_any_infinite(masks, count)
         channels = entry.channels
         columns = at(scratch.columns, (thread, 0, entry.column))

@@ -37,6 +37,11 @@ def prefers_planes(g: Any) -> bool:
     return bool(FEW_SAMPLES * samples <= math.prod(g.in_size))
 
 
+def is_shared(offset: Any) -> bool:
+    """All images and positions have the same: one axis."""
+    return offset is not None and offset.ndim == 1
+
+
 def corners_size(blocks: Any, axes: tuple[int, ...]) -> int:
     """Numbers of the corners of one sample, and behind them what the last vector reads too."""
     return 2 ** len(axes) * int(max(blocks["channels"])) + VECTOR_BYTES // 4
@@ -69,12 +74,15 @@ class Given(NamedTuple):
 def given_arrays(
     input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, dtype: Any, planes: bool, tile: int
 ) -> Given:
-    taps = math.prod(g.kernel)
-    positions = math.prod(g.out_size)
+    taps, axes, positions = math.prod(g.kernel), len(g.out_size), math.prod(g.out_size)
     shape = (g.batch, g.offset_groups, taps)
+    if is_shared(offset):
+        offset = contiguous(offset, dtype, (1, g.offset_groups, taps, axes, 1)).repeat(tile, axis=-1)
+    elif offset is not None:
+        offset = contiguous(offset, dtype, (*shape, axes, positions))
     return Given(
         None if planes else contiguous(input, dtype, (g.batch, g.in_channels, math.prod(g.in_size))),
-        None if offset is None else contiguous(offset, dtype, (*shape, len(g.out_size), positions)),
+        offset,
         np.ones((1, 1, 1, tile), dtype) if mask is None else contiguous(mask, dtype, (*shape, positions)),
         contiguous(weight, dtype, (g.out_channels, g.in_channels // g.groups, taps)),
         np.zeros(g.out_channels, dtype) if bias is None else contiguous(bias, dtype, (g.out_channels,)),

@@ -257,7 +257,7 @@ def advance(typing_context: Any, pointer: Any, elements: Any) -> Any:
 
 @intrinsic  # type: ignore[misc]
 def column(typing_context: Any, pointer: Any, step: Any, axes: Any) -> Any:
-    """(pointer[0], pointer[step], ...), one for each corner of a cell with an axis for each item of the tuple `axes`."""
+    """(pointer[0], pointer[step], ...), one for each corner of a cell with an axis for each item of `axes`, a tuple."""
     signature = types.UniTuple(pointer.dtype, 2 ** len(axes))(pointer, types.int64, axes)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -91,10 +91,9 @@ def lowest_coordinate(boundary: int, like: Any) -> Any:
 
 
 @inline
-def locate_tap(
-    offset: Any, mask: Any, b: int, og: int, tap: int, start: int, count: int, samples: Samples, g: Any
-) -> None:
-    """Fills the tables of `samples`. `mask` points to the first of them; offset is None in a plain convolution.
+def locate_tap(offset: Any, first: Any, mask: Any, tap: int, count: int, samples: Samples, g: Any) -> None:
+    """Fills the tables of `samples`. Theirs are the numbers from offset[first] on and from where `mask` points; offset
+    is None in a plain convolution.
 
     A NaN coordinate makes weights and positions NaN and points at the zero pixel: no index is formed from a value that
     is not known to be in range.
@@ -107,7 +106,7 @@ def locate_tap(
         samples.corners[i] = 0
         samples.weights[i] = mask[i]
     for axis in range(axes):
-        _name_cells(at(offset, (b, og, tap, axis, start)), axis, tap, count, samples, g)
+        _name_cells(at(offset, (first[0], first[1], first[2], axis, first[4])), axis, tap, count, samples, g)
         outside, apart = volume(g.in_size) if axis == axes - 1 else OUTSIDE, 1 << (axes - 1 - axis)
         for near in range(0, 1 << axes, 2 * apart):
             _extend(near * row, (near + apart) * row, axis, outside, count, samples, g)
@@ -128,7 +127,11 @@ def _name_pixels(mask: Any, tap: int, count: int, samples: Samples, g: Any) -> N
     """The one that each sample of a tap that does not move reads, with the mask as its weight."""
     corner, weight, outside = samples.corners, samples.weights, volume(g.in_size)
     for axis in range(len(g.in_size)):
-        base, shift, size = advance(samples.bases, axis * samples.row), shift_of(tap, axis, g), np.int64(g.in_size[axis])
+        base, shift, size = (
+            advance(samples.bases, axis * samples.row),
+            shift_of(tap, axis, g),
+            np.int64(g.in_size[axis]),
+        )
         for i in range(count):
             pixel, before = np.int64(base[i]) + shift, np.int64(corner[i]) if axis else 0
             is_inside = (before >= 0) & (pixel >= 0) & (pixel < size)
@@ -206,7 +209,8 @@ def blend_dots_of(samples: Samples, slope: int, count: int, axes: Any) -> None:
         apart = 1 << (len(axes) - 1 - slope)
         for k in range(corners):
             near = k // apart * 2 * apart + k % apart
-            _subtract(advance(source, near * row), apart * row, advance(samples.weights, k * row), count)
+            share, target = advance(samples.cells, slope * row), advance(samples.weights, k * row)
+            _subtract(advance(source, near * row), apart * row, share, target, count)
         source = samples.weights
     for axis in range(len(axes) - 1, -1, -1):
         if axis != slope:
@@ -218,9 +222,10 @@ def blend_dots_of(samples: Samples, slope: int, count: int, axes: Any) -> None:
 
 
 @inline
-def _subtract(values: Any, row: int, target: Any, count: int) -> None:
+def _subtract(values: Any, row: int, share: Any, target: Any, count: int) -> None:
+    """NaN where the coordinate is."""
     for i in range(count):
-        target[i] = values[row + i] - values[i]
+        target[i] = values[row + i] - values[i] if share[i] == share[i] else share[i]
 
 
 @inline

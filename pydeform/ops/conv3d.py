@@ -1,0 +1,95 @@
+"""Plain convolution over three axes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pydeform._types import AnyArray, Array, Int, Needs, Padding, Size
+from pydeform.ops import _conv
+
+
+class Conv3dGrads(NamedTuple):
+    """What `conv3d_backward` returns: as `Conv2dGrads`.
+
+    >>> from pydeform import Conv3dGrads
+    >>> Conv3dGrads._fields
+    ('input', 'weight', 'bias')
+    """
+
+    input: Any
+    weight: Any
+    bias: Any
+
+
+def conv3d(
+    input: Array,
+    weight: AnyArray,
+    bias: AnyArray | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: Int = 1,
+    *,
+    allow_tf32: bool = False,
+) -> Array:
+    """Plain convolution of a volume: what `deform_conv3d` computes at zero offset, and `conv2d` over three axes.
+
+        output[b, o, p] = bias[o] + sum over c, k of weight[o, c, k] * input[b, c, p*stride - pad + k*dilation]
+
+    where p and k have an index for each axis. Pixels outside are 0.
+
+    Parameters
+    ----------
+    input : array (N, C, D, H, W), float64, float32, float16 or bfloat16, as every other array
+    weight : array (O, C/groups, kernel_d, kernel_h, kernel_w)
+    bias, stride, padding, dilation, groups, allow_tf32 : as in `conv2d`, one stride, dilation and padding per axis
+
+    Returns   array (N, O, out_d, out_h, out_w) of the kind, device and dtype of `input`
+    Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
+    Notes     As `conv2d`: sums, NaN, memory, and the same bits on every run and any number of threads.
+    Source    Layout as torch.nn.functional.conv3d.
+    Example
+    >>> import numpy as np
+    >>> from pydeform import conv3d
+    >>> conv3d(np.ones((1, 4, 3, 4, 5)), np.ones((6, 2, 3, 3, 3)), padding="same", groups=2)[0, 0, 1, 1].tolist()
+    [36.0, 54.0, 54.0, 54.0, 36.0]
+    """
+    arrays = {"input": input, "weight": weight, "bias": bias}
+    return _conv.forward("conv3d", 3, arrays, stride, padding, dilation, groups=groups, allow_tf32=allow_tf32)
+
+
+def conv3d_backward(
+    grad_output: AnyArray,
+    input: AnyArray,
+    weight: AnyArray,
+    bias: AnyArray | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: Int = 1,
+    *,
+    needs: Needs = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+) -> Conv3dGrads:
+    """Gradients of `conv3d`, computed from its arguments alone: d sum(grad_output * output) / d argument.
+
+    Parameters
+    ----------
+    grad_output : array (N, O, out_d, out_h, out_w), the gradient of the forward's result
+    input, weight, bias, stride, padding, dilation, groups, allow_tf32 : exactly the forward's
+    needs, deterministic : as in `conv2d_backward`
+
+    Returns   Conv3dGrads, of the kind, device and dtype of `grad_output`
+    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
+    Notes     As `conv2d_backward`. The forward is linear in each argument, so the gradients are exact.
+    Example
+    >>> import numpy as np
+    >>> from pydeform import conv3d_backward
+    >>> grads = conv3d_backward(np.ones((1, 6, 2, 1, 2)), np.ones((1, 4, 3, 3, 4)), np.ones((6, 4, 2, 3, 3)))
+    >>> grads.input.shape, grads.weight.shape, grads.bias
+    ((1, 4, 3, 3, 4), (6, 4, 2, 3, 3), None)
+    """
+    arrays = {"grad_output": grad_output, "input": input, "weight": weight, "bias": bias}
+    options: dict[str, Any] = {"groups": groups, "deterministic": deterministic, "allow_tf32": allow_tf32}
+    return Conv3dGrads(**_conv.backward("conv3d_backward", 3, arrays, stride, padding, dilation, needs, **options))

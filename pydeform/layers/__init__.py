@@ -12,8 +12,13 @@ everything between the operators is computed in float32 and rounded once.
 from pydeform.layers._files import load, save
 from pydeform.layers._layer import Layer
 from pydeform.layers.activation import ReLU, Sigmoid, Softmax
+from pydeform.layers.active_conv2d import ActiveConv2d
+from pydeform.layers.conv1d import Conv1d
 from pydeform.layers.conv2d import Conv2d
+from pydeform.layers.conv3d import Conv3d
+from pydeform.layers.deform_conv1d import DeformConv1d
 from pydeform.layers.deform_conv2d import DeformConv2d
+from pydeform.layers.deform_conv3d import DeformConv3d
 from pydeform.layers.linear import Flatten, Linear
 from pydeform.layers.norm import BatchNorm2d
 from pydeform.layers.pooling import GlobalAvgPool2d, MaxPool2d
@@ -21,9 +26,14 @@ from pydeform.layers.roi import DeformPSRoIPool, DeformRoIPool, RoIAlign
 from pydeform.layers.sequential import Sequential
 
 __all__ = [
+    "ActiveConv2d",
     "BatchNorm2d",
+    "Conv1d",
     "Conv2d",
+    "Conv3d",
+    "DeformConv1d",
     "DeformConv2d",
+    "DeformConv3d",
     "DeformPSRoIPool",
     "DeformRoIPool",
     "Flatten",

@@ -85,7 +85,7 @@ def _expressions() -> Iterator[tuple[str, tuple[str, ...], int]]:
 
 
 def _of_axes(axes: int) -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """Each kind of product where a sample is largest, one of each width of number where it is smallest."""
+    """Of each kind of product and width of number the kernels with most registers; fewer where samples are small."""
     kinds = (("float16", 90), ("float16", 80), ("float16", 75), ("float32", 90), ("float32", 80), ("float64", 75))
     for dtype, capability in kinds if axes > 2 else (kinds[0], kinds[-1]):
         architectures = CAPABILITIES[capability][-1:]
@@ -94,15 +94,17 @@ def _of_axes(axes: int) -> Iterator[tuple[str, tuple[str, ...], int]]:
         weight = weight_product(dtype, capability, OUTPUTS[0], False)
         yield f"backward_weight<{weight.expression}, int, {DEFORMED}>", architectures, _budget(weight)
         data = data_product(dtype, capability, False)
-        for store in ("false", "true"):
-            yield f"backward_data<{data.expression}, int, {store}>", architectures, _budget(data)
-    forward = forward_product("float16", 90, OUTPUTS[0], False)
-    yield f"forward<{forward.expression}, int, {ADJOINT}>", ("90a",), _budget(forward)
-    for c in ("f16", "double"):
-        for name in ("forward_direct<{}, int, true>", "weight_direct<{}, int, true>", "input_gradient_direct<{}, int>"):
-            yield name.format(c), EVERY[-1:], 96
-        for name in ("backward_data_direct<{}, int, false>", "fill_bins<{}, int>", "gather_bins<{}, int>"):
-            yield name.format(c), EVERY[-1:], 96
+        yield f"backward_data<{data.expression}, int, true>", architectures, _budget(data)
+    data = data_product("float16", 90, False)
+    yield f"backward_data<{data.expression}, int, false>", ("90a",), _budget(data)
+    forward = forward_product("float16", 75, OUTPUTS[0], False)
+    yield f"forward<{forward.expression}, int, {ADJOINT}>", ("75",), _budget(forward)
+    for c in ("f16", "double") if axes > 2 else ("double",):
+        names = [f"{name}_direct<{c}, int, true>" for name in ("forward", "weight")]
+        names += [f"input_gradient_direct<{c}, int>", f"backward_data_direct<{c}, int, false>"]
+        names += [f"fill_bins<{c}, int>", f"gather_bins<{c}, int>"]
+        for name in names:
+            yield name, EVERY[-1:], 96
 
 
 def _of_active() -> Iterator[tuple[str, tuple[str, ...], int]]:

@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   constexpr int A_CHUNKS = P::BM / E, B_CHUNKS = P::BN / E, A_BYTES = DEPTH * A_CHUNKS * 16,
                 B_BYTES = DEPTH * B_CHUNKS * 16;
   constexpr int TASKS = DEPTH * B_CHUNKS / P::THREADS, ROWS = P::THREADS / B_CHUNKS;
-  constexpr int KEPT = samples_kept(TASKS, PIXELS, 16);
+  constexpr int KEPT = PIXELS > 4 ? 1 : TASKS;  // as in `forward`
   static_assert(TASKS > 0 && DEPTH * B_CHUNKS % P::THREADS == 0 && P::THREADS % B_CHUNKS == 0, "threads divide evenly");
   PYDEFORM_DYNAMIC_SHARED(unsigned char, shared);
   unsigned char *const a_tiles = shared, *const b_tiles = shared + 2 * A_BYTES;

@@ -125,11 +125,6 @@ PYDEFORM_DEVICE uint4 blend(const Tap<Compute<T>, I, READS>& t, const uint4 (&co
   }
 }
 
-// How many of a thread's samples wait in registers for the next step: all, or, where they are many pixels, one.
-constexpr PYDEFORM_DEVICE int samples_kept(int tasks, int pixels, int most) {
-  return tasks * pixels > most ? 1 : tasks;
-}
-
 template <class T, class I, int PIXELS>
 PYDEFORM_DEVICE void load_corners(uint4 (&corner)[PIXELS], const T* __restrict__ channel, const I (&place)[PIXELS]) {
 #pragma unroll
@@ -150,7 +145,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   constexpr int PIXELS = PIXELS_READ<READS>;
   constexpr int A_BYTES = P::PARTS * P::BM * P::ROW, B_BYTES = P::PARTS * P::BN * P::ROW;
   constexpr int TASKS = P::BM * P::CHUNKS / P::THREADS, ROWS = P::THREADS / P::CHUNKS;
-  constexpr int KEPT = samples_kept(TASKS, PIXELS, P::THREADS > 128 ? 16 : 8);  // of small blocks three shall fit
+  // A thread's samples wait in registers for the next step; in three dimensions these have room for one, which does not.
+  constexpr int KEPT = PIXELS > 4 ? 1 : TASKS;
   static_assert(P::THREADS % P::BM == 0 && P::BM % ROWS == 0 && ROWS % 8 == 0, "a thread's rows are swizzled alike");
   PYDEFORM_DYNAMIC_SHARED(unsigned char, shared);
   unsigned char *const a_tiles = shared, *const b_tiles = shared + 2 * A_BYTES;

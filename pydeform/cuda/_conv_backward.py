@@ -225,16 +225,15 @@ class Plan:
         sums = None
         if grad_input is not None:
             sums = cupy.zeros((g.batch * math.prod(g.in_size), self.memory), self.sums)
+        gathers = deterministic and sums is not None
         for chunk in ranges:
             _, count, tap0, some = chunk
             grad_offset = offset_sums.target(images, some, ceil_div(count, self.data_product.rows))
-            target = sums
-            if deterministic and sums is not None:
-                target = cupy.empty((some, count, self.memory), self.sums)
+            target = cupy.empty((some, count, self.memory), self.sums) if gathers else sums
             # `deterministic` chooses the kernel also where no gradient of the input is needed, for the same reason.
             self._samples(deterministic, *chunk)(*parts, packed, grad_offset, grad_mask, target)
             offset_sums.add(grad_offset, tap0)
-            if deterministic and sums is not None:
+            if gathers:
                 _conv_gather.accumulate(self.code, target, parts.offset, parts.mask, sums, g, self.memory, *chunk)
         if sums is not None:
             to_channels_first(self.code, sums, grad_input, self.channels.unit, self.channels.pitch)

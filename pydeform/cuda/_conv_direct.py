@@ -6,7 +6,7 @@ Arrays arrive C-contiguous and checked, with at least one image; None stands for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import cupy
@@ -168,20 +168,21 @@ class _Data(NamedTuple):
 
     def in_chunks(self, grad_input: Any) -> None:
         """The same bits on each run: column gradients of one chunk at a time, gathered by the pixels."""
-        g = self.g
-        dtype = compute_dtype(self.input.dtype)
-        if grad_input is None:  # by the same kernel, so that `needs` changes no bit
-            whole = (0, g.batch * pixels(g), 0, taps(g))
-            for chunk in chunks(g, dtype.itemsize, WORKSPACE) if self.code.active else (whole,):
-                self._run(None, None, *chunk, store=True)
-            return
-        sums = cupy.zeros((g.batch, math.prod(g.in_size), g.in_channels), dtype)
-        for first, count, tap0, some in chunks(g, dtype.itemsize, WORKSPACE):
-            columns = cupy.empty((some, count, g.in_channels), dtype)
-            self._run(None, columns, first, count, tap0, some, store=True)
-            chunk = (first, count, tap0, some)
-            _conv_gather.accumulate(self.code, columns, self.offset, self.mask, sums, g, g.in_channels, *chunk)
-        to_channels_first(self.code, sums, grad_input, g.in_channels, g.in_channels)
+        g, dtype, sums = self.g, compute_dtype(self.input.dtype), None
+        ranges: Iterable[tuple[int, int, int, int]] = [(0, g.batch * pixels(g), 0, taps(g))]
+        # What adds up over pixels keeps to the same chunks whatever else is needed, so that `needs` changes no bit.
+        if grad_input is not None or self.code.active:
+            ranges = chunks(g, dtype.itemsize, WORKSPACE)
+        if grad_input is not None:
+            sums = cupy.zeros((g.batch, math.prod(g.in_size), g.in_channels), dtype)
+        for chunk in ranges:
+            _, count, _, some = chunk
+            columns = None if sums is None else cupy.empty((some, count, g.in_channels), dtype)
+            self._run(None, columns, *chunk, store=True)  # also without columns, for the same reason
+            if sums is not None:
+                _conv_gather.accumulate(self.code, columns, self.offset, self.mask, sums, g, g.in_channels, *chunk)
+        if sums is not None:
+            to_channels_first(self.code, sums, grad_input, g.in_channels, g.in_channels)
 
     def _run(
         self, accumulator: Any, columns: Any, first: int, count: int, tap0: int, some: int, *, store: bool

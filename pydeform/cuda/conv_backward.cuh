@@ -27,8 +27,9 @@ PYDEFORM_DEVICE void add_anywhere(double* p, const Chunk<double>& c, double w) {
 // Gradients of offset and mask (eq. 3, 4) and of the input (eq. 5) from one tap's column gradient, which is a product
 // of grad_output and weight and stays in shared memory.
 // Owner: a block has BM output pixels of [first, first + count) and one tap, all channels: it alone writes their
-// grad_offset and grad_mask; ACTIVE: grad_offset[og][tap - tap0][axis][block of pixels] gets their sum. The input's gradient is added to by atomics; or, STORE, the column gradient is written to
-// `sums` as columns[tap - tap0][pixel - first][channel] for conv_gather.cuh, without any.
+// grad_offset and grad_mask; ACTIVE: the sum over its pixels, to grad_offset[og][tap - tap0][axis][block of pixels]. The
+// input's gradient is added to by atomics; or, STORE, the column gradient is written to `sums` as
+// columns[tap - tap0][pixel - first][channel] for conv_gather.cuh, without any.
 template <class P, class I, bool STORE, class TOffset = typename P::T>
 __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1)
     backward_data(const typename P::T* __restrict__ gradient, const typename P::T* __restrict__ image,

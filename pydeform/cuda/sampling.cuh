@@ -155,9 +155,10 @@ PYDEFORM_DEVICE void dots_of_corners(const A (&dot)[CORNERS], const A (&within)[
 #pragma unroll
   for (int a = 0; a < AXES; a++) {
 #pragma unroll
-    for (int k = 0; k < CORNERS; k++) {  // edges of the cell along the axis, and the weight of each by the other axes
+    for (int k = 0; k < CORNERS; k++) {  // edges of the cell along the axis, each with its weight by the other axes
       if (is_far(k, a)) continue;
-      A edge = AXES == 1 && within[0] != within[0] ? within[0] : (A)1;  // NaN by other axes' weights, where there are
+      // A NaN comes in with the other axes' weights. A single axis has none.
+      A edge = AXES == 1 && within[0] != within[0] ? within[0] : (A)1;
 #pragma unroll
       for (int b = 0; b < AXES; b++)
         if (b != a) edge *= is_far(k, b) ? within[b] : (A)1 - within[b];

@@ -118,11 +118,11 @@ def threads_of(cubin: bytes, kernel: str) -> int | None:
 
 def figures(instance: Any, architecture: str, program: str | None) -> dict[str, Any]:
     toolkit = nvrtc.toolkits()[-1]
-    compiled = toolkit.compile(_source.source(instance.operator), [instance.expression], architecture, OPTIONS)
+    compiled = toolkit.compile(_source.source(instance.code), [instance.expression], architecture, OPTIONS)
     resources, kernel = compiled.kernels[instance.expression], compiled.lowered[instance.expression]
     shared = resources.shared + dynamic_shared(instance.expression)
     row: dict[str, Any] = {
-        "kernel": f"`{instance.operator}: {instance.expression}`",
+        "kernel": f"`{instance.code.file}, {instance.code.axes} axes: {instance.expression}`",
         "sm": architecture,
         "registers": resources.registers,
         "shared, KB": f"{shared / KILOBYTE:.3g}",
@@ -160,12 +160,11 @@ def main() -> int:
     if not nvrtc.toolkits():
         raise SystemExit(f"needs one of {', '.join(nvrtc.WHEELS)}")
     program = sass.disassembler()
-    operators = sorted(path.stem for path in (ROOT / "pydeform" / "cuda").glob("*.cu"))
     wanted = options.architectures and options.architectures.split(",")
     rows = [
         figures(instance, architecture, program)
-        for operator in operators
-        for instance in _kernels.instances(operator)
+        for code in _kernels.CODES
+        for instance in _kernels.instances(code)
         if options.match in instance.expression
         for architecture in instance.architectures
         if not wanted or architecture in wanted

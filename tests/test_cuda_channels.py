@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from pydeform.cuda._source import Code
 from tests.conftest import assert_same_bits, needs_emulation
 from tests.test_cuda_convolution import on
 
 pytestmark = needs_emulation
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+CODE = Code("conv", 1)
 
 
 class Layout(NamedTuple):
@@ -80,13 +82,13 @@ def at(a: np.ndarray, start: int) -> Any:
 def last(array: Any, layout: Layout) -> Any:
     from pydeform.cuda import _channels
 
-    return _channels.to_channels_last("conv2d", array[..., None], layout.unit, layout.pitch, layout.cells)
+    return _channels.to_channels_last(CODE, array, layout.unit, layout.pitch, layout.cells)
 
 
 def first(sums: Any, output: Any, layout: Layout) -> None:
     from pydeform.cuda import _channels
 
-    _channels.to_channels_first("conv2d", sums, output[..., None], layout.unit, layout.pitch)
+    _channels.to_channels_first(CODE, sums, output, layout.unit, layout.pitch)
 
 
 def check(layout: Layout, batch: int, pixels: int, dtype: str, start: int) -> None:
@@ -143,7 +145,7 @@ def test_grids_are_within_their_limits(emulated, monkeypatch):
     _channels._turn.cache_clear()
     for batch, channels, pixels in ((70_000, 8, 1), (1, 5_000_000, 1), (1, 1, 2**31 - 2**17), (65_535, 4_194_240, 1)):
         for name, itemsize in (("to_channels_last", 2), ("to_channels_first", 4)):
-            _channels._turn(name, "conv2d", "float16", itemsize, batch, channels, pixels, channels, channels, None)
+            _channels._turn(name, CODE, "float16", itemsize, batch, channels, pixels, channels, channels, None)
     _channels._turn.cache_clear()
     assert all(0 < x < 2**31 and 0 < y <= 65535 and 0 < z <= 65535 for x, y, z in grids), grids
 

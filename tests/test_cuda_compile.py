@@ -13,28 +13,33 @@ from pathlib import Path
 import pytest
 
 from pydeform.cuda import _kernels, _source
+from pydeform.cuda._source import Code
 from tests.cuda_emulation import nvrtc, sass
 
 OPTIONS = ("-std=c++17",)
 CUDA = Path(importlib.util.find_spec("pydeform.cuda").origin).parent
-OPERATORS = sorted(path.stem for path in CUDA.glob("*.cu"))
+CONV, ROI = Code("conv"), Code("roi")
 TOOLKITS = nvrtc.toolkits()
-INSTANCES = [instance for operator in OPERATORS for instance in _kernels.instances(operator)]
+INSTANCES = [instance for code in _kernels.CODES for instance in _kernels.instances(code)]
+
+
+def named(code):
+    return f"{code.file}{code.axes}{'_active' * code.active}"
 
 
 def sample():
-    """Of each operator, template, kind of product, type and list of architectures the first, which has the widest tile.
+    """Of each code, template, kind of product, type and list of architectures the first, which has the widest tile.
 
-    With it how many of its operator have had the same list before.
+    With it how many of its code have had the same list before.
     """
-    firsts = {(i.operator, i.architectures, *re.findall(r"\w+", i.expression)[:3]): i for i in reversed(INSTANCES)}
-    lists = [(i.operator, i.architectures) for i in firsts.values()]
+    firsts = {(i.code, i.architectures, *re.findall(r"\w+", i.expression)[:3]): i for i in reversed(INSTANCES)}
+    lists = [(i.code, i.architectures) for i in firsts.values()]
     return {i: lists[:number].count(lists[number]) for number, i in enumerate(firsts.values())}
 
 
 SAMPLE = sample()
-# Templates that carry an operator's work, forward and backward: by tiles, or by warps.
-MAIN = dict.fromkeys(OPERATORS, ("forward<", "backward_weight<")) | {"roi": ("pool_bins<", "input_gradient<")}
+# Templates that carry a family's work, forward and backward: by tiles, or by warps.
+MAIN = {CONV: ("forward<", "backward_weight<"), ROI: ("pool_bins<", "input_gradient<")}
 CORES = ThreadPoolExecutor(os.cpu_count())
 
 needs_nvrtc = pytest.mark.skipif(not TOOLKITS, reason=f"none of {', '.join(nvrtc.WHEELS)} is installed")
@@ -68,12 +73,12 @@ def architectures(toolkit, instance):
 
 
 def faults_of(instance, toolkit, architecture):
-    found = nvrtc.cached(toolkit, _source.source(instance.operator), instance.expression, architecture, OPTIONS)
+    found = nvrtc.cached(toolkit, _source.source(instance.code), instance.expression, architecture, OPTIONS)
     return [f"{toolkit}, sm_{architecture}: {fault}" for fault in faults(*found, instance.registers)]
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("instance", INSTANCES, ids=lambda instance: f"{instance.operator}-{instance.expression}")
+@pytest.mark.parametrize("instance", INSTANCES, ids=lambda i: f"{named(i.code)}-{i.expression}")
 def test_kernel_compiles_and_stays_in_its_registers(instance):
     jobs = [(instance, toolkit, name) for toolkit in TOOLKITS for name in architectures(toolkit, instance)]
     assert jobs
@@ -83,32 +88,32 @@ def test_kernel_compiles_and_stays_in_its_registers(instance):
 
 @needs_nvrtc
 @each_toolkit
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_every_dtype_is_compiled_for_every_architecture(operator, toolkit):
+@pytest.mark.parametrize("code", MAIN, ids=named)
+def test_every_dtype_is_compiled_for_every_architecture(code, toolkit):
     """Forward and backward; with an older toolkit each for one architecture, so that all have their turn."""
     newest = str(toolkit.architectures[-1])
-    every, of_operator = ("75", "80", "90", "90a", newest), set()
-    for kernel in MAIN[operator]:
+    every, of_code = ("75", "80", "90", "90a", newest), set()
+    for kernel in MAIN[code]:
         found = {
             (dtype, name)
             for instance in INSTANCES
-            if instance.operator == operator and instance.expression.startswith(kernel)
+            if instance.code == code and instance.expression.startswith(kernel)
             for dtype in ("double", "float", "f16", "bf16")
             if f"<{dtype}," in instance.expression
             for name in architectures(toolkit, instance)
         }
-        of_operator |= {name for _, name in found}
+        of_code |= {name for _, name in found}
         assert {dtype for dtype, _ in found} == {"double", "float", "f16", "bf16"}, kernel
         if toolkit is TOOLKITS[-1]:
             wanted = {(d, a) for d in ("double", "float", "f16", "bf16") for a in every}
             assert not wanted - found, f"{kernel}: {sorted(wanted - found)}"
-    assert not set(every) - of_operator
+    assert not set(every) - of_code
 
 
-def test_every_operator_has_kernels():
-    assert OPERATORS
-    for operator in OPERATORS:
-        assert _kernels.instances(operator), operator
+def test_every_code_has_kernels():
+    assert {code.file for code in _kernels.CODES} == {path.stem for path in CUDA.glob("*.cu")}
+    for code in _kernels.CODES:
+        assert _kernels.instances(code), code
 
 
 def test_every_kernel_is_compiled():
@@ -161,7 +166,7 @@ FORMS = {
 
 
 def machine_code(expression, architecture, source=None):
-    return nvrtc.cached_code(TOOLKITS[-1], source or _source.source("deform_conv2d"), expression, architecture, OPTIONS)
+    return nvrtc.cached_code(TOOLKITS[-1], source or _source.source(CONV), expression, architecture, OPTIONS)
 
 
 def wrong_forms(code, in_loop, elsewhere):
@@ -218,7 +223,7 @@ SASS_FAULTS = {  # kernel, what is right, what is wrong, what is said of it
 @pytest.mark.parametrize("fault", SASS_FAULTS)
 def test_a_wrong_form_is_seen(fault):
     key, right, wrong, said = SASS_FAULTS[fault]
-    source = _source.source("deform_conv2d")
+    source = _source.source(CONV)
     assert right in source
     found = wrong_forms(machine_code(*key, source.replace(right, wrong)), *FORMS[key])
     assert any(said in text for text in found), found
@@ -297,7 +302,7 @@ def test_warnings_are_seen(toolkit):
 
 @each_toolkit
 def test_an_error_names_our_file_and_line(toolkit):
-    where = _source.source(OPERATORS[0]) + '\n#line 40 "part.cuh"\n__global__ void broken(int* p) {\n  p[0] = q;\n}\n'
+    where = _source.source(CONV) + '\n#line 40 "part.cuh"\n__global__ void broken(int* p) {\n  p[0] = q;\n}\n'
     with pytest.raises(nvrtc.CompileError, match=r'part\.cuh\(41\): error: identifier "q" is undefined'):
         compiled(toolkit, "broken", source=where)
     with pytest.raises(nvrtc.CompileError, match="no_such_kernel"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pydeform._geometry import BOUNDARIES, ConvGeometry
+from pydeform.cuda._source import Code, source
 from tests import conftest
 from tests.cases.deform_conv2d import dtype_of
 from tests.conftest import TOLERANCE, assert_same_bits
@@ -102,7 +103,7 @@ def run(gather: Any, p: Problem, chunks: Any = None) -> np.ndarray:
     for first, count, tap0, taps in chunks or [(0, everything, 0, p.taps)]:
         part = np.ascontiguousarray(p.columns[tap0 : tap0 + taps, first : first + count])
         columns = device.cupy.asarray(part)
-        gather.accumulate(columns, offset, mask, sums, p.g, p.columns.shape[2], first, count, tap0, taps)
+        gather.accumulate(Code("conv"), columns, offset, mask, sums, p.g, p.columns.shape[2], first, count, tap0, taps)
     return sums.get()
 
 
@@ -185,8 +186,7 @@ def problem_origin(p: Problem) -> np.ndarray:
 
 
 def gather_short_bin() -> int:
-    source = importlib.import_module("pydeform.cuda._source").source("deform_conv2d")
-    return int(source.partition("constexpr int SHORT_BIN = ")[2].partition(";")[0])
+    return int(source(Code("conv")).partition("constexpr int SHORT_BIN = ")[2].partition(";")[0])
 
 
 @pytest.mark.parametrize("length", [31, 32, 33, 34, 100, 257])
@@ -204,7 +204,8 @@ def test_bins_of_many_lengths_are_sorted(gather, length):
     for pattern in patterns:
         host = np.concatenate([pattern(n) for n in lengths]).astype(np.int32)
         ids = device.cupy.asarray(host)
-        gather._launch("sort_bins<int>", len(lengths), (device.cupy.asarray(starts), ids, np.int32(len(lengths))))
+        arguments = (device.cupy.asarray(starts), ids, np.int32(len(lengths)))
+        gather._launch(Code("conv"), "sort_bins<int>", len(lengths), arguments)
         parts = np.split(host, starts[1:-1])
         np.testing.assert_array_equal(ids.get(), np.concatenate([np.sort(part) for part in parts]))
 

@@ -143,7 +143,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     found: list[str] = []
     for module in (_conv_forward, _conv_backward):
-        monkeypatch.setattr(module, "Launch", lambda operator, expression, *rest, **more: found.append(expression))
+        monkeypatch.setattr(module, "Launch", lambda code, expression, *rest, **more: found.append(expression))
     return found
 
 
@@ -160,11 +160,12 @@ LARGE = {
 def test_large_arrays_have_long_indices(emulated, planned, name):
     from pydeform.cuda import _conv_backward, _conv_forward
     from pydeform.cuda._launch import Device
+    from pydeform.cuda._source import Code
 
     g = geometry_of(LARGE[name])
     on = Device(0, 80, 108, 166_912)
-    _conv_forward.Tiles("deform_conv2d", 1, g, "float16", on, False)
-    plan = _conv_backward.Plan(g, "deform_conv2d", "float16", on, False)
+    _conv_forward.Tiles(Code("conv"), 1, g, "float16", on, False)
+    plan = _conv_backward.Plan(g, Code("conv"), 1, "float16", on, False)
     plan._weight(False, 1)
     plan._samples(False, 0, 1, 0, 1)
     assert plan.index == "long long"
@@ -235,13 +236,14 @@ def test_one_problem_on_two_devices(emulated):
 def test_long_indices_fit_into_shared_memory(emulated, planned, capability, dtype, units):
     from pydeform.cuda import _conv_backward, _conv_forward
     from pydeform.cuda._launch import Device
+    from pydeform.cuda._source import Code
     from tests.cuda_emulation import streams
 
     on = Device(0, int(capability), 100, streams.SHARED_KIB[capability] * 1024)
     g = geometry_of(Case(1, 64, 5, 6, 300, (2, 2), offset_groups=units))
-    tiles = _conv_forward.Tiles("deform_conv2d", 1, g, dtype, on, False)
+    tiles = _conv_forward.Tiles(Code("conv"), 1, g, dtype, on, False)
     assert tiles._shared(tiles.channels.slots(tiles.product.depth), "long long") <= on.shared
-    plan = _conv_backward.Plan(g, "deform_conv2d", dtype, on, False)
+    plan = _conv_backward.Plan(g, Code("conv"), 1, dtype, on, False)
     assert plan._shared_data(plan.slots, "long long") <= on.shared
     assert plan._shared_weight(plan.slots, "long long") <= on.shared
 
@@ -250,12 +252,13 @@ def test_sums_of_the_weights_gradient_fit_into_the_workspace(emulated, monkeypat
     """As many slices as there is room for, one at least."""
     from pydeform.cuda import _conv_backward
     from pydeform.cuda._launch import Device
+    from pydeform.cuda._source import Code
 
     g, on = geometry_of(SLICED), Device(0, 80, 1000, 166_912)
     bytes_of_a_slice = 9 * 16 * 128 * 4
     for room, slices in ((1 << 26, 2), (2 * bytes_of_a_slice, 2), (2 * bytes_of_a_slice - 1, 1), (1, 1)):
         monkeypatch.setattr(_conv_backward, "WORKSPACE", room)
-        assert _conv_backward.Plan(g, "deform_conv2d", "float16", on, False).slices == slices
+        assert _conv_backward.Plan(g, Code("conv"), 1, "float16", on, False).slices == slices
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])

@@ -56,7 +56,7 @@ def test_operator_is_complete(operator):
     family = FAMILY.get(operator, operator)
     for path in (
         f"pydeform/ops/{operator}.py",
-        f"pydeform/cuda/{family}.cu",
+        f"pydeform/cuda/{FAMILY.get(operator, 'conv')}.cu",
         f"tests/reference/{family}.py",
         f"tests/test_{family}.py",
     ):

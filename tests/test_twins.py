@@ -11,18 +11,14 @@ import pytest
 
 import pydeform
 from pydeform import _geometry, _roi_geometry
+from pydeform.cuda._source import Code, source
 
 PACKAGE = Path(pydeform.__file__).parent
-OPERATORS = sorted(path.stem for path in (PACKAGE / "cuda").glob("*.cu"))
 # Backends have one twin for all of a family, whose operators differ in which arrays there are and in their geometry.
 FAMILIES = {
     "conv": ("conv2d", "deform_conv2d"),
     "roi": ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool"),
 }
-
-
-def members(operator: str) -> tuple[str, ...]:
-    return FAMILIES.get(operator, (operator,))
 
 
 def public_functions(path: Path) -> dict[str, str]:
@@ -33,9 +29,15 @@ def public_functions(path: Path) -> dict[str, str]:
 
 
 def test_operators_are_known():
-    assert {"conv2d", "deform_conv2d", "roi"} <= set(OPERATORS)
-    for operator in OPERATORS:
-        assert set(members(operator)) <= set(pydeform.__all__), operator
+    assert set(FAMILIES) == {path.stem for path in (PACKAGE / "cuda").glob("*.cu")}
+    for members in FAMILIES.values():
+        assert set(members) <= set(pydeform.__all__)
+
+
+def test_kernels_name_whose_they_are():
+    """So that who looks for an operator finds them."""
+    head = (PACKAGE / "cuda" / "conv.cu").read_text(encoding="utf-8").partition("#include")[0]
+    assert set(FAMILIES["conv"]) <= set(re.findall(r"\w+", head))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,23 +72,22 @@ def test_a_file_in_every_folder(family):
 
 
 @pytest.mark.parametrize(
-    ("operator", "name", "geometry"),
+    ("code", "name", "geometry"),
     [
-        ("deform_conv2d", "Geometry", _geometry.ConvGeometry),
-        ("roi", "RoiGeometry", _roi_geometry.RoiGeometry),
+        *((Code("conv", axes), "Geometry", _geometry.ConvGeometry) for axes in (1, 2, 3)),
+        (Code("roi"), "RoiGeometry", _roi_geometry.RoiGeometry),
     ],
+    ids=str,
 )
-def test_same_geometry(operator, name, geometry):
+def test_same_geometry(code, name, geometry):
     """Kernels take the struct that is made from the fields of the geometry, in their order."""
-    from pydeform.cuda import _source
-
-    declaration = _source.source(operator).partition(f"struct {name} {{\n")[2].partition("};")[0]
-    fields = {}
+    declaration = source(code).partition(f"struct {name} {{\n")[2].partition("};")[0]
+    array, fields = f"[{code.axes}]", {}
     for line in declaration.splitlines():
         kind, _, names = line.strip().rstrip(";").partition(" ")
         number = {"int": int, "double": float}[kind]
         for field in names.split(", "):
-            fields[field.removesuffix("[2]")] = tuple[number, ...] if field.endswith("[2]") else number
+            fields[field.removesuffix(array)] = tuple[number, ...] if field.endswith(array) else number
     assert list(fields.items()) == list(get_type_hints(geometry).items())
 
 

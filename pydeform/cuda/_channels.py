@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import cupy
@@ -10,6 +11,7 @@ import numpy as np
 
 from pydeform.cuda._conv_common import C_TYPES, ceil_div, compute_dtype, index_type, integer
 from pydeform.cuda._launch import Device, Launch, device
+from pydeform.cuda._source import Code
 
 THREADS = 256
 PLANS = 1024  # kept, the most recent ones
@@ -17,29 +19,29 @@ TILE_PIXELS, TILE_BYTES = 64, 128  # of a block: pixels, and channels of each in
 MOST_BLOCKS = 65535  # along the second and the third axis of a grid
 
 
-def to_channels_last(operator: str, array: Any, unit: int, pitch: int, cells: int = 1) -> Any:
-    """(N*H*W + 1, channels): each `unit` of channels in a space of `pitch`, and behind the last pixel one of zeros.
+def to_channels_last(code: Code, array: Any, unit: int, pitch: int, cells: int = 1) -> Any:
+    """(N*P + 1, channels) of (N, C, P...): each `unit` of channels in a space of `pitch`; the last pixel is zeros.
 
     A unit's channels come `cells` apart in the array. `pitch` is whole chunks of 16 bytes, or `unit`.
     """
-    batch, count, height, width = array.shape
-    copy = cupy.empty((batch * height * width + 1, count // unit * pitch), array.dtype)
-    sizes = (batch, count, height * width, unit, pitch)
-    _turn("to_channels_last", operator, array.dtype.name, array.dtype.itemsize, *sizes, device(), cells)(array, copy)
+    batch, count, *size = array.shape
+    copy = cupy.empty((batch * math.prod(size) + 1, count // unit * pitch), array.dtype)
+    sizes = (batch, count, math.prod(size), unit, pitch)
+    _turn("to_channels_last", code, array.dtype.name, array.dtype.itemsize, *sizes, device(), cells)(array, copy)
     return copy
 
 
-def to_channels_first(operator: str, sums: Any, output: Any, unit: int, pitch: int) -> None:
-    """The sums of `to_channels_last`'s layout, rounded into `output` (N, C, H, W)."""
-    batch, count, height, width = output.shape
-    itemsize, sizes = compute_dtype(output.dtype).itemsize, (batch, count, height * width, unit, pitch)
-    _turn("to_channels_first", operator, output.dtype.name, itemsize, *sizes, device())(sums, output)
+def to_channels_first(code: Code, sums: Any, output: Any, unit: int, pitch: int) -> None:
+    """The sums of `to_channels_last`'s layout, rounded into `output` (N, C, P...)."""
+    batch, count, *size = output.shape
+    itemsize, sizes = compute_dtype(output.dtype).itemsize, (batch, count, math.prod(size), unit, pitch)
+    _turn("to_channels_first", code, output.dtype.name, itemsize, *sizes, device())(sums, output)
 
 
 @functools.lru_cache(maxsize=PLANS)
 def _turn(
     name: str,
-    operator: str,
+    code: Code,
     dtype: str,
     itemsize: int,
     batch: int,
@@ -55,7 +57,7 @@ def _turn(
     index = index_type((batch * image + 1) * memory)
     columns = ceil_div(memory * itemsize, TILE_BYTES)
     return Launch(
-        operator,
+        code,
         f"{name}<{C_TYPES[dtype]}, {index}>",
         (ceil_div(image, TILE_PIXELS), min(columns, MOST_BLOCKS), min(batch, MOST_BLOCKS)),
         THREADS,

@@ -36,6 +36,7 @@ from pydeform.cuda._conv_forward import (
     part_of,
 )
 from pydeform.cuda._launch import Device, Launch, device
+from pydeform.cuda._source import Code
 
 Grads = tuple[Any, Any, Any, Any, Any]
 NAMES = ("input", "offset", "weight", "bias", "mask")
@@ -44,7 +45,7 @@ BLOCKS = 2  # of the weight's gradient for each multiprocessor
 
 
 def backward(
-    operator: str,
+    code: Code,
     grad_output: Any,
     input: Any,
     offset: Any,
@@ -57,13 +58,10 @@ def backward(
     deterministic: bool,
     allow_tf32: bool,
 ) -> Grads:
-    _conv_common.check_size(f"{operator}_backward", g)
     with input.device:
         grad_output, input, offset, weight, bias, mask = contiguous(grad_output, input, offset, weight, bias, mask)
         if g.batch and _conv_common.is_direct(g):
-            return _conv_direct.backward(
-                operator, grad_output, input, offset, weight, bias, mask, g, needs, deterministic
-            )
+            return _conv_direct.backward(code, grad_output, input, offset, weight, bias, mask, g, needs, deterministic)
         make = cupy.empty_like if g.batch else cupy.zeros_like
         grads = {
             name: make(array) if name in needs and array is not None else None
@@ -71,12 +69,12 @@ def backward(
         }
         if g.batch:
             tf32 = allow_tf32 and weight.dtype == np.float32
-            _by_tiles(operator, grad_output, input, offset, weight, mask, g, grads, deterministic, tf32)
+            _by_tiles(code, grad_output, input, offset, weight, mask, g, grads, deterministic, tf32)
         return grads["input"], grads["offset"], grads["weight"], grads["bias"], grads["mask"]
 
 
 def _by_tiles(
-    operator: str,
+    code: Code,
     grad_output: Any,
     input: Any,
     offset: Any,
@@ -89,16 +87,18 @@ def _by_tiles(
 ) -> None:
     """Into the arrays of `grads`, None where a gradient is not needed."""
     if grads["bias"] is not None:
-        _conv_direct.bias_gradient(operator, grad_output, g, grads["bias"])
+        _conv_direct.bias_gradient(code, grad_output, g, grads["bias"])
     if offset is None and grads["input"] is not None:
         # Without offsets every input pixel knows the output pixels that read it: a forward of grad_output.
         back = _conv_common.swapped(g)
-        by_tiles(operator, ADJOINT, grad_output, None, weight, None, None, back, grads["input"], allow_tf32=allow_tf32)
+        by_tiles(code, ADJOINT, grad_output, None, weight, None, None, back, grads["input"], allow_tf32=allow_tf32)
     need_samples = offset is not None and any(grads[name] is not None for name in ("input", "offset", "mask"))
     if not need_samples and grads["weight"] is None:
         return
-    key = (operator, input.dtype.name, device(), allow_tf32, own_types(input, offset))
+    reads = PLAIN if offset is None else DEFORMED
+    key = (code, reads, input.dtype.name, device(), allow_tf32, own_types(input, offset))
     packed = partial = None
+    offset_sums = _conv_direct.OffsetSums(code, grads["offset"], g)
     whole = plan_of(g, *key)
     for part in images_at_a_time(g, plan_of(g._replace(batch=1), *key).image_bytes):
         plan = plan_of(g._replace(batch=part.stop - part.start), *key)
@@ -106,12 +106,13 @@ def _by_tiles(
         arrays = Parts(gradient, image, part_of(offset, part), part_of(mask, part))
         if need_samples:
             packed = plan.pack_weight(weight) if packed is None else packed
-            targets = (part_of(grads[name], part) for name in ("input", "offset", "mask"))
+            targets = part_of(grads["input"], part), offset_sums, part, part_of(grads["mask"], part)
             plan.samples(arrays, packed, *targets, deterministic=deterministic)
         if grads["weight"] is not None:
             started = partial is not None
             partial = whole.partial_weight() if partial is None else partial
             plan.add_weight(arrays, partial, started=started)
+    offset_sums.finish()
     if grads["weight"] is not None:
         whole.sum_weight(partial, grads["weight"])
 
@@ -126,8 +127,8 @@ class Parts(NamedTuple):
 
 
 @functools.lru_cache(maxsize=PLANS)
-def plan_of(g: Any, operator: str, dtype: str, on: Device, allow_tf32: bool, offset_type: str) -> Plan:
-    return Plan(g, operator, dtype, on, allow_tf32, offset_type)
+def plan_of(g: Any, code: Code, reads: int, dtype: str, on: Device, allow_tf32: bool, offset_type: str) -> Plan:
+    return Plan(g, code, reads, dtype, on, allow_tf32, offset_type)
 
 
 class Plan:
@@ -138,9 +139,11 @@ class Plan:
 
     KEPT = 64  # launches of a kind, one for each chunk of a deterministic backward
 
-    def __init__(self, g: Any, operator: str, dtype: str, on: Device, allow_tf32: bool, offset_type: str = "") -> None:
+    def __init__(
+        self, g: Any, code: Code, reads: int, dtype: str, on: Device, allow_tf32: bool, offset_type: str = ""
+    ) -> None:
         group_outputs = g.out_channels // g.groups
-        self.g, self.operator, self.dtype, self.on, self.offset_type = g, operator, dtype, on, offset_type
+        self.g, self.code, self.reads, self.dtype, self.on, self.offset_type = g, code, reads, dtype, on, offset_type
         self.data_product = _conv_common.data_product(dtype, on.capability, allow_tf32)
         self.weight_product = _conv_common.weight_product(dtype, on.capability, group_outputs, allow_tf32)
         # One layout for both: their tiles have equally many input channels.
@@ -160,19 +163,20 @@ class Plan:
         image, gradient = self.memory * math.prod(g.in_size), g.groups * self.padded_outputs * pixels(g)
         self.image_bytes = (image + gradient) * itemsize + image * sums.itemsize
         self.index = index_type(
-            *(g.batch * image + self.memory, g.batch * gradient, 2 * g.offset_groups * taps(g) * self.everything),
+            *(g.batch * image + self.memory, g.batch * gradient, _conv_common.offsets(g) * self.everything),
             *(taps(g) * g.groups * self.width * self.padded_outputs, WORKSPACE // sums.itemsize),
         )
 
     def _shared_data(self, slots: int, index: str) -> int:
         """Bytes: two stages of tiles, then the product in their place, and the sampling points."""
-        p = self.data_product
+        p, corners = self.data_product, 1 << len(self.g.in_size)
         staged = p.rows * (p.columns + 8) * compute_dtype(np.dtype(_conv_common.DTYPES[p.dtype])).itemsize
-        return max(2 * p.stage_bytes, staged) + slots * p.rows * corner_bytes(p.dtype, index, 4, 3)
+        point = corner_bytes(p.dtype, index, corners, 1 + len(self.g.in_size))
+        return max(2 * p.stage_bytes, staged) + slots * p.rows * point
 
     def _shared_weight(self, slots: int, index: str) -> int:
         """Bytes: two stages of tiles, and the taps of three steps."""
-        corners = 4 if self.operator == "deform_conv2d" else 1
+        corners = _conv_common.corners_read(self.g, self.reads)
         tap = corner_bytes(self.dtype, index, corners, corners)
         return 2 * self.weight_product.turned_stage_bytes + 3 * slots * self.weight_product.turned_depth * tap
 
@@ -183,8 +187,8 @@ class Plan:
         """Channels-last."""
         group_outputs = self.g.out_channels // self.g.groups
         return (
-            to_channels_last(self.operator, input, self.channels.unit, self.channels.pitch),
-            to_channels_last(self.operator, grad_output, group_outputs, self.padded_outputs),
+            to_channels_last(self.code, input, self.channels.unit, self.channels.pitch),
+            to_channels_last(self.code, grad_output, group_outputs, self.padded_outputs),
         )
 
     def pack_weight(self, weight: Any) -> Any:
@@ -199,32 +203,46 @@ class Plan:
         size = taps(self.g) * self.g.groups * self.width * self.padded_outputs
         expression = f"pack_weight_columns<{p.expression}, {index_type(size)}>"
         grid = (self.g.groups * c.blocks * steps, p.columns * p.depth // THREADS)
-        return Launch(self.operator, expression, grid, THREADS, self.g, c, np.int32(steps))
+        return Launch(self.code, expression, grid, THREADS, self.g, c, np.int32(steps))
 
     def samples(
-        self, parts: Parts, packed: Any, grad_input: Any, grad_offset: Any, grad_mask: Any, *, deterministic: bool
+        self,
+        parts: Parts,
+        packed: Any,
+        grad_input: Any,
+        offset_sums: _conv_direct.OffsetSums,
+        images: slice,
+        grad_mask: Any,
+        *,
+        deterministic: bool,
     ) -> None:
-        """Gradients of input, offset and mask, into those that are not None."""
-        g, arrays = self.g, (*parts, packed, grad_offset, grad_mask)
-        whole = (0, self.everything, 0, taps(g))
-        if grad_input is None:  # `deterministic` chooses the kernel also here, so that `needs` changes no bit
-            self._samples(deterministic, *whole)(*arrays, None)
-            return
-        sums = cupy.zeros((g.batch * math.prod(g.in_size), self.memory), self.sums)
-        if deterministic:
-            for chunk in _conv_direct.chunks(g._replace(in_channels=self.memory), self.sums.itemsize, WORKSPACE):
-                columns = cupy.empty((chunk[3], chunk[1], self.memory), self.sums)
-                self._samples(True, *chunk)(*arrays, columns)
-                _conv_gather.accumulate(columns, parts.offset, parts.mask, sums, g, self.memory, *chunk)
-        else:
-            self._samples(False, *whole)(*arrays, sums)
-        to_channels_first(self.operator, sums, grad_input, self.channels.unit, self.channels.pitch)
+        """Gradients of input, offset and mask, into those that are not None; of the offset, into that of the images."""
+        g = self.g
+        ranges = [(0, self.everything, 0, taps(g))]
+        # What adds up over pixels keeps to the same ranges whatever else is needed, so that `needs` changes no bit.
+        if deterministic and (grad_input is not None or self.code.active):
+            ranges = list(_conv_direct.chunks(g._replace(in_channels=self.memory), self.sums.itemsize, WORKSPACE))
+        sums = None
+        if grad_input is not None:
+            sums = cupy.zeros((g.batch * math.prod(g.in_size), self.memory), self.sums)
+        gathers = deterministic and sums is not None
+        for chunk in ranges:
+            _, count, tap0, some = chunk
+            grad_offset = offset_sums.target(images, some, ceil_div(count, self.data_product.rows))
+            target = cupy.empty((some, count, self.memory), self.sums) if gathers else sums
+            # `deterministic` chooses the kernel also where no gradient of the input is needed, for the same reason.
+            self._samples(deterministic, *chunk)(*parts, packed, grad_offset, grad_mask, target)
+            offset_sums.add(grad_offset, tap0)
+            if gathers:
+                _conv_gather.accumulate(self.code, target, parts.offset, parts.mask, sums, g, self.memory, *chunk)
+        if sums is not None:
+            to_channels_first(self.code, sums, grad_input, self.channels.unit, self.channels.pitch)
 
     def _make_samples(self, store: bool, first: int, count: int, tap0: int, some: int) -> Launch:
         p = self.data_product
         shared = self._shared_data(self.slots, self.index)
         return Launch(
-            self.operator,
+            self.code,
             f"backward_data<{p.expression}, {self.index}, {'true' if store else 'false'}{self.offset_type}>",
             (ceil_div(count, p.rows) * some,),
             p.threads,
@@ -258,13 +276,12 @@ class Plan:
         return self._tiles_o * self.g.groups * self.channels.blocks * taps(self.g)
 
     def _make_weight(self, started: bool, slices: int) -> Launch:
-        reads = DEFORMED if self.operator == "deform_conv2d" else PLAIN
         p = self.weight_product
         size = slices * taps(self.g) * self.g.out_channels * self.width
         index = index_type(size) if self.index == "int" else self.index
         return Launch(
-            self.operator,
-            f"backward_weight<{p.expression}, {index}, {reads}{self.offset_type}>",
+            self.code,
+            f"backward_weight<{p.expression}, {index}, {self.reads}{self.offset_type}>",
             (self._weight_tiles, slices),
             p.threads,
             *(self.g, self.channels, np.int32(self.padded_outputs)),
@@ -279,6 +296,4 @@ class Plan:
         g, size = self.g, taps(self.g) * self.g.out_channels * self.width * slices
         grid = (ceil_div(g.out_channels * (g.in_channels // g.groups), THREADS),)
         expression = f"sum_weight<{C_TYPES[self.dtype]}, {index_type(size)}>"
-        return Launch(
-            self.operator, expression, grid, THREADS, g, self.channels, np.int32(self.width), np.int32(slices)
-        )
+        return Launch(self.code, expression, grid, THREADS, g, self.channels, np.int32(self.width), np.int32(slices))

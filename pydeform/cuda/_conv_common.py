@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from pydeform import _checks
+from pydeform import _checks, _geometry
 from pydeform._geometry import ConvGeometry
 
 C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
@@ -25,6 +25,7 @@ SLOTS = (8, 4, 2, 1)  # most offset groups along the depth of a tile, as shared 
 INT32_ELEMENTS = 2**31 - 2**16  # what threads past the end of an array add stays within an int
 
 
+NAMES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}  # of the axes
 MOST_CELLS = 2**31 - 1  # between the pixels of one image, and around them: counted in an int
 
 
@@ -137,17 +138,19 @@ def weight_product(dtype: str, capability: int, group_outputs: int, allow_tf32: 
 
 def check_size(op: str, g: ConvGeometry) -> None:
     """Pixels and cells of one image are counted in an int, those of all images in whatever they need."""
-    for what, (height, width) in (("input", g.in_size), ("output", g.out_size)):
-        if (height + 1) * (width + 1) > MOST_CELLS:
+    axes = len(g.in_size)
+    formula = " * ".join(f"({name} + 1)" for name in NAMES[axes])
+    for what, size in (("input", g.in_size), ("output", g.out_size)):
+        cells = math.prod(pixels + 1 for pixels in size)
+        if cells > MOST_CELLS:
+            got = " * ".join(str(pixels + 1) for pixels in size)
             raise ValueError(
-                f"{op}: an image of the {what} must have (height + 1) * (width + 1) <= {MOST_CELLS} on CUDA, "
-                f"got {height + 1} * {width + 1} = {(height + 1) * (width + 1)}"
+                f"{op}: an image of the {what} must have {formula} <= {MOST_CELLS} on CUDA, got {got} = {cells}"
             )
     weights = g.in_channels // g.groups * math.prod(g.kernel)
     if weights > _checks.MOST:
-        raise ValueError(
-            f"{op}: weight must have C/groups * kernel_h * kernel_w <= {_checks.MOST} on CUDA, got {weights}"
-        )
+        kernel = _geometry.named("kernel", axes).replace(", ", " * ")
+        raise ValueError(f"{op}: weight must have C/groups * {kernel} <= {_checks.MOST} on CUDA, got {weights}")
     check_fields(op, g)
 
 
@@ -216,6 +219,16 @@ def swapped(g: ConvGeometry) -> ConvGeometry:
         out_size=g.in_size,
         offset_groups=1,
     )
+
+
+def offsets(g: ConvGeometry) -> int:
+    """Numbers that move the samples of one output pixel."""
+    return g.offset_groups * taps(g) * len(g.in_size)
+
+
+def corners_read(g: ConvGeometry, reads: int) -> int:
+    """Pixels of a sample."""
+    return 1 << len(g.in_size) if reads == DEFORMED else 1
 
 
 def integer(index: str, value: int) -> Any:

@@ -6,7 +6,7 @@ Arrays arrive C-contiguous and checked, with at least one image; None stands for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import cupy
@@ -26,6 +26,7 @@ from pydeform.cuda._conv_common import (
     taps,
 )
 from pydeform.cuda._launch import geometry, kernel, launch
+from pydeform.cuda._source import Code
 
 THREADS = 256
 TILE = 128  # output pixels at least, where an image is taken in parts
@@ -33,11 +34,11 @@ TILE = 128  # output pixels at least, where an image is taken in parts
 Gradients = tuple[Any, Any, Any, Any, Any]
 
 
-def forward(operator: str, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, output: Any) -> None:
-    """Into `output` (N, O, out_h, out_w)."""
+def forward(code: Code, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, output: Any) -> None:
+    """Into `output` (N, O, *out_size)."""
     index = index_type(input.size, output.size, *_size(offset))
     _launch(
-        operator,
+        code,
         f"forward_direct<{C_TYPES[input.dtype.name]}, {index}, {_deformed(input, offset)}>",
         output.size,
         (input, offset, weight, bias, mask, output, geometry(g)),
@@ -45,7 +46,7 @@ def forward(operator: str, input: Any, offset: Any, weight: Any, bias: Any, mask
 
 
 def backward(
-    operator: str,
+    code: Code,
     grad_output: Any,
     input: Any,
     offset: Any,
@@ -63,61 +64,94 @@ def backward(
         for name, array in arrays.items()
     }
     if grads["weight"] is not None:
-        weight_gradient(operator, grad_output, input, offset, mask, g, grads["weight"])
+        weight_gradient(code, grad_output, input, offset, mask, g, grads["weight"])
     if grads["bias"] is not None:
-        bias_gradient(operator, grad_output, g, grads["bias"])
+        bias_gradient(code, grad_output, g, grads["bias"])
     if offset is None:
         if grads["input"] is not None:
-            _input_gradient(operator, grad_output, weight, g, grads["input"])
+            _input_gradient(code, grad_output, weight, g, grads["input"])
     elif any(grads[name] is not None for name in ("input", "offset", "mask")):
-        data = _Data(operator, grad_output, input, offset, weight, mask, grads["offset"], grads["mask"], g)
+        sums = OffsetSums(code, grads["offset"], g)
+        data = _Data(code, grad_output, input, offset, weight, mask, sums, grads["mask"], g)
         if deterministic:
             data.in_chunks(grads["input"])
         else:
             data.at_once(grads["input"])
+        sums.finish()
     return grads["input"], grads["offset"], grads["weight"], grads["bias"], grads["mask"]
 
 
-def weight_gradient(
-    operator: str, grad_output: Any, input: Any, offset: Any, mask: Any, g: Any, grad_weight: Any
-) -> None:
+def weight_gradient(code: Code, grad_output: Any, input: Any, offset: Any, mask: Any, g: Any, grad_weight: Any) -> None:
     """Eq. 6."""
     index = index_type(input.size, grad_output.size, *_size(offset))
     _launch(
-        operator,
+        code,
         f"weight_direct<{C_TYPES[input.dtype.name]}, {index}, {_deformed(input, offset)}>",
         grad_weight.size * THREADS,
         (grad_output, input, offset, mask, grad_weight, geometry(g)),
     )
 
 
-def bias_gradient(operator: str, grad_output: Any, g: Any, grad_bias: Any) -> None:
+def bias_gradient(code: Code, grad_output: Any, g: Any, grad_bias: Any) -> None:
     """Eq. 7."""
     expression = f"bias_gradient<{C_TYPES[grad_output.dtype.name]}, {index_type(grad_output.size)}>"
-    _launch(operator, expression, g.out_channels * THREADS, (grad_output, grad_bias, geometry(g)))
+    _launch(code, expression, g.out_channels * THREADS, (grad_output, grad_bias, geometry(g)))
 
 
-def _input_gradient(operator: str, grad_output: Any, weight: Any, g: Any, grad_input: Any) -> None:
+def _input_gradient(code: Code, grad_output: Any, weight: Any, g: Any, grad_input: Any) -> None:
     """Eq. 5 without offsets."""
     index = index_type(grad_input.size, grad_output.size)
     _launch(
-        operator,
+        code,
         f"input_gradient_direct<{C_TYPES[weight.dtype.name]}, {index}>",
         grad_input.size,
         (grad_output, weight, grad_input, geometry(g)),
     )
 
 
-class _Data(NamedTuple):
-    """Eq. 3, 4 and 5, which share the column gradients. grad_offset and grad_mask may be None."""
+class OffsetSums:
+    """The gradient of the offset, which kernels write sample by sample; or, active, add up, always in the same order.
 
-    operator: str
+    Then each block of a launch writes the sum over its pixels, and these are added to those of launches before.
+    `grad_offset` may be None.
+    """
+
+    def __init__(self, code: Code, grad_offset: Any, g: Any) -> None:
+        self._code, self._grad_offset, self._g = code, grad_offset, g
+        self._active = code.active and grad_offset is not None
+        if self._active:
+            self._sums = cupy.zeros(grad_offset.shape, compute_dtype(grad_offset.dtype))
+
+    def target(self, images: slice, some: int, blocks: int) -> Any:
+        """What a launch over these images and `some` taps, each with so many blocks, writes to."""
+        if not self._active:
+            return None if self._grad_offset is None else self._grad_offset[images]
+        return cupy.empty((self._g.offset_groups * some * len(self._g.in_size), blocks), self._sums.dtype)
+
+    def add(self, parts: Any, tap0: int) -> None:
+        """Once `parts`, which `target` made, are written; `tap0` is the first of their taps."""
+        if self._active:
+            count, blocks = parts.shape
+            some = count // (self._g.offset_groups * len(self._g.in_size))
+            numbers = (geometry(self._g), np.int32(blocks), np.int32(tap0), np.int32(some))
+            expression = f"add_offset_parts<{C_TYPES[self._sums.dtype.name]}>"
+            _launch(self._code, expression, count * THREADS, (parts, self._sums, *numbers))
+
+    def finish(self) -> None:
+        if self._active:
+            convert(self._code, self._sums, self._grad_offset)
+
+
+class _Data(NamedTuple):
+    """Eq. 3, 4 and 5, which share the column gradients. grad_mask may be None."""
+
+    code: Code
     grad_output: Any
     input: Any
     offset: Any
     weight: Any
     mask: Any
-    grad_offset: Any
+    offset_sums: OffsetSums
     grad_mask: Any
     g: Any
 
@@ -130,27 +164,25 @@ class _Data(NamedTuple):
             accumulator.fill(0)
         self._run(accumulator, None, 0, self.g.batch * pixels(self.g), 0, taps(self.g), store=False)
         if accumulator is not grad_input:
-            index = index_type(grad_input.size)
-            _launch(
-                self.operator,
-                f"convert<{C_TYPES[grad_input.dtype.name]}, {index}>",
-                grad_input.size,
-                (accumulator, grad_input, integer(index, grad_input.size)),
-            )
+            convert(self.code, accumulator, grad_input)
 
     def in_chunks(self, grad_input: Any) -> None:
         """The same bits on each run: column gradients of one chunk at a time, gathered by the pixels."""
-        g = self.g
-        if grad_input is None:  # by the same kernel, so that `needs` changes no bit
-            self._run(None, None, 0, g.batch * pixels(g), 0, taps(g), store=True)
-            return
-        dtype = compute_dtype(grad_input.dtype)
-        sums = cupy.zeros((g.batch, math.prod(g.in_size), g.in_channels), dtype)
-        for first, count, tap0, some in chunks(g, dtype.itemsize, WORKSPACE):
-            columns = cupy.empty((some, count, g.in_channels), dtype)
-            self._run(None, columns, first, count, tap0, some, store=True)
-            _conv_gather.accumulate(columns, self.offset, self.mask, sums, g, g.in_channels, first, count, tap0, some)
-        to_channels_first(self.operator, sums, grad_input, g.in_channels, g.in_channels)
+        g, dtype, sums = self.g, compute_dtype(self.input.dtype), None
+        ranges: Iterable[tuple[int, int, int, int]] = [(0, g.batch * pixels(g), 0, taps(g))]
+        # What adds up over pixels keeps to the same chunks whatever else is needed, so that `needs` changes no bit.
+        if grad_input is not None or self.code.active:
+            ranges = chunks(g, dtype.itemsize, WORKSPACE)
+        if grad_input is not None:
+            sums = cupy.zeros((g.batch, math.prod(g.in_size), g.in_channels), dtype)
+        for chunk in ranges:
+            _, count, _, some = chunk
+            columns = None if sums is None else cupy.empty((some, count, g.in_channels), dtype)
+            self._run(None, columns, *chunk, store=True)  # also without columns, for the same reason
+            if sums is not None:
+                _conv_gather.accumulate(self.code, columns, self.offset, self.mask, sums, g, g.in_channels, *chunk)
+        if sums is not None:
+            to_channels_first(self.code, sums, grad_input, g.in_channels, g.in_channels)
 
     def _run(
         self, accumulator: Any, columns: Any, first: int, count: int, tap0: int, some: int, *, store: bool
@@ -158,16 +190,28 @@ class _Data(NamedTuple):
         g = self.g
         index = index_type(self.input.size, self.grad_output.size, self.offset.size, *_size(columns))
         types = f"{C_TYPES[self.input.dtype.name]}, {index}"
+        # Of an active convolution, a block sums over pixels of one tap.
+        blocks = ceil_div(count, THREADS)
+        span = blocks * THREADS if self.code.active else count
+        grad_offset = self.offset_sums.target(slice(None), some, blocks)
         _launch(
-            self.operator,
+            self.code,
             f"backward_data_direct<{types}, {'true' if store else 'false'}{own_types(self.input, self.offset)}>",
-            g.offset_groups * some * count,
+            g.offset_groups * some * span,
             (
                 *(self.grad_output, self.input, self.offset, self.weight, self.mask),
-                *(self.grad_offset, self.grad_mask, accumulator, columns, geometry(g)),
+                *(grad_offset, self.grad_mask, accumulator, columns, geometry(g)),
                 *(integer(index, first), integer(index, count), np.int32(tap0), np.int32(some)),
             ),
         )
+        self.offset_sums.add(grad_offset, tap0)
+
+
+def convert(code: Code, sums: Any, result: Any) -> None:
+    """Sums, rounded to the type of the result."""
+    index = index_type(result.size)
+    expression = f"convert<{C_TYPES[result.dtype.name]}, {index}>"
+    _launch(code, expression, result.size, (sums, result, integer(index, result.size)))
 
 
 def chunks(g: Any, itemsize: int, workspace: int) -> Iterator[tuple[int, int, int, int]]:
@@ -189,8 +233,8 @@ def chunks(g: Any, itemsize: int, workspace: int) -> Iterator[tuple[int, int, in
                 yield first, min(length, origin + span - first), tap0, min(step, taps(g) - tap0)
 
 
-def _launch(operator: str, expression: str, threads: int, arguments: tuple[Any, ...]) -> None:
-    launch(kernel(operator, expression), (ceil_div(threads, THREADS),), THREADS, arguments)
+def _launch(code: Code, expression: str, threads: int, arguments: tuple[Any, ...]) -> None:
+    launch(kernel(code, expression), (ceil_div(threads, THREADS),), THREADS, arguments)
 
 
 def _deformed(input: Any, offset: Any) -> str:

@@ -25,31 +25,29 @@ from pydeform.cuda._conv_common import (
     taps,
 )
 from pydeform.cuda._launch import Device, Launch, device
+from pydeform.cuda._source import Code
 
 THREADS = 256
 PLANS = 512  # kept, the most recent ones: a network has some for each of its layers
 SHORTEST_SLICE = 8  # steps: below, filling and emptying the pipeline costs more than a slice saves
 
 
-def forward(
-    operator: str, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, *, allow_tf32: bool
-) -> Any:
-    _conv_common.check_size(operator, g)
+def forward(code: Code, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, *, allow_tf32: bool) -> Any:
     with input.device:
         input, offset, weight, bias, mask = contiguous(input, offset, weight, bias, mask)
         output = cupy.empty((g.batch, g.out_channels, *g.out_size), input.dtype)
         if g.batch == 0:
             return output
         if _conv_common.is_direct(g):
-            _conv_direct.forward(operator, input, offset, weight, bias, mask, g, output)
+            _conv_direct.forward(code, input, offset, weight, bias, mask, g, output)
             return output
         reads = PLAIN if offset is None else DEFORMED
-        by_tiles(operator, reads, input, offset, weight, bias, mask, g, output, allow_tf32=allow_tf32)
+        by_tiles(code, reads, input, offset, weight, bias, mask, g, output, allow_tf32=allow_tf32)
         return output
 
 
 def by_tiles(
-    operator: str,
+    code: Code,
     reads: int,
     input: Any,
     offset: Any,
@@ -64,8 +62,8 @@ def by_tiles(
     """Into `output`. `reads` is PLAIN, DEFORMED, or ADJOINT with a geometry from `swapped`."""
     key = (input.dtype.name, device(), allow_tf32 and input.dtype == np.float32, own_types(input, offset))
     packed = None
-    for part in images_at_a_time(g, tiles_of(operator, reads, g._replace(batch=1), *key).image_bytes):
-        tiles = tiles_of(operator, reads, g._replace(batch=part.stop - part.start), *key)
+    for part in images_at_a_time(g, tiles_of(code, reads, g._replace(batch=1), *key).image_bytes):
+        tiles = tiles_of(code, reads, g._replace(batch=part.stop - part.start), *key)
         packed = tiles.pack_weight(weight) if packed is None else packed
         tiles.run(input[part], part_of(offset, part), part_of(mask, part), packed, bias, output[part])
 
@@ -82,22 +80,23 @@ def images_at_a_time(g: Any, image_bytes: int) -> list[slice]:
 
 
 def part_of(array: Any, part: slice) -> Any:
-    return None if array is None else array[part]
+    """Of those images. What has no images is an active convolution's offset, of all."""
+    return array if array is None or array.ndim == 1 else array[part]
 
 
 @functools.lru_cache(maxsize=PLANS)
-def tiles_of(operator: str, reads: int, g: Any, dtype: str, on: Device, allow_tf32: bool, offset_type: str) -> Tiles:
-    return Tiles(operator, reads, g, dtype, on, allow_tf32, offset_type)
+def tiles_of(code: Code, reads: int, g: Any, dtype: str, on: Device, allow_tf32: bool, offset_type: str) -> Tiles:
+    return Tiles(code, reads, g, dtype, on, allow_tf32, offset_type)
 
 
 class Tiles:
     """One convolution by tiles, with everything decided but the arrays. `offset_type` is of `own_types`."""
 
     def __init__(
-        self, operator: str, reads: int, g: Any, dtype: str, on: Device, allow_tf32: bool, offset_type: str = ""
+        self, code: Code, reads: int, g: Any, dtype: str, on: Device, allow_tf32: bool, offset_type: str = ""
     ) -> None:
         group_outputs = g.out_channels // g.groups
-        self.operator, self.reads, self.g, self.dtype = operator, reads, g, np.dtype(_conv_common.DTYPES[dtype])
+        self.code, self.reads, self.g, self.dtype = code, reads, g, np.dtype(_conv_common.DTYPES[dtype])
         self.product = p = _conv_common.forward_product(dtype, on.capability, group_outputs, allow_tf32)
         self.channels = c = _conv_common.channels(
             g, dtype, p.depth, lambda slots: self._shared(slots, "long long"), on.shared
@@ -112,12 +111,12 @@ class Tiles:
         outputs = self._everything * g.out_channels
         index = index_type(
             *((g.batch * math.prod(g.in_size) + 1) * self.memory, self._packed, outputs * self._slices),
-            2 * g.offset_groups * taps(g) * self._everything,
+            _conv_common.offsets(g) * self._everything,
         )
         slots = c.slots(p.depth)
         shared = self._shared(slots, index)
         self._forward = Launch(
-            operator,
+            code,
             f"forward<{p.expression}, {index}, {reads}{offset_type}>",
             (tiles, self._slices),
             p.threads,
@@ -127,11 +126,11 @@ class Tiles:
         if self._slices > 1:
             expression = f"sum_slices<{C_TYPES[dtype]}, {index}>"
             grid = (ceil_div(outputs, THREADS),)
-            self._sum = Launch(operator, expression, grid, THREADS, g, np.int32(self._slices))
+            self._sum = Launch(code, expression, grid, THREADS, g, np.int32(self._slices))
 
     def _shared(self, slots: int, index: str) -> int:
         """Bytes: two stages of tiles, and the taps of three steps."""
-        corners = 4 if self.reads == DEFORMED else 1
+        corners = _conv_common.corners_read(self.g, self.reads)
         tap = corner_bytes(self.product.dtype, index, corners, corners)
         return 2 * self.product.stage_bytes + 3 * self.product.rows * slots * tap
 
@@ -140,7 +139,7 @@ class Tiles:
         expression = f"pack_weight<{self.product.expression}, {index_type(self._packed)}, {self.reads}>"
         p = self.product
         grid = (self.g.groups * self._tiles_n * self.channels.blocks, p.columns * p.depth // THREADS)
-        return Launch(self.operator, expression, grid, THREADS, self.g, self.channels, np.int32(self._tiles_n))
+        return Launch(self.code, expression, grid, THREADS, self.g, self.channels, np.int32(self._tiles_n))
 
     def pack_weight(self, weight: Any) -> Any:
         packed = cupy.empty((self._packed,), weight.dtype)
@@ -148,7 +147,7 @@ class Tiles:
         return packed
 
     def run(self, input: Any, offset: Any, mask: Any, packed: Any, bias: Any, output: Any) -> None:
-        copy = to_channels_last(self.operator, input, self.channels.unit, self.channels.pitch)
+        copy = to_channels_last(self.code, input, self.channels.unit, self.channels.pitch)
         if self._slices == 1:
             self._forward(copy, offset, mask, packed, bias, output, None)
             return

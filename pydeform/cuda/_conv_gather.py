@@ -10,12 +10,13 @@ import numpy as np
 
 from pydeform.cuda._conv_common import C_TYPES, ceil_div, index_type, own_types, pixels
 from pydeform.cuda._launch import geometry, kernel, launch
+from pydeform.cuda._source import Code
 
 THREADS = 256
-OPERATOR = "deform_conv2d"  # the only one whose samples move
 
 
 def accumulate(
+    code: Code,
     columns: Any,
     offset: Any,
     mask: Any,
@@ -27,7 +28,7 @@ def accumulate(
     tap0: int,
     taps: int,
 ) -> None:
-    """Add to accumulator (N, H, W, channels) what the samples of one chunk give back to their pixels (eq. 5).
+    """Add to accumulator (N, P, channels) what the samples of one chunk give back to their pixels (eq. 5).
 
     The chunk is output pixels [first, first + count) of the flattened (b, p) and taps [tap0, tap0 + taps); columns
     (taps, count, channels) are its column gradients, without mask. Both arrays have the type of sums. `channels` are
@@ -41,13 +42,14 @@ def accumulate(
     types = f"{C_TYPES[offset.dtype.name]}, {index}"
     chunk = (geometry(g), integer(first), integer(count), np.int32(tap0), np.int32(taps))
     counts = cupy.zeros((bins + 1,), np.int32)
-    _launch(f"count_samples<{types}>", samples, (offset, counts, *chunk))
+    _launch(code, f"count_samples<{types}>", samples, (offset, counts, *chunk))
     starts = cupy.cumsum(counts, dtype=integer)
     ids = cupy.empty((samples,), np.int32)
-    _launch(f"fill_bins<{types}>", samples, (offset, counts, starts, ids, *chunk))
-    _launch(f"sort_bins<{index}>", bins, (starts, ids, integer(bins)))
+    _launch(code, f"fill_bins<{types}>", samples, (offset, counts, starts, ids, *chunk))
+    _launch(code, f"sort_bins<{index}>", bins, (starts, ids, integer(bins)))
     data = offset if mask is None else mask
     _launch(
+        code,
         f"gather_bins<{C_TYPES[data.dtype.name]}, {index}{own_types(data, offset)}>",
         32 * images * g.offset_groups * math.prod(g.in_size),
         (
@@ -62,5 +64,5 @@ def bin_bytes(g: Any) -> int:
     return int(g.offset_groups * math.prod(size + 1 for size in g.in_size) * 8)
 
 
-def _launch(expression: str, threads: int, arguments: tuple[Any, ...]) -> None:
-    launch(kernel(OPERATOR, expression), (ceil_div(threads, THREADS),), THREADS, arguments)
+def _launch(code: Code, expression: str, threads: int, arguments: tuple[Any, ...]) -> None:
+    launch(kernel(code, expression), (ceil_div(threads, THREADS),), THREADS, arguments)

@@ -15,6 +15,7 @@ from pydeform.cuda._conv_common import (
     forward_product,
     weight_product,
 )
+from pydeform.cuda._source import Code
 
 # A kernel of 256 threads may take 255 registers of a multiprocessor's 65,536; 128 let two blocks run side by side.
 CAPABILITIES = {75: ("75",), 80: ("80", "90"), 90: ("90a",)}
@@ -22,25 +23,35 @@ EVERY = ("75", "80", "90", "90a")
 OUTPUTS = (256, 64, 128)  # of a group: for each there is a width of tile
 
 
+CODES = (Code("conv"), Code("conv", 1), Code("conv", 3), Code("conv", 2, active=True), Code("roi"))
+
+
 class Instance(NamedTuple):
-    operator: str
+    code: Code
     expression: str
     architectures: tuple[str, ...]  # of NVRTC; what is compiled for "90" also serves whatever comes after it
     registers: int  # budget
 
 
-def instances(operator: str) -> list[Instance]:
-    """Every kernel that `operator` launches: the widest tiles for every architecture, the narrower ones for one.
+def instances(code: Code) -> list[Instance]:
+    """Kernels that are launched: the widest tiles for every architecture, the narrower ones for one.
 
-    conv2d has deform_conv2d's narrow tiles, which are not listed again, nor are the copies of the RoI operators.
+    What tells them apart from others is asked in two dimensions, where all are listed. Of the rest there is what needs
+    most registers in three, a sample in one, and what an offset of all pixels changes. The RoI operators have the
+    convolutions' copies, which are not listed again.
     """
     found: dict[str, tuple[set[str], int]] = {}
-    expressions = _roi() if operator == "roi" else _expressions(operator == "deform_conv2d")
+    if code.file == "roi":
+        expressions = _roi()
+    elif code.active:
+        expressions = _of_active()
+    else:
+        expressions = _expressions() if code.axes == 2 else _of_axes(code.axes)
     for expression, architectures, registers in expressions:
         listed, budget = found.setdefault(expression, (set(), registers))
         found[expression] = listed | set(architectures), max(budget, registers)
     return [
-        Instance(operator, expression, tuple(sorted(listed, key=_age)), registers)
+        Instance(code, expression, tuple(sorted(listed, key=_age)), registers)
         for expression, (listed, registers) in found.items()
     ]
 
@@ -49,29 +60,63 @@ def _age(architecture: str) -> tuple[bool, int]:
     return architecture.isdigit(), int(architecture.rstrip("a"))
 
 
-def _expressions(deformed: bool) -> Iterator[tuple[str, tuple[str, ...], int]]:
+def _expressions() -> Iterator[tuple[str, tuple[str, ...], int]]:
     for dtype, c in C_TYPES.items():
-        yield from _helpers(dtype, c, deformed)
+        yield from _helpers(dtype, c)
         for capability, architectures in CAPABILITIES.items():
             for allow_tf32 in (False, True) if dtype == "float32" else (False,):
-                for outputs in OUTPUTS if deformed else OUTPUTS[:1]:
+                for outputs in OUTPUTS:
                     if outputs != OUTPUTS[0]:
                         architectures = architectures[:1]
                     forward = forward_product(dtype, capability, outputs, allow_tf32)
-                    for reads in (DEFORMED,) if deformed else (PLAIN, ADJOINT):
+                    weight = weight_product(dtype, capability, outputs, allow_tf32)
+                    narrow = outputs != OUTPUTS[0]  # plain ones have those of deformed ones
+                    for reads in (DEFORMED,) if narrow else (DEFORMED, PLAIN, ADJOINT):
                         yield f"forward<{forward.expression}, int, {reads}>", architectures, _budget(forward)
                         yield f"pack_weight<{forward.expression}, int, {reads}>", architectures[:1], 96
-                    weight = weight_product(dtype, capability, outputs, allow_tf32)
-                    reads = DEFORMED if deformed else PLAIN
-                    yield f"backward_weight<{weight.expression}, int, {reads}>", architectures, _budget(weight)
-                if deformed:
-                    data = data_product(dtype, capability, allow_tf32)
-                    yield f"pack_weight_columns<{data.expression}, int>", architectures[:1], 96
-                    for store, some in (("false", CAPABILITIES[capability]), ("true", architectures)):
-                        yield f"backward_data<{data.expression}, int, {store}>", some, _budget(data)
-    if deformed:
-        yield from _long()
-        yield from _float_offsets()
+                    for reads in (DEFORMED,) if narrow else (DEFORMED, PLAIN):
+                        yield f"backward_weight<{weight.expression}, int, {reads}>", architectures, _budget(weight)
+                data = data_product(dtype, capability, allow_tf32)
+                yield f"pack_weight_columns<{data.expression}, int>", architectures[:1], 96
+                for store, some in (("false", CAPABILITIES[capability]), ("true", architectures)):
+                    yield f"backward_data<{data.expression}, int, {store}>", some, _budget(data)
+    yield from _long()
+    yield from _float_offsets()
+
+
+def _of_axes(axes: int) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Of each kind of product and width of number the kernels with most registers; fewer where samples are small."""
+    kinds = (("float16", 90), ("float16", 80), ("float16", 75), ("float32", 90), ("float32", 80), ("float64", 75))
+    for dtype, capability in kinds if axes > 2 else (kinds[0], kinds[-1]):
+        architectures = CAPABILITIES[capability][-1:]
+        forward = forward_product(dtype, capability, OUTPUTS[0], False)
+        yield f"forward<{forward.expression}, int, {DEFORMED}>", architectures, _budget(forward)
+        weight = weight_product(dtype, capability, OUTPUTS[0], False)
+        yield f"backward_weight<{weight.expression}, int, {DEFORMED}>", architectures, _budget(weight)
+        data = data_product(dtype, capability, False)
+        yield f"backward_data<{data.expression}, int, true>", architectures, _budget(data)
+    data = data_product("float16", 90, False)
+    yield f"backward_data<{data.expression}, int, false>", ("90a",), _budget(data)
+    forward = forward_product("float16", 75, OUTPUTS[0], False)
+    yield f"forward<{forward.expression}, int, {ADJOINT}>", ("75",), _budget(forward)
+    for c in ("f16", "double") if axes > 2 else ("double",):
+        names = [f"{name}_direct<{c}, int, true>" for name in ("forward", "weight")]
+        names += [f"input_gradient_direct<{c}, int>", f"backward_data_direct<{c}, int, false>"]
+        names += [f"fill_bins<{c}, int>", f"gather_bins<{c}, int>"]
+        for name in names:
+            yield name, EVERY[-1:], 96
+
+
+def _of_active() -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """The kernels that add up the offset's gradient."""
+    for dtype, capability in (("float16", 90), ("bfloat16", 80), ("float16", 75), ("float32", 80), ("float64", 75)):
+        data = data_product(dtype, capability, False)
+        yield f"backward_data<{data.expression}, int, false>", CAPABILITIES[capability][-1:], _budget(data)
+    for dtype in ("f16", "double"):
+        yield f"backward_data_direct<{dtype}, int, false>", EVERY[-1:], 96
+        yield f"backward_data_direct<{dtype}, long long, true>", EVERY[-1:], 96
+    for sums in ("float", "double"):
+        yield f"add_offset_parts<{sums}>", EVERY[-1:], 96
 
 
 def _long() -> Iterator[tuple[str, tuple[str, ...], int]]:
@@ -104,18 +149,14 @@ def _float_offsets() -> Iterator[tuple[str, tuple[str, ...], int]]:
         yield name, EVERY[-1:], 96
 
 
-def _helpers(dtype: str, c: str, deformed: bool) -> Iterator[tuple[str, tuple[str, ...], int]]:
+def _helpers(dtype: str, c: str) -> Iterator[tuple[str, tuple[str, ...], int]]:
     """Kernels without tiles, the same on every architecture."""
     names = [f"to_channels_last<{c}, int>", f"to_channels_first<{c}, int>", f"sum_slices<{c}, int>"]
     names += [f"sum_weight<{c}, int>", f"bias_gradient<{c}, int>", f"convert<{c}, int>"]
-    flag = "true" if deformed else "false"
-    names += [f"forward_direct<{c}, int, {flag}>", f"weight_direct<{c}, int, {flag}>"]
-    if deformed:
-        names += [f"backward_data_direct<{c}, int, {store}>" for store in ("false", "true")]
-        names += [f"{name}<{c}, int>" for name in ("count_samples", "fill_bins", "gather_bins")]
-        names += ["sort_bins<int>"]
-    else:
-        names += [f"input_gradient_direct<{c}, int>"]
+    names += [f"{name}_direct<{c}, int, {moved}>" for name in ("forward", "weight") for moved in ("true", "false")]
+    names += [f"backward_data_direct<{c}, int, {store}>" for store in ("false", "true")]
+    names += [f"{name}<{c}, int>" for name in ("count_samples", "fill_bins", "gather_bins")]
+    names += ["sort_bins<int>", f"input_gradient_direct<{c}, int>"]
     for name in names:
         yield name, EVERY if dtype == "float16" else EVERY[-1:], 96
 

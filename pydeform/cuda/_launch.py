@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from pydeform.cuda._source import c_fields, source
+from pydeform.cuda._source import Code, c_fields, source
 
 OLDEST = 75  # compute capability
 DEFAULT_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel has without asking
 _lock = threading.Lock()
 # Bytes of dynamic shared memory, of an instance on a device of some capability.
-_allowed: dict[tuple[str, str, int, int], int] = {}
+_allowed: dict[tuple[Code, str, int, int], int] = {}
 
 
 class Device(NamedTuple):
@@ -64,26 +64,24 @@ def _geometry(kind: Any, g: Any) -> Any:
     return struct
 
 
-def kernel(operator: str, expression: str, shared: int = 0) -> Any:
+def kernel(code: Code, expression: str, shared: int = 0) -> Any:
     """The compiled instance on the current device, allowed at least `shared` bytes of dynamic shared memory."""
     on = device()
     with _lock:  # two threads would compile it twice
-        function = _kernel(operator, expression, on)
+        function = _kernel(code, expression, on)
         # All plans of an instance have one function, and the driver keeps one limit for it: it must only grow.
-        own = operator, expression, on.id, on.capability
+        own = code, expression, on.id, on.capability
         if shared > _allowed.get(own, DEFAULT_SHARED):
             function.max_dynamic_shared_size_bytes = _allowed[own] = shared
         return function
 
 
 @functools.cache
-def _kernel(operator: str, expression: str, on: Device) -> Any:
+def _kernel(code: Code, expression: str, on: Device) -> Any:
     # wgmma exists only for sm_90a, the features of sm_90 that no later device has. For all others CuPy knows best what
     # this NVRTC can compile for.
     architecture = ("-arch=sm_90a",) if on.capability == 90 else ()
-    module = cupy.RawModule(
-        code=source(operator), options=("-std=c++17", *architecture), name_expressions=(expression,)
-    )
+    module = cupy.RawModule(code=source(code), options=("-std=c++17", *architecture), name_expressions=(expression,))
     return module.get_function(expression)
 
 
@@ -97,9 +95,9 @@ class Launch:
     """A launch of which all is decided but the arrays: these come first among the kernel's parameters."""
 
     def __init__(
-        self, operator: str, expression: str, grid: tuple[int, ...], block: int, *numbers: Any, shared: int = 0
+        self, code: Code, expression: str, grid: tuple[int, ...], block: int, *numbers: Any, shared: int = 0
     ) -> None:
-        self._function = kernel(operator, expression, shared)
+        self._function = kernel(code, expression, shared)
         self._grid, self._block, self._shared = grid, block, shared
         self._numbers = tuple(geometry(n) if isinstance(n, tuple) else n for n in numbers)
 

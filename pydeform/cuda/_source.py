@@ -1,4 +1,4 @@
-"""An operator's kernels with their headers put in: one string, on which CuPy keys its cache of compiled kernels."""
+"""A family's kernels with their headers put in: one string, on which CuPy keys its cache of compiled kernels."""
 
 from __future__ import annotations
 
@@ -18,13 +18,22 @@ INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 EMULATED = "primitives_emulated.h"
 
 
+class Code(typing.NamedTuple):
+    """A .cu and what is constant in it."""
+
+    file: str
+    axes: int = 2
+    active: bool = False  # active convolution: one offset for each tap, that of all images and pixels
+
+
 @functools.cache
-def source(operator: str) -> str:
-    """CUDA C++ of `operator`; compilers report errors under the names and lines of our files."""
-    structs = struct("Geometry", ConvGeometry, 2)  # which headers that all share ask for
-    if operator == "roi":
-        structs += struct("RoiGeometry", RoiGeometry)
-    return structs + _inlined(f"{operator}.cu", set())
+def source(code: Code) -> str:
+    """CUDA C++; compilers report errors under the names and lines of our files."""
+    text = f"constexpr int AXES = {code.axes};\nconstexpr bool ACTIVE = {str(code.active).lower()};\n"
+    text += struct("Geometry", ConvGeometry, code.axes)  # which headers that all share ask for
+    if code.file == "roi":
+        text += struct("RoiGeometry", RoiGeometry)
+    return text + _inlined(f"{code.file}.cu", set())
 
 
 class Field(typing.NamedTuple):

@@ -33,15 +33,15 @@ struct Place {
 
 // Pixel m of all images' outputs, taken apart.
 struct OutputPixel {
-  int b, p;         // image, pixel in it
-  int row, column;  // input pixel of tap (0, 0)
+  int b, p;          // image, pixel in it
+  int origin[AXES];  // input pixel of the kernel's first tap
   template <class I> PYDEFORM_DEVICE OutputPixel(I m, const Geometry& g) {
-    const I pixels = (I)g.out_size[0] * g.out_size[1];
+    const I pixels = out_pixels_of<I>(g);
     b = (int)(m / pixels);
     p = (int)(m - b * pixels);
-    const int oy = p / g.out_size[1];
-    row = oy * g.stride[0] - g.pad[0];
-    column = (p - oy * g.out_size[1]) * g.stride[1] - g.pad[1];
+    take_apart(origin, p, g.out_size);
+#pragma unroll
+    for (int a = 0; a < AXES; a++) origin[a] = origin[a] * g.stride[a] - g.pad[a];
   }
 };
 

@@ -4,8 +4,8 @@
 #include "conv_forward.cuh"
 
 template <class A, class I> struct Point {
-  I corner[4];  // first chunk of the pixel, or of the zeros behind the last
-  A y, x, m;    // place within the cell, mask
+  I corner[CORNERS];  // first chunk of the pixel, or of the zeros behind the last
+  A within[AXES], m;  // place within the cell, mask
 };
 
 template <class A> struct alignas(16) Chunk {
@@ -27,13 +27,14 @@ PYDEFORM_DEVICE void add_anywhere(double* p, const Chunk<double>& c, double w) {
 // Gradients of offset and mask (eq. 3, 4) and of the input (eq. 5) from one tap's column gradient, which is a product
 // of grad_output and weight and stays in shared memory.
 // Owner: a block has BM output pixels of [first, first + count) and one tap, all channels: it alone writes their
-// grad_offset and grad_mask. The input's gradient is added to by atomics; or, STORE, the column gradient is written to
-// `sums` as columns[tap - tap0][pixel - first][channel] for conv_gather.cuh, without any.
+// grad_offset and grad_mask; ACTIVE: the sum over its pixels, to grad_offset[og][tap - tap0][axis][block of pixels]. The
+// input's gradient is added to by atomics; or, STORE, the column gradient is written to `sums` as
+// columns[tap - tap0][pixel - first][channel] for conv_gather.cuh, without any.
 template <class P, class I, bool STORE, class TOffset = typename P::T>
 __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1)
     backward_data(const typename P::T* __restrict__ gradient, const typename P::T* __restrict__ image,
                   const TOffset* __restrict__ offset, const typename P::T* __restrict__ mask,
-                  const typename P::T* __restrict__ weight, TOffset* __restrict__ grad_offset,
+                  const typename P::T* __restrict__ weight, OffsetGradient<TOffset>* __restrict__ grad_offset,
                   typename P::T* __restrict__ grad_mask, typename P::Acc* __restrict__ sums, Geometry g, Channels c,
                   int padded_outputs, int slots, I first, I count, int tap0, int taps) {
   using T = typename P::T;
@@ -51,10 +52,10 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
   Point<A, I>* const points =
       reinterpret_cast<Point<A, I>*>(shared + (PIPELINE > STAGED ? PIPELINE : STAGED));  // [slots][BM]
 
-  const int tid = threadIdx.x, kernel = g.kernel[0] * g.kernel[1], tap = tap0 + (int)(blockIdx.x % taps);
-  const I m0 = first + (I)(blockIdx.x / taps) * P::BM, end = first + count, pixels = (I)g.out_size[0] * g.out_size[1];
+  const int tid = threadIdx.x, kernel = taps_of(g), tap = tap0 + (int)(blockIdx.x % taps);
+  const I m0 = first + (I)(blockIdx.x / taps) * P::BM, end = first + count, pixels = out_pixels_of<I>(g);
   const int steps = padded_outputs / P::DEPTH, memory = g.groups * c.units * c.pitch;
-  const I chunks = memory / E, zeros = (I)g.batch * g.in_size[0] * g.in_size[1] * chunks;
+  const I chunks = memory / E, zeros = g.batch * in_pixels_of<I>(g) * chunks;
   const bool dots = grad_offset || grad_mask;
   const Offsets<T, I, TOffset> offsets{offset, mask};
 
@@ -63,15 +64,16 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
   auto locate_points = [&](int group, int block) {
     for (int slot = tid / P::BM; slot < slots; slot += P::THREADS / P::BM) {
       const Place place(group, block * P::BN + slot * (P::BN / slots), c);
-      Point<A, I> t{{zeros, zeros, zeros, zeros}, 0, 0, 0};
-      if (m < end && place.valid) {
-        const Sample<A> s =
-            offsets.sample(pixel.b, place.offset_group(g, c), tap, pixel.p, pixel.row, pixel.column, t.m, g);
+      Point<A, I> t{};
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-          t.corner[k] = s.corner[k] < 0 ? zeros : ((I)pixel.b * g.in_size[0] * g.in_size[1] + s.corner[k]) * chunks;
-        t.y = s.y;
-        t.x = s.x;
+      for (int k = 0; k < CORNERS; k++) t.corner[k] = zeros;
+      if (m < end && place.valid) {
+        const Sample<A> s = offsets.sample(pixel.b, place.offset_group(g, c), tap, pixel.p, pixel.origin, t.m, g);
+#pragma unroll
+        for (int k = 0; k < CORNERS; k++)
+          t.corner[k] = s.corner[k] < 0 ? zeros : (pixel.b * in_pixels_of<I>(g) + s.corner[k]) * chunks;
+#pragma unroll
+        for (int a = 0; a < AXES; a++) t.within[a] = s.within[a];
       }
       points[slot * P::BM + tid % P::BM] = t;
     }
@@ -98,29 +100,53 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
     cp_async_commit();
   };
   const int lane = tid % LANES, row = tid / LANES, slot = lane * slots / LANES;
-  A dot[TURNS][4] = {};
+  A dot[TURNS][CORNERS] = {};
   auto write_dots = [&](int og, bool valid) {
     const int width = LANES / slots;
+    A total[AXES] = {};
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
 #pragma unroll
-      for (int k = 0; k < 4; k++)
+      for (int k = 0; k < CORNERS; k++)
         for (int step = width / 2; step; step /= 2) dot[turn][k] += __shfl_xor_sync(0xffffffffu, dot[turn][k], step);
       const int r = row + turn * ROWS;
       const I at = m0 + r;
       if (lane % width == 0 && valid && at < end) {
         const Point<A, I>& t = points[slot * P::BM + r];
-        A value, along_y, along_x;
-        dots_of_corners(dot[turn], t.y, t.x, value, along_y, along_x);
+        A value, along[AXES];
+        dots_of_corners(dot[turn], t.within, value, along);
         const I b = at / pixels, p = at - b * pixels, k = ((I)b * g.offset_groups + og) * kernel + tap;
         if (grad_mask) grad_mask[k * pixels + p] = from_float<T>(value);
-        if (grad_offset) {
-          grad_offset[2 * k * pixels + p] = from_float<TOffset>(t.m * along_y);
-          grad_offset[(2 * k + 1) * pixels + p] = from_float<TOffset>(t.m * along_x);
+#pragma unroll
+        for (int a = 0; a < AXES; a++) {
+          if constexpr (ACTIVE)
+            total[a] += t.m * along[a];
+          else if (grad_offset)
+            grad_offset[(AXES * k + a) * pixels + p] = from_float<TOffset>(t.m * along[a]);
         }
       }
 #pragma unroll
-      for (int k = 0; k < 4; k++) dot[turn][k] = 0;
+      for (int k = 0; k < CORNERS; k++) dot[turn][k] = 0;
+    }
+    if constexpr (ACTIVE) {
+      if (!grad_offset) return;
+#pragma unroll
+      for (int a = 0; a < AXES; a++)
+        for (int step = LANES; step < 32; step *= 2) total[a] += __shfl_xor_sync(0xffffffffu, total[a], step);
+      __syncthreads();  // all have read their points: now warps leave their sums there
+      Point<A, I>* const warps = points + slot * P::BM;
+      if (tid % 32 / LANES == 0 && lane % width == 0)
+#pragma unroll
+        for (int a = 0; a < AXES; a++) warps[tid / 32].within[a] = total[a];
+      __syncthreads();
+      if (row > 0 || lane % width > 0 || !valid) return;
+      const I blocks = gridDim.x / taps, first_part = ((I)og * taps + (tap - tap0)) * AXES;
+#pragma unroll
+      for (int a = 0; a < AXES; a++) {
+        A sum = 0;
+        for (int w = 0; w < P::THREADS / 32; w++) sum += warps[w].within[a];
+        grad_offset[(first_part + a) * blocks + blockIdx.x / taps] = sum;
+      }
     }
   };
   // Neighbours whose channels are of one unit exchange pieces, so that what a warp adds at once lies together.
@@ -145,10 +171,10 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
       if (!place.valid || at >= end) continue;
       const Point<A, I>& t = points[slot * P::BM + r];
       if (dots) {
-        uint4 corner[4];
+        uint4 corner[CORNERS];
         load_corners<T, I>(corner, image + q, t.corner);
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
+        for (int k = 0; k < CORNERS; k++) {
           A pixel_value[E];
           unpack<T>(pixel_value, corner[k]);
 #pragma unroll
@@ -161,8 +187,8 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
 #pragma unroll
         for (int part = 0; part < PARTS; part++) column[part] = v[part];
       } else {
-        A w[4];
-        corner_weights(w, t.y, t.x, t.m);
+        A w[CORNERS];
+        corner_weights(w, t.within, t.m);
         if (exchange) {
 #pragma unroll
           for (int e = 0; e < N; e++) {  // by selection: an index that depends on the thread would leave the registers
@@ -172,7 +198,7 @@ __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1
         }
         const int shift = exchange && odd ? -N : 0, stride = exchange ? E : N;
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
+        for (int k = 0; k < CORNERS; k++) {
           if (t.corner[k] == zeros) continue;
           A* p = sums + (size_t)t.corner[k] * E + q + shift;
 #pragma unroll
@@ -237,23 +263,26 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   using T = typename P::T;
   using A = typename P::Acc;
   using Spot = Tap<A, I, READS>;
-  constexpr int CORNERS = READS == DEFORMED ? 4 : 1, E = P::E, DEPTH = P::DEPTH;
+  constexpr int PIXELS = PIXELS_READ<READS>, E = P::E, DEPTH = P::DEPTH;
   constexpr int A_CHUNKS = P::BM / E, B_CHUNKS = P::BN / E, A_BYTES = DEPTH * A_CHUNKS * 16,
                 B_BYTES = DEPTH * B_CHUNKS * 16;
   constexpr int TASKS = DEPTH * B_CHUNKS / P::THREADS, ROWS = P::THREADS / B_CHUNKS;
+  constexpr int KEPT = PIXELS > 4 ? 1 : TASKS;  // as in `forward`
   static_assert(TASKS > 0 && DEPTH * B_CHUNKS % P::THREADS == 0 && P::THREADS % B_CHUNKS == 0, "threads divide evenly");
   PYDEFORM_DYNAMIC_SHARED(unsigned char, shared);
   unsigned char *const a_tiles = shared, *const b_tiles = shared + 2 * A_BYTES;
   Spot* const spots = reinterpret_cast<Spot*>(shared + 2 * (A_BYTES + B_BYTES));  // [3][slots][DEPTH]
 
-  const int tid = threadIdx.x, kernel = g.kernel[0] * g.kernel[1], group_outputs = g.out_channels / g.groups;
+  const int tid = threadIdx.x, kernel = taps_of(g), group_outputs = g.out_channels / g.groups;
   int place_of_block = blockIdx.x;
   const int o0 = place_of_block % tiles_o * P::BM;
   place_of_block /= tiles_o;
   const int tap = place_of_block % kernel;
   place_of_block /= kernel;
   const int block = place_of_block % c.blocks, group = place_of_block / c.blocks;
-  const I all = (I)g.batch * g.out_size[0] * g.out_size[1], steps = (all + DEPTH - 1) / DEPTH;
+  int in_kernel[AXES];
+  take_apart(in_kernel, tap, g.kernel);
+  const I all = g.batch * out_pixels_of<I>(g), steps = (all + DEPTH - 1) / DEPTH;
   const I first = (I)((long long)steps * blockIdx.y / gridDim.y),
           end = (I)((long long)steps * (blockIdx.y + 1) / gridDim.y);
   const I chunks = (I)g.groups * c.units * c.pitch / E;
@@ -267,7 +296,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
       Spot t = no_tap<T, I, READS>(g, chunks);
       if (m < all && place.valid)
         t = locate_tap<T, I, READS>(offsets, OutputPixel(m, g), READS == DEFORMED ? place.offset_group(g, c) : 0, tap,
-                                    tap / g.kernel[1], tap % g.kernel[1], g, chunks);
+                                    in_kernel, g, chunks);
       spots[((int)(s % 3) * slots + slot) * DEPTH + r] = t;
     }
   };
@@ -294,30 +323,36 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   const int target = P::template at<P::BN>(row, column);
   const Place place(group, block * P::BN + column * E, c);
   const T* const channel = place.valid ? image + place.memory(c) : nullptr;
-  auto gather = [&](I s, uint4(&corner)[TASKS][CORNERS]) {
+  uint4 corner[KEPT][PIXELS] = {};
+  auto load_samples = [&](I s, int i0) {
     if (!channel) return;
 #pragma unroll
-    for (int i = 0; i < TASKS; i++)
-      load_corners<T, I>(corner[i], channel, spots[((int)(s % 3) * slots + slot) * DEPTH + row + i * ROWS].corner);
+    for (int i = 0; i < KEPT; i++)
+      load_corners<T, I>(corner[i], channel,
+                         spots[((int)(s % 3) * slots + slot) * DEPTH + row + (i0 + i) * ROWS].corner);
   };
-  auto store_samples = [&](I s, const uint4(&corner)[TASKS][CORNERS]) {
+  auto gather = [&](I s) {
+    if constexpr (KEPT == TASKS) load_samples(s, 0);
+  };
+  auto store_samples = [&](I s) {
 #pragma unroll
     for (int i = 0; i < TASKS; i++) {
-      const uint4 sample = blend<T, I, READS>(spots[((int)(s % 3) * slots + slot) * DEPTH + row + i * ROWS], corner[i],
-                                              [&]() { return place.valid ? c.unit - place.within : 0; });
+      if constexpr (KEPT < TASKS) load_samples(s, i);
+      const uint4 sample =
+          blend<T, I, READS>(spots[((int)(s % 3) * slots + slot) * DEPTH + row + i * ROWS], corner[i % KEPT],
+                             [&]() { return place.valid ? c.unit - place.within : 0; });
       *reinterpret_cast<uint4*>(b_tiles + (int)(s & 1) * B_BYTES + target + i * ROWS * B_CHUNKS * 16) = sample;
     }
   };
 
   typename P::Sums product;
-  uint4 corner[TASKS][CORNERS] = {};
   if (first < end) {
     for (I s = first; s < min(first + 3, end); s++) locate_step(s);
     load_gradient((int)(first & 1));
     __syncthreads();
-    gather(first, corner);
-    store_samples(first, corner);
-    if (first + 1 < end) gather(first + 1, corner);
+    gather(first);
+    store_samples(first);
+    if (first + 1 < end) gather(first + 1);
     cp_async_wait<0>();
     __syncthreads();
   }
@@ -325,8 +360,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   for (I s = first; s < end; s++) {
     if (s + 1 < end) load_gradient((int)(s + 1 & 1));
     P::issue(product, a_tiles + (int)(s & 1) * A_BYTES, b_tiles + (int)(s & 1) * B_BYTES);
-    if (s + 1 < end) store_samples(s + 1, corner);
-    if (s + 2 < end) gather(s + 2, corner);
+    if (s + 1 < end) store_samples(s + 1);
+    if (s + 2 < end) gather(s + 2);
     if (s + 3 < end) locate_step(s + 3);
     cp_async_wait<0>();
     __syncthreads();
@@ -354,7 +389,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 template <class T, class I>
 __global__ void __launch_bounds__(256) sum_weight(const Compute<T>* __restrict__ partial, T* __restrict__ grad_weight,
                                                   Geometry g, Channels c, int width, int slices) {
-  const int kernel = g.kernel[0] * g.kernel[1], summed = g.in_channels / g.groups;
+  const int kernel = taps_of(g), summed = g.in_channels / g.groups;
   const I i = (I)blockIdx.x * 256 + threadIdx.x;
   if (i >= (I)g.out_channels * summed) return;
   const int o = (int)(i / summed), q = (int)(i - (I)o * summed);
@@ -374,8 +409,7 @@ __global__ void __launch_bounds__(256)
     pack_weight_columns(const typename P::T* __restrict__ weight, typename P::T* __restrict__ packed, Geometry g,
                         Channels c, int steps) {
   using T = typename P::T;
-  const int kernel = g.kernel[0] * g.kernel[1], summed = g.in_channels / g.groups,
-            group_outputs = g.out_channels / g.groups;
+  const int kernel = taps_of(g), summed = g.in_channels / g.groups, group_outputs = g.out_channels / g.groups;
   const int k = threadIdx.x % P::DEPTH, n = blockIdx.y * (256 / P::DEPTH) + threadIdx.x / P::DEPTH;
   const int tile = blockIdx.x / steps, o = (blockIdx.x - tile * steps) * P::DEPTH + k, group = tile / c.blocks;
   const Place place(0, (tile - group * c.blocks) * P::BN + n, c);

@@ -14,12 +14,18 @@ template <class T, class I, bool DEFORMED, class TOffset>
 PYDEFORM_DEVICE Sample<Compute<T>> direct_sample(const Offsets<T, I, TOffset>& offsets, const OutputPixel& pixel,
                                                  int og, int tap, Compute<T>& m, const Geometry& g) {
   if constexpr (DEFORMED) {
-    return offsets.sample(pixel.b, og, tap, pixel.p, pixel.row, pixel.column, m, g);
+    return offsets.sample(pixel.b, og, tap, pixel.p, pixel.origin, m, g);
   } else {
-    const int y = pixel.row + tap / g.kernel[1] * g.dilation[0], x = pixel.column + tap % g.kernel[1] * g.dilation[1];
-    const bool inside = y >= 0 && y < g.in_size[0] && x >= 0 && x < g.in_size[1];
+    int at[AXES];
+    take_apart(at, tap, g.kernel);
+#pragma unroll
+    for (int a = 0; a < AXES; a++) at[a] = pixel.origin[a] + at[a] * g.dilation[a];
+    Sample<Compute<T>> s{};
+    s.corner[0] = is_inside(at, g.in_size) ? place_of(at, g.in_size) : -1;
+#pragma unroll
+    for (int k = 1; k < CORNERS; k++) s.corner[k] = -1;
     m = 1;
-    return {{inside ? y * g.in_size[1] + x : -1, -1, -1, -1}, 0, 0};
+    return s;
   }
 }
 
@@ -30,13 +36,27 @@ template <class T> PYDEFORM_DEVICE Compute<T> direct_pixel(const T* image, int c
 
 // mask * S of eq. 2 for one channel. w: corner weights times m unless that is infinite.
 template <class T, bool DEFORMED>
-PYDEFORM_DEVICE Compute<T> direct_value(const T* image, const Sample<Compute<T>>& s, const Compute<T> (&w)[4],
+PYDEFORM_DEVICE Compute<T> direct_value(const T* image, const Sample<Compute<T>>& s, const Compute<T> (&w)[CORNERS],
                                         Compute<T> m) {
   if constexpr (!DEFORMED) return direct_pixel(image, s.corner[0]);
   Compute<T> value = w[0] * direct_pixel(image, s.corner[0]);
 #pragma unroll
-  for (int j = 1; j < 4; j++) value += w[j] * direct_pixel(image, s.corner[j]);
+  for (int j = 1; j < CORNERS; j++) value += w[j] * direct_pixel(image, s.corner[j]);
   return is_infinite(m) ? m * value : value;
+}
+
+// The sum over the block's threads, for its first thread. Every thread calls it.
+template <class A> PYDEFORM_DEVICE A direct_block_sum(A value) {
+  PYDEFORM_SHARED(A, part, DIRECT_THREADS);
+  const int thread = threadIdx.x;
+  if (ACTIVE) __syncthreads();  // there is a sum for each axis: all have read the one before
+  part[thread] = value;
+#pragma unroll
+  for (int half = DIRECT_THREADS / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread < half) part[thread] = value += part[thread + half];
+  }
+  return value;
 }
 
 // Forward, eq. 1.
@@ -48,12 +68,12 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
                    const T* __restrict__ bias, const T* __restrict__ mask, T* __restrict__ output, Geometry g) {
   using A = Compute<T>;
   const I i = (I)blockIdx.x * DIRECT_THREADS + threadIdx.x;
-  const I out_pixels = (I)g.out_size[0] * g.out_size[1], in_pixels = (I)g.in_size[0] * g.in_size[1];
+  const I out_pixels = out_pixels_of<I>(g), in_pixels = in_pixels_of<I>(g);
   if (i >= g.batch * g.out_channels * out_pixels) return;
   const I plane = i / out_pixels;
   const int b = (int)(plane / g.out_channels), o = (int)(plane - (I)b * g.out_channels);
   const OutputPixel pixel(b * out_pixels + (i - plane * out_pixels), g);
-  const int taps = g.kernel[0] * g.kernel[1];
+  const int taps = taps_of(g);
   const int per_group = g.in_channels / g.groups, per_offset = g.in_channels / g.offset_groups;
   const int first = o / (g.out_channels / g.groups) * per_group, last = first + per_group;
   const Offsets<T, I, TOffset> offsets{offset, mask};
@@ -61,9 +81,9 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
   for (int c = first; c < last;) {
     const int og = c / per_offset, end = min(last, (og + 1) * per_offset);  // channels that share their samples
     for (int tap = 0; tap < taps; tap++) {
-      A m, w[4];
+      A m, w[CORNERS];
       const Sample<A> s = direct_sample<T, I, DEFORMED>(offsets, pixel, og, tap, m, g);
-      corner_weights(w, s.y, s.x, is_infinite(m) ? (A)1 : m);
+      corner_weights(w, s.within, is_infinite(m) ? (A)1 : m);
       const T* image = input + ((I)b * g.in_channels + c) * in_pixels;
       const T* factor = weight + ((I)o * per_group + (c - first)) * taps + tap;
 #pragma unroll 1  // registers for more threads serve these loads better
@@ -77,31 +97,40 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
 
 // Column gradients, and from them eq. 3, eq. 4 and eq. 5.
 // Owner: one thread per (b, og, tap, p) of output pixels [first, first + count) and taps [tap0, tap0 + taps), those of
-// neighbouring p side by side. Reads grad_output and weight of the groups of og's channels. Writes its grad_offset
-// pair and grad_mask. STORE: writes its column gradients, without mask, into columns (taps, count, C) for
-// conv_gather.cuh; else adds its parts to accumulator (N, C, H, W), in no order. A result that is null is not wanted.
+// neighbouring p side by side; ACTIVE: a block has pixels of one (og, tap). Reads grad_output and weight of the groups of og's channels. Writes its grad_offset
+// for each axis and its grad_mask; ACTIVE: grad_offset[og][tap - tap0][axis][block of pixels] gets the block's sum. STORE: writes its column gradients, without mask, into columns (taps, count, C) for
+// conv_gather.cuh; else adds its parts to accumulator (N, C, P), in no order. A result that is null is not wanted.
 template <class T, class I, bool STORE, class TOffset = T>
 __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
     backward_data_direct(const T* __restrict__ grad_output, const T* __restrict__ input,
                          const TOffset* __restrict__ offset, const T* __restrict__ weight, const T* __restrict__ mask,
-                         TOffset* __restrict__ grad_offset, T* __restrict__ grad_mask,
+                         OffsetGradient<TOffset>* __restrict__ grad_offset, T* __restrict__ grad_mask,
                          Compute<T>* __restrict__ accumulator, Compute<T>* __restrict__ columns, Geometry g, I first,
                          I count, int tap0, int taps) {
   using A = Compute<T>;
-  const I i = (I)blockIdx.x * DIRECT_THREADS + threadIdx.x;
-  if (i >= count * taps * g.offset_groups) return;
-  const int part = (int)(i / count), og = part / taps, tap = tap0 + part % taps;
-  const I n = i - part * count;
-  const OutputPixel pixel(first + n, g);
-  A m, w[4], dots[4] = {};
+  I i = (I)blockIdx.x * DIRECT_THREADS + threadIdx.x, n;
+  int part;
+  if constexpr (ACTIVE) {
+    const I blocks = (count + DIRECT_THREADS - 1) / DIRECT_THREADS;
+    part = (int)(blockIdx.x / blocks);
+    n = (blockIdx.x - part * blocks) * DIRECT_THREADS + threadIdx.x;
+  } else {
+    if (i >= count * taps * g.offset_groups) return;
+    part = (int)(i / count);
+    n = i - part * count;
+  }
+  const int og = part / taps, tap = tap0 + part % taps;
+  const bool exists = !ACTIVE || n < count;  // all of a block stay for its sum
+  const OutputPixel pixel(first + (exists ? n : 0), g);
+  A m, w[CORNERS], dots[CORNERS] = {};
   const Sample<A> s = direct_sample<T, I, true>(Offsets<T, I, TOffset>{offset, mask}, pixel, og, tap, m, g);
-  corner_weights(w, s.y, s.x, m);
-  const I out_pixels = (I)g.out_size[0] * g.out_size[1], in_pixels = (I)g.in_size[0] * g.in_size[1];
-  const int all_taps = g.kernel[0] * g.kernel[1];
+  corner_weights(w, s.within, m);
+  const I out_pixels = out_pixels_of<I>(g), in_pixels = in_pixels_of<I>(g);
+  const int all_taps = taps_of(g);
   const int per_group = g.in_channels / g.groups, outputs = g.out_channels / g.groups;
   const int per_offset = g.in_channels / g.offset_groups;
   const bool need_dots = grad_offset || grad_mask;
-  for (int c = og * per_offset; c < (og + 1) * per_offset; c++) {
+  for (int c = og * per_offset; c < (og + 1) * per_offset && exists; c++) {
     const int group = c / per_group;
     const T* factor = weight + ((I)group * outputs * per_group + (c - group * per_group)) * all_taps + tap;
     const T* grad = grad_output + ((I)pixel.b * g.out_channels + group * outputs) * out_pixels + pixel.p;
@@ -112,29 +141,63 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
     const I image = ((I)pixel.b * g.in_channels + c) * in_pixels;
     if (need_dots) {
 #pragma unroll
-      for (int j = 0; j < 4; j++) dots[j] += column * direct_pixel(input + image, s.corner[j]);
+      for (int j = 0; j < CORNERS; j++) dots[j] += column * direct_pixel(input + image, s.corner[j]);
     }
     if constexpr (STORE) {
       if (columns) columns[((tap - tap0) * count + n) * g.in_channels + c] = column;
     } else if (accumulator) {
 #pragma unroll
-      for (int j = 0; j < 4; j++)
+      for (int j = 0; j < CORNERS; j++)
         if (s.corner[j] >= 0) atomicAdd(accumulator + image + s.corner[j], w[j] * column);
     }
   }
   if (!need_dots) return;
-  A value, along_y, along_x;
-  dots_of_corners(dots, s.y, s.x, value, along_y, along_x);
+  A value, along[AXES];
+  dots_of_corners(dots, s.within, value, along);
   const I k = ((I)pixel.b * g.offset_groups + og) * all_taps + tap;
-  if (grad_offset) {
-    grad_offset[2 * k * out_pixels + pixel.p] = from_float<TOffset>(m * along_y);
-    grad_offset[(2 * k + 1) * out_pixels + pixel.p] = from_float<TOffset>(m * along_x);
+  if (grad_mask && exists) grad_mask[k * out_pixels + pixel.p] = from_float<T>(value);
+  if (!grad_offset) return;
+#pragma unroll
+  for (int a = 0; a < AXES; a++) {
+    if constexpr (ACTIVE) {
+      const A sum = direct_block_sum(exists ? m * along[a] : (A)0);
+      const I blocks = (count + DIRECT_THREADS - 1) / DIRECT_THREADS;
+      if (threadIdx.x == 0) grad_offset[((I)part * AXES + a) * blocks + (blockIdx.x - part * blocks)] = sum;
+    } else {
+      grad_offset[(AXES * k + a) * out_pixels + pixel.p] = from_float<TOffset>(m * along[a]);
+    }
   }
-  if (grad_mask) grad_mask[k * out_pixels + pixel.p] = from_float<T>(value);
+}
+
+// Eq. 3 where all images and pixels share an offset: adds the sums of blocks, in their order, to sums [og][tap][axis].
+// Owner: one block per (og, tap of [tap0, tap0 + taps), axis).
+template <class A>
+__global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
+    add_offset_parts(const A* __restrict__ parts, A* __restrict__ sums, Geometry g, int blocks, int tap0, int taps) {
+  const int axis = blockIdx.x % AXES, tap = blockIdx.x / AXES % taps, og = blockIdx.x / AXES / taps;
+  A sum = 0;
+  for (int i = threadIdx.x; i < blocks; i += DIRECT_THREADS) sum += parts[(long long)blockIdx.x * blocks + i];
+  sum = direct_block_sum(sum);
+  if (threadIdx.x == 0) sums[(og * taps_of(g) + tap0 + tap) * AXES + axis] += sum;
+}
+
+// Calls use(p, tap) for each output pixel p and the tap with which it reads the input pixel `at` where nothing moves;
+// p and tap as they are made of the axes before AXIS.
+template <int AXIS, class Use>
+PYDEFORM_DEVICE void each_reader(const int (&at)[AXES], int p, int tap, const Geometry& g, Use use) {
+  if constexpr (AXIS == AXES) {
+    use(p, tap);
+  } else {
+    for (int k = 0; k < g.kernel[AXIS]; k++) {
+      const int behind = at[AXIS] + g.pad[AXIS] - k * g.dilation[AXIS], o = behind / g.stride[AXIS];
+      if (behind < 0 || o >= g.out_size[AXIS] || o * g.stride[AXIS] != behind) continue;
+      each_reader<AXIS + 1>(at, p * g.out_size[AXIS] + o, tap * g.kernel[AXIS] + k, g, use);
+    }
+  }
 }
 
 // Eq. 5 without offsets: no two threads give to one pixel, so no atomics.
-// Owner: one thread per (b, c, y, x). Reads grad_output of c's group where a tap read this pixel.
+// Owner: one thread per (b, c, input pixel). Reads grad_output of c's group where a tap read this pixel.
 // Writes its element of grad_input.
 template <class T, class I>
 __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
@@ -142,44 +205,26 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
                           Geometry g) {
   using A = Compute<T>;
   const I i = (I)blockIdx.x * DIRECT_THREADS + threadIdx.x;
-  const I out_pixels = (I)g.out_size[0] * g.out_size[1], in_pixels = (I)g.in_size[0] * g.in_size[1];
+  const I out_pixels = out_pixels_of<I>(g), in_pixels = in_pixels_of<I>(g);
   if (i >= g.batch * g.in_channels * in_pixels) return;
   const I plane = i / in_pixels;
   const int b = (int)(plane / g.in_channels), c = (int)(plane - (I)b * g.in_channels);
-  const int p = (int)(i - plane * in_pixels), y = p / g.in_size[1], x = p - y * g.in_size[1];
-  const int taps = g.kernel[0] * g.kernel[1];
+  int at[AXES];
+  take_apart(at, (int)(i - plane * in_pixels), g.in_size);
+  const int taps = taps_of(g);
   const int per_group = g.in_channels / g.groups, outputs = g.out_channels / g.groups;
   const int group = c / per_group;
   const T* grads = grad_output + ((I)b * g.out_channels + group * outputs) * out_pixels;
   const T* factors = weight + ((I)group * outputs * per_group + (c - group * per_group)) * taps;
   A sum = 0;
-  for (int ky = 0; ky < g.kernel[0]; ky++) {
-    const int below = y + g.pad[0] - ky * g.dilation[0], oy = below / g.stride[0];
-    if (below < 0 || oy >= g.out_size[0] || oy * g.stride[0] != below) continue;
-    for (int kx = 0; kx < g.kernel[1]; kx++) {
-      const int right = x + g.pad[1] - kx * g.dilation[1], ox = right / g.stride[1];
-      if (right < 0 || ox >= g.out_size[1] || ox * g.stride[1] != right) continue;
-      const T* grad = grads + (I)oy * g.out_size[1] + ox;
-      const T* factor = factors + ky * g.kernel[1] + kx;
+  each_reader<0>(at, 0, 0, g, [&](int p, int tap) {
+    const T* grad = grads + p;
+    const T* factor = factors + tap;
 #pragma unroll 2
-      for (int o = 0; o < outputs; o++, grad += out_pixels, factor += per_group * taps)
-        sum += to_float(*factor) * to_float(*grad);
-    }
-  }
+    for (int o = 0; o < outputs; o++, grad += out_pixels, factor += per_group * taps)
+      sum += to_float(*factor) * to_float(*grad);
+  });
   grad_input[i] = from_float<T>(sum);
-}
-
-// The sum over the block's threads, for its first thread. Every thread calls it.
-template <class A> PYDEFORM_DEVICE A direct_block_sum(A value) {
-  PYDEFORM_SHARED(A, part, DIRECT_THREADS);
-  const int thread = threadIdx.x;
-  part[thread] = value;
-#pragma unroll
-  for (int half = DIRECT_THREADS / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (thread < half) part[thread] = value += part[thread + half];
-  }
-  return value;
 }
 
 // Eq. 6.
@@ -191,19 +236,19 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
     weight_direct(const T* __restrict__ grad_output, const T* __restrict__ input, const TOffset* __restrict__ offset,
                   const T* __restrict__ mask, T* __restrict__ grad_weight, Geometry g) {
   using A = Compute<T>;
-  const int taps = g.kernel[0] * g.kernel[1], per_group = g.in_channels / g.groups;
+  const int taps = taps_of(g), per_group = g.in_channels / g.groups;
   const int row = blockIdx.x / taps, tap = blockIdx.x % taps;  // row: (o, channel of the group)
   const int o = row / per_group;
   const int c = o / (g.out_channels / g.groups) * per_group + row % per_group;
   const int og = c / (g.in_channels / g.offset_groups);
-  const I out_pixels = (I)g.out_size[0] * g.out_size[1], in_pixels = (I)g.in_size[0] * g.in_size[1];
+  const I out_pixels = out_pixels_of<I>(g), in_pixels = in_pixels_of<I>(g);
   const Offsets<T, I, TOffset> offsets{offset, mask};
   A sum = 0;
   for (I n = threadIdx.x; n < g.batch * out_pixels; n += DIRECT_THREADS) {
     const OutputPixel pixel(n, g);
-    A m, w[4];
+    A m, w[CORNERS];
     const Sample<A> s = direct_sample<T, I, DEFORMED>(offsets, pixel, og, tap, m, g);
-    corner_weights(w, s.y, s.x, is_infinite(m) ? (A)1 : m);
+    corner_weights(w, s.within, is_infinite(m) ? (A)1 : m);
     const T* image = input + ((I)pixel.b * g.in_channels + c) * in_pixels;
     const T grad = grad_output[((I)pixel.b * g.out_channels + o) * out_pixels + pixel.p];
     sum += to_float(grad) * direct_value<T, DEFORMED>(image, s, w, m);
@@ -219,7 +264,7 @@ template <class T, class I>
 __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
     bias_gradient(const T* __restrict__ grad_output, T* __restrict__ grad_bias, Geometry g) {
   using A = Compute<T>;
-  const I pixels = (I)g.out_size[0] * g.out_size[1];
+  const I pixels = out_pixels_of<I>(g);
   A sum = 0;
 #pragma unroll 4
   for (I n = threadIdx.x; n < g.batch * pixels; n += DIRECT_THREADS) {

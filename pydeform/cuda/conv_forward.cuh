@@ -7,68 +7,72 @@
 
 // Where a tap reads. ADJOINT is the transpose of PLAIN: a gradient's pixels in the places of an image's.
 constexpr int PLAIN = 0, DEFORMED = 1, ADJOINT = 2;
+template <int READS> constexpr int PIXELS_READ = READS == DEFORMED ? CORNERS : 1;
 
-template <class A, class I, int READS>
-struct Tap {  // corner: first chunk of the pixel, or of the zeros behind the last; weight: or (mask, y, x) if infinite
-  I corner[READS == DEFORMED ? 4 : 1];
-  A weight[READS == DEFORMED ? 4 : 1];
+// corner: first chunk of the pixel, or of the zeros behind the last; weight: or mask and `within` if the mask is infinite
+template <class A, class I, int READS> struct Tap {
+  I corner[PIXELS_READ<READS>];
+  A weight[PIXELS_READ<READS>];
 };
 
 // A step of a tile: which block of channels, which tap. The last three steps' taps are kept, in places 0 to 2.
 struct Cursor {
-  int block, tap, row, column, place;
+  int block, tap, at[AXES], place;  // at: the tap in the kernel
   PYDEFORM_DEVICE Cursor(int s, const Geometry& g) : place(0) {
-    block = s / (g.kernel[0] * g.kernel[1]);
-    tap = s - block * g.kernel[0] * g.kernel[1];
-    row = tap / g.kernel[1];
-    column = tap - row * g.kernel[1];
+    block = s / taps_of(g);
+    tap = s - block * taps_of(g);
+    take_apart(at, tap, g.kernel);
   }
   PYDEFORM_DEVICE void next_place() { place = place == 2 ? 0 : place + 1; }
   PYDEFORM_DEVICE bool next(const Geometry& g) {  // true: a new block
     next_place();
     tap++;
-    if (++column < g.kernel[1]) return false;
-    column = 0;
-    if (++row < g.kernel[0]) return false;
-    row = tap = 0;
+#pragma unroll
+    for (int a = AXES - 1; a >= 0; a--) {
+      if (++at[a] < g.kernel[a]) return false;
+      at[a] = 0;
+    }
+    tap = 0;
     block++;
     return true;
   }
 };
 
-// `row` and `column` are those of the tap in the kernel.
+// `in_kernel`: the tap's place there.
 template <class T, class I, int READS, class TOffset>
 PYDEFORM_DEVICE Tap<Compute<T>, I, READS> locate_tap(const Offsets<T, I, TOffset>& offsets, const OutputPixel& pixel,
-                                                     int og, int tap, int row, int column, const Geometry& g,
+                                                     int og, int tap, const int (&in_kernel)[AXES], const Geometry& g,
                                                      I chunks) {
   using A = Compute<T>;
   Tap<A, I, READS> t;
-  const I image = (I)g.in_size[0] * g.in_size[1], zeros = g.batch * image * chunks, start = pixel.b * image;
-  const int shift_y = row * g.dilation[0], shift_x = column * g.dilation[1];
+  const I image = in_pixels_of<I>(g), zeros = g.batch * image * chunks, start = pixel.b * image;
+  int at[AXES];
+#pragma unroll
+  for (int a = 0; a < AXES; a++) at[a] = pixel.origin[a] + in_kernel[a] * g.dilation[a];
   if constexpr (READS == DEFORMED) {
     A m;
-    const Sample<A> s = offsets.at(pixel.b, og, tap, pixel.p, pixel.row + shift_y, pixel.column + shift_x, m, g);
+    const Sample<A> s = offsets.at(pixel.b, og, tap, pixel.p, at, m, g);
 #pragma unroll
-    for (int k = 0; k < 4; k++) t.corner[k] = s.corner[k] < 0 ? zeros : (start + s.corner[k]) * chunks;
-    corner_weights(t.weight, s.y, s.x, m);
+    for (int k = 0; k < CORNERS; k++) t.corner[k] = s.corner[k] < 0 ? zeros : (start + s.corner[k]) * chunks;
+    corner_weights(t.weight, s.within, m);
     if (is_infinite(m)) {
       t.weight[0] = m;
-      t.weight[1] = s.y;
-      t.weight[2] = s.x;
+#pragma unroll
+      for (int a = 0; a < AXES; a++) t.weight[1 + a] = s.within[a];
     }
   } else {
-    int y = pixel.row + shift_y, x = pixel.column + shift_x;
     bool inside = true;
     if constexpr (READS == ADJOINT) {  // the pixel whose tap read this one
-      const int oy = pixel.p / g.out_size[1];
-      y = oy + g.pad[0] - shift_y;
-      x = pixel.p - oy * g.out_size[1] + g.pad[1] - shift_x;
-      inside = y % g.stride[0] == 0 && x % g.stride[1] == 0;
-      y /= g.stride[0];
-      x /= g.stride[1];
+      take_apart(at, pixel.p, g.out_size);
+#pragma unroll
+      for (int a = 0; a < AXES; a++) {
+        at[a] += g.pad[a] - in_kernel[a] * g.dilation[a];
+        inside = inside && at[a] % g.stride[a] == 0;
+        at[a] /= g.stride[a];
+      }
     }
-    inside = inside && y >= 0 && y < g.in_size[0] && x >= 0 && x < g.in_size[1];
-    t.corner[0] = inside ? (start + (I)y * g.in_size[1] + x) * chunks : zeros;
+    inside = inside && is_inside(at, g.in_size);
+    t.corner[0] = inside ? (start + place_of(at, g.in_size)) * chunks : zeros;
     t.weight[0] = 1;
   }
   return t;
@@ -78,8 +82,8 @@ PYDEFORM_DEVICE Tap<Compute<T>, I, READS> locate_tap(const Offsets<T, I, TOffset
 template <class T, class I, int READS> PYDEFORM_DEVICE Tap<Compute<T>, I, READS> no_tap(const Geometry& g, I chunks) {
   Tap<Compute<T>, I, READS> t;
 #pragma unroll
-  for (int k = 0; k < (READS == DEFORMED ? 4 : 1); k++) {
-    t.corner[k] = (I)g.batch * g.in_size[0] * g.in_size[1] * chunks;
+  for (int k = 0; k < PIXELS_READ<READS>; k++) {
+    t.corner[k] = g.batch * in_pixels_of<I>(g) * chunks;
     t.weight[k] = 0;
   }
   return t;
@@ -88,18 +92,25 @@ template <class T, class I, int READS> PYDEFORM_DEVICE Tap<Compute<T>, I, READS>
 // The 16 bytes of channels of one sample, from those of its corners. Of an infinite mask times the zeros behind the
 // channels that exist, which `count_channels` counts, zeros stay.
 template <class T, class I, int READS, class Count>
-PYDEFORM_DEVICE uint4 blend(const Tap<Compute<T>, I, READS>& t, const uint4 (&corner)[READS == DEFORMED ? 4 : 1],
+PYDEFORM_DEVICE uint4 blend(const Tap<Compute<T>, I, READS>& t, const uint4 (&corner)[PIXELS_READ<READS>],
                             Count count_channels) {
   if constexpr (READS != DEFORMED) {
     return corner[0];
   } else {
     constexpr int E = 16 / sizeof(T);
     const Compute<T> m = t.weight[0];
-    Compute<T> w[4] = {t.weight[0], t.weight[1], t.weight[2], t.weight[3]};
-    if (is_infinite(m)) corner_weights(w, t.weight[1], t.weight[2], (Compute<T>)1);
+    Compute<T> w[CORNERS];
+#pragma unroll
+    for (int k = 0; k < CORNERS; k++) w[k] = t.weight[k];
+    if (is_infinite(m)) {
+      Compute<T> within[AXES];
+#pragma unroll
+      for (int a = 0; a < AXES; a++) within[a] = t.weight[1 + a];
+      corner_weights(w, within, (Compute<T>)1);
+    }
     Compute<T> sum[E];
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < CORNERS; k++) {
       Compute<T> v[E];
       unpack<T>(v, corner[k]);
 #pragma unroll
@@ -114,10 +125,10 @@ PYDEFORM_DEVICE uint4 blend(const Tap<Compute<T>, I, READS>& t, const uint4 (&co
   }
 }
 
-template <class T, class I, int CORNERS>
-PYDEFORM_DEVICE void load_corners(uint4 (&corner)[CORNERS], const T* __restrict__ channel, const I (&place)[CORNERS]) {
+template <class T, class I, int PIXELS>
+PYDEFORM_DEVICE void load_corners(uint4 (&corner)[PIXELS], const T* __restrict__ channel, const I (&place)[PIXELS]) {
 #pragma unroll
-  for (int k = 0; k < CORNERS; k++) corner[k] = load16(channel + (long long)place[k] * (16 / sizeof(T)));
+  for (int k = 0; k < PIXELS; k++) corner[k] = load16(channel + (long long)place[k] * (16 / sizeof(T)));
 }
 
 // Owner: a block has BM output pixels x BN output channels of a group, of slice blockIdx.y of the steps.
@@ -131,18 +142,20 @@ __global__ void __launch_bounds__(P::THREADS, 1)
             typename P::Acc* __restrict__ partial, Geometry g, Channels c, int tiles_n, int slots) {
   using T = typename P::T;
   using Point = Tap<Compute<T>, I, READS>;
-  constexpr int CORNERS = READS == DEFORMED ? 4 : 1;
+  constexpr int PIXELS = PIXELS_READ<READS>;
   constexpr int A_BYTES = P::PARTS * P::BM * P::ROW, B_BYTES = P::PARTS * P::BN * P::ROW;
   constexpr int TASKS = P::BM * P::CHUNKS / P::THREADS, ROWS = P::THREADS / P::CHUNKS;
+  // A thread's samples wait in registers for the next step; in three dimensions these have room for one, which does not.
+  constexpr int KEPT = PIXELS > 4 ? 1 : TASKS;
   static_assert(P::THREADS % P::BM == 0 && P::BM % ROWS == 0 && ROWS % 8 == 0, "a thread's rows are swizzled alike");
   PYDEFORM_DYNAMIC_SHARED(unsigned char, shared);
   unsigned char *const a_tiles = shared, *const b_tiles = shared + 2 * A_BYTES;
   Point* const taps = reinterpret_cast<Point*>(shared + 2 * (A_BYTES + B_BYTES));  // [3][slots][BM]
 
   const int tid = threadIdx.x;
-  const int group_outputs = g.out_channels / g.groups, steps = c.blocks * g.kernel[0] * g.kernel[1];
+  const int group_outputs = g.out_channels / g.groups, steps = c.blocks * taps_of(g);
   const int tile_n = blockIdx.x % tiles_n, group = blockIdx.x / tiles_n % g.groups, n0 = tile_n * P::BN;
-  const I m0 = (I)(blockIdx.x / (tiles_n * g.groups)) * P::BM, pixels = (I)g.out_size[0] * g.out_size[1], all = g.batch * pixels;
+  const I m0 = (I)(blockIdx.x / (tiles_n * g.groups)) * P::BM, pixels = out_pixels_of<I>(g), all = g.batch * pixels;
   const int first = (int)((long long)steps * blockIdx.y / gridDim.y),
             end = (int)((long long)steps * (blockIdx.y + 1) / gridDim.y);
   const I chunks = (I)g.groups * c.units * c.pitch / P::E;
@@ -158,7 +171,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
       Point t = no_tap<T, I, READS>(g, chunks);
       if (m < all && place.valid)
         t = locate_tap<T, I, READS>(offsets, pixel, READS == DEFORMED ? place.offset_group(g, c) : 0, located.tap,
-                                    located.row, located.column, g, chunks);
+                                    located.at, g, chunks);
       taps[(located.place * slots + slot) * P::BM + tid % P::BM] = t;
     }
     located.next(g);
@@ -183,41 +196,52 @@ __global__ void __launch_bounds__(P::THREADS, 1)
     const Place place(group, gathered.block * P::DEPTH + column * P::E, c);
     channel = place.valid ? image + place.memory(c) : nullptr;
   };
-  auto gather = [&](uint4(&corner)[TASKS][CORNERS]) {
+  uint4 corner[KEPT][PIXELS];
+  auto load_samples = [&](int first) {
     if (channel) {
 #pragma unroll
-      for (int i = 0; i < TASKS; i++)
-        load_corners<T, I>(corner[i], channel, points[gathered.place * slots * P::BM + i * ROWS].corner);
+      for (int i = 0; i < KEPT; i++)
+        load_corners<T, I>(corner[i], channel, points[gathered.place * slots * P::BM + (first + i) * ROWS].corner);
     } else {
 #pragma unroll
-      for (int i = 0; i < TASKS; i++)
+      for (int i = 0; i < KEPT; i++)
 #pragma unroll
-        for (int k = 0; k < CORNERS; k++) corner[i][k] = make_uint4(0, 0, 0, 0);
+        for (int k = 0; k < PIXELS; k++) corner[i][k] = make_uint4(0, 0, 0, 0);
     }
+  };
+  auto next_tap = [&]() {
     if (gathered.next(g)) enter_block();
   };
+  auto gather = [&]() {
+    if constexpr (KEPT == TASKS) {
+      load_samples(0);
+      next_tap();
+    }
+  };
   int stored = 0;  // place of the taps
-  auto store_samples = [&](int s, int stage, const uint4(&corner)[TASKS][CORNERS]) {
+  auto store_samples = [&](int s, int stage) {
     auto count_channels = [&]() {
-      const Place place(group, s / (g.kernel[0] * g.kernel[1]) * P::DEPTH + column * P::E, c);
+      const Place place(group, s / taps_of(g) * P::DEPTH + column * P::E, c);
       return place.valid ? c.unit - place.within : 0;
     };
 #pragma unroll
-    for (int i = 0; i < TASKS; i++)
+    for (int i = 0; i < TASKS; i++) {
+      if constexpr (KEPT < TASKS) load_samples(i);
       P::put(a_tiles + stage * A_BYTES + own + i * ROWS * P::ROW,
-             blend<T, I, READS>(points[stored * slots * P::BM + i * ROWS], corner[i], count_channels));
+             blend<T, I, READS>(points[stored * slots * P::BM + i * ROWS], corner[i % KEPT], count_channels));
+    }
+    if constexpr (KEPT < TASKS) next_tap();
     stored = stored == 2 ? 0 : stored + 1;
   };
 
   typename P::Sums sums;
-  uint4 corner[TASKS][CORNERS];
   for (int s = first; s < min(first + 3, end); s++) locate_step();
   enter_block();
   load_weight(0);
   __syncthreads();
-  gather(corner);
-  store_samples(first, 0, corner);
-  if (first + 1 < end) gather(corner);
+  gather();
+  store_samples(first, 0);
+  if (first + 1 < end) gather();
   cp_async_wait<0>();
   P::ready();
   __syncthreads();
@@ -226,8 +250,8 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   for (int left = end - first; left > 0; left--) {
     if (left > 1) load_weight(stage ^ 1);
     P::issue(sums, a_tiles + stage * A_BYTES, b_tiles + stage * B_BYTES);
-    if (left > 1) store_samples(end - left + 1, stage ^ 1, corner);
-    if (left > 2) gather(corner);  // on its way during the rest of this step and the next product
+    if (left > 1) store_samples(end - left + 1, stage ^ 1);
+    if (left > 2) gather();  // on its way during the rest of this step and the next product
     if (left > 3) locate_step();
     cp_async_wait<0>();
     P::ready();
@@ -237,13 +261,13 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   }
 
   // Each warp turns eight of its columns at a time, so that threads next to each other write pixels next to each other.
-  constexpr int PITCH = P::WM + 4, SPAN = P::WM < 32 ? P::WM : 32, PIXELS = P::WM / SPAN;
+  constexpr int PITCH = P::WM + 4, SPAN = P::WM < 32 ? P::WM : 32, SPANS = P::WM / SPAN;
   const int lane = tid & 31;
   typename P::Acc* const turned = reinterpret_cast<typename P::Acc*>(shared) + tid / 32 * 8 * PITCH;
-  size_t target[PIXELS];  // of channel 0
+  size_t target[SPANS];  // of channel 0
   const I at = m0 + P::row() + lane % SPAN;
 #pragma unroll
-  for (int i = 0; i < PIXELS; i++) {
+  for (int i = 0; i < SPANS; i++) {
     const I mine = at + i * SPAN, b = mine / pixels;
     target[i] = partial ? (size_t)blockIdx.y * g.out_channels * all + mine
                         : (size_t)(b * g.out_channels) * pixels + (mine - b * pixels);
@@ -263,7 +287,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
       if (n >= group_outputs) continue;
       const typename P::Acc shift = bias && !partial ? to_float(bias[o]) : (typename P::Acc)0;
 #pragma unroll
-      for (int k = 0; k < PIXELS; k++) {
+      for (int k = 0; k < SPANS; k++) {
         if (at + k * SPAN >= all) continue;
         const typename P::Acc sum = turned[r * PITCH + lane % SPAN + k * SPAN];
         if (partial)
@@ -280,7 +304,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 template <class T, class I>
 __global__ void __launch_bounds__(256) sum_slices(const Compute<T>* __restrict__ partial, const T* __restrict__ bias,
                                                   T* __restrict__ output, Geometry g, int slices) {
-  const I pixels = (I)g.out_size[0] * g.out_size[1], all = g.batch * pixels, i = (I)blockIdx.x * 256 + threadIdx.x;
+  const I pixels = out_pixels_of<I>(g), all = g.batch * pixels, i = (I)blockIdx.x * 256 + threadIdx.x;
   if (i >= all * g.out_channels) return;
   const I o = i / all, m = i - o * all, b = m / pixels;
   Compute<T> sum = 0;
@@ -297,8 +321,7 @@ __global__ void __launch_bounds__(256)
     pack_weight(const typename P::T* __restrict__ weight, typename P::T* __restrict__ packed, Geometry g, Channels c,
                 int tiles_n) {
   using T = typename P::T;
-  const int kernel = g.kernel[0] * g.kernel[1], group_outputs = g.out_channels / g.groups,
-            summed = g.in_channels / g.groups;
+  const int kernel = taps_of(g), group_outputs = g.out_channels / g.groups, summed = g.in_channels / g.groups;
   const int k = threadIdx.x % P::DEPTH, r = blockIdx.y * (256 / P::DEPTH) + threadIdx.x / P::DEPTH;
   const int tile = blockIdx.x / c.blocks, block = blockIdx.x - tile * c.blocks, group = tile / tiles_n,
             n = (tile - group * tiles_n) * P::BN + r;

@@ -1,9 +1,10 @@
 // The input's gradient (eq. 5) without float atomics: each pixel gathers from the samples near it.
 //
-// A sample lies in a cell between four pixels; (floor y, floor x) names it, from -1 to in_h - 1 and in_w - 1. The
+// A sample lies in a cell between pixels, four in a plane; the floor of its coordinates names it, from -1 to size - 1 on
+// each axis. The
 // samples of a chunk (some output pixels, some taps) are sorted into bins by counting: one bin for each image, offset
 // group and cell. Where a sample lands within its bin depends on the schedule, so each bin is then sorted by the
-// samples' numbers. A pixel adds what its four cells hold in that order: the same bits on every run.
+// samples' numbers. A pixel adds what the cells around it hold in that order: the same bits on every run.
 //
 // A chunk has `count` output pixels from `first` on, of the flattened (b, p), and taps [tap0, tap0 + taps). Its samples
 // are numbered (tap - tap0) * count + pixel, below 2^31; starts[bin] is the place in ids of a bin's first sample. An
@@ -16,19 +17,34 @@ constexpr int GATHER_BLOCKS = 2;  // on a multiprocessor: left to itself, ptxas 
 constexpr int SHORT_BIN = 32;     // samples: longer bins are not sorted by insertion, whose time is quadratic
 constexpr int LANE_CHANNELS = 4;  // sums that a lane has at a time
 
-// Place of a sample's cell among those of an image, or -1 if it reads no pixel.
+// Of an image, row by row: one more than pixels on each axis.
+PYDEFORM_DEVICE int cells_of_image(const Geometry& g) {
+  int cells = 1;
+#pragma unroll
+  for (int a = 0; a < AXES; a++) cells *= g.in_size[a] + 1;
+  return cells;
+}
+
+// Place among those of an image of the cell that has this pixel as that corner.
+PYDEFORM_DEVICE int cell_at(const int (&pixel)[AXES], int corner, const Geometry& g) {
+  int cell = 0;
+#pragma unroll
+  for (int a = 0; a < AXES; a++) cell = cell * (g.in_size[a] + 1) + (pixel[a] - is_far(corner, a) + 1);
+  return cell;
+}
+
+// That of a sample's cell, or -1 if it reads no pixel.
 template <class A> PYDEFORM_DEVICE int cell_of(const Sample<A>& s, const Geometry& g) {
 #pragma unroll
-  for (int j = 0; j < 4; j++) {
+  for (int j = 0; j < CORNERS; j++) {
     if (s.corner[j] < 0) continue;
     // The first corner that is inside, so never one of dcnv1's repeated ones: those follow the pixel that they repeat.
-    const int y = s.corner[j] / g.in_size[1], x = s.corner[j] - y * g.in_size[1];
-    return (y - j / 2 + 1) * (g.in_size[1] + 1) + (x - j % 2 + 1);
+    int pixel[AXES];
+    take_apart(pixel, s.corner[j], g.in_size);
+    return cell_at(pixel, j, g);
   }
   return -1;
 }
-
-PYDEFORM_DEVICE int cells_of_image(const Geometry& g) { return (g.in_size[0] + 1) * (g.in_size[1] + 1); }
 
 // The bin of thread i's sample, or -1; `id` is its number.
 template <class T, class I>
@@ -39,8 +55,8 @@ PYDEFORM_DEVICE I bin_of(I i, int& id, const Offsets<T, I>& offsets, const Geome
   const int tap = (int)(id / count);
   const OutputPixel pixel(first + (id - tap * count), g);
   Compute<T> m;
-  const int cell = cell_of(offsets.sample(pixel.b, og, tap0 + tap, pixel.p, pixel.row, pixel.column, m, g), g);
-  const int image = pixel.b - (int)(first / ((I)g.out_size[0] * g.out_size[1]));  // of those that the chunk touches
+  const int cell = cell_of(offsets.sample(pixel.b, og, tap0 + tap, pixel.p, pixel.origin, m, g), g);
+  const int image = pixel.b - (int)(first / out_pixels_of<I>(g));  // of those that the chunk touches
   return cell < 0 ? -1 : ((I)image * g.offset_groups + og) * cells_of_image(g) + cell;
 }
 
@@ -116,30 +132,32 @@ __global__ void __launch_bounds__(GATHER_THREADS)
   }
 }
 
-// Eq. 5: accumulator (N, H, W, channels) += sum of mask * corner weight * columns (taps, count, channels).
+// Eq. 5: accumulator (N, P, channels) += sum of mask * corner weight * columns (taps, count, channels).
 // Owner: one warp per (image of the chunk, og, input pixel), its lanes on the memory channels of og. Reads the samples
-// of the four cells around the pixel, which the lanes locate 32 at a time and pass around. Writes its channels there.
+// of the cells around the pixel, which the lanes locate 32 at a time and pass around. Writes its channels there.
 template <class T, class I, class TOffset = T>
 __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS)
     gather_bins(const Compute<T>* __restrict__ columns, const TOffset* __restrict__ offset, const T* __restrict__ mask,
                 const I* __restrict__ starts, const int* __restrict__ ids, Compute<T>* __restrict__ accumulator,
                 Geometry g, int channels, int images, I first, I count, int tap0) {
   using A = Compute<T>;
-  const I in_pixels = (I)g.in_size[0] * g.in_size[1];
+  const I in_pixels = in_pixels_of<I>(g);
   const I warp = (I)blockIdx.x * (GATHER_THREADS / 32) + threadIdx.x / 32;
   if (warp >= images * g.offset_groups * in_pixels) return;
   const int lane = threadIdx.x % 32;
   const int slot = (int)(warp / in_pixels), og = slot % g.offset_groups;  // slot: (image of the chunk, og)
-  const int p = (int)(warp - slot * in_pixels), y = p / g.in_size[1], x = p - y * g.in_size[1];
-  const int b = (int)(first / ((I)g.out_size[0] * g.out_size[1])) + slot / g.offset_groups;
+  const int p = (int)(warp - slot * in_pixels);
+  int at[AXES];
+  take_apart(at, p, g.in_size);
+  const int b = (int)(first / out_pixels_of<I>(g)) + slot / g.offset_groups;
   const int width = channels / g.offset_groups;
   const Offsets<T, I, TOffset> offsets{offset, mask};
   for (int q0 = 0; q0 < width; q0 += 32 * LANE_CHANNELS) {
     const int q = q0 + lane;
     A sum[LANE_CHANNELS] = {};
-    for (int row = 0; row < 2; row++) {
-      // The cells left and right of a pixel follow each other, and so do their samples.
-      const I bin = (I)slot * cells_of_image(g) + (y + row) * (g.in_size[1] + 1) + x;
+    for (int far = CORNERS - 1; far > 0; far -= 2) {
+      // The cells before and behind a pixel on the last axis follow each other, and so do their samples.
+      const I bin = (I)slot * cells_of_image(g) + cell_at(at, far, g);
       const I last = starts[bin + 2];
       for (I start = starts[bin]; start < last; start += 32) {
         I place = 0;
@@ -147,11 +165,11 @@ __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS)
         if (start + lane < last) {
           const int id = ids[start + lane], tap = (int)(id / count);
           const OutputPixel pixel(first + (id - tap * count), g);
-          A m, w[4];
-          const Sample<A> s = offsets.sample(b, og, tap0 + tap, pixel.p, pixel.row, pixel.column, m, g);
-          corner_weights(w, s.y, s.x, m);
+          A m, w[CORNERS];
+          const Sample<A> s = offsets.sample(b, og, tap0 + tap, pixel.p, pixel.origin, m, g);
+          corner_weights(w, s.within, m);
 #pragma unroll
-          for (int j = 0; j < 4; j++)
+          for (int j = 0; j < CORNERS; j++)
             if (s.corner[j] == p) weight += w[j];  // dcnv1 has a pixel in more than one corner
           place = (I)id * channels + og * width;
         }

@@ -29,8 +29,9 @@ from pydeform.cuda._conv_common import (
 )
 from pydeform.cuda._conv_forward import contiguous
 from pydeform.cuda._launch import geometry, kernel, launch
+from pydeform.cuda._source import Code
 
-OPERATOR = "roi"
+CODE = Code("roi")
 THREADS = 256
 SPAN = 64  # bins whose results a block turns at a time
 COPIED_FOR_EACH = 32  # values at most, in a copy of the input that is not small, for each of the output
@@ -82,7 +83,7 @@ def backward(
         )
         pitch = g.out_channels // g.classes if _is_direct(g) else _pitch(g, input)
         # (R, bins, classes, pitch), and one row of zeros that nothing reads
-        grads = to_channels_last(OPERATOR, grad_output, g.out_channels // g.classes, pitch)
+        grads = to_channels_last(CODE, grad_output, g.out_channels // g.classes, pitch)
         if grad_input is not None:
             _input_gradient(grads, input, boxes, offset, mask, g, pitch, grad_input)
         if grad_offset is not None or grad_mask is not None:
@@ -126,7 +127,7 @@ def _copies(input: Any, g: RoiGeometry, pitch: int) -> Iterator[tuple[Any, Image
     for first in range(0, max(g.batch, 1), at_once):
         part = input[first : first + at_once]
         unit = g.out_channels // g.classes
-        yield to_channels_last(OPERATOR, part, unit, pitch, cells), Images(first, int(part.shape[0]))
+        yield to_channels_last(CODE, part, unit, pitch, cells), Images(first, int(part.shape[0]))
 
 
 def _forward_by_warps(input: Any, boxes: Any, offset: Any, mask: Any, g: RoiGeometry, output: Any) -> None:
@@ -138,7 +139,7 @@ def _forward_by_warps(input: Any, boxes: Any, offset: Any, mask: Any, g: RoiGeom
     for copy, images in _copies(input, g, pitch):
         index = index_type(copy.size, output.size, _size(offset))
         launch(
-            kernel(OPERATOR, f"pool_bins<{C_TYPES[input.dtype.name]}, {index}{own_types(input, boxes, offset)}>"),
+            kernel(CODE, f"pool_bins<{C_TYPES[input.dtype.name]}, {index}{own_types(input, boxes, offset)}>"),
             (blocks,),
             THREADS,
             (
@@ -180,7 +181,7 @@ def _input_gradient(
     tiles = ceil_div(g.in_h, TILE[0]) * ceil_div(g.in_w, TILE[1])
     index = index_type(input.size, grads.size, _size(offset), _size(winners))
     launch(
-        kernel(OPERATOR, f"input_gradient<{C_TYPES[input.dtype.name]}, {index}, {reads}{own}>"),
+        kernel(CODE, f"input_gradient<{C_TYPES[input.dtype.name]}, {index}, {reads}{own}>"),
         (g.batch * tiles * ceil_div(g.in_channels, threads),),
         threads,
         (grads, boxes, offset, mask, bounds, winners, grad_input, geometry(g), np.int32(pitch)),
@@ -234,7 +235,7 @@ def _launch(
     """So many threads, of a kernel for the type of `data`. `arrays`: in which it counts places, as in an output."""
     index = index_type(data.size, _outputs(g), *map(_size, arrays))
     expression = f"{name}<{C_TYPES[data.dtype.name]}, {index}{suffix}>"
-    launch(kernel(OPERATOR, expression), (ceil_div(threads, THREADS),), THREADS, arguments)
+    launch(kernel(CODE, expression), (ceil_div(threads, THREADS),), THREADS, arguments)
 
 
 def _outputs(g: RoiGeometry) -> int:

@@ -1,9 +1,17 @@
-// Where a tap samples: four corners, their weights, and the place within the cell (docs/math/deform_conv2d.md, eq. 2).
-// The twin of cpu/_sampling.py: the same tests in the same order, so both backends agree on every border and kink.
+// Where a tap samples: the corners of a cell, their weights, and the place within it (docs/math/deform_conv2d.md, eq. 2).
+// Along an axis a coordinate names two pixels; the corners are the product of the axes, of which the last is the fastest.
+// The twin of cpu/sampling: the same tests in the same order, so both backends agree on every border and kink.
+//
+// `AXES`, `ACTIVE` and the struct Geometry stand before all headers: _source.py.
 #pragma once
 #include "primitives.cuh"
 
 constexpr int DCNV2 = 1, DCNV1 = 2;  // the index of a border rule in BOUNDARIES of _geometry.py; 0 is torchvision's
+
+constexpr int CORNERS = 1 << AXES;  // of a cell
+
+// Whether a corner is on the far side of its cell along an axis: a bit of its number.
+constexpr PYDEFORM_DEVICE int is_far(int corner, int axis) { return corner >> (AXES - 1 - axis) & 1; }
 
 // Coordinates, weights and sums: double for double, float for the rest.
 template <class T> struct ComputeOf {
@@ -19,6 +27,8 @@ PYDEFORM_DEVICE double round_down(double v) { return floor(v); }
 PYDEFORM_DEVICE bool is_infinite(float v) { return fabsf(v) > 0x1.fffffep127f; }
 PYDEFORM_DEVICE bool is_infinite(double v) { return fabs(v) > 0x1.fffffffffffffp1023; }
 
+// One axis -----------------------------------------------------------------------------------------------------------
+
 // A sample with a coordinate below this one is outside; at and above it the corners decide.
 template <class A> PYDEFORM_DEVICE A lowest_coordinate(int boundary);
 template <> PYDEFORM_DEVICE float lowest_coordinate<float>(int boundary) {
@@ -30,72 +40,171 @@ template <> PYDEFORM_DEVICE double lowest_coordinate<double>(int boundary) {
   return boundary == DCNV2 ? -0x1.fffffffffffffp-1 : boundary == DCNV1 ? 0. : -2.;
 }
 
-// Corners in the order (y0, x0), (y0, x1), (y1, x0), (y1, x1): the pixel's number in its image, -1 outside.
-template <class A> struct Sample {
-  int corner[4];
-  A y, x;  // within the cell, from 0 to 1
+template <class A> PYDEFORM_DEVICE bool in_range(A coordinate, A lowest, int size) {  // false for NaN
+  return coordinate >= lowest && coordinate < (A)size;
+}
+
+// The two pixels of a coordinate that is in range, whether the image has them, and the place between them, 0 to 1.
+template <class A> struct AxisCorners {
+  int pixel[2];
+  bool exists[2];
+  A place;
 };
 
-// No index is formed from a coordinate that is not known to be in range. NaN makes y and x NaN and all corners -1, so
-// that whatever is made of them is NaN and nothing is read; an infinite coordinate is outside.
-template <class A> PYDEFORM_DEVICE Sample<A> locate(A y, A x, const Geometry& g) {
-  const A low = lowest_coordinate<A>(g.boundary);
-  const bool inside = y >= low && y < (A)g.in_size[0] && x >= low && x < (A)g.in_size[1];  // false for NaN
-  const A ys = inside ? y : low, xs = inside ? x : low;
-  const A fy = round_down(ys), fx = round_down(xs);
-  const int y0 = (int)fy, x0 = (int)fx;
-  // dcnv1 repeats the last row and column instead of fading to zero: there both corners are one pixel.
-  const int repeated = g.boundary == DCNV1;
-  const int y1 = min(y0 + 1, g.in_size[0] - repeated), x1 = min(x0 + 1, g.in_size[1] - repeated);
-  const bool row0 = inside && y0 >= 0, row1 = inside && y1 >= 0 && y1 < g.in_size[0];
-  const bool column0 = x0 >= 0, column1 = x1 >= 0 && x1 < g.in_size[1];
+template <class A> PYDEFORM_DEVICE AxisCorners<A> axis_corners(A coordinate, int size, int boundary) {
+  const A down = round_down(coordinate);
+  const int near = (int)down;
+  // dcnv1 repeats the last pixel instead of fading to zero: there both are one.
+  const int far = min(near + 1, size - (boundary == DCNV1));
+  return {{near, far}, {near >= 0, far >= 0 && far < size}, coordinate - down};
+}
+
+// All axes -----------------------------------------------------------------------------------------------------------
+
+PYDEFORM_DEVICE int product_of(const int (&size)[AXES]) {
+  int product = size[0];
+#pragma unroll
+  for (int a = 1; a < AXES; a++) product *= size[a];
+  return product;
+}
+PYDEFORM_DEVICE int taps_of(const Geometry& g) { return product_of(g.kernel); }
+// Of an image: fewer than 2^31.
+template <class I> PYDEFORM_DEVICE I in_pixels_of(const Geometry& g) { return product_of(g.in_size); }
+template <class I> PYDEFORM_DEVICE I out_pixels_of(const Geometry& g) { return product_of(g.out_size); }
+
+// From a place in row-major order to its coordinates, and back.
+PYDEFORM_DEVICE void take_apart(int (&at)[AXES], int place, const int (&size)[AXES]) {
+#pragma unroll
+  for (int a = AXES - 1; a > 0; a--) {
+    const int rest = place / size[a];
+    at[a] = place - rest * size[a];
+    place = rest;
+  }
+  at[0] = place;
+}
+PYDEFORM_DEVICE int place_of(const int (&at)[AXES], const int (&size)[AXES]) {
+  int place = at[0];
+#pragma unroll
+  for (int a = 1; a < AXES; a++) place = place * size[a] + at[a];
+  return place;
+}
+PYDEFORM_DEVICE bool is_inside(const int (&at)[AXES], const int (&size)[AXES]) {
+  bool inside = true;
+#pragma unroll
+  for (int a = 0; a < AXES; a++) inside = inside && at[a] >= 0 && at[a] < size[a];
+  return inside;
+}
+
+// Corners in the order (near, near), (near, far), (far, near), (far, far): the pixel's number in its image, -1 outside.
+template <class A> struct Sample {
+  int corner[CORNERS];
+  A within[AXES];  // place in the cell along each axis, from 0 to 1
+};
+
+// No index is formed from a coordinate that is not known to be in range. NaN makes all of `within` NaN and all corners
+// -1, so that whatever is made of them is NaN and nothing is read; an infinite coordinate is outside.
+template <class A> PYDEFORM_DEVICE Sample<A> locate(const A (&at)[AXES], const Geometry& g) {
+  const A lowest = lowest_coordinate<A>(g.boundary);
+  bool inside = true, broken = false;
+  A sum = at[0];
+#pragma unroll
+  for (int a = 0; a < AXES; a++) {
+    inside = inside && in_range(at[a], lowest, g.in_size[a]);
+    broken = broken || at[a] != at[a];
+    if (a > 0) sum += at[a];
+  }
   Sample<A> s;
-  s.corner[0] = row0 && column0 ? y0 * g.in_size[1] + x0 : -1;
-  s.corner[1] = row0 && column1 ? y0 * g.in_size[1] + x1 : -1;
-  s.corner[2] = row1 && column0 ? y1 * g.in_size[1] + x0 : -1;
-  s.corner[3] = row1 && column1 ? y1 * g.in_size[1] + x1 : -1;
-  const bool broken = y != y || x != x;
-  s.y = broken ? y + x : ys - fy;
-  s.x = broken ? y + x : xs - fx;
+  s.corner[0] = inside ? 0 : -1;
+#pragma unroll
+  for (int a = 0; a < AXES; a++) {
+    const AxisCorners<A> c = axis_corners(inside ? at[a] : lowest, g.in_size[a], g.boundary);
+    s.within[a] = broken ? sum : c.place;
+#pragma unroll
+    for (int k = (1 << a) - 1; k >= 0; k--) {
+      const int before = s.corner[k];
+#pragma unroll
+      for (int far = 0; far < 2; far++)
+        s.corner[2 * k + far] = before >= 0 && c.exists[far] ? before * g.in_size[a] + c.pixel[far] : -1;
+    }
+  }
   return s;
 }
 
-// Weights of the four corners, times m. With an infinite m they make NaN of a sample that has a corner without weight or
-// a pixel of 0: such a sample is multiplied by m after it is made, with weights times 1.
-template <class A> PYDEFORM_DEVICE void corner_weights(A (&w)[4], A y, A x, A m) {
-  const A above = ((A)1 - y) * m, below = y * m, left = (A)1 - x;
-  w[0] = above * left;
-  w[1] = above * x;
-  w[2] = below * left;
-  w[3] = below * x;
+// Weights of the corners, times m. With an infinite m they make NaN of a sample that has a corner without weight or a
+// pixel of 0: such a sample is multiplied by m after it is made, with weights times 1.
+template <class A> PYDEFORM_DEVICE void corner_weights(A (&w)[CORNERS], const A (&within)[AXES], A m) {
+  w[0] = m;
+#pragma unroll
+  for (int a = 0; a < AXES; a++)
+#pragma unroll
+    for (int k = (1 << a) - 1; k >= 0; k--) {
+      const A before = w[k];
+      w[2 * k] = before * ((A)1 - within[a]);
+      w[2 * k + 1] = before * within[a];
+    }
 }
 
-// From the four dot products with the corners to those with the sample and its derivatives along y and x.
-template <class A> PYDEFORM_DEVICE void dots_of_corners(const A (&d)[4], A y, A x, A& value, A& along_y, A& along_x) {
-  const A above = (A)1 - y, left = (A)1 - x;
-  value = above * left * d[0] + above * x * d[1] + y * left * d[2] + y * x * d[3];
-  along_y = left * (d[2] - d[0]) + x * (d[3] - d[1]);
-  along_x = above * (d[1] - d[0]) + y * (d[3] - d[2]);
+// From the dot products with the corners to those with the sample and with its derivative along each axis.
+template <class A>
+PYDEFORM_DEVICE void dots_of_corners(const A (&dot)[CORNERS], const A (&within)[AXES], A& value, A (&along)[AXES]) {
+  A w[CORNERS];
+  corner_weights(w, within, (A)1);
+  value = w[0] * dot[0];
+#pragma unroll
+  for (int k = 1; k < CORNERS; k++) value += w[k] * dot[k];
+#pragma unroll
+  for (int a = 0; a < AXES; a++) {
+#pragma unroll
+    for (int k = 0; k < CORNERS; k++) {  // edges of the cell along the axis, each with its weight by the other axes
+      if (is_far(k, a)) continue;
+      // A NaN comes in with the other axes' weights. A single axis has none.
+      A edge = AXES == 1 && within[0] != within[0] ? within[0] : (A)1;
+#pragma unroll
+      for (int b = 0; b < AXES; b++)
+        if (b != a) edge *= is_far(k, b) ? within[b] : (A)1 - within[b];
+      const A part = edge * (dot[k + (1 << (AXES - 1 - a))] - dot[k]);
+      along[a] = k ? along[a] + part : part;
+    }
+  }
 }
 
-// The sampling point of output pixel (oy, ox), and where its numbers lie. Where a kernel has a type TOffset, that is the
-// type of offset and of its gradient: T, or float where T is a half type, with the same Compute.
+// What kernels write of the offset's gradient: each sample's, or, ACTIVE, sums over a block's pixels.
+template <class TOffset, bool SUMMED> struct OffsetGradientOf {
+  using type = TOffset;
+};
+template <class TOffset> struct OffsetGradientOf<TOffset, true> {
+  using type = Compute<TOffset>;
+};
+template <class TOffset> using OffsetGradient = typename OffsetGradientOf<TOffset, ACTIVE>::type;
+
+// The sampling point of a tap for an output pixel, and where its numbers lie. Where a kernel has a type TOffset, that is
+// the type of offset and of its gradient: T, or float where T is a half type, with the same Compute.
 template <class T, class I, class TOffset = T> struct Offsets {
-  const TOffset* __restrict__ offset;  // (N, offset_groups, K, 2, P)
+  const TOffset* __restrict__ offset;  // (N, offset_groups, K, AXES, P), or ACTIVE: (offset_groups, K, AXES)
   const T* __restrict__ mask;          // (N, offset_groups, K, P), or null: 1 everywhere
 
-  // p is the output pixel within its image, (y, x) where the tap would read it without an offset.
-  PYDEFORM_DEVICE Sample<Compute<T>> at(int b, int og, int tap, int p, int y, int x, Compute<T>& m,
+  // p is the output pixel within its image, `regular` where the tap would read it without an offset.
+  PYDEFORM_DEVICE Sample<Compute<T>> at(int b, int og, int tap, int p, const int (&regular)[AXES], Compute<T>& m,
                                         const Geometry& g) const {
     using A = Compute<T>;
-    const I pixels = (I)g.out_size[0] * g.out_size[1];
-    const I k = ((I)b * g.offset_groups + og) * (g.kernel[0] * g.kernel[1]) + tap;
+    const I pixels = out_pixels_of<I>(g);
+    const I k = ((I)b * g.offset_groups + og) * taps_of(g) + tap;
     m = mask ? to_float(mask[k * pixels + p]) : (A)1;
-    return locate((A)y + to_float(offset[2 * k * pixels + p]), (A)x + to_float(offset[(2 * k + 1) * pixels + p]), g);
+    A moved[AXES];
+#pragma unroll
+    for (int a = 0; a < AXES; a++) {
+      const I place = ACTIVE ? (I)(og * taps_of(g) + tap) * AXES + a : (AXES * k + a) * pixels + p;
+      moved[a] = (A)regular[a] + to_float(offset[place]);
+    }
+    return locate(moved, g);
   }
-  // (row, column) is the place of tap (0, 0) of the kernel for the pixel.
-  PYDEFORM_DEVICE Sample<Compute<T>> sample(int b, int og, int tap, int p, int row, int column, Compute<T>& m,
+  // `origin` is the place of the kernel's first tap for the pixel.
+  PYDEFORM_DEVICE Sample<Compute<T>> sample(int b, int og, int tap, int p, const int (&origin)[AXES], Compute<T>& m,
                                             const Geometry& g) const {
-    return at(b, og, tap, p, row + tap / g.kernel[1] * g.dilation[0], column + tap % g.kernel[1] * g.dilation[1], m, g);
+    int regular[AXES];
+    take_apart(regular, tap, g.kernel);
+#pragma unroll
+    for (int a = 0; a < AXES; a++) regular[a] = origin[a] + regular[a] * g.dilation[a];
+    return at(b, og, tap, p, regular, m, g);
   }
 };

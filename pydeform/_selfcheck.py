@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,10 @@ def backends() -> list[Backend]:
     return found
 
 
+# For which no other system has vectors: deformable convolutions with such an offset.
+SPECIAL = dict.fromkeys(("conv1d", "conv2d", "conv3d"), "zero offset") | {"active_conv2d": "one offset for all"}
+
+
 def problem(operator: str, channels: int = 2) -> Problem:
     """Small, with no two sizes alike, and no sampling point within 1/8 of a kink. `channels` of each of two groups."""
     if "roi" in operator:
@@ -76,17 +81,31 @@ def problem(operator: str, channels: int = 2) -> Problem:
     def eighths(*shape: int) -> Any:
         return rng.integers(-8, 9, shape) / 8
 
-    arrays = {"input": eighths(2, 2 * channels, 5, 6), "weight": eighths(6, channels, 3, 2), "bias": eighths(6)}
-    options: dict[str, Any] = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
-    size = (3, 8)
-    if operator == "conv2d":
+    def between_pixels(*shape: int) -> Any:
+        return rng.integers(-2, 3, shape) + rng.integers(1, 8, shape) / 8
+
+    axes = _axes(operator)
+    kernel, size = (2, 3, 2)[-axes:], (2, 3, 8)[-axes:]
+    taps = math.prod(kernel)
+    arrays = {"input": eighths(2, 2 * channels, *(3, 5, 6)[-axes:])}
+    arrays |= {"weight": eighths(6, channels, *kernel), "bias": eighths(6)}
+    options: dict[str, Any] = {"stride": (1, 2, 1)[-axes:], "padding": (0, 1, 2)[-axes:], "dilation": (1, 1, 2)[-axes:]}
+    if operator.startswith("conv"):
         options["groups"] = 2
-    elif operator == "deform_conv2d":
-        whole, part = rng.integers(-2, 3, (2, 24, *size)), rng.integers(1, 8, (2, 24, *size)) / 8
-        arrays |= {"offset": whole + part, "mask": rng.integers(0, 9, (2, 12, *size)) / 8}
+    elif operator.startswith("deform_conv"):
+        arrays["offset"] = between_pixels(2, 2 * axes * taps, *size)
+        arrays["mask"] = rng.integers(0, 9, (2, 2 * taps, *size)) / 8
+    elif operator == "active_conv2d":
+        arrays["positions"], size = between_pixels(2 * axes * taps), (3, 9)
+        del options["dilation"]
     else:
         raise NotImplementedError(f"check: no problem for {operator}")
     return Problem(arrays, options, eighths(2, 6, *size))
+
+
+def _axes(operator: str) -> int:
+    """Of a convolution."""
+    return int(operator[-2])
 
 
 def problems(operator: str) -> Iterator[Problem]:
@@ -96,8 +115,8 @@ def problems(operator: str) -> Iterator[Problem]:
     if "roi" not in operator:
         yield from (
             depthwise := _depthwise(problem(operator)),
-            _few_samples(problem(operator)),
-            _few_samples(depthwise),
+            _few_samples(problem(operator), _axes(operator)),
+            _few_samples(depthwise, _axes(operator)),
         )
 
 
@@ -109,11 +128,12 @@ def _depthwise(p: Problem) -> Problem:
     return Problem(arrays, options, p.grad_output[:, :channels])
 
 
-def _few_samples(p: Problem) -> Problem:
+def _few_samples(p: Problem, axes: int) -> Problem:
     """A convolution's problem with a larger image, of which only the first output is left."""
-    arrays = {name: array[..., :1, :1] if name in ("offset", "mask") else array for name, array in p.arrays.items()}
-    arrays["input"] = np.tile(arrays["input"], (1, 1, 5, 5))
-    return Problem(arrays, {**p.options, "stride": 100}, p.grad_output[..., :1, :1])
+    first = (..., *[slice(1)] * axes)
+    arrays = {name: array[first] if name in ("offset", "mask") else array for name, array in p.arrays.items()}
+    arrays["input"] = np.tile(arrays["input"], (1, 1, *[5 if axes > 1 else 10] * axes))
+    return Problem(arrays, {**p.options, "stride": 100}, p.grad_output[first])
 
 
 # Four boxes of 2 x 4 pixels of the input, inside and across its borders, times two for a spatial_scale of 1/2. Those of
@@ -197,15 +217,21 @@ def _check_vectors(operator: str, backend: Backend) -> int:
     return count
 
 
-def _check_zero_offset(backend: Backend) -> None:
-    """conv2d equals deform_conv2d, which the vectors vouch for, where nothing moves."""
-    p = problem("conv2d")
-    offset = np.zeros((p.grad_output.shape[0], 12, *p.grad_output.shape[2:]))
+def _check_special_case(operator: str, backend: Backend) -> None:
+    """It equals the deformable convolution, which the vectors vouch for, whose offsets are 0, or all alike."""
+    p, axes = problem(operator), _axes(operator)
+    positions = p.arrays.get("positions", np.zeros(axes * math.prod(p.arrays["weight"].shape[2:])))
+    batch, _, *size = p.grad_output.shape
+    offset = np.broadcast_to(positions.reshape(1, -1, *[1] * axes), (batch, positions.size, *size))
+    arrays = {name: array for name, array in p.arrays.items() if name != "positions"}
     options = {name: value for name, value in p.options.items() if name != "groups"}
-    moved = Problem({**p.arrays, "offset": offset}, options, p.grad_output)
-    expected = run("deform_conv2d", moved, backend, np.float64)
-    del expected["gradient of offset"]
-    _compare("zero offset", run("conv2d", p, backend, np.float64), expected, 1e-12, 1e-12)
+    expected = run(
+        f"deform_conv{axes}d", Problem({**arrays, "offset": offset}, options, p.grad_output), backend, np.float64
+    )
+    of_offset = expected.pop("gradient of offset")
+    if "positions" in p.arrays:
+        expected["gradient of positions"] = of_offset.sum(axis=(0, *range(2, 2 + axes)))
+    _compare(SPECIAL[operator], run(operator, p, backend, np.float64), expected, 1e-12, 1e-12)
 
 
 def _check_gradients(operator: str, backend: Backend) -> None:
@@ -245,9 +271,9 @@ def check(operator: str, backend: Backend, dtype: str) -> Result:
             count = _check_vectors(operator, backend)
             if count:
                 evidence = f"{count} vectors, {evidence}"
-            if operator == "conv2d":
-                evidence = f"zero offset, {evidence}"
-                _check_zero_offset(backend)
+            if operator in SPECIAL:
+                evidence = f"{SPECIAL[operator]}, {evidence}"
+                _check_special_case(operator, backend)
             _check_gradients(operator, backend)
         if (backend, dtype) != (CPU, "float64"):
             _check_numbers(operator, backend, dtype)

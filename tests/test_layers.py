@@ -7,9 +7,14 @@ import pytest
 import pydeform
 from pydeform import layers
 from pydeform.layers import (
+    ActiveConv2d,
     BatchNorm2d,
+    Conv1d,
     Conv2d,
+    Conv3d,
+    DeformConv1d,
     DeformConv2d,
+    DeformConv3d,
     Flatten,
     GlobalAvgPool2d,
     Linear,
@@ -55,7 +60,7 @@ def moved(layer, seed=0):
     for name, param in layer.params.items():
         if name.endswith("offset.weight"):
             param[...] = 0.05 * rng.standard_normal(param.shape)
-        if name.endswith("offset.bias"):
+        if name.endswith(("offset.bias", "positions")):
             param[...] = rng.integers(-1, 2, param.shape) + rng.uniform(0.3, 0.7, param.shape)
     return layer
 
@@ -67,6 +72,11 @@ def deform(modulated=False, **options):
 EACH = [
     (Conv2d(4, 6, (3, 2), (2, 1), (1, 0), (2, 1), groups=2, rng=0, dtype=F8), (2, 4, 7, 6)),
     (Conv2d(3, 2, 3, bias=False, padding="same", rng=0, dtype=F8), (2, 3, 5, 6)),
+    (Conv1d(4, 6, 3, 2, (1,), 2, groups=2, rng=0, dtype=F8), (2, 4, 9)),
+    (Conv3d(2, 3, (2, 3, 1), (1, 2, 1), 1, rng=0, dtype=F8), (1, 2, 3, 4, 3)),
+    (moved(DeformConv1d(4, 6, 3, 2, 1, groups=2, offset_groups=2, modulated=True, rng=0, dtype=F8)), (2, 4, 9)),
+    (moved(DeformConv3d(2, 3, (2, 1, 2), (1, 2, 1), (1, 0, 1), modulated=True, rng=0, dtype=F8)), (1, 2, 3, 4, 3)),
+    (moved(ActiveConv2d(4, 6, (3, 2), (2, 1), (1, 0), groups=2, position_groups=2, rng=0, dtype=F8)), (2, 4, 7, 6)),
     (deform(), (2, 4, 7, 6)),
     (deform(bias=False, offset_groups=2, groups=2), (2, 4, 7, 6)),
     (deform(modulated=True), (2, 4, 7, 6)),

@@ -16,7 +16,7 @@ from pydeform.cuda._source import Code, source
 PACKAGE = Path(pydeform.__file__).parent
 # Backends have one twin for all of a family, whose operators differ in which arrays there are and in their geometry.
 FAMILIES = {
-    "conv": ("conv2d", "deform_conv2d"),
+    "conv": ("conv1d", "conv2d", "conv3d", "deform_conv1d", "deform_conv2d", "deform_conv3d", "active_conv2d"),
     "roi": ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool"),
 }
 

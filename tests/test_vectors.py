@@ -119,7 +119,8 @@ def test_derived_offset_of_the_composite_case(backend):
 def test_bundled_vectors_are_some_of_these():
     """`pydeform check` uses them: every operator, and of deform_conv2d every boundary rule and both versions."""
     originals = {name: VECTORS[name] for name in BUNDLED["deform_conv2d"]}
-    originals |= {name: vector for name, vector in ROI.items() if name in BUNDLED["roi"]}
+    for archive in ("deform_conv", "roi"):
+        originals |= {vector.name: vector for vector in load(archive) if vector.name in BUNDLED[archive]}
     calls = {}
     for name, vector in originals.items():
         call = call_of(vector)
@@ -127,7 +128,7 @@ def test_bundled_vectors_are_some_of_these():
     found = {}
     for operator in {call.operator for call, _ in calls.values()}:
         found |= {name: (problem, expected, meta) for name, problem, expected, meta in _selfcheck.vectors(operator)}
-    assert found.keys() == calls.keys() and len(found) == 24
+    assert found.keys() == calls.keys() and len(found) == 28
     for name, (problem, expected, meta) in found.items():
         call, vector = calls[name]
         assert json.dumps(problem.options) == json.dumps(call.options)
@@ -139,7 +140,7 @@ def test_bundled_vectors_are_some_of_these():
                 np.testing.assert_array_equal(got[key], array)
         assert (problem.grad_output is None) == (not vector.grad_outputs)
     operators = Counter(call.operator for call, _ in calls.values())
-    assert set(operators) == set(_selfcheck.operators()) - {"conv2d"}  # for which no vectors exist
+    assert set(operators) == set(_selfcheck.operators()) - set(_selfcheck.SPECIAL)
     of_conv = [call for call, _ in calls.values() if call.operator == "deform_conv2d"]
     assert {call.options["boundary"] for call in of_conv} == {"torchvision", "dcnv2", "dcnv1"}
     assert {"mask" in call.arrays for call in of_conv} == {True, False}

@@ -88,9 +88,9 @@ CASES_OF_3 = {
     "one_pixel": Case(4, 1, (1, 1, 1), 3, (1, 1, 1), reach=1),
     "mostly_outside": Case(2, 3, (2, 3, 6), 5, (1, 2, 2), padding=((1, 1), (1, 0), (2, 2)), reach=9),
     # Past any vector width or unrolling: 35 outputs, 17 channels, and a row of 43 pixels.
-    "past_tiles": Case(1, 17, (2, 2, 43), 35, (1, 1, 2), padding=((0, 0), (0, 0), (1, 0))),
+    "past_tiles": Case(2, 17, (2, 2, 43), 35, (1, 1, 2), padding=((0, 0), (0, 0), (1, 0))),
     # Several blocks of channels, whole vectors and a rest.
-    "channel_blocks": Case(1, 150, (2, 1, 4), 5, (2, 1, 2), padding=((0, 0), (0, 0), (1, 0))),
+    "channel_blocks": Case(2, 150, (2, 1, 4), 5, (2, 1, 2), padding=((0, 0), (0, 0), (1, 0))),
     "depthwise_blocks": Case(1, 146, (2, 2, 3), 146, (1, 2, 2), groups=146, offset_groups=2),
     "many_outputs": Case(1, 32, (2, 2, 3), 150, (1, 1, 2)),
     "kernel_of_1": Case(2, 6, (2, 3, 4), 7, (1, 1, 1), offset_groups=3),

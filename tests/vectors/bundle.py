@@ -26,6 +26,12 @@ BUNDLED = {
         "torchvision0.19csrc__half_offsets",
         "torchvision0.19csrc__mix_small",
     ),
+    "deform_conv": (
+        "deform_conv1d/torchvision-h1__border",
+        "deform_conv1d/torchvision-h1__k5_s2_mask",
+        "deform_conv3d/d3dnet-cudasrc__border",
+        "deform_conv3d/own-transcription__k133_mask",
+    ),
     "roi": (
         "roi_pool/mxnet1.9.1-cpu__half",
         "roi_pool/torchvision0.19csrc__cross_sr1",

@@ -62,18 +62,18 @@ def versions() -> None:
 
 
 # Compiling -----------------------------------------------------------------------------------------------------------
-def kernels_to_compile() -> list[tuple[str, str]]:
-    """(operator, expression) of all that `exercise` launches, found by calling everything and launching nothing."""
+def kernels_to_compile() -> list[tuple[Any, str]]:
+    """(code, expression) of all that `exercise` launches, found by calling everything and launching nothing."""
     from pydeform.cuda import _launch
 
-    found: dict[tuple[str, str], None] = {}
+    found: dict[tuple[Any, str], None] = {}
 
     class Nothing:
         def __call__(self, *_: Any, **__: Any) -> None:
             """In place of a kernel."""
 
-    def look_up(operator: str, expression: str, _: Any) -> Nothing:
-        found[operator, expression] = None
+    def look_up(code: Any, expression: str, _: Any) -> Nothing:
+        found[code, expression] = None
         return Nothing()
 
     real, _launch._kernel = _launch._kernel, look_up
@@ -97,8 +97,8 @@ def compile_share(part: int, parts: int) -> None:
     from pydeform.cuda import _launch
 
     mine = kernels_to_compile()[part::parts]
-    for operator, expression in mine:
-        _launch.kernel(operator, expression)
+    for code, expression in mine:
+        _launch.kernel(code, expression)
     print(f"{len(mine)} kernels compiled")
 
 
@@ -198,7 +198,7 @@ def kernel_times(names: Sequence[str] = ("G1", "G3", "G4"), repeats: int = REPEA
 
     launches: list[tuple[str, Any, Any]] = []
     real = _launch._kernel
-    _launch._kernel = lambda operator, expression, on: Timed(real(operator, expression, on), expression, launches)
+    _launch._kernel = lambda code, expression, on: Timed(real(code, expression, on), expression, launches)
     wait = cuda_timing.waiter()
     try:
         for name in names:

@@ -242,17 +242,18 @@ def test_versions_are_told(gpu, capsys):
 def test_what_is_compiled_ahead_is_what_is_launched(gpu, monkeypatch):
     """All of it, in one part of three."""
     from pydeform.cuda import _launch
+    from pydeform.cuda._source import Code
 
     found = PARTS["kernels_to_compile"]()
     compiled = []
     with monkeypatch.context() as patch:
-        patch.setattr(_launch, "kernel", lambda operator, expression: compiled.append((operator, expression)))
+        patch.setattr(_launch, "kernel", lambda code, expression: compiled.append((code, expression)))
         patch.setitem(PARTS["compile_share"].__globals__, "kernels_to_compile", lambda: found)
         for part in range(3):
             PARTS["compile_share"](part, 3)
     assert sorted(compiled) == sorted(found)
     assert len(set(found)) == len(found) > 150
-    assert {operator for operator, _ in found} == {"conv2d", "deform_conv2d", "roi"}
+    assert {code for code, _ in found} == {Code("conv"), Code("roi")}
     assert any("Wgmma" in expression for _, expression in found)
 
 

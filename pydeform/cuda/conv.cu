@@ -1,5 +1,5 @@
-// Kernels of conv1d, conv2d, conv3d, deform_conv1d, deform_conv2d, deform_conv3d and active_conv2d, compiled for one number
-// of axes. Equations are those of docs/math/deform_conv2d.md:
+// Kernels of conv1d, conv2d, conv3d, deform_conv1d, deform_conv2d, deform_conv3d and active_conv2d, compiled for one
+// number of axes. Equations are those of docs/math/deform_conv2d.md:
 //
 // eq.       by tiles                                by single threads
 // 1, 2      forward, sum_slices                     forward_direct

@@ -97,9 +97,11 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
 
 // Column gradients, and from them eq. 3, eq. 4 and eq. 5.
 // Owner: one thread per (b, og, tap, p) of output pixels [first, first + count) and taps [tap0, tap0 + taps), those of
-// neighbouring p side by side; ACTIVE: a block has pixels of one (og, tap). Reads grad_output and weight of the groups of og's channels. Writes its grad_offset
-// for each axis and its grad_mask; ACTIVE: grad_offset[og][tap - tap0][axis][block of pixels] gets the block's sum. STORE: writes its column gradients, without mask, into columns (taps, count, C) for
-// conv_gather.cuh; else adds its parts to accumulator (N, C, P), in no order. A result that is null is not wanted.
+// neighbouring p side by side; ACTIVE: a block has pixels of one (og, tap). Reads grad_output and weight of the groups of
+// og's channels. Writes its grad_offset for each axis and its grad_mask; ACTIVE: the sum over the block's pixels, to
+// grad_offset[og][tap - tap0][axis][block of pixels]. STORE: writes its column gradients, without mask, into columns
+// (taps, count, C) for conv_gather.cuh; else adds its parts to accumulator (N, C, P), in no order. A result that is null is
+// not wanted.
 template <class T, class I, bool STORE, class TOffset = T>
 __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
     backward_data_direct(const T* __restrict__ grad_output, const T* __restrict__ input,

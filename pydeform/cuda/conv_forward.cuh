@@ -9,7 +9,7 @@
 constexpr int PLAIN = 0, DEFORMED = 1, ADJOINT = 2;
 template <int READS> constexpr int PIXELS_READ = READS == DEFORMED ? CORNERS : 1;
 
-// corner: first chunk of the pixel, or of the zeros behind the last; weight: or mask and `within` if the mask is infinite
+// corner: first chunk of the pixel, or of the zeros behind the last; weight: or, of an infinite mask, that and `within`
 template <class A, class I, int READS> struct Tap {
   I corner[PIXELS_READ<READS>];
   A weight[PIXELS_READ<READS>];

@@ -1,5 +1,5 @@
-// Where a tap samples: the corners of a cell, their weights, and the place within it (docs/math/deform_conv2d.md, eq. 2).
-// Along an axis a coordinate names two pixels; the corners are the product of the axes, of which the last is the fastest.
+// Where a tap samples: the corners of a cell, their weights, and the place in it (docs/math/deform_conv2d.md, eq. 2).
+// Along an axis a coordinate names two pixels; the corners are the product of the axes, the last one fastest.
 // The twin of cpu/sampling: the same tests in the same order, so both backends agree on every border and kink.
 //
 // `AXES`, `ACTIVE` and the struct Geometry stand before all headers: _source.py.

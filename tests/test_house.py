@@ -26,7 +26,9 @@ FOLDERS = ["/" + name + "/" for name in ("root", "work", "tmp", "farm")]
 # Operators that are one function under several rules share kernels, oracle, tests, mathematics and benchmark, in files
 # of this name. Every other operator is a family of its own.
 ROI = ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool")
-FAMILY = dict.fromkeys(ROI, "roi")
+CONV = ("conv1d", "conv2d", "conv3d", "deform_conv1d", "deform_conv2d", "deform_conv3d", "active_conv2d")
+FAMILY = dict.fromkeys(ROI, "roi") | dict.fromkeys(CONV, "conv")
+MATHEMATICS, BENCHMARK = {"conv": "deform_conv"}, {"conv": "deform_conv2d"}
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 DOCUMENTS = ("README.md", "docs/conventions.md")
 
@@ -48,7 +50,7 @@ def tracked(binary: bool = False) -> list[Path]:
 
 
 def test_operators_are_found():
-    assert {"conv2d", "deform_conv2d", *ROI} <= set(OPERATORS)
+    assert {*CONV, *ROI} == set(OPERATORS)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -58,12 +60,11 @@ def test_operator_is_complete(operator):
         f"pydeform/ops/{operator}.py",
         f"pydeform/cuda/{FAMILY.get(operator, 'conv')}.cu",
         f"tests/reference/{family}.py",
-        f"tests/test_{family}.py",
+        f"tests/test_{family if family == 'roi' else operator}.py",
+        f"docs/math/{MATHEMATICS.get(family, family)}.md",
+        f"benchmarks/bench_{BENCHMARK.get(family, family)}.py",
     ):
         assert (ROOT / path).is_file(), path
-    if operator != "conv2d":  # the baseline beside deform_conv2d, with which it shares mathematics and benchmark
-        assert (ROOT / f"docs/math/{family}.md").is_file()
-        assert (ROOT / f"benchmarks/bench_{family}.py").is_file()
     assert _selfcheck.problem(operator).arrays
     table = [line for line in read("README.md").splitlines() if line.startswith(f"| `{operator}` |")]
     assert table, "no row in README's table"

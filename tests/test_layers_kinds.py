@@ -10,9 +10,14 @@ import pytest
 
 from pydeform import layers, losses, optim
 from pydeform.layers import (
+    ActiveConv2d,
     BatchNorm2d,
+    Conv1d,
     Conv2d,
+    Conv3d,
+    DeformConv1d,
     DeformConv2d,
+    DeformConv3d,
     DeformPSRoIPool,
     DeformRoIPool,
     Flatten,
@@ -54,6 +59,11 @@ def network(dtype):
 LAYERS = {
     "Conv2d": (lambda dtype: Conv2d(3, 4, 3, padding=1, rng=0, dtype=dtype), [IMAGE]),
     "DeformConv2d": (lambda dtype: DeformConv2d(3, 4, 3, padding=1, modulated=True, rng=0, dtype=dtype), [IMAGE]),
+    "Conv1d": (lambda dtype: Conv1d(3, 4, 3, padding=1, rng=0, dtype=dtype), [(2, 3, 10)]),
+    "Conv3d": (lambda dtype: Conv3d(3, 4, 2, padding=1, rng=0, dtype=dtype), [(2, 3, 2, 3, 4)]),
+    "DeformConv1d": (lambda dtype: DeformConv1d(3, 4, 3, padding=1, modulated=True, rng=0, dtype=dtype), [(2, 3, 10)]),
+    "DeformConv3d": (lambda dtype: DeformConv3d(3, 4, 2, modulated=True, rng=0, dtype=dtype), [(2, 3, 2, 3, 4)]),
+    "ActiveConv2d": (lambda dtype: ActiveConv2d(3, 4, 3, padding=1, rng=0, dtype=dtype), [IMAGE]),
     "Linear": (lambda dtype: Linear(5, 3, rng=0, dtype=dtype), [(4, 5)]),
     "BatchNorm2d": (lambda dtype: BatchNorm2d(3, dtype=dtype), [IMAGE]),
     "Sequential": (network, [IMAGE]),

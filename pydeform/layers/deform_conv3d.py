@@ -8,8 +8,9 @@ from pydeform.ops.deform_conv3d import deform_conv3d, deform_conv3d_backward
 class DeformConv3d(DeformableConvolution):
     """`DeformConv2d` over three axes: a second convolution computes offsets (and mask) from the same input.
 
-    With K taps the branch's output channels are, for offset group og and tap k, offset (og*K + k)*3 + (0 for d,
-    1 for h, 2 for w) in input pixels; then, when modulated, mask logits 3*offset_groups*K + og*K + k; mask = mask_scale * sigmoid(logit).
+    With K taps the branch's output channels are, for offset group og and tap k, offset (og*K + k)*3 + (0 for d, 1 for
+    h, 2 for w) in input pixels; then, when modulated, mask logits 3*offset_groups*K + og*K + k;
+    mask = mask_scale * sigmoid(logit).
 
     Parameters
     ----------

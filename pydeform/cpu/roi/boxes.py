@@ -45,4 +45,6 @@ def find_boxes(counters: Any, phase: int, boxes: Any, extents: Any, states: Any,
 
 @inline_always
 def found_box(extents: Any, states: Any, r: int) -> Box:
-    return Box(extents[r, 0], extents[r, 1], extents[r, 2], extents[r, 3], states[r])
+    """Of what `find_boxes` has found, by pointers."""
+    k = 4 * r
+    return Box(extents[k], extents[k + 1], extents[k + 2], extents[k + 3], states[r])

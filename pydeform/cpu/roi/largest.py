@@ -71,24 +71,24 @@ def _largest_of_box(
         bin1 = min(bin0 + p.tile_bins, bins_in(span))
         for i in range(bin0, bin1):
             if i == known:
-                here, count = _list_candidates(cursor, span, lists, given, scratch, g)
+                here, count = _list_candidates(cursor, span, lists, given.boxes, g)
                 known += count
-            bin_ = bin_of(cursor, i, here, given, scratch, g, p)
+            bin_ = bin_of(cursor, i, here, g, p)
             cursor = after(cursor, span)
             _largest_of_bin(bin_, channels, row, (thread, i - bin0), here, given.boxes, scratch, g, p)
         to_channels_first(scratch.tiles[thread], output, r, row.first, row.channels, bin0, bin1 - bin0, no_shift)
 
 
 @inline
-def _list_candidates(cursor: Any, span: Any, lists: Any, given: Any, scratch: Any, g: Any) -> tuple[Any, int]:
+def _list_candidates(cursor: Any, span: Any, lists: Any, boxes: Any, g: Any) -> tuple[Any, int]:
     """As many of a box's next bins as there are slots for: on each axis the pixels, or the points as `points_listed`
     has them. The lists in which their slots are, and how many bins they are."""
     first, last, count = with_slots(cursor, span, lists)
     here = lists_from(lists, first[0], first[1])
-    boxes, r = given.boxes, given.order[cursor.place]
-    if scratch.states[r] != SOUND:
+    r = lists.order[cursor.place]
+    if lists.states[r] != SOUND:
         return here, count
-    lay_bins(found_box(scratch.extents, scratch.states, r), first, last, boxes, here, g)
+    lay_bins(found_box(lists.extents, lists.states, r), first, last, boxes, here, g)
     for axis in range(2):
         length = g.in_w if axis else g.in_h
         for bin_ in range(first[axis], last[axis]):
@@ -201,9 +201,9 @@ def _add_to_winners_of_box(
     lists, known = here, 0  # as in the forward
     for i in range(bins_in(span)):
         if i == known:
-            here, count = _list_candidates(cursor, span, lists, given, scratch, g)
+            here, count = _list_candidates(cursor, span, lists, given.boxes, g)
             known += count
-        bin_ = bin_of(cursor, i, here, given, scratch, g, p)
+        bin_ = bin_of(cursor, i, here, g, p)
         cursor = after(cursor, span)
         _largest_of_bin(bin_, channels, row, (thread, 0), here, given.boxes, scratch, g, p)
         for c in range(row.channels):

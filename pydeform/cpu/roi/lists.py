@@ -33,10 +33,13 @@ class Lists(NamedTuple):
     weights: Any  # (slot, 0: weights and 1: their derivatives, entry)
     counts: Any  # the number to divide by
     entries: Any  # how many there are in index
-    states: Any  # of a bin that its offset moved, by its slot of y
+    moved: Any  # states of bins that their offsets moved, by their slots of y
     places: Any  # pixels of one bin, LISTED of them at a time,
     products: Any  # and their weights; LISTED further on their derivatives along y, and then x
     reader: Reader
+    order: Any  # of the boxes, their extents and states, for all threads
+    extents: Any
+    states: Any
     of_axis: int  # the first slot of x
     row: int  # entries that a slot has room for
 
@@ -84,6 +87,9 @@ def lists_of(thread: int, given: Any, scratch: Any) -> Lists:
         at(scratch.places, (thread, 0)),
         at(scratch.products, (thread, 0)),
         reader_of(thread, given.planes, scratch.own, scratch.offsets, scratch.pixels),
+        at(given.order, (0,)),
+        at(scratch.extents, (0, 0)),
+        at(scratch.states, (0,)),
         slots // 2,
         scratch.index.shape[2],
     )
@@ -99,10 +105,13 @@ def lists_from(lists: Any, y: int, x: int) -> Lists:
         advance(lists.weights, -2 * y * lists.row),
         advance(lists.counts, -y),
         advance(lists.entries, -y),
-        lists.states,
+        lists.moved,
         lists.places,
         lists.products,
         lists.reader,
+        lists.order,
+        lists.extents,
+        lists.states,
         lists.of_axis + y - x,
         lists.row,
     )
@@ -149,25 +158,26 @@ def with_slots(cursor: Any, span: Any, lists: Any) -> tuple[Any, Any, int]:
 
 @inline_always
 def list_bins(
-    cursor: Any, left: int, span: Any, lists: Any, given: Any, scratch: Any, bins: Any, g: Any, p: Any
+    cursor: Any, left: int, span: Any, lists: Any, offset: Any, bins: Any, g: Any, p: Any
 ) -> tuple[Lists, int]:
     """What the next bins read, of which `left` are left: those of one box, or if offsets move them, of several. The
     lists in which their slots are, and how many bins they are."""
-    if p.has_offset:
-        count = min(left, BAND)
-        for slot in range(count):
-            r = given.order[cursor.place]
-            box = found_box(scratch.extents, scratch.states, r)
-            move_bin(slot, box, r, span.cls, cursor, given.offset, bins, lists, g)
-            cursor = after(cursor, span)
-        _list_axes((0, 0), (count, count), given.boxes, lists, g, span.sloped)
-        return lists, count
     first, last, count = with_slots(cursor, span, lists)
-    here = lists_from(lists, first[0], first[1])
-    r = given.order[cursor.place]
-    if scratch.states[r] == SOUND:
-        lay_bins(found_box(scratch.extents, scratch.states, r), first, last, given.boxes, here, g)
-        _list_axes(first, last, given.boxes, here, g, span.sloped)
+    here, is_there = lists, True
+    if p.has_offset:
+        count = BAND
+        first, last = (0, 0), (min(left, BAND), min(left, BAND))
+        for slot in range(last[0]):
+            r = lists.order[cursor.place]
+            move_bin(slot, found_box(lists.extents, lists.states, r), r, span.cls, cursor, offset, bins, lists, g)
+            cursor = after(cursor, span)
+    else:
+        r = lists.order[cursor.place]
+        here, is_there = lists_from(lists, first[0], first[1]), lists.states[r] == SOUND
+        if is_there:
+            lay_bins(found_box(lists.extents, lists.states, r), first, last, offset, here, g)
+    if is_there:
+        _list_axes(first, last, offset, here, g, span.sloped)
     return here, min(count, left)
 
 
@@ -230,12 +240,12 @@ def _list_axes(first: Any, last: Any, boxes: Any, lists: Any, g: Any, sloped: bo
 
 
 @inline_always
-def bin_of(cursor: Any, slot: int, here: Any, given: Any, scratch: Any, g: Any, p: Any) -> Bin:
+def bin_of(cursor: Any, slot: int, here: Any, g: Any, p: Any) -> Bin:
     """The bin at the cursor, number `slot` of those listed together."""
-    r = given.order[cursor.place]
-    sy, sx, state = cursor.y, here.of_axis + cursor.x, scratch.states[r]
+    r = here.order[cursor.place]
+    sy, sx, state = cursor.y, here.of_axis + cursor.x, here.states[r]
     if p.has_offset:
-        sy, sx, state = slot, here.of_axis + slot, here.states[slot]
+        sy, sx, state = slot, here.of_axis + slot, here.moved[slot]
     listed = here.entries[sy] * here.entries[sx] if state == SOUND else 0
     return Bin(r, cursor.y * g.pooled_w + cursor.x, sy, sx, state, listed)
 
@@ -246,9 +256,9 @@ def cell_at(cursor: Any, bins: Any, g: Any) -> int:
 
 
 @inline_always
-def scale_of(bin_: Any, here: Any, boxes: Any, g: Any) -> Any:
-    """What the sum over a bin is multiplied by: 1/count; NaN for a broken bin."""
-    real = boxes.dtype.type
+def scale_of(bin_: Any, here: Any, mask: Any, g: Any) -> Any:
+    """What the sum over a bin is multiplied by: 1/count; NaN for a broken bin. `mask` tells the type."""
+    real = mask.dtype.type
     if bin_.state == BROKEN:
         return real(np.nan)
     if bin_.state != SOUND:
@@ -260,10 +270,10 @@ def scale_of(bin_: Any, here: Any, boxes: Any, g: Any) -> Any:
 
 
 @inline_always
-def masked_scale(bin_: Any, here: Any, given: Any, g: Any, p: Any) -> Any:
-    scale = scale_of(bin_, here, given.boxes, g)
+def masked_scale(bin_: Any, here: Any, mask: Any, g: Any, p: Any) -> Any:
+    scale = scale_of(bin_, here, mask, g)
     if p.has_mask:
-        scale *= given.mask[bin_.r, bin_.i]
+        scale *= mask[bin_.r, bin_.i]
     return scale
 
 

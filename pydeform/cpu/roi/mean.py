@@ -93,12 +93,12 @@ def _mean_of_box(part: Any, row: Any, given: Any, output: Any, scratch: Any, tab
     for bin0 in range(0, bins_in(span), p.tile_bins):
         count = left = min(p.tile_bins, bins_in(span) - bin0)
         while left > 0:
-            here, listed = list_bins(cursor, left, span, lists, given, scratch, tables.bins, g, p)
+            here, listed = list_bins(cursor, left, span, lists, given.offset, tables.bins, g, p)
             for slot in range(listed):
-                bin_ = bin_of(cursor, slot, here, given, scratch, g, p)
+                bin_ = bin_of(cursor, slot, here, g, p)
                 channels = Channels(b, cell_at(cursor, tables.bins, g), part.cls)
                 target = at(scratch.tiles, (part.thread, bin_.i - bin0, 0))
-                _mean_of_bin(bin_, channels, row, target, here, given, scratch.image, g, p)
+                _mean_of_bin(bin_, channels, row, target, here, given.mask, scratch.image, g, p)
                 cursor = after(cursor, span)
             left -= listed
         channel = part.cls * p.per_class + row.first
@@ -107,9 +107,9 @@ def _mean_of_box(part: Any, row: Any, given: Any, output: Any, scratch: Any, tab
 
 @inline_always
 def _mean_of_bin(
-    bin_: Any, channels: Any, row: Any, target: Any, here: Any, given: Any, image: Any, g: Any, p: Any
+    bin_: Any, channels: Any, row: Any, target: Any, here: Any, mask: Any, image: Any, g: Any, p: Any
 ) -> None:
-    scale, one = masked_scale(bin_, here, given, g, p), image.dtype.type(1)
+    scale, one = masked_scale(bin_, here, mask, g, p), image.dtype.type(1)
     done, more = 0, False
     while done < bin_.listed or not more:  # once at least: a bin that reads nothing has a value too
         until = min(done + LISTED, bin_.listed)
@@ -172,11 +172,11 @@ def _add_to_image(
     cursor = Cursor(given.starts[channels.b], span.first[0], span.first[1])
     left = (given.starts[channels.b + 1] - cursor.place) * bins_in(span)
     while left > 0:
-        here, count = list_bins(cursor, left, span, lists, given, scratch, bins, g, p)
+        here, count = list_bins(cursor, left, span, lists, given.offset, bins, g, p)
         for slot in range(count):
-            bin_ = bin_of(cursor, slot, here, given, scratch, g, p)
+            bin_ = bin_of(cursor, slot, here, g, p)
             cursor = after(cursor, span)
-            scale = masked_scale(bin_, here, given, g, p)
+            scale = masked_scale(bin_, here, given.mask, g, p)
             for done in range(0, bin_.listed, LISTED):
                 until = min(done + LISTED, bin_.listed)
                 list_pixels(bin_, done, until, here, g)
@@ -217,13 +217,13 @@ def _dots_of_box(part: Any, given: Any, grads: Any, scratch: Any, tables: Any, g
     lists, span = lists_of(part.thread, given, scratch), Span((0, 0), (g.pooled_h, g.pooled_w), part.cls, True)
     cursor, left = Cursor(part.place, 0, 0), bins_in(span)
     while left > 0:
-        here, count = list_bins(cursor, left, span, lists, given, scratch, tables.bins, g, p)
+        here, count = list_bins(cursor, left, span, lists, given.offset, tables.bins, g, p)
         for slot in range(count):
-            bin_ = bin_of(cursor, slot, here, given, scratch, g, p)
+            bin_ = bin_of(cursor, slot, here, g, p)
             channels = Channels(b, cell_at(cursor, tables.bins, g), part.cls)
             cursor = after(cursor, span)
             sums = _dots_of_bin(bin_, channels, tables.blocks, here, scratch.image, scratch.grads, g, p)
-            scale = scale_of(bin_, here, given.boxes, g)
+            scale = scale_of(bin_, here, given.mask, g)
             write_moves(bin_, part.cls, sums, scale, given.mask, grads, scratch.extents, g, p)
         left -= count
 

@@ -23,7 +23,7 @@ def move_bin(slot: int, box: Any, r: int, cls: int, at: Any, offset: Any, bins: 
     state = box.state
     if state != BROKEN:
         state = worse(state, state_of(offset_y, offset_x, move_y, move_x))
-    lists.states[slot] = state
+    lists.moved[slot] = state
     sound = state == SOUND
     slot_x = lists.of_axis + slot
     bin_h, bin_w = box.size_y / real(g.pooled_h), box.size_x / real(g.pooled_w)

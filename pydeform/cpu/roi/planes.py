@@ -104,17 +104,17 @@ def _do_unit(thread: int, unit: int, task: Any, given: Any, scratch: Any, bins: 
         cursor = Cursor(start + n * part // parts, span.first[0], span.first[1])
         left = (start + n * (part + 1) // parts - cursor.place) * bins_in(span)
         while left > 0:
-            here, count = list_bins(cursor, left, span, lists, given, scratch, bins, g, p)
+            here, count = list_bins(cursor, left, span, lists, given.offset, bins, g, p)
             for slot in range(count):
-                bin_ = bin_of(cursor, slot, here, given, scratch, g, p)
+                bin_ = bin_of(cursor, slot, here, g, p)
                 cursor = after(cursor, span)
                 if task.output is not None:
-                    _mean_of_bin(bin_, channels, task.output, here, given, g, p)
+                    _mean_of_bin(bin_, channels, task.output, here, given.input, given.mask, g, p)
                 elif task.added is not None:
-                    _add_to_planes(bin_, channels, task.added, here, given, g, p)
+                    _add_to_planes(bin_, channels, task.added, here, given.mask, g, p)
                 else:
                     sums = _dots_of_bin(bin_, channels, task.dotted.output, here, given.input, g, p)
-                    scale = scale_of(bin_, here, given.boxes, g)
+                    scale = scale_of(bin_, here, given.mask, g)
                     write_moves(bin_, channels.cls, sums, scale, given.mask, task.dotted, scratch.extents, g, p)
             left -= count
 
@@ -155,9 +155,9 @@ def _listed_of(b: int, channel: int, count: int, here: Any, input: Any, g: Any, 
 
 
 @inline_always
-def _mean_of_bin(bin_: Any, channels: Any, output: Any, here: Any, given: Any, g: Any, p: Any) -> None:
+def _mean_of_bin(bin_: Any, channels: Any, output: Any, here: Any, input: Any, mask: Any, g: Any, p: Any) -> None:
     b, r, i, first = channels.b, bin_.r, bin_.i, channels.cls * p.per_class
-    scale, one = masked_scale(bin_, here, given, g, p), output.dtype.type(1)
+    scale, one = masked_scale(bin_, here, mask, g, p), output.dtype.type(1)
     is_band = _is_run(bin_, here)
     x, x_weights, _, columns = _axis(bin_.sx, here)
     _, y_weights, _, count = _axis(bin_.sy, here)
@@ -165,7 +165,7 @@ def _mean_of_bin(bin_: Any, channels: Any, output: Any, here: Any, given: Any, g
         total, channel = output.dtype.type(0), input_channel(channels, c, g, p)
         for k in range(0, columns if is_band else 0, BAND):
             width = min(BAND, columns - k)
-            source, rows, row, room = _rows_of(b, channel, np.int64(x[k]), width, bin_, here, given.input, g, p)
+            source, rows, row, room = _rows_of(b, channel, np.int64(x[k]), width, bin_, here, input, g, p)
             total += band_sum(source, rows, y_weights, count, row, room, advance(x_weights, k), width)
         output[r, first + c, i] = total * scale
     for done in range(0, 0 if is_band else bin_.listed, LISTED):
@@ -173,17 +173,17 @@ def _mean_of_bin(bin_: Any, channels: Any, output: Any, here: Any, given: Any, g
         list_pixels(bin_, done, stop, here, g)
         factor = scale if stop == bin_.listed else one
         for c in range(p.per_class):
-            pixels, index = _listed_of(b, input_channel(channels, c, g, p), stop - done, here, given.input, g, p)
+            pixels, index = _listed_of(b, input_channel(channels, c, g, p), stop - done, here, input, g, p)
             target = at(output, (r, first + c, i))
             plane_weighted_sum(target, pixels, index, here.products, stop - done, 1, 1, factor, done > 0)
 
 
 @inline_always
-def _add_to_planes(bin_: Any, channels: Any, grads: Any, here: Any, given: Any, g: Any, p: Any) -> None:
+def _add_to_planes(bin_: Any, channels: Any, grads: Any, here: Any, mask: Any, g: Any, p: Any) -> None:
     if bin_.listed == 0:
         return
     b, r, i, first = channels.b, bin_.r, bin_.i, channels.cls * p.per_class
-    scale, is_band = masked_scale(bin_, here, given, g, p), _is_run(bin_, here)
+    scale, is_band = masked_scale(bin_, here, mask, g, p), _is_run(bin_, here)
     x, x_weights, _, columns = _axis(bin_.sx, here)
     rows, y_weights, _, count = _axis(bin_.sy, here)
     for c in range(p.per_class):

@@ -61,12 +61,9 @@ def _largest_of_box(
 ) -> None:
     r = given.order[place]
     channels = Channels(np.int64(given.boxes[r, 0]), 0, 0)
-    here, cursor, span = (
-        lists_of(thread, given, scratch),
-        Cursor(place, 0, 0),
-        Span((0, 0), (g.pooled_h, g.pooled_w), 0, False),
-    )
-    lists, known = here, 0  # bins before number `known` have their candidates in `here`, the latest of them
+    lists, cursor = lists_of(thread, given, scratch), Cursor(place, 0, 0)
+    span = Span((0, 0), (g.pooled_h, g.pooled_w), 0, False)
+    here, known = lists, 0  # bins before number `known` have their candidates in `here`, the latest of them
     for bin0 in range(0, bins_in(span), p.tile_bins):
         bin1 = min(bin0 + p.tile_bins, bins_in(span))
         for i in range(bin0, bin1):
@@ -193,12 +190,10 @@ def _add_to_winners_of_box(
     thread: int, place: int, channels: Any, row: Any, given: Any, grads: Any, scratch: Any, g: Any, p: Any
 ) -> None:
     """Eq. 7 for one block of channels, of which each bin adds to what has won."""
-    here, cursor, span = (
-        lists_of(thread, given, scratch),
-        Cursor(place, 0, 0),
-        Span((0, 0), (g.pooled_h, g.pooled_w), 0, False),
-    )
-    lists, known = here, 0  # as in the forward
+    lists, cursor = lists_of(thread, given, scratch), Cursor(place, 0, 0)
+    span = Span((0, 0), (g.pooled_h, g.pooled_w), 0, False)
+    here, known = lists, 0  # as in the forward
+    winners, one = at(scratch.winners, (thread, 0)), given.boxes.dtype.type(1)
     for i in range(bins_in(span)):
         if i == known:
             here, count = _list_candidates(cursor, span, lists, given.boxes, g)
@@ -206,27 +201,22 @@ def _add_to_winners_of_box(
         bin_ = bin_of(cursor, i, here, g, p)
         cursor = after(cursor, span)
         _largest_of_bin(bin_, channels, row, (thread, 0), here, given.boxes, scratch, g, p)
+        # Of the block's first channel, and how far the next channel, and the next pixel, is from there.
+        grad, next_grad = at(grads.output, (bin_.r, row.first, bin_.i)), bins_in(span)
+        target, next_channel, next_pixel = at(grads.input, (channels.b, row.first, 0)), g.in_h * g.in_w, 1
+        if not p.gathers:
+            grad, next_grad = at(scratch.grads, (grad_place(bin_, 0, row, g, p),)), 1
+            target = at(scratch.grad_image, (copy_origin(channels, row.before, g, p),))
+            next_channel, next_pixel = 1, row.width
         for c in range(row.channels):
-            winner = np.int64(scratch.winners[thread, c])
+            winner, channel = np.int64(winners[c]), advance(target, c * next_channel)
             if winner < 0:
                 continue
             if bin_.listed > LISTED:  # else all candidates are still there
-                _list_part(bin_, winner, winner + 1, given.boxes.dtype.type(1), here, g)
+                _list_part(bin_, winner, winner + 1, one, here, g)
                 winner = 0
-            if p.gathers:
-                grad = grads.output[bin_.r, row.first + c, i]
-                _add_to_winner(winner, grad, at(grads.input, (channels.b, row.first + c, 0)), 1, here, g)
-            else:
-                grad = scratch.grads[grad_place(bin_, 0, row, g, p) + c]
-                target = at(scratch.grad_image, (copy_origin(channels, row.before, g, p) + c,))
-                _add_to_winner(winner, grad, target, row.width, here, g)
-
-
-@inline_always
-def _add_to_winner(winner: int, grad: Any, target: Any, step: int, here: Any, g: Any) -> None:
-    """`target`: pixel 0 of the channel; `step`: from a pixel to the next one."""
-    if not g.points:
-        target[np.int64(here.places[winner]) * step] += grad
-    elif here.places[4 * winner] >= 0:
-        for k in range(4 * winner, 4 * winner + 4):
-            target[np.int64(here.places[k]) * step] += grad * here.products[k]
+            if not g.points:
+                channel[np.int64(here.places[winner]) * next_pixel] += grad[c * next_grad]
+            elif here.places[4 * winner] >= 0:
+                for k in range(4 * winner, 4 * winner + 4):
+                    channel[np.int64(here.places[k]) * next_pixel] += grad[c * next_grad] * here.products[k]

@@ -1,7 +1,7 @@
 """How boxes become bins and samples: the sizes of one call, and the rules in which the systems differ.
 
 Everything is the same on both axes and separable: a bin reads the product of the rows that its y axis names and the
-columns that its x axis names. The twins turn (box, bin) into those in one place each, `cpu/_roi_bins.py` and
+columns that its x axis names. The twins turn (box, bin) into those in one place each, `cpu/roi/bins.py` and
 `cuda/roi_bins.cuh`, where every rule below is one line of the same name.
 """
 

@@ -260,9 +260,9 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
     import pydeform
     from pydeform.cpu.conv import plan as conv_plan
     from pydeform.cpu.core import parallel
-    from pydeform.cpu.roi import common as roi_common
+    from pydeform.cpu.roi import plan as roi_plan
 
-    for module in conv_plan, roi_common:
+    for module in conv_plan, roi_plan:
         monkeypatch.setattr(module, "SERIAL_FLOPS", 0)
     threads = Threads(parallel.run)
     monkeypatch.setattr(parallel, "run", threads.run)

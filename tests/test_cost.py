@@ -21,7 +21,7 @@ from pydeform._geometry import ConvGeometry
 from pydeform.cpu.conv import backward_kernel as conv_backward
 from pydeform.cpu.conv import forward_kernel as conv_forward
 from pydeform.cpu.conv import plan as conv_plan
-from pydeform.cpu.roi import common as roi_common
+from pydeform.cpu.roi import plan as roi_plan
 from tests.cases.deform_conv2d import CASES, dtype_of, make, make_grad_output
 from tests.conftest import assert_same_bits
 from tests.test_cpu_memory import _run_fenced
@@ -173,7 +173,7 @@ def _assert_no_growth(work: Work, dtype: str, send: Any, measure: Any) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_memory(backend, one_thread, monkeypatch, name, dtype):
     if backend.on_cpu:
-        monkeypatch.setattr(roi_common, "LIST_BYTES", 4096)  # else lists of a side of the image fit
+        monkeypatch.setattr(roi_plan, "LIST_BYTES", 4096)  # else lists of a side of the image fit
         _assert_no_growth(WORK[name], dtype, backend.array, _peak)
         return
     monkeypatch.setattr("pydeform.cuda._conv_common.SMALL_COPY", 0)  # else the smaller image may be copied
@@ -190,7 +190,7 @@ def test_memory(backend, one_thread, monkeypatch, name, dtype):
 @pytest.mark.parametrize("name", WORK)
 def test_memory_for_strided_images(one_thread, monkeypatch, name):
     """And no copy of an image that kernels cannot read as it is. CUDA has to copy it."""
-    monkeypatch.setattr(roi_common, "LIST_BYTES", 4096)
+    monkeypatch.setattr(roi_plan, "LIST_BYTES", 4096)
     for dtype in ("float32", "bfloat16"):
         _assert_no_growth(WORK[name], dtype, lambda a: np.asfortranarray(a) if a.size > 5000 else a, _peak)
 
@@ -233,7 +233,7 @@ def _assert_both_ways(
 ) -> None:
     found = []
     for gathered in (False, True):
-        for module in (roi_common, conv_forward, conv_backward):
+        for module in (roi_plan, conv_forward, conv_backward):
             monkeypatch.setattr(module, "prefers_planes", lambda *_, gathered=gathered: gathered)
         of_way = {**arrays, "input": _strided(arrays["input"]) if gathered else arrays["input"]}
         with np.errstate(all="ignore"):
@@ -309,19 +309,19 @@ def test_bins_in_bands_give_the_same_bits(monkeypatch, name, pooled, dtype):
     names = [n for n in OPERATORS[variant.operator] if n != "boxes"]
     assert names[0] == "input"
     want = list(_everything(variant.operator, arrays, grad_output, variant.options))
-    monkeypatch.setattr(roi_common, "LIST_BYTES", 1)
+    monkeypatch.setattr(roi_plan, "LIST_BYTES", 1)
     sizes = []
-    whole = roi_common.lists_of_threads
+    whole = roi_plan.size_of_lists
 
     def watched(*args: Any) -> Any:
         sizes.append(whole(*args))
         return sizes[-1]
 
-    monkeypatch.setattr(roi_common, "lists_of_threads", watched)
+    monkeypatch.setattr(pydeform.cpu.roi, "size_of_lists", watched)
     with monkeypatch.context() as patch:
         patch.setattr("pydeform.cpu.core.parallel.run", _run_fenced(sys.modules["pydeform.cpu.core.parallel"].run))
         got = list(_everything(variant.operator, arrays, grad_output, variant.options))
-    assert sizes and all(shapes[1][0][1] == 16 for shapes in sizes)
+    assert sizes and all(slots == 8 for slots, _ in sizes)
     for (what, g), (_, w) in zip(got, want, strict=True):
         assert (g is None) == (w is None)
         if w is not None:
@@ -338,9 +338,9 @@ def test_lists_of_small_boxes_do_not_grow_with_the_image(output_size, mode, samp
         g = pydeform.ops.roi_align._geometry_of(
             "roi_align", {"input": image, "boxes": boxes}, output_size, 1.0, sampling_ratio, False, mode
         )
-        parts = roi_common.lists_of_threads(1, g, boxes)
-        taken.append(sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts))
-    assert taken[1] < 2 * roi_common.LIST_BYTES
+        kind = roi_plan.Kind(g, boxes.dtype, *roi_plan.size_of_lists(g, boxes), True, False, False)
+        taken.append(sum(array.nbytes for array in roi_plan.scratch_of(kind, 1, 8).take()))
+    assert taken[1] < 2 * roi_plan.LIST_BYTES
 
 
 # --- tables
@@ -350,7 +350,7 @@ def test_lists_of_small_boxes_do_not_grow_with_the_image(output_size, mode, samp
 @pytest.mark.parametrize("group", [(1, 1), (2, 3), (7, 7)])
 @pytest.mark.parametrize("part", [(1, 1), (3, 4), (7, 7), (9, 2)])
 def test_table_of_bins(pooled, group, part):
-    table = roi_common.bins_table(pooled, group, part)
+    table = roi_plan.bins_table(pooled, group, part)
     assert len(table) == sum(pooled)  # not their product
     for y, x in itertools.product(*map(range, pooled)):
         for name, (height, width) in ("cell", group), ("part", part):
@@ -448,8 +448,8 @@ def test_tables_of_many_groups(monkeypatch):
     assert len(conv_backward._prepared(g, single, single, 1, True, True, needs).tables.blocks) == 30_000
     assert seen == [1, 1]
     assert kept == (conv_forward._kept.cache_info().currsize, conv_backward._kept.cache_info().currsize)
-    kept_bins = roi_common.bins_table.cache_info().currsize
+    kept_bins = roi_plan.bins_table.cache_info().currsize
     variant = Variant("roi_align", {"output_size": (5000, 1)}, 1)
     arrays, _ = problem(variant, "float32", corners=CORNERS[:1])
     pydeform.roi_align(**arrays, **variant.options)
-    assert roi_common.bins_table.cache_info().currsize == kept_bins
+    assert roi_plan.bins_table.cache_info().currsize == kept_bins

@@ -19,7 +19,7 @@ from pydeform.cpu.conv import plan as conv_plan
 from pydeform.cpu.core import memory, pair_products, parallel
 from pydeform.cpu.core.jit import Kernel
 from pydeform.cpu.core.simd import at
-from pydeform.cpu.roi import common as roi_common
+from pydeform.cpu.roi import plan as roi_plan
 from tests.cases.deform_conv2d import ARRAYS, CASES, make, make_grad_output
 from tests.conftest import arrays_in, assert_same_bits, map_arrays, take_no_spare
 from tests.test_roi import CORNERS, OPERATORS, VARIANTS, problem, wide
@@ -86,7 +86,7 @@ def _results(
 def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """The same bits behind fences, on two threads and on one, whatever is in fresh memory."""
     before = pydeform.get_num_threads()
-    for module in (roi_common, conv_plan):
+    for module in (roi_plan, conv_plan):
         monkeypatch.setattr(module, "SERIAL_FLOPS", 0)  # on several threads, however small
     run, used = parallel.run, set()
 

@@ -86,7 +86,7 @@ def test_files_that_come_go_and_move_make_the_cache_stale(copied):
     assert kernel_cache.source_digest() != before
     (new / "more.py").unlink()
     assert kernel_cache.source_digest() == before
-    (copied / "cpu" / "roi" / "few.py").rename(copied / "cpu" / "roi" / "fewer.py")
+    (copied / "cpu" / "roi" / "planes.py").rename(copied / "cpu" / "roi" / "plane.py")
     assert kernel_cache.source_digest() != before
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pydeform
-from pydeform.cpu.roi import common as roi_common
+from pydeform.cpu.roi import plan as roi_plan
 from pydeform.testing import gradcheck
 from tests.cases.deform_conv2d import dtype_of
 from tests.cases.roi import CASES, DTYPE_CASES, expected, make, make_grad_output
@@ -1096,16 +1096,16 @@ def test_slices_of_channels_change_no_bit(threads, monkeypatch, name):
     forward = getattr(pydeform, variant.operator)
     threads(1)
     want = forward(**arrays, **variant.options)
-    monkeypatch.setattr(roi_common, "SLICE_CHANNELS", 8)
-    monkeypatch.setattr(roi_common, "SLICE_BYTES", 1)
-    roi_common.slices_of_class.cache_clear()
+    monkeypatch.setattr(roi_plan, "SLICE_CHANNELS", 8)
+    monkeypatch.setattr(roi_plan, "SLICE_BYTES", 1)
+    roi_plan._kept.cache_clear()
     try:
-        assert len(roi_common.slices_of_class(variant.out_channels, 8, 1)[0]) == -(-variant.out_channels // 8)
+        assert len(roi_plan.slices_of_class(variant.out_channels, 8, 1)[0]) == -(-variant.out_channels // 8)
         for count in (1, 3):
             threads(count)
             assert_same_bits(forward(**arrays, **variant.options), want)
     finally:
-        roi_common.slices_of_class.cache_clear()
+        roi_plan._kept.cache_clear()
 
 
 def test_threads_at_once(threads):

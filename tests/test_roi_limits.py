@@ -13,7 +13,7 @@ import pytest
 import pydeform
 from pydeform.cpu.core.bands import BAND
 from pydeform.cpu.roi import bins as roi_bins
-from pydeform.cpu.roi import common as roi_common
+from pydeform.cpu.roi import plan as roi_plan
 from tests.conftest import Backend, assert_same_bits
 from tests.reference import roi as reference
 from tests.test_roi import (
@@ -69,7 +69,7 @@ def check(variant: Variant, dtype: str = "float64", **how: Any) -> None:
 @pytest.mark.parametrize("name", LONG_LISTS)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_more_pixels_than_are_listed_at_once(name, dtype):
-    assert 28 * 28 > roi_common.LISTED
+    assert 28 * 28 > roi_plan.LISTED
     check(LONG_LISTS[name], dtype, corners=WHOLE, size=(30, 31))
 
 

@@ -17,7 +17,7 @@ import pytest
 import pydeform
 from pydeform.cpu.conv import plan as conv_plan
 from pydeform.cpu.core import jit, kernel_cache, memory, parallel
-from pydeform.cpu.roi import common as roi_common
+from pydeform.cpu.roi import plan as roi_plan
 from tests.cases.deform_conv2d import ARRAYS, Case, make, make_grad_output
 from tests.conftest import arrays_in, assert_same_bits, times_helped
 from tests.test_waits import PROBLEMS as PROBLEMS_OF_KERNELS
@@ -146,7 +146,7 @@ def no_helpers(monkeypatch):
     """As after the start of a process; no problem is too small for threads, of which a call may have eight."""
     monkeypatch.setattr(parallel, "_helpers", [])
     monkeypatch.setattr(conv_plan, "SERIAL_FLOPS", 0)
-    monkeypatch.setattr(roi_common, "SERIAL_FLOPS", 0)
+    monkeypatch.setattr(roi_plan, "SERIAL_FLOPS", 0)
     monkeypatch.setattr(parallel, "get_num_threads", lambda: 8)
 
 

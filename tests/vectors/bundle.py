@@ -30,7 +30,6 @@ BUNDLED = {
         "deform_conv1d/torchvision-h1__border",
         "deform_conv1d/torchvision-h1__k5_s2_mask",
         "deform_conv3d/d3dnet-cudasrc__integer2",
-        "deform_conv3d/own-transcription__integer2_mask",
     ),
     "roi": (
         "roi_pool/mxnet1.9.1-cpu__half",

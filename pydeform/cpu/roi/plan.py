@@ -1,0 +1,394 @@
+"""How a RoI problem is cut up and where its arrays lie, for every way in which it is computed (docs/math/roi.md)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pydeform.cpu.core import parallel
+from pydeform.cpu.core.bands import BAND
+from pydeform.cpu.core.layout import PIXELS
+from pydeform.cpu.core.memory import Workspace, contiguous
+from pydeform.cpu.core.planes import NO_PLANES, is_as_computed, planes_of, reader_parts
+from pydeform.cpu.core.simd import VECTOR_BYTES
+from pydeform.cpu.core.sizes import SERIAL_FLOPS, pixel_dtype, round_up, table
+from pydeform.cpu.roi.bins import MANY_POINTS
+from pydeform.cpu.roi.boxes import by_image
+
+CHANNELS = 64  # most of a block, whose gradients one thread adds up
+# Fewest channels of a slice, and most bytes of an image's: the forward copies one slice of channels to channels-last,
+# which the caches keep, pools all boxes, then takes the next; each slice lists the bins again.
+SLICE_CHANNELS, SLICE_BYTES = 128, 1 << 23
+FEW_CHANNELS = 4  # of a class: with fewer a pixel fills less than one vector, so the channels-last copy does not pay
+LISTED = 512  # pixels of a bin that are listed at a time
+TILE = 1 << 14  # numbers in a thread's tile of results
+LIST_BYTES = 4 << 20  # of a thread's lists, if eight bins fit: where there are more bins, some rows of them at a time
+KEPT_BINS = 1 << 12  # of both axes: of more, tables and memory are made for each call
+# Planes are divided into so many units for each thread, each of several in a row: neighbouring bins of a box are
+# neighbours in memory, and threads that wrote them at the same time would wait for each other's cache lines.
+UNITS_OF_THREAD = 16
+# For estimates of the work:
+TYPICAL_PIXELS = 16  # that a bin reads
+LISTING = 300  # operations that it takes to list them
+
+
+class Given(NamedTuple):
+    """What a caller gave, in the kernels' shapes; an absent array is empty, as an input is that is not read."""
+
+    input: Any
+    boxes: Any
+    offset: Any
+    mask: Any
+    planes: Any  # where the input lies, if its pixels are gathered
+    order: Any  # the boxes' numbers, image by image,
+    starts: Any  # and where each image begins among them
+
+
+class Gradients(NamedTuple):
+    """That of the output, which is given, and those that are asked for; others are empty."""
+
+    output: Any
+    input: Any
+    moves: Any  # (box, class, axis, bin), of what moves each bin
+    mask: Any  # (box, class, bin), of each class
+
+
+class Scratch(NamedTuple):
+    """A call's own memory, from `tiles` on each thread's; empty where a way does not take it."""
+
+    extents: Any  # of boxes: begin and size along y, then along x,
+    states: Any  # and whether they are sound
+    image: Any  # copies with channels last: see copies.py
+    grad_image: Any
+    grads: Any
+    tiles: Any  # results of some bins: (bin, channel)
+    winners: Any  # which pixel or point of a bin is the largest
+    starts: Any  # from here on: see lists.Lists
+    index: Any
+    weights: Any
+    counts: Any
+    entries: Any
+    places: Any
+    products: Any
+    own: Any
+    offsets: Any
+    pixels: Any
+
+
+class Tables(NamedTuple):
+    """How bins and channels are cut up."""
+
+    bins: Any  # see `bins_table`
+    blocks: Any  # of a class's channels: first, channels, width in whole vectors, and width of those before
+    no_shift: Any  # is added to every output
+
+
+class Plan(NamedTuple):
+    """All that kernels know beside the geometry. None of it changes a bit of any result."""
+
+    gathers: int  # 1: pixels are gathered from the input, and its gradient added up, as they lie; 0: from copies
+    per_class: int  # channels of a class
+    has_offset: int
+    has_mask: int
+    need_input: int
+    need_dots: int  # for offset and mask
+    width: int = 0  # of a class in a copy, blocks rounded up to vectors
+    tile_bins: int = 0  # bins whose results are turned to channels first at once
+    copies: int = 0  # 1: something reads a copy of the output's gradient
+    blocks_of_unit: int = 0  # blocks of the input's gradient that one thread adds up together
+    parts: int = 0  # an image's boxes are split into so many when there are too few planes to keep all threads busy
+    units: int = 0  # into which the planes, or their parts, are divided; some may be empty
+
+
+class Kind(NamedTuple):
+    """What a plan depends on beside the number of threads."""
+
+    g: Any
+    dtype: Any
+    slots: int  # of each axis in a thread's lists,
+    listed: int  # and their entries
+    gathers: bool
+    has_offset: bool
+    has_mask: bool
+    need_input: bool = False
+    need_dots: bool = False
+
+
+class Prepared(NamedTuple):
+    """All that is decided before the arrays are known."""
+
+    phases: int
+    workspace: Workspace
+    tables: Tables
+    plan: Plan
+
+
+def run(kernel: Any, make: Callable[[Kind, int], Prepared], kind: Kind, threads: int, given: Any, results: Any) -> None:
+    """`make` makes the plan, which is kept with its memory for the next call of this kind."""
+    g = kind.g
+    prepare = _kept if g.pooled_h + g.pooled_w <= KEPT_BINS else _kept.__wrapped__
+    how = prepare(make, kind, threads)
+    arrays = how.workspace.take()
+    parallel.run(
+        kernel,
+        kind.dtype.char + pixel_dtype(g.in_h * g.in_w).char,
+        threads,
+        parallel.new_counters(how.phases),
+        given,
+        results,
+        Scratch(*arrays),
+        how.tables,
+        g,
+        how.plan,
+    )
+    how.workspace.give_back(arrays)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(make: Callable[[Kind, int], Prepared], kind: Kind, threads: int) -> Prepared:
+    return make(kind, threads)
+
+
+def threads_for(g: Any, products: int, gathers: bool, units: int) -> int:
+    per_bin = products * (2 * TYPICAL_PIXELS * g.out_channels + LISTING * g.classes)
+    flops = g.boxes * g.pooled_h * g.pooled_w * per_bin
+    if not gathers:
+        flops += products * g.batch * g.in_channels * g.in_h * g.in_w
+    return 1 if flops < SERIAL_FLOPS else parallel.threads_for(units)
+
+
+# Which way ------------------------------------------------------------------------------------------------------------
+
+
+def has_few_channels(g: Any) -> bool:
+    """A class, where bins are averaged: each channel is read in its plane, for itself."""
+    return bool(g.out_channels // g.classes < FEW_CHANNELS and not g.is_max)
+
+
+def prefers_planes(g: Any, dtype: Any) -> bool:
+    """For few boxes a copy would be most of the work. So it never has more numbers than bins read, about."""
+    per_class = g.out_channels // g.classes
+    width = per_class if has_few_channels(g) else blocks_of_class(per_class, lanes_of(dtype))[1]
+    return TYPICAL_PIXELS * g.boxes * g.pooled_h * g.pooled_w * int(g.out_channels) < copy_size(g, width)
+
+
+def gathers_pixels(input: Any, g: Any, dtype: Any) -> bool:
+    """Rather than to copy the input; planes that kernels can read are read as they are."""
+    return prefers_planes(g, dtype) and not (has_few_channels(g) and is_as_computed(input, dtype))
+
+
+def given_arrays(
+    input: Any, boxes: Any, offset: Any, mask: Any, g: Any, dtype: Any, gathers: bool, reads: bool = True
+) -> Given:
+    copied = reads and not gathers
+    boxes = contiguous(boxes, dtype, (g.boxes, 5))
+    return Given(
+        contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)) if copied else np.empty((0, 1, 1), dtype),
+        boxes,
+        np.empty((0, 1, 2, 1), dtype)
+        if offset is None
+        else contiguous(offset, dtype, (g.boxes, g.classes, 2, g.part_h * g.part_w)),
+        np.empty((0, 1), dtype) if mask is None else contiguous(mask, dtype, (g.boxes, g.pooled_h * g.pooled_w)),
+        planes_of(input) if gathers else NO_PLANES,
+        *by_image(boxes, g.batch),
+    )
+
+
+# Channels and bins ----------------------------------------------------------------------------------------------------
+
+
+def lanes_of(dtype: Any) -> int:
+    return VECTOR_BYTES // int(dtype.itemsize)
+
+
+def cells_of(g: Any) -> int:
+    """Groups of channels of the input, of which each bin reads one."""
+    return int(g.group_h * g.group_w)
+
+
+def copy_size(g: Any, width: int) -> int:
+    return int(g.batch * cells_of(g) * g.classes * width * (g.in_h * g.in_w + 1))
+
+
+def _blocks(channels: int, largest: int, lanes: int) -> list[tuple[int, int, int]]:
+    """(first, channels, width) of blocks as equal as can be; the width is whole vectors."""
+    size = -(-channels // -(-channels // largest))
+    starts = range(0, channels, size)
+    return [(first, n := min(size, channels - first), round_up(n, lanes)) for first in starts]
+
+
+@functools.lru_cache(maxsize=64)
+def blocks_of_class(per_class: int, lanes: int) -> tuple[Any, int]:
+    """The blocks of channels of one class, and the width of all. `before`: that of earlier ones.
+
+    Two at least where channels allow it, as threads share them. Sums over channels go block by block, so what they are
+    depends on the class alone.
+    """
+    half = max(2 * lanes, round_up(-(-per_class // 2), lanes))
+    rows, before = [], 0
+    for row in _blocks(per_class, min(half, CHANNELS), lanes):
+        rows.append((*row, before))
+        before += row[-1]
+    return table("first channels width before", rows), before
+
+
+def slices_of_class(per_class: int, lanes: int, channel_bytes: int) -> tuple[Any, int]:
+    """The channels of a class that the forward puts last at a time, in the same place, and the largest width."""
+    blocks = _blocks(per_class, max(SLICE_CHANNELS, SLICE_BYTES // channel_bytes), lanes)
+    return table("first channels width before", [(*row, 0) for row in blocks]), blocks[0][-1]
+
+
+@functools.lru_cache(maxsize=64)
+def bins_table(pooled: tuple[int, int], group: tuple[int, int], part: tuple[int, int]) -> Any:
+    """Of each row of bins, then of each column, what they add to the number of the cell that a bin reads, and of the
+    part of `offset` that moves it.
+
+    Kernels look these up: the divisions would take as long as the rest of a bin of one channel.
+    """
+    bins = np.empty(sum(pooled), [("cell", np.int64), ("part", np.int64)])
+    for axis, of_axis in enumerate((bins[: pooled[0]], bins[pooled[0] :])):
+        numbers = np.arange(pooled[axis])
+        for name, cells in ("cell", group), ("part", part):
+            of_axis[name] = numbers * cells[axis] // pooled[axis] * (1 if axis else cells[1])
+    return bins
+
+
+def bins_of(g: Any) -> Any:
+    make = bins_table if g.pooled_h + g.pooled_w <= KEPT_BINS else bins_table.__wrapped__
+    return make((g.pooled_h, g.pooled_w), (g.group_h, g.group_w), (g.part_h, g.part_w))
+
+
+# A thread's lists -----------------------------------------------------------------------------------------------------
+
+
+def most_listed(g: Any) -> int:
+    """Entries that an axis of a bin may have, whichever way it lists them, and then some: eight are read at once."""
+    longest = max(g.in_h, g.in_w)
+    if g.points and g.is_max:
+        return int(g.samples + 2 if 0 < g.samples <= MANY_POINTS else 2 * longest + 16)
+    return int((min(2 * g.samples, longest) if g.samples and g.points else longest) + BAND)
+
+
+def _longest_bin(boxes: Any, g: Any) -> float:
+    """No bin is longer in pixels: rounding, a last pixel and a least size each add one at most, and then there is what
+    the kernels' arithmetic may round off."""
+    corners = boxes[:, 1:].astype(np.float64)
+    corners = corners[np.isfinite(corners).all(axis=1)]
+    if not len(corners):
+        return 0.0
+    lengths = (np.abs(corners[:, 2:] - corners[:, :2]).max(axis=0) + 2) * g.spatial_scale + 2
+    rounding = np.abs(corners).max() * max(g.spatial_scale, 1) * 2.0**-20
+    return float(np.ceil(max(lengths[0] / g.pooled_w, lengths[1] / g.pooled_h) + rounding))
+
+
+def size_of_lists(g: Any, boxes: Any) -> tuple[int, int]:
+    """Slots of each axis, and entries of a slot. `boxes` as kernels get them."""
+    listed, slots = most_listed(g), round_up(max(g.pooled_h, g.pooled_w), BAND)  # eight are listed at once
+    entry = 2 * (pixel_dtype(g.in_h * g.in_w).itemsize + 2 * boxes.dtype.itemsize)
+    if slots * listed * entry > LIST_BYTES:
+        if not (g.points and g.is_max and g.samples):
+            # Lists as long as bins, not as the image: every pixel, or point between, is one entry, or two.
+            listed = int(min(listed, 2 * _longest_bin(boxes, g) + 16))
+        slots = max(BAND, min(slots, LIST_BYTES // (listed * entry) // BAND * BAND))
+    return slots, listed
+
+
+def scratch_of(
+    kind: Kind, threads: int, width: int, *, tile: int = 0, copies: tuple[int, int, int] = (0, 0, 0), gathered: int = 0
+) -> Workspace:
+    """`width`: most channels that are read at once; `tile`: bins; `copies`: numbers of each; `gathered`: pixels."""
+    g, dtype, slots, listed, *_ = kind
+    pixel, number = pixel_dtype(g.in_h * g.in_w), np.dtype(np.int64)
+    corners = 4 if g.is_max and g.points else 1
+    return Workspace(
+        ((g.boxes, 4), dtype),
+        ((g.boxes,), number),
+        *(((size,), dtype) for size in copies),
+        ((threads, tile, width), dtype),
+        ((threads, width * g.is_max), np.dtype(f"i{dtype.itemsize}")),
+        ((threads, 2, 2 * slots), dtype),
+        ((threads, 2 * slots, listed), pixel),
+        ((threads, 2 * slots, 2, listed), dtype),
+        ((threads, 2 * slots), dtype),
+        ((threads, 3 * slots), number),
+        ((threads, corners * LISTED), pixel),
+        ((threads, max(corners, 3) * LISTED), dtype),
+        *reader_parts(threads, gathered * corners, width, pixel, dtype),
+    )
+
+
+# Plans ----------------------------------------------------------------------------------------------------------------
+
+
+def _plan(kind: Kind, **rest: int) -> Plan:
+    g, flags = kind.g, map(int, kind[-4:])
+    return Plan(int(kind.gathers), g.out_channels // g.classes, *flags, **rest)
+
+
+def slices_plan(kind: Kind, threads: int) -> Prepared:
+    """Of a forward: slice by slice of the channels."""
+    g, dtype, lanes = kind.g, kind.dtype, lanes_of(kind.dtype)
+    channel_bytes = g.in_h * g.in_w * cells_of(g) * g.classes * dtype.itemsize
+    # Few channels at a time are gathered, so that a thread's pixels stay in its caches.
+    most = SLICE_BYTES if kind.gathers else max(channel_bytes, 1)
+    slices, width = slices_of_class(g.out_channels // g.classes, lanes, most)
+    tile = min(g.pooled_h * g.pooled_w, max(lanes, TILE // width))
+    copies = 0 if kind.gathers else copy_size(g, width), 0, 0
+    no_shift = np.full(g.out_channels, -0.0, dtype)  # +0.0 would change -0.0
+    return Prepared(
+        1 + 2 * len(slices),
+        scratch_of(kind, threads, width, tile=tile, copies=copies, gathered=LISTED * kind.gathers),
+        Tables(bins_of(g), slices, no_shift),
+        _plan(kind, width=width, tile_bins=tile),
+    )
+
+
+def blocks_threads(kind: Kind) -> int:
+    """Threads of a backward, block by block of the channels."""
+    g = kind.g
+    blocks, _ = blocks_of_class(g.out_channels // g.classes, lanes_of(kind.dtype))
+    groups = g.batch * cells_of(g) * g.classes
+    units = groups * len(blocks) * kind.need_input + g.boxes * g.classes * kind.need_dots
+    return threads_for(g, 1 + 2 * kind.need_dots, kind.gathers, max(units, g.batch * -(-g.in_h * g.in_w // PIXELS)))
+
+
+def blocks_plan(kind: Kind, threads: int) -> Prepared:
+    """Of a backward: block by block of the channels."""
+    g, dtype = kind.g, kind.dtype
+    blocks, width = blocks_of_class(g.out_channels // g.classes, lanes_of(dtype))
+    groups = g.batch * cells_of(g) * g.classes
+    reads, copied = kind.need_dots or bool(g.is_max), not kind.gathers
+    copies = (kind.need_input and copied) or (kind.need_dots and not g.is_max)
+    sizes = (
+        copy_size(g, width) * (copied and reads),
+        copy_size(g, width) * (copied and kind.need_input),
+        g.boxes * g.classes * width * (g.pooled_h * g.pooled_w + 1) * copies,
+    )
+    gathered = LISTED * (kind.gathers and reads)
+    return Prepared(
+        4,
+        scratch_of(kind, threads, int(max(blocks["width"])), tile=1, copies=sizes, gathered=gathered),
+        Tables(bins_of(g), blocks, np.empty(0, dtype)),
+        # What a bin reads is listed once for each unit, so there are no more than keep the threads at work.
+        _plan(kind, width=width, copies=int(copies), blocks_of_unit=-(-len(blocks) // max(1, threads // groups))),
+    )
+
+
+def planes_plan(kind: Kind, threads: int) -> Prepared:
+    """Of a forward or backward: plane by plane."""
+    g, dtype = kind.g, kind.dtype
+    number = g.batch * cells_of(g) * g.classes
+    reads = kind.need_dots or not kind.need_input
+    return Prepared(
+        2,
+        scratch_of(kind, threads, BAND, gathered=max(LISTED, kind.listed) * (kind.gathers and reads)),
+        Tables(bins_of(g), np.empty(0, np.int64), np.empty(0, dtype)),
+        _plan(
+            kind,
+            parts=-(-UNITS_OF_THREAD * threads // (4 * number)) if threads > 1 else 1,
+            units=UNITS_OF_THREAD * threads,
+        ),
+    )

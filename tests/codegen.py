@@ -74,6 +74,8 @@ def _know_all_targets() -> None:
 def _lowered(type: Any) -> Any:
     if isinstance(type, types.CPointer):
         return _lowered(type.dtype).as_pointer()
+    if isinstance(type, types.UniTuple):
+        return ir.ArrayType(_lowered(type.dtype), type.count)
     if isinstance(type, types.Float):
         return ir.FloatType() if type.bitwidth == 32 else ir.DoubleType()
     return ir.IntType(1 if type is types.boolean else type.bitwidth)
@@ -93,6 +95,8 @@ def assembly(primitive: Any, arguments: list[Any], constants: dict[int, int], pr
     builder = ir.IRBuilder(function.append_basic_block())
     values = [ir.Constant(kind, constants[n]) if n in constants else function.args[n] for n, kind in enumerate(kinds)]
     found = generate(_Context(), builder, signature, values)
+    if isinstance(getattr(found, "type", None), ir.ArrayType):
+        found = [builder.extract_value(found, n) for n in range(found.type.count)]
     for n, value in enumerate(found if isinstance(found, list) else [found]):
         if value is not None:  # or else nothing of what it is made from would be left
             value = builder.uitofp(value, results.pointee) if value.type == ir.IntType(1) else value

@@ -22,6 +22,7 @@ NUMBER, FLAG, INDEX = types.int64, types.boolean, types.CPointer(types.int32)
 def arguments_of(name: str, real: Any, lanes: int) -> tuple[list[Any], dict[int, int]]:
     """Types of a primitive's arguments, and those of them that kernels give as constants."""
     p = types.CPointer(real)
+    corners = [types.UniTuple(NUMBER, 4), types.UniTuple(real, 4)]
     band = [p, INDEX, p, NUMBER, NUMBER, NUMBER, p]
     panel = simd.panel_vectors(lanes * real.bitwidth // 8) * lanes
     return {
@@ -35,9 +36,9 @@ def arguments_of(name: str, real: Any, lanes: int) -> tuple[list[Any], dict[int,
         "multiply_narrow": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 336, 2: 1, 4: 2 * lanes}),
         "copy_vectors": ([p, p, NUMBER], {}),
         "multiply_tile transposed": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 1, 8: 0}),
-        "blend": ([p, p, *[NUMBER] * 4, *[real] * 4, NUMBER], {}),
-        "blend_dots": ([p, p, p, p, *[NUMBER] * 4, *[real] * 4, NUMBER], {}),
-        "blend_dots_scatter": ([p, p, p, p, *[NUMBER] * 4, *[real] * 4, NUMBER], {}),
+        "blend": ([p, p, *corners, NUMBER], {}),
+        "blend_dots": ([p, p, p, p, *corners, NUMBER], {}),
+        "blend_dots_scatter": ([p, p, p, p, *corners, NUMBER], {}),
         "transpose_block": ([p, NUMBER, p, NUMBER, p], {}),
         "transpose_block_shifted": ([p, NUMBER, p, NUMBER, p], {}),
         "sum_values": ([p, NUMBER], {}),

@@ -123,7 +123,7 @@ def test_blend(simd, dtype, rng, vectors):
 
     @njit
     def run(out, image, i, w, vectors):
-        blend(at(out, (1,)), at(image, (0, 2)), i[0], i[1], i[2], i[3], w[0], w[1], w[2], w[3], vectors)
+        blend(at(out, (1,)), at(image, (0, 2)), (i[0], i[1], i[2], i[3]), (w[0], w[1], w[2], w[3]), vectors)
 
     out = np.full(channels + 2, 99, dtype)
     run(out, image, corners * channels, weights, vectors)
@@ -143,14 +143,8 @@ def runs_blend_dots(width, scatter):
             at(grad, (0,)),
             at(image, (0, 2)),
             at(grad_image, (0, 2)),
-            i[0],
-            i[1],
-            i[2],
-            i[3],
-            w[0],
-            w[1],
-            w[2],
-            w[3],
+            (i[0], i[1], i[2], i[3]),
+            (w[0], w[1], w[2], w[3]),
             channels,
         )
 

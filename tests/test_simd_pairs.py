@@ -84,7 +84,7 @@ def test_what_is_blended_is_rounded_to_even(kind):
     @njit
     def run(out, source, vectors):
         copy_vectors(at(out, (0, 1)), at(source, (1,)), vectors)
-        blend(at(out, (1, 1)), at(source, (1,)), 0, 0, 0, 0, *weights, vectors)
+        blend(at(out, (1, 1)), at(source, (1,)), (0, 0, 0, 0), weights, vectors)
         for c in range(source.size - 1):
             put(at(out, (2, 1)), c, source[1 + c])
 
@@ -350,7 +350,10 @@ def test_tiles_in_machine_code(vectors):
 @pytest.mark.parametrize("name", ["blend", "copy_vectors"])
 def test_samples_are_rounded_by_one_instruction(name):
     out, p, real = types.CPointer(types.uint16), types.CPointer(types.float32), types.float32
-    kinds = {"blend": [out, p, *[COUNT] * 4, *[real] * 4, COUNT], "copy_vectors": [out, p, COUNT]}[name]
+    kinds = {
+        "blend": [out, p, types.UniTuple(COUNT, 4), types.UniTuple(real, 4), COUNT],
+        "copy_vectors": [out, p, COUNT],
+    }[name]
     on = PROCESSORS["znver5"]
     text = assembly(getattr(simd.primitives(64), name), kinds, {}, on)
     assert "vcvtneps2bf16" in text

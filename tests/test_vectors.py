@@ -144,4 +144,4 @@ def test_bundled_vectors_are_some_of_these():
     of_conv = [call for call, _ in calls.values() if call.operator == "deform_conv2d"]
     assert {call.options["boundary"] for call in of_conv} == {"torchvision", "dcnv2", "dcnv1"}
     assert {"mask" in call.arrays for call in of_conv} == {True, False}
-    assert (Path(pydeform.__file__).parent / "data" / "vectors.npz").stat().st_size < 150_000
+    assert (Path(pydeform.__file__).parent / "data" / "vectors.npz").stat().st_size < 160_000

@@ -7,6 +7,7 @@ import ast
 import functools
 import importlib
 import inspect
+import math
 import re
 import threading
 import time
@@ -227,7 +228,7 @@ def test_sums_over_blocks_wait_for_the_block_before(call):
     """The first block is another thread's. It says how far it has come, and what it has left is there to add to."""
     tables, geometry, plan = call.arguments[-3:]
     blocks = tables.blocks
-    taps = geometry.kernel_h * geometry.kernel_w
+    taps = math.prod(geometry.kernel)
     assert list(blocks["previous"][:2]) == [-1, 0] and plan.splits == geometry.batch > 1 and plan.tiles > 1
     got = call.fresh()
     own, units = parallel.own_counters(3), plan.splits * len(blocks)

@@ -27,7 +27,11 @@ from tests.conftest import assert_same_bits
 from tests.test_cpu_memory import _run_fenced
 from tests.test_roi import CORNERS, OPERATORS, VARIANTS, Variant, problem, wide
 
-CONVOLUTIONS = {"conv2d": ("input", "weight", "bias"), "deform_conv2d": ("input", "offset", "weight", "bias", "mask")}
+CONVOLUTIONS = dict.fromkeys(("conv1d", "conv2d", "conv3d"), ("input", "weight", "bias"))
+CONVOLUTIONS |= dict.fromkeys(
+    ("deform_conv1d", "deform_conv2d", "deform_conv3d"), ("input", "offset", "weight", "bias", "mask")
+)
+CONVOLUTIONS["active_conv2d"] = ("input", "positions", "weight", "bias")
 NAMES = {**CONVOLUTIONS, **OPERATORS}
 SMALL, LARGE = (96, 100), (160, 200)  # both so large that a copy for a few results would be a waste
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -46,8 +50,7 @@ def _psroi(channels: int) -> dict[str, Any]:
 
 
 WORK = {
-    "conv2d": Work("conv2d", 4),
-    "deform_conv2d": Work("deform_conv2d", 4),
+    **{name: Work(name, 4) for name in CONVOLUTIONS},
     "roi_pool": Work("roi_pool", 32, {"output_size": 2}),
     "roi_pool 1": Work("roi_pool", 1, {"output_size": 2}),
     "roi_align": Work("roi_align", 32, {"output_size": 2}),
@@ -69,16 +72,19 @@ def _numbers(*shape: int) -> np.ndarray:
     return np.arange(math.prod(shape)).reshape(shape) % 7 / 8
 
 
-def _make(work: Work, size: tuple[int, int], dtype: str) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:
+def _make(work: Work, size: tuple[int, ...], dtype: str) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:
     """Arrays, grad_output and options; what is read lies in two corners of the image."""
     height, width = size
     if work.operator in CONVOLUTIONS:
-        input = _numbers(1, 32, height, width)
-        options = {"stride": (height - 3, width - 3)}
-        arrays = {"input": input, "offset": _numbers(1, 18, 2, 2), "weight": _numbers(4, 32, 3, 3)}
-        arrays |= {"bias": _numbers(4), "mask": _numbers(1, 9, 2, 2)}
+        axes = int(work.operator[-2])
+        size = {1: (height * width,), 2: size, 3: (height // 8, width, 8)}[axes]
+        options = {"stride": tuple(length - 3 for length in size)}
+        out, taps = (2,) * axes, 3**axes
+        arrays = {"input": _numbers(1, 32, *size), "weight": _numbers(4, 32, *(3,) * axes), "bias": _numbers(4)}
+        arrays |= {"offset": _numbers(1, axes * taps, *out), "mask": _numbers(1, taps, *out)}
+        arrays["positions"] = _numbers(axes * taps)
         arrays = {name: arrays[name] for name in CONVOLUTIONS[work.operator]}
-        grad_output = _numbers(1, 4, 2, 2)
+        grad_output = _numbers(1, 4, *out)
     else:
         per_output = 4 if "ps" in work.operator else 1
         boxes = np.array([[0, 1, 2, 7, 6], [1, width - 9, height - 8, width - 2, height - 3]], float)
@@ -442,10 +448,10 @@ def test_tables_of_many_groups(monkeypatch):
         monkeypatch.setattr(module, name, lambda one, *rest, make=make: (seen.append(one.groups), make(one, *rest))[1])
     kept = conv_forward._kept.cache_info().currsize, conv_backward._kept.cache_info().currsize
     single = np.dtype(np.float32)
-    prepared = conv_forward._prepared(g, single, single, 1, True, True)
+    prepared = conv_forward._prepared(g, single, single, 1, True, True, False)
     assert len(prepared.tables[1]) == 9 * 30_000
     needs = frozenset({"input", "weight"})
-    assert len(conv_backward._prepared(g, single, single, 1, True, True, needs).tables.blocks) == 30_000
+    assert len(conv_backward._prepared(g, single, single, 1, True, True, False, needs).tables.blocks) == 30_000
     assert seen == [1, 1]
     assert kept == (conv_forward._kept.cache_info().currsize, conv_backward._kept.cache_info().currsize)
     kept_bins = roi_plan.bins_table.cache_info().currsize

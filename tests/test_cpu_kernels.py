@@ -197,7 +197,7 @@ def test_a_large_image_of_few_channels_has_one_gradient():
             "test", 2, np.broadcast_to(np.float32(0), shape), np.ones((8, channels, 3, 3)), None, 1, 1, 1
         )
         single, needs = np.dtype(np.float32), frozenset({"input"})
-        prepared = conv_backward._prepared(g, single, single, 2, False, False, needs)
+        prepared = conv_backward._prepared(g, single, single, 2, False, False, False, needs)
         assert (len(prepared.tables.blocks), prepared.plan.pieces) == (blocks, pieces)
 
 

@@ -144,7 +144,9 @@ def test_an_upgrade_in_place_gives_right_numbers(tmp_path):
 
     run()
     source = copy / "_geometry.py"
-    swapped = source.read_text().replace("    in_h: int\n    in_w: int\n", "    in_w: int\n    in_h: int\n")
+    swapped = source.read_text().replace(
+        "    kernel: tuple[int, ...]\n    stride:", "    stride: tuple[int, ...]\n    kernel:"
+    )
     assert swapped != source.read_text()
     source.write_text(swapped)
     kept = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.nbc")}

@@ -1,5 +1,5 @@
 // From a box and an offset to what a bin reads on each axis (docs/math/roi.md, eq. 1 to 4): pixels, their weights and
-// derivatives. The twin of cpu/_roi_bins.py. Each field of `Rules` is one line here, marked with its name.
+// derivatives. The twin of cpu/roi/bins.py. Each field of `Rules` is one line here, marked with its name.
 //
 // A box may be longer than any integer, so points are numbered in floating point, and only those that count are looked
 // at: they follow each other. Of very many, those between the same two pixels are taken together. No integer is made

@@ -17,11 +17,11 @@ def forward(
     padding: Padding,
     dilation: Size,
     *,
-    groups: Int | None = None,
+    groups: Int = 1,
     boundary: str = "torchvision",
     **options: bool,
 ) -> Any:
-    """`arrays` by the names of the operator's arguments; `groups` None where they follow from the weight."""
+    """`arrays` by the names of the operator's arguments; where taps are moved, groups follow from the weight."""
     arrays, back = _interop.to_native(op, arrays)
     g = _geometry_of(op, axes, arrays, stride, padding, dilation, groups, boundary)
     return _call.forward(op, "conv", arrays, back, g, **options)
@@ -36,7 +36,7 @@ def backward(
     dilation: Size,
     needs: Needs,
     *,
-    groups: Int | None = None,
+    groups: Int = 1,
     boundary: str = "torchvision",
     **options: bool,
 ) -> dict[str, Any]:
@@ -54,12 +54,12 @@ def _geometry_of(
     stride: Size,
     padding: Padding,
     dilation: Size,
-    groups: Int | None,
+    groups: Int,
     boundary: str,
 ) -> _geometry.ConvGeometry:
     _call.check_arrays(op, arrays, *(name for name in arrays if name not in ("bias", "mask")))
-    count = None if groups is None else _checks.per_axis(op, "groups", groups, 1, 1)[0]
     rest = {name: arrays[name] for name in ("offset", "positions", "mask") if name in arrays}
+    count = None if rest else _checks.per_axis(op, "groups", groups, 1, 1)[0]
     return _geometry.conv_geometry(
         op,
         axes,

@@ -49,7 +49,8 @@ def active_conv2d(
 
     Returns   array (N, O, out_h, out_w) of the kind, device and dtype of `input`
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     As `deform_conv2d` with boundary "torchvision": outside the image, NaN, memory, bits.
+    Notes     As `deform_conv2d` with boundary "torchvision": outside the image, NaN, bits. Memory
+              beyond the result: as there, whatever the size of the image.
     Source    arXiv:1703.09076 eq. 3, whose positions are counted from the kernel's middle: those are tap k's place in
               the kernel, less its middle, plus these.
     Example
@@ -89,7 +90,8 @@ def active_conv2d_backward(
 
     Returns   ActiveConv2dGrads, of the kind, device and dtype of `grad_output`; that of positions has their dtype
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     As `deform_conv2d_backward`: kinks, NaN, memory, bits.
+    Notes     As `deform_conv2d_backward`: kinks, NaN, bits. Memory beyond the gradients: as there, and two numbers for
+              each block of positions and tap, whatever the size of the image.
     Source    docs/math/deform_conv.md; arXiv:1703.09076 eq. 5 to 8
     Example
     >>> import numpy as np

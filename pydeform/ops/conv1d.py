@@ -46,7 +46,9 @@ def conv1d(
 
     Returns   array (N, O, out) of the kind, device and dtype of `input`
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     As `conv2d`: sums, NaN, memory, and the same bits on every run and any number of threads.
+    Notes     As `conv2d`: sums, NaN, the same bits on every run and any number of threads. Memory beyond the result: at
+              most 64 numbers for each product that is summed and for each weight, and some MB for each thread, whatever
+              the size of the image; on CUDA an input that is not contiguous is copied.
     Source    Layout as torch.nn.functional.conv1d.
     Example
     >>> import numpy as np
@@ -82,7 +84,8 @@ def conv1d_backward(
 
     Returns   Conv1dGrads, of the kind, device and dtype of `grad_output`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     As `conv2d_backward`. The forward is linear in each argument, so the gradients are exact.
+    Notes     As `conv2d_backward`. The forward is linear in each argument, so the gradients are exact. Memory
+              beyond the gradients: as there, whatever the size of the image.
     Example
     >>> import numpy as np
     >>> from pydeform import conv1d_backward

@@ -56,8 +56,8 @@ def deform_conv1d(
 
     Returns   array (N, O, out) of the kind, device and dtype of `input`
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     As `deform_conv2d`: NaN and infinite coordinates, roundings, memory; the same bits on every run
-              and, on the CPU, for any number of threads.
+    Notes     As `deform_conv2d`: NaN and infinite coordinates, roundings; the same bits on every run and, on
+              the CPU, for any number of threads. Memory beyond the result: as there, whatever the size of the image.
     Source    arXiv:1703.06211 eq. 2, arXiv:1811.11168 eq. 1; torchvision's operator on images of height 1.
     Example
     >>> import numpy as np
@@ -99,7 +99,7 @@ def deform_conv1d_backward(
               that of offset has the dtype of `offset`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
     Notes     As `deform_conv2d_backward`: kinks, where the offset's gradient is the derivative from the right, NaN,
-              memory, bits.
+              bits. Memory beyond the gradients: as there, whatever the size of the image.
     Source    docs/math/deform_conv.md
     Example
     >>> import numpy as np

@@ -1,9 +1,10 @@
-"""Convolutions on NumPy arrays: tiles of output positions, sampled into cache and multiplied at once.
+"""Convolutions over one to three axes on NumPy arrays: tiles of output positions, sampled into cache and multiplied.
 
 The image is copied once to channels-last, so that a corner is one contiguous run of channels, and a tile of sampled
 columns never leaves the cache: no column buffer of the whole problem exists. A plain convolution is a deformable one
-whose taps do not move: its offset is None. Kernels cite docs/math/deform_conv2d.md. Options that choose between ways on
-CUDA choose nothing here: results are always deterministic and in full precision.
+whose taps do not move: its offset is None; active convolution has one offset for all positions. Kernels cite
+docs/math/deform_conv2d.md and deform_conv.md. Options that choose between ways on CUDA choose nothing here: results are
+always deterministic and in full precision.
 
 Which problem takes which way, and why:
 

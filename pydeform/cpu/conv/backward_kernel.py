@@ -337,7 +337,7 @@ def _kept(
         ((splits if plan.need_weight else 0, weight_size), dtype),
         ((threads, 0 if has_pairs else COLUMN_ROW if is_depthwise(g) else rows, ROW), dtype),
         ((threads, 2, positions, COLUMN_ROW), dtype),
-        *sample_tables(threads, len(g.out_size), len(axes), positions, pixel_dtype, dtype),
+        *sample_tables(threads, len(g.out_size), len(axes), positions, pixel_dtype, dtype, has_dots=True),
         ((threads, corners_size(blocks, axes) if planes else 0), dtype),
         ((threads, 2 ** len(axes)), pixel_dtype),
         ((threads, 2 ** len(axes)), dtype),

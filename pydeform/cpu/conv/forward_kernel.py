@@ -198,7 +198,7 @@ def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_
         ((threads, squares_size(g, lanes)), dtype),
         ((threads, multiplied, row), numbers),
         ((threads, multiplied, panels * panel), dtype),
-        *sample_tables(threads, len(g.out_size), len(axes), positions, pixel_dtype, dtype),
+        *sample_tables(threads, len(g.out_size), len(axes), positions, pixel_dtype, dtype, has_dots=False),
         ((threads, corners_size(blocks, axes) if planes else 0), dtype),
     )
     depthwise = 1 if is_depthwise(g) else None

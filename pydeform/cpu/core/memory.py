@@ -12,7 +12,7 @@ import numpy as np
 from pydeform.cpu.core import half
 
 FLOAT64, FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
-MOST_KEPT = 1 << 19  # bytes of a workspace
+MOST_KEPT = 3 << 18  # bytes of a workspace
 ALIGNMENT = 64  # a cache line, the widest vector, and what JAX takes without a copy
 
 

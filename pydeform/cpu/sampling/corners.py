@@ -15,8 +15,9 @@ import numpy as np
 from pydeform._geometry import BOUNDARIES
 from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.pair_products import put
-from pydeform.cpu.core.simd import advance, at, column, sum_values, times
-from pydeform.cpu.core.sizes import volume
+from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at, column, sum_values, times
+from pydeform.cpu.core.sizes import round_up, volume
+from pydeform.cpu.core.vector import convert, floor, lanes_of, load, load_beside, load_first, select, store
 
 DCNV2, DCNV1 = BOUNDARIES.index("dcnv2"), BOUNDARIES.index("dcnv1")
 OUTSIDE = -1  # in the place of a pixel's number
@@ -27,17 +28,19 @@ class Samples(NamedTuple):
 
     row: int  # numbers from one row to the next
     bases: Any  # of each axis: where tap 0 reads for an output position
-    corners: Any  # pixels; behind them two rows for what one axis names
+    corners: Any  # pixels
     weights: Any  # of the corners, times the mask
     cells: Any  # of each axis: the position within the cell
     dots: Any  # of the columns' gradient with the corners
 
 
-def sample_tables(threads: int, axes: int, cell: int, positions: int, pixel_dtype: Any, dtype: Any) -> tuple[Any, ...]:
+def sample_tables(
+    threads: int, axes: int, cell: int, positions: int, pixel_dtype: Any, dtype: Any, has_dots: bool
+) -> tuple[Any, ...]:
     """Shapes and dtypes of the tables of `Samples`. `cell`: axes of a cell, none where taps do not move."""
-    corners, base = 2**cell, np.dtype(np.int32)
-    tables = ((axes, base), (corners + 2, pixel_dtype), (corners, dtype), (cell, dtype), (corners, dtype))
-    return tuple(((threads, rows, positions), kind) for rows, kind in tables)
+    corners, base, row = 2**cell, np.dtype(np.int32), round_up(positions, VECTOR_BYTES // dtype.itemsize)
+    tables = ((axes, base), (corners, pixel_dtype), (corners, dtype), (cell, dtype), (corners * has_dots, dtype))
+    return tuple(((threads, rows, row), kind) for rows, kind in tables)
 
 
 @inline_always
@@ -98,20 +101,12 @@ def locate_tap(offset: Any, first: Any, mask: Any, tap: int, count: int, samples
     A NaN coordinate makes weights and positions NaN and points at the zero pixel: no index is formed from a value that
     is not known to be in range.
     """
-    axes, row = len(g.in_size), samples.row
-    if offset is None:
-        _name_pixels(mask, tap, count, samples, g)
-        return
-    for i in range(count):
-        samples.corners[i] = 0
-        samples.weights[i] = mask[i]
-    for axis in range(axes):
-        _name_cells(at(offset, (first[0], first[1], first[2], axis, first[4])), axis, tap, count, samples, g)
-        outside, apart = volume(g.in_size) if axis == axes - 1 else OUTSIDE, 1 << (axes - 1 - axis)
-        for near in range(0, 1 << axes, 2 * apart):
-            _extend(near * row, (near + apart) * row, axis, outside, count, samples, g)
-    if axes > 1:
-        _spread_nan(samples, axes, count)
+    for axis in range(len(g.in_size)):
+        if offset is None:
+            _name_pixels(mask, axis, tap, count, samples, g)
+        else:
+            offset_of_axis = at(offset, (first[0], first[1], first[2], axis, first[4]))
+            _name_corners(offset_of_axis, mask, axis, tap, count, samples, g)
 
 
 @inline_always
@@ -123,116 +118,105 @@ def shift_of(tap: int, axis: int, g: Any) -> int:
 
 
 @inline
-def _name_pixels(mask: Any, tap: int, count: int, samples: Samples, g: Any) -> None:
-    """The one that each sample of a tap that does not move reads, with the mask as its weight."""
-    corner, weight, outside = samples.corners, samples.weights, volume(g.in_size)
-    for axis in range(len(g.in_size)):
-        base, shift, size = (
-            advance(samples.bases, axis * samples.row),
-            shift_of(tap, axis, g),
-            np.int64(g.in_size[axis]),
-        )
-        for i in range(count):
-            pixel, before = np.int64(base[i]) + shift, np.int64(corner[i]) if axis else 0
-            is_inside = (before >= 0) & (pixel >= 0) & (pixel < size)
-            corner[i] = before * size + pixel if is_inside else OUTSIDE
-    for i in range(count):
-        corner[i] = corner[i] if corner[i] >= 0 else outside
-        weight[i] = mask[i]
+def _name_pixels(mask: Any, axis: int, tap: int, count: int, samples: Samples, g: Any) -> None:
+    """Of a tap that does not move, the pixel that a sample reads, as far as axes up to this one tell, and the mask."""
+    base, shift, size = advance(samples.bases, axis * samples.row), np.int32(shift_of(tap, axis, g)), g.in_size[axis]
+    outside = _outside(axis, g)
+    for i in range(0, count, lanes_of(mask)):
+        corner, weight = advance(samples.corners, i), load_first(advance(mask, i), count - i)
+        pixel, is_inside = load_beside(advance(base, i), weight) + shift, weight == weight
+        is_inside = (pixel >= 0) & (pixel < size)
+        number = convert(pixel, corner)
+        if axis:
+            before = load_beside(corner, weight)
+            number, is_inside = before * size + number, is_inside & (before >= 0)
+        store(select(is_inside, number, outside), corner)
+        store(weight, advance(samples.weights, i))
+
+
+@inline_always
+def _outside(axis: int, g: Any) -> int:
+    """In the place of a pixel's number: the zero pixel, once all axes are known."""
+    return volume(g.in_size) if axis == len(g.in_size) - 1 else OUTSIDE
 
 
 @inline
-def _name_cells(offset: Any, axis: int, tap: int, count: int, samples: Samples, g: Any) -> None:
-    """The two pixels that each coordinate names along an axis, and the share of the second in `cells`."""
-    row, every = samples.row, 1 << len(g.in_size)
-    base, cell = advance(samples.bases, axis * row), advance(samples.cells, axis * row)
-    first, second = advance(samples.corners, every * row), advance(samples.corners, (every + 1) * row)
-    real, index = type(cell[0]), type(first[0])  # a Python number would turn float32 into float64
-    low, high, nan = lowest_coordinate(g.boundary, cell[0]), real(g.in_size[axis]), real(np.nan)
+def _name_corners(offset: Any, mask: Any, axis: int, tap: int, count: int, samples: Samples, g: Any) -> None:
+    """The two pixels that a sample names along an axis, and the share of the second. Each corner that the axes before
+    have named becomes two: one with the first pixel, in its place, and one with the second."""
+    row, base, cell = (
+        samples.row,
+        advance(samples.bases, axis * samples.row),
+        advance(samples.cells, axis * samples.row),
+    )
+    apart, outside = 1 << (len(g.in_size) - 1 - axis), _outside(axis, g)
     size, move = np.int32(g.in_size[axis]), np.int32(shift_of(tap, axis, g))
     # Rule dcnv1 repeats the last row and column instead of fading to zero: there both pixels are one.
-    last = np.int32(size - 1) if g.boundary == DCNV1 else size
-    for i in range(count):
-        p = real(np.int32(base[i] + move)) + offset[i]
-        is_inside = (p >= low) & (p < high)  # False for NaN
-        within = p if is_inside else low
-        floor = np.floor(within)
-        pixel = np.int32(floor)
-        after = np.int32(pixel + 1) if pixel < last else last  # Numba's int32 + int32 is int64: back to the narrow type
-        cell[i] = within - floor if p == p else nan
-        first[i] = index(pixel) if is_inside & (pixel >= 0) else index(OUTSIDE)
-        second[i] = index(after) if is_inside & (after >= 0) & (after < size) else index(OUTSIDE)
+    low, last = lowest_coordinate(g.boundary, cell[0]), size - 1 if g.boundary == DCNV1 else size
+    for i in range(0, count, lanes_of(mask)):
+        p = load_first(advance(offset, i), count - i)
+        p = convert(load_beside(advance(base, i), p) + move, mask) + p
+        is_inside = (p >= low) & (p < size)  # not of NaN
+        within = select(is_inside, p, low)
+        at_first = floor(within)
+        first = convert(at_first, base)
+        second = select(first < last, first + 1, last)
+        has_first, has_second = is_inside & (first >= 0), is_inside & (second >= 0) & (second < size)
+        share = select(p == p, within - at_first, np.nan)
+        store(share, advance(cell, i))
+        corners, weights = advance(samples.corners, i), advance(samples.weights, i)
+        if axis == 0:
+            store(load_first(advance(mask, i), count - i), weights)
+            store(convert(first - first, corners), corners)
+        first_pixel, second_pixel = convert(first, corners), convert(second, corners)
+        for k in range(0, 1 << len(g.in_size), 2 * apart):
+            near, far, weight = k * row, (k + apart) * row, load(advance(weights, k * row))
+            start = load_beside(advance(corners, near), p)
+            has_start, start = start >= 0, start * size
+            store(select(has_start & has_first, start + first_pixel, outside), advance(corners, near))
+            store(select(has_start & has_second, start + second_pixel, outside), advance(corners, far))
+            store((1 - share) * weight, advance(weights, near))
+            store(share * weight, advance(weights, far))
+        if axis == len(g.in_size) - 1 and axis > 0:
+            _spread_nan(advance(samples.cells, i), row, axis)
 
 
-@inline
-def _extend(near: int, far: int, axis: int, outside: int, count: int, samples: Samples, g: Any) -> None:
-    """From a corner of the axes before this one to two: the one with this axis's first pixel, in its place, and the one
-    with the second."""
-    row, every = samples.row, 1 << len(g.in_size)
-    first, second = advance(samples.corners, every * row), advance(samples.corners, (every + 1) * row)
-    cell, corners, weights = advance(samples.cells, axis * row), samples.corners, samples.weights
-    one, index = type(cell[0])(1), type(first[0])
-    size, none = index(g.in_size[axis]), index(outside)
-    for i in range(count):
-        start, weight = corners[near + i], weights[near + i]
-        has_start, start = start >= 0, index(start * size)
-        corners[near + i] = index(start + first[i]) if has_start & (first[i] >= 0) else none
-        corners[far + i] = index(start + second[i]) if has_start & (second[i] >= 0) else none
-        weights[near + i] = (one - cell[i]) * weight
-        weights[far + i] = cell[i] * weight
-
-
-@inline
-def _spread_nan(samples: Samples, axes: int, count: int) -> None:
-    """A sample with one coordinate that is NaN has no position along any axis."""
-    cells, row, total = samples.cells, samples.row, type(samples.cells[0])(0)
-    for axis in range(axes):
-        total += sum_values(advance(cells, axis * row), count)
-    if total == total:
-        return
-    for i in range(count):
-        total = cells[i]
-        for axis in range(1, axes):
-            total += cells[axis * row + i]
-        if total != total:
-            for axis in range(axes):
-                cells[axis * row + i] = total
+@inline_always
+def _spread_nan(cells: Any, row: int, last: int) -> None:
+    """Samples with one coordinate that is NaN have no position along any axis."""
+    total = load(cells)
+    for axis in range(1, last + 1):
+        total = total + load(advance(cells, axis * row))
+    for axis in range(last + 1):
+        place = advance(cells, axis * row)
+        store(select(total == total, load(place), np.nan), place)
 
 
 @inline
 def blend_dots_of(samples: Samples, slope: int, count: int, axes: Any) -> None:
     """weights[0] = what the samples' derivative along axis `slope` has in the place of pixels, or, of no axis, the
     samples: the dots, differences along that axis and blends along all others."""
-    row, corners, source = samples.row, 1 << len(axes), samples.dots
-    if slope < len(axes):
-        corners //= 2
-        apart = 1 << (len(axes) - 1 - slope)
-        for k in range(corners):
-            near = k // apart * 2 * apart + k % apart
-            share, target = advance(samples.cells, slope * row), advance(samples.weights, k * row)
-            _subtract(advance(source, near * row), apart * row, share, target, count)
-        source = samples.weights
-    for axis in range(len(axes) - 1, -1, -1):
-        if axis != slope:
-            corners //= 2
-            for k in range(corners):
-                share, target = advance(samples.cells, axis * row), advance(samples.weights, k * row)
-                _blend_rows(advance(source, 2 * k * row), row, share, target, count)
-            source = samples.weights
-
-
-@inline
-def _subtract(values: Any, row: int, share: Any, target: Any, count: int) -> None:
-    """NaN where the coordinate is."""
-    for i in range(count):
-        target[i] = values[row + i] - values[i] if share[i] == share[i] else share[i]
-
-
-@inline
-def _blend_rows(values: Any, row: int, share: Any, target: Any, count: int) -> None:
-    one = type(share[0])(1)
-    for i in range(count):
-        target[i] = (one - share[i]) * values[i] + share[i] * values[row + i]
+    row, corners = samples.row, 1 << len(axes)
+    for i in range(0, count, lanes_of(samples.weights)):
+        values, source = advance(samples.weights, i), advance(samples.dots, i)
+        left = corners
+        if slope < len(axes):
+            left //= 2
+            apart, share = 1 << (len(axes) - 1 - slope), load(advance(samples.cells, slope * row + i))
+            for k in range(left):
+                near = advance(source, (k // apart * 2 * apart + k % apart) * row)
+                change = load(advance(near, apart * row)) - load(near)
+                store(select(share == share, change, np.nan), advance(values, k * row))
+            source = values
+        for axis in range(len(axes) - 1, -1, -1):
+            if axis != slope:
+                left //= 2
+                share = load(advance(samples.cells, axis * row + i))
+                for k in range(left):
+                    near = advance(source, 2 * k * row)
+                    blended = (1 - share) * load(near) + share * load(advance(near, row))
+                    store(blended, advance(values, k * row))
+                source = values
 
 
 @inline

@@ -1,0 +1,150 @@
+"""Vectors as values in kernels, against NumPy."""
+
+import operator
+
+import numpy as np
+import pytest
+from numba import TypingError
+
+from pydeform.cpu.core import vector
+from pydeform.cpu.core.jit import Kernel
+from pydeform.cpu.core.simd import advance, at
+from pydeform.cpu.core.vector import convert, floor, lanes_of, load, load_beside, load_first, select, store
+
+LENGTH = 64  # of arrays: some vectors of any width
+REAL = (np.float32, np.float64)
+INTEGER = (np.int32, np.int64)
+
+
+def run(function, *arrays):
+    """The kernel's `function` of arrays, which are contiguous."""
+    kernel = Kernel(function)
+    kernel.prepare("", arrays)(*arrays)
+
+
+def numbers(dtype, seed=0):
+    values = np.random.default_rng(seed).integers(-4, 5, LENGTH).astype(dtype)
+    if np.dtype(dtype).kind == "f":
+        values /= 2
+        values[[3, 17, 40]] = np.nan, np.inf, -np.inf
+    return values
+
+
+def test_as_many_lanes_as_a_vector_of_this_machine_has():
+    def lanes(wide, narrow, out):
+        out[0], out[1] = lanes_of(at(wide, (0,))), lanes_of(at(narrow, (0,)))
+
+    out = np.zeros(2, np.int64)
+    run(lanes, np.zeros(1), np.zeros(1, np.float32), out)
+    assert list(out) == [vector.VECTOR_BYTES // 8, vector.VECTOR_BYTES // 4]
+
+
+ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv)
+
+
+@pytest.mark.parametrize("dtype", [*REAL, *INTEGER])
+@pytest.mark.parametrize("operation", ARITHMETIC, ids=lambda f: f.__name__)
+def test_arithmetic(dtype, operation):
+    def kernel(x, y, out):
+        for i in range(0, LENGTH, lanes_of(at(x, (0,)))):
+            a, b = load(at(x, (i,))), load(at(y, (i,)))
+            store(operation(operation(a, b), 2), at(out, (i,)))
+
+    x, y = numbers(dtype), numbers(dtype, 1)
+    out = np.zeros(LENGTH, dtype)
+    if operation is operator.truediv and dtype in INTEGER:
+        with pytest.raises(TypingError):
+            run(kernel, x, y, out)
+        return
+    run(kernel, x, y, out)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(out, operation(operation(x, y), dtype(2)))
+
+
+def test_nothing_is_fused_and_a_number_beside_a_vector_has_its_type():
+    def kernel(x, y, out):
+        for i in range(0, LENGTH, lanes_of(at(x, (0,)))):
+            store(0.1 - load(at(x, (i,))) * load(at(y, (i,))), at(out, (i,)))
+
+    x, y = (np.random.default_rng(seed).random(LENGTH, np.float32) for seed in (0, 1))
+    out = np.zeros(LENGTH, np.float32)
+    run(kernel, x, y, out)
+    np.testing.assert_array_equal(out, np.float32(0.1) - x * y)
+
+
+COMPARISONS = (operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne)
+
+
+@pytest.mark.parametrize("dtype", [*REAL, *INTEGER])
+@pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda f: f.__name__)
+def test_comparisons_and_masks(dtype, comparison):
+    def kernel(x, y, out):
+        for i in range(0, LENGTH, lanes_of(at(x, (0,)))):
+            a, b = load(at(x, (i,))), load(at(y, (i,)))
+            mask = (comparison(a, b) | (a == 1)) & ~(b == 1)
+            store(select(mask, a, 7), at(out, (i,)))
+
+    x, y = numbers(dtype), numbers(dtype, 1)
+    out = np.zeros(LENGTH, dtype)
+    run(kernel, x, y, out)
+    np.testing.assert_array_equal(out, np.where((comparison(x, y) | (x == 1)) & ~(y == 1), x, dtype(7)))
+
+
+@pytest.mark.parametrize("dtype", REAL)
+@pytest.mark.parametrize("integer", INTEGER)
+def test_integers_beside_floats(dtype, integer):
+    def kernel(x, integers, out):
+        for i in range(0, LENGTH, lanes_of(at(x, (0,)))):
+            a = load(at(x, (i,)))
+            whole = convert(floor(a), at(integers, (0,))) + load_beside(at(integers, (i,)), a)
+            store(whole, at(integers, (i,)))
+            store(convert(whole, at(x, (0,))), at(out, (i,)))
+
+    x = np.nan_to_num(numbers(dtype), nan=0, posinf=2.0**31 - 256, neginf=-(2.0**31))
+    integers = np.random.default_rng(2).integers(-9, 9, LENGTH).astype(integer)
+    integers[x == -(2.0**31)] = 0
+    expected, out = np.floor(x).astype(integer) + integers, np.zeros(LENGTH, dtype)
+    run(kernel, x, integers, out)
+    np.testing.assert_array_equal(integers, expected)
+    np.testing.assert_array_equal(out, expected.astype(dtype))
+
+
+@pytest.mark.parametrize("wide, narrow", [(np.float64, np.float32), (np.int64, np.int32)])
+def test_wider_and_narrower(wide, narrow):
+    def kernel(x, out, back):
+        for i in range(0, LENGTH, lanes_of(at(x, (0,)))):
+            a = convert(load(at(x, (i,))), at(out, (0,)))
+            store(a, at(out, (i,)))
+            store(convert(a, at(x, (0,))), at(back, (i,)))
+
+    for first, second in ((wide, narrow), (narrow, wide)):
+        x, out, back = numbers(first), np.zeros(LENGTH, second), np.zeros(LENGTH, first)
+        run(kernel, x, out, back)
+        np.testing.assert_array_equal(out, x.astype(second))
+        np.testing.assert_array_equal(back, x)
+
+
+@pytest.mark.parametrize("dtype", REAL)
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 17, LENGTH - 1, LENGTH])
+def test_behind_the_last_number_nothing_is_read(dtype, count):
+    def kernel(x, out, size):
+        for i in range(0, LENGTH, lanes_of(at(x, (0,)))):
+            store(load_first(advance(at(x, (0,)), i), size[0] - i), at(out, (i,)))
+
+    x, out = numbers(dtype), np.full(LENGTH, 9, dtype)
+    run(kernel, x, out, np.array([count]))
+    np.testing.assert_array_equal(out, np.where(np.arange(LENGTH) < count, x, dtype(0)))
+
+
+def test_vectors_of_two_types_are_not_mixed():
+    def mixed(x, y):
+        store(load(at(x, (0,))) + load(at(y, (0,))), at(x, (0,)))
+
+    with pytest.raises(TypingError):
+        run(mixed, np.zeros(LENGTH), np.zeros(LENGTH, np.float32))
+
+    def stored(x, y):
+        store(load(at(x, (0,))), at(y, (0,)))
+
+    with pytest.raises(TypingError):
+        run(stored, np.zeros(LENGTH), np.zeros(LENGTH, np.int64))

@@ -18,8 +18,9 @@ import pytest
 
 import pydeform
 from pydeform._geometry import ConvGeometry
-from pydeform.cpu.conv import backward_kernel as conv_backward
-from pydeform.cpu.conv import forward_kernel as conv_forward
+from pydeform.cpu.conv import backward_kernel
+from pydeform.cpu.conv import backward_plan as conv_backward
+from pydeform.cpu.conv import forward_plan as conv_forward
 from pydeform.cpu.conv import plan as conv_plan
 from pydeform.cpu.roi import plan as roi_plan
 from tests.cases.deform_conv2d import CASES, dtype_of, make, make_grad_output
@@ -239,7 +240,7 @@ def _assert_both_ways(
 ) -> None:
     found = []
     for gathered in (False, True):
-        for module in (roi_plan, conv_forward, conv_backward):
+        for module in (roi_plan, conv_forward, conv_backward, backward_kernel):
             monkeypatch.setattr(module, "prefers_planes", lambda *_, gathered=gathered: gathered)
         of_way = {**arrays, "input": _strided(arrays["input"]) if gathered else arrays["input"]}
         with np.errstate(all="ignore"):
@@ -448,10 +449,10 @@ def test_tables_of_many_groups(monkeypatch):
         monkeypatch.setattr(module, name, lambda one, *rest, make=make: (seen.append(one.groups), make(one, *rest))[1])
     kept = conv_forward._kept.cache_info().currsize, conv_backward._kept.cache_info().currsize
     single = np.dtype(np.float32)
-    prepared = conv_forward._prepared(g, single, single, 1, True, True, False)
+    prepared = conv_forward.prepared(g, single, single, 1, True, True, False)
     assert len(prepared.tables[1]) == 9 * 30_000
     needs = frozenset({"input", "weight"})
-    assert len(conv_backward._prepared(g, single, single, 1, True, True, False, needs).tables.blocks) == 30_000
+    assert len(conv_backward.prepared(g, single, single, 1, True, True, False, needs).tables.blocks) == 30_000
     assert seen == [1, 1]
     assert kept == (conv_forward._kept.cache_info().currsize, conv_backward._kept.cache_info().currsize)
     kept_bins = roi_plan.bins_table.cache_info().currsize

@@ -14,7 +14,7 @@ from numba import njit, types
 
 import pydeform
 from pydeform._geometry import BOUNDARIES, conv_geometry
-from pydeform.cpu.conv import forward_kernel as conv_forward
+from pydeform.cpu.conv import forward_plan as conv_forward
 from pydeform.cpu.conv import plan as conv_plan
 from pydeform.cpu.core import jit, pair_products, simd
 from pydeform.cpu.core.pair_products import DOTS, TILES

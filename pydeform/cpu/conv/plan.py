@@ -32,7 +32,8 @@ def threads_for(g: Any, products: int, units: int) -> int:
 
 
 def prefers_planes(g: Any) -> bool:
-    """For few samples of a large image the copy would be most of the work, and of the memory. No bit depends on it."""
+    """For few samples of a large image the copy would be most of the work, and of the memory. No sample differs by a
+    bit; a weight's gradient may, where such an image would have been two pieces."""
     samples = math.prod(g.kernel) * math.prod(g.out_size)
     return bool(FEW_SAMPLES * samples <= math.prod(g.in_size))
 

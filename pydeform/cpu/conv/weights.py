@@ -141,20 +141,3 @@ def add_partials(partial: Any, start: int, count: int, splits: int) -> None:
         other = at(partial, (split, start))
         for k in range(count):
             first[k] += other[k]
-
-
-@inline
-def pack_depthwise(weight: Any, packed: Any, first_channel: int, channels: int, tap: int, start: int) -> None:
-    """packed[start + c]: the weights of one tap."""
-    for c in range(channels):
-        packed[start + c] = weight[first_channel + c, 0, tap]
-
-
-@inline
-def reduce_depthwise(partial: Any, grad_weight: Any, block: Any, splits: int) -> None:
-    """`reduce_weight` of a depthwise convolution, for all channels of a block."""
-    for tap in range(grad_weight.shape[2]):
-        start = block.partial_at + tap * block.width
-        add_partials(partial, start, block.channels, splits)
-        for c in range(block.channels):
-            grad_weight[block.channel + c, 0, tap] = partial[0, start + c]

@@ -15,18 +15,42 @@ from pydeform.layers.activation import sigmoid
 
 
 class Convolution(_layer.Layer):
-    """What all have: the number of axes, and their operator with its backward."""
+    """What all have: weight and bias, the number of axes, and their operator with its backward."""
 
     axes: ClassVar[int]
     forward: ClassVar[Callable[..., Any]]
     backward: ClassVar[Callable[..., Any]]
+
+    def _make(self, rng: _layer.Seed, settings: dict[str, Any]) -> None:
+        """`settings`: the arguments that make the layer, by name, of which each kind has its own."""
+        counts = [name for name in settings if name.endswith(("_channels", "groups"))]
+        settings.update(zip(counts, _layer.positive(self, **{name: settings[name] for name in counts}), strict=True))
+        inputs, outputs, groups = (settings[name] for name in ("in_channels", "out_channels", "groups"))
+        for name in ("offset_groups", "position_groups"):
+            if inputs % settings.get(name, 1):
+                raise ValueError(
+                    f"{self.name}: in_channels must be a multiple of {name} = {settings[name]}, got {inputs}"
+                )
+        settings["bias"] = _layer.flag(self, "bias", settings["bias"])
+        dtype = settings["dtype"] = _layer.float_dtype(self, settings["dtype"])
+        weight = conv_weight(self, inputs, outputs, settings["kernel_size"], groups, rng, dtype)
+        self.in_channels, self.kernel_size = inputs, weight.shape[2:]
+        dilation = settings.get("dilation", 1)
+        self.options = conv_options(self, self.kernel_size, settings["stride"], settings["padding"], dilation)
+        params = {"weight": weight} | ({"bias": np.zeros(outputs, dtype)} if settings["bias"] else {})
+        super().__init__(params | self._more_params(settings), settings=settings)
+
+    def _more_params(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return {}
 
     def input_axes(self) -> tuple[str, ...]:
         return ("N", "in_channels", *SIZES[self.axes].split(", "))
 
 
 class PlainConvolution(Convolution):
-    """Weight, bias, and what the operator does with them."""
+    """The operator of x, some parameters in its order, and options."""
+
+    arguments: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def __init__(
         self,
@@ -42,39 +66,31 @@ class PlainConvolution(Convolution):
         rng: _layer.Seed = None,
         dtype: Any = np.float32,
     ) -> None:
-        inputs, outputs, groups = _layer.positive(
-            self, in_channels=in_channels, out_channels=out_channels, groups=groups
-        )
-        bias, dtype = _layer.flag(self, "bias", bias), _layer.float_dtype(self, dtype)
-        weight = conv_weight(self, inputs, outputs, kernel_size, groups, rng, dtype)
-        self.in_channels = inputs
-        self.options = {**conv_options(self, weight.shape[2:], stride, padding, dilation), "groups": groups}
-        super().__init__(
-            {"weight": weight} | ({"bias": np.zeros(outputs, dtype)} if bias else {}),
-            settings={
-                "in_channels": inputs,
-                "out_channels": outputs,
-                "kernel_size": kernel_size,
-                "stride": stride,
-                "padding": padding,
-                "dilation": dilation,
-                "groups": groups,
-                "bias": bias,
-                "dtype": dtype,
-            },
-        )
+        settings = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "kernel_size": kernel_size,
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "groups": groups,
+            "bias": bias,
+            "dtype": dtype,
+        }
+        self._make(rng, settings)
+        self.options["groups"] = settings["groups"]
 
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
-        weight, bias = self.params["weight"], self.params.get("bias")
-        _layer.check_input(self, x, self.input_axes(), {"in_channels": self.in_channels}, weight)
-        y = self.forward(x, weight, bias, **self.options)
+        arguments = [self.params.get(name) for name in self.arguments]
+        _layer.check_input(self, x, self.input_axes(), {"in_channels": self.in_channels}, self.params["weight"])
+        y = self.forward(x, *arguments, **self.options)
         if not train:
             return y, _layer.nothing_kept(self)
         like = _layer.like(self, y)
 
         def backprop(grad_y: Any) -> Any:
             _layer.check_grad(self, grad_y, like)
-            grads = self.backward(grad_y, x, weight, bias, **self.options)
+            grads = self.backward(grad_y, x, *arguments, **self.options)
             _layer.add_grads(self, **{name: getattr(grads, name) for name in self.params})
             return grads.input
 
@@ -105,29 +121,13 @@ class DeformableConvolution(Convolution):
         rng: _layer.Seed = None,
         dtype: Any = np.float32,
     ) -> None:
-        inputs, outputs, groups, offset_groups = _layer.positive(
-            self, in_channels=in_channels, out_channels=out_channels, groups=groups, offset_groups=offset_groups
-        )
-        if inputs % offset_groups:
-            raise ValueError(
-                f"{self.name}: in_channels must be a multiple of offset_groups = {offset_groups}, got {inputs}"
-            )
-        bias, dtype = _layer.flag(self, "bias", bias), _layer.float_dtype(self, dtype)
-        self.in_channels, self.modulated = inputs, _layer.flag(self, "modulated", modulated)
+        self.modulated = _layer.flag(self, "modulated", modulated)
         self.mask_scale = _checks.number(self.name, "mask_scale", mask_scale, positive=True)
         _checks.check_choice(self.name, "boundary", boundary, BOUNDARIES)
         self.boundary = boundary
-        weight = conv_weight(self, inputs, outputs, kernel_size, groups, rng, dtype)
-        self.kernel_size = weight.shape[2:]
-        self.options = conv_options(self, self.kernel_size, stride, padding, dilation)
-        self.offset_channels = self.axes * offset_groups * math.prod(self.kernel_size)
-        branch = self.offset_channels // self.axes * (self.axes + self.modulated)
-        params = {"weight": weight} | ({"bias": np.zeros(outputs, dtype)} if bias else {})
-        params["offset.weight"] = np.zeros((branch, inputs, *self.kernel_size), dtype)
-        params["offset.bias"] = np.zeros(branch, dtype)
         settings = {
-            "in_channels": inputs,
-            "out_channels": outputs,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
             "kernel_size": kernel_size,
             "stride": stride,
             "padding": padding,
@@ -140,7 +140,13 @@ class DeformableConvolution(Convolution):
             "boundary": boundary,
             "dtype": dtype,
         }
-        super().__init__(params, settings=settings)
+        self._make(rng, settings)
+
+    def _more_params(self, settings: dict[str, Any]) -> dict[str, Any]:
+        self.offset_channels = self.axes * settings["offset_groups"] * math.prod(self.kernel_size)
+        branch, dtype = self.offset_channels // self.axes * (self.axes + self.modulated), settings["dtype"]
+        weight = np.zeros((branch, self.in_channels, *self.kernel_size), dtype)
+        return {"offset.weight": weight, "offset.bias": np.zeros(branch, dtype)}
 
     def offset_and_mask(self, x: Any) -> tuple[Any, Any]:
         """What the branch computes for x: (offset, mask or None), as the operator takes them."""

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from pydeform.layers import _layer
-from pydeform.layers._conv import Convolution, conv_options, conv_weight
+from pydeform.layers._conv import PlainConvolution
 from pydeform.ops.active_conv2d import active_conv2d, active_conv2d_backward
 
 
-class ActiveConv2d(Convolution):
+class ActiveConv2d(PlainConvolution):
     """Convolution that learns where its taps are: one place for each, shared by all pixels and images.
 
     The positions start at zero, where the layer is the plain convolution of its weight.
@@ -34,7 +34,7 @@ class ActiveConv2d(Convolution):
     ((2, 8, 6, 5), (2, 3, 6, 5), (18,))
     """
 
-    axes = 2
+    axes, arguments = 2, ("positions", "weight", "bias")
     forward, backward = staticmethod(active_conv2d), staticmethod(active_conv2d_backward)
 
     def __init__(
@@ -51,46 +51,20 @@ class ActiveConv2d(Convolution):
         rng: _layer.Seed = None,
         dtype: Any = np.float32,
     ) -> None:
-        inputs, outputs, groups, position_groups = _layer.positive(
-            self, in_channels=in_channels, out_channels=out_channels, groups=groups, position_groups=position_groups
-        )
-        if inputs % position_groups:
-            raise ValueError(
-                f"{self.name}: in_channels must be a multiple of position_groups = {position_groups}, got {inputs}"
-            )
-        bias, dtype = _layer.flag(self, "bias", bias), _layer.float_dtype(self, dtype)
-        weight = conv_weight(self, inputs, outputs, kernel_size, groups, rng, dtype)
-        options = conv_options(self, weight.shape[2:], stride, padding, 1)
-        self.in_channels = inputs
-        self.options = {name: options[name] for name in ("stride", "padding")}
-        positions = np.zeros(2 * position_groups * math.prod(weight.shape[2:]), dtype)
-        super().__init__(
-            {"weight": weight} | ({"bias": np.zeros(outputs, dtype)} if bias else {}) | {"positions": positions},
-            settings={
-                "in_channels": inputs,
-                "out_channels": outputs,
-                "kernel_size": kernel_size,
-                "stride": stride,
-                "padding": padding,
-                "groups": groups,
-                "position_groups": position_groups,
-                "bias": bias,
-                "dtype": dtype,
-            },
-        )
+        settings = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "kernel_size": kernel_size,
+            "stride": stride,
+            "padding": padding,
+            "groups": groups,
+            "position_groups": position_groups,
+            "bias": bias,
+            "dtype": dtype,
+        }
+        self._make(rng, settings)
+        del self.options["dilation"]
 
-    def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
-        weight, bias, positions = self.params["weight"], self.params.get("bias"), self.params["positions"]
-        _layer.check_input(self, x, self.input_axes(), {"in_channels": self.in_channels}, weight)
-        y = self.forward(x, positions, weight, bias, **self.options)
-        if not train:
-            return y, _layer.nothing_kept(self)
-        like = _layer.like(self, y)
-
-        def backprop(grad_y: Any) -> Any:
-            _layer.check_grad(self, grad_y, like)
-            grads = self.backward(grad_y, x, positions, weight, bias, **self.options)
-            _layer.add_grads(self, **{name: getattr(grads, name) for name in self.params})
-            return grads.input
-
-        return y, backprop
+    def _more_params(self, settings: dict[str, Any]) -> dict[str, Any]:
+        count = 2 * settings["position_groups"] * math.prod(self.kernel_size)
+        return {"positions": np.zeros(count, settings["dtype"])}

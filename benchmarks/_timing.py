@@ -5,13 +5,16 @@ The round robin among candidates is in pydeform.bench.timing, where `pydeform be
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pydeform.bench import timing
@@ -64,6 +67,35 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def time_problems(about: str | None, name: str, bench: ModuleType, problems: Iterable[str]) -> int:
+    """The command line of a benchmark that is nothing but problems: its `run` and `report` for each number of threads.
+
+    A whole run goes to benchmarks/results/<device>/<name>.json.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", default=",".join(problems), type=bench.problem_names)
+    parser.add_argument("--threads", default="1,2", help="numbers of threads to measure with")
+    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9, and the most threads only")
+    parser.add_argument("--avx2", action="store_true", help="no wider vectors")
+    parser.add_argument("--output", type=Path, help=f"default: benchmarks/results/<device>/{name}.json")
+    options = parser.parse_args()
+    threads = [int(count) for count in options.threads.split(",")]
+    threads, rounds = (threads[-1:], 3) if options.quick else (threads, 9)
+    if options.avx2:
+        force_avx2()
+
+    speed: dict[str, Any] = {}
+    for count in threads:
+        speed[str(count)] = bench.run(count, options.problems, rounds)
+        print(f"\nthreads {count}\n{bench.report(speed[str(count)])}", flush=True)
+    whole = options.problems == list(problems) and not options.quick
+    path = options.output or (RESULTS / device_slug() / f"{name}.json" if whole else None)
+    if path is not None:
+        write({"rounds": rounds, "speed": speed}, path)
+        print(f"written: {path}")
+    return 0
 
 
 # Linux only: writing 5 to clear_refs sets the peak back to the present size, so that only the call is measured.

@@ -28,7 +28,7 @@ FOLDERS = ["/" + name + "/" for name in ("root", "work", "tmp", "farm")]
 ROI = ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool")
 CONV = ("conv1d", "conv2d", "conv3d", "deform_conv1d", "deform_conv2d", "deform_conv3d", "active_conv2d")
 FAMILY = dict.fromkeys(ROI, "roi") | dict.fromkeys(CONV, "conv")
-MATHEMATICS, BENCHMARK = {"conv": "deform_conv"}, {"conv": "deform_conv2d"}
+MATHEMATICS = {"conv": "deform_conv"}
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 DOCUMENTS = ("README.md", "docs/conventions.md")
 
@@ -62,7 +62,7 @@ def test_operator_is_complete(operator):
         f"tests/reference/{family}.py",
         f"tests/test_{family if family == 'roi' else operator}.py",
         f"docs/math/{MATHEMATICS.get(family, family)}.md",
-        f"benchmarks/bench_{BENCHMARK.get(family, family)}.py",
+        f"benchmarks/bench_{family}.py",
     ):
         assert (ROOT / path).is_file(), path
     assert _selfcheck.problem(operator).arrays

@@ -217,11 +217,11 @@ def blas_calls(pairs: list[tuple[Any, Any]], images: int, threads: int) -> dict[
         return call
 
     calls = {"products numpy": repeated(lambda a, b, out: np.matmul(a, b, out=out), triples)}
-    if _installed("scipy"):
+    if installed("scipy"):
         sgemm = importlib.import_module("scipy.linalg.blas").sgemm
         # Fortran's order: the transposed product, of transposed views.
         calls["products scipy"] = repeated(lambda a, b, out: _sgemm(sgemm, b.T, a.T, out.T), triples)
-    if _installed("torch"):
+    if installed("torch"):
         torch = importlib.import_module("torch")
         torch.set_num_threads(threads)
         tensors = [tuple(map(torch.from_numpy, triple)) for triple in triples]
@@ -235,7 +235,7 @@ def _sgemm(sgemm: Any, a: Any, b: Any, out: Any) -> None:
     sgemm(1.0, a.T if trans_a else a, b.T if trans_b else b, 0.0, out, trans_a, trans_b, overwrite_c=1)
 
 
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
@@ -245,13 +245,13 @@ def forward_candidates(p: Problem, threads: int) -> dict[str, Callable[[], Any]]
         "pydeform": lambda: ours_forward(p),
         "pydeform bfloat16": lambda: ours_forward(half),
     }
-    if _installed("openvino"):
+    if installed("openvino"):
         calls["openvino"] = openvino_forward(p, threads)
-    if _installed("onnxruntime") and _installed("onnx") and (call := onnxruntime_forward(p, threads)):
+    if installed("onnxruntime") and installed("onnx") and (call := onnxruntime_forward(p, threads)):
         calls["onnxruntime"] = call
-    if _installed("torchvision"):
+    if installed("torchvision"):
         calls["torchvision"] = torchvision_call(p, threads, gradients=False)
-    if _installed("torch"):
+    if installed("torch"):
         calls["dense torch"] = dense_call(p, threads, gradients=False)
         calls["dense torch bfloat16"] = dense_call(p, threads, gradients=False, dtype="bfloat16")
     return calls | products(p, threads, gradients=False)
@@ -264,9 +264,9 @@ def training_candidates(p: Problem, threads: int) -> dict[str, Callable[[], Any]
         "pydeform backward": lambda: ours_backward(p),
         "pydeform bfloat16": lambda: (ours_forward(half), ours_backward(half)),
     }
-    if _installed("torchvision"):
+    if installed("torchvision"):
         calls["torchvision"] = torchvision_call(p, threads, gradients=True)
-    if _installed("torch"):
+    if installed("torch"):
         calls["dense torch"] = dense_call(p, threads, gradients=True)
         calls["dense torch bfloat16"] = dense_call(p, threads, gradients=True, dtype="bfloat16")
     return calls | products(p, threads, gradients=True)
@@ -348,20 +348,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def shape_names(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in SHAPES:
-            raise argparse.ArgumentTypeError(f"shapes must be among {','.join(SHAPES)}, got {name!r}")
-    return names
+    return timing.names_among("shapes", SHAPES, text)
 
 
 def run(threads: int, shapes: list[str], rounds: int, runtimes: bool = True) -> dict[str, Any]:
     """`measure` for several shapes in a process of its own, whose libraries all use that many threads."""
-    arguments = ["--threads", str(threads), "--shapes", ",".join(shapes), "--rounds", str(rounds)]
-    arguments += [] if runtimes else ["--no-runtimes"]
-    output = timing.python("-m", __name__, *arguments, env=timing.thread_environment(threads))
-    results: dict[str, Any] = json.loads(output.splitlines()[-1])
-    return results
+    more = () if runtimes else ("--no-runtimes",)
+    return timing.in_own_process(__name__, threads, "--shapes", ",".join(shapes), "--rounds", str(rounds), *more)
 
 
 if __name__ == "__main__":

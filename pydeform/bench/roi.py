@@ -235,26 +235,11 @@ def ratios(times: dict[str, Any]) -> dict[str, float]:
 
 def report(results: dict[str, Any]) -> str:
     """A table in milliseconds, median and minimum, and the ratios."""
-    columns = list(dict.fromkeys(name for result in results.values() for name in result["times"]))
-    named = list(dict.fromkeys(name for result in results.values() for name in ratios(result["times"])))
-    rows = []
-    for name, result in results.items():
-        times, found = result["times"], ratios(result["times"])
-        cells = [_milliseconds(times.get(column)) for column in columns]
-        rows.append([name, *cells, *[f"{found[r]:.2f}" if r in found else "-" for r in named]])
-    return timing.table(["problem", *columns, *named], rows)
-
-
-def _milliseconds(t: dict[str, Any] | None) -> str:
-    return f"{t['median'] * 1e3:.3g}/{t['minimum'] * 1e3:.3g}" if t else "-"
+    return timing.table_of_problems(results, ratios)
 
 
 def problem_names(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in PROBLEMS:
-            raise argparse.ArgumentTypeError(f"problems must be among {','.join(PROBLEMS)}, got {name!r}")
-    return names
+    return timing.names_among("problems", PROBLEMS, text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -272,10 +257,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(threads: int, problems: list[str], rounds: int) -> dict[str, Any]:
     """`measure` for several problems in a process of its own, whose libraries all use that many threads."""
-    arguments = ("--threads", str(threads), "--problems", ",".join(problems), "--rounds", str(rounds))
-    output = timing.python("-m", __name__, *arguments, env=timing.thread_environment(threads))
-    results: dict[str, Any] = json.loads(output.splitlines()[-1])
-    return results
+    return timing.in_own_process(__name__, threads, "--problems", ",".join(problems), "--rounds", str(rounds))
 
 
 if __name__ == "__main__":

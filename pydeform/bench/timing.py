@@ -7,7 +7,9 @@ wakes the candidate's own, then the timed calls. The blocks go round among the c
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -99,6 +101,13 @@ def python(*arguments: str, env: Mapping[str, str] | None = None) -> str:
     return done.stdout
 
 
+def in_own_process(module: str, threads: int, *arguments: str) -> dict[str, Any]:
+    """What a module of this package prints as its last line, all of whose libraries use that many threads."""
+    output = python("-m", module, "--threads", str(threads), *arguments, env=thread_environment(threads))
+    results: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return results
+
+
 def show_progress(text: str) -> None:
     """One line on stderr that the next one overwrites; nothing where stderr is a file."""
     if sys.stderr.isatty():
@@ -146,3 +155,28 @@ def table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def table_of_problems(results: Mapping[str, Any], ratios: Callable[[dict[str, Any]], dict[str, float]]) -> str:
+    """A row for each problem: milliseconds of its "times", median and minimum, and the ratios of them."""
+    columns = list(dict.fromkeys(name for result in results.values() for name in result["times"]))
+    found = {problem: ratios(result["times"]) for problem, result in results.items()}
+    named = list(dict.fromkeys(name for of_problem in found.values() for name in of_problem))
+    rows = []
+    for problem, result in results.items():
+        cells = [_milliseconds(result["times"].get(column)) for column in columns]
+        rows.append([problem, *cells, *[f"{found[problem][r]:.2f}" if r in found[problem] else "-" for r in named]])
+    return table(["problem", *columns, *named], rows)
+
+
+def _milliseconds(t: Mapping[str, float] | None) -> str:
+    return f"{t['median'] * 1e3:.3g}/{t['minimum'] * 1e3:.3g}" if t else "-"
+
+
+def names_among(what: str, known: Iterable[str], text: str) -> list[str]:
+    """The names in an option, with commas between them."""
+    names, known = text.split(","), list(known)
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{what} must be among {','.join(known)}, got {name!r}")
+    return names

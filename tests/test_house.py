@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import pydeform
+import pydeform.layers
 from pydeform import _selfcheck, cli
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +92,11 @@ def test_table_of_dtypes_is_true(operator):
         assert (cells[dtype] == "yes") == (not result.failure), f"{dtype}: {result.failure}"
     grads = _selfcheck.run(operator, _selfcheck.problem(operator), _selfcheck.backends()[0], np.float64)
     assert cells["gradients"].split(", ") == [name.removeprefix("gradient of ") for name in grads if name != "output"]
+
+
+def test_every_layer_is_in_the_readme():
+    layers = {name for name in pydeform.layers.__all__ if name[0].isupper()} - {"Layer"}
+    assert layers <= set(re.findall(r"`(\w+)`", read("README.md")))
 
 
 def test_extras():

@@ -96,7 +96,7 @@ DEFORM_PSROI_POOL = Rules(
 
 
 class RoiGeometry(NamedTuple):
-    """Every number an RoI kernel needs: integers, and the four that are not. The end of it is `Rules`."""
+    """Every number an RoI kernel needs, integers and floats. The last fields are those of `Rules`."""
 
     batch: int
     in_channels: int

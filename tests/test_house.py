@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import re
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import pydeform
+import pydeform.layers
 from pydeform import _selfcheck, cli
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +33,7 @@ FAMILY = dict.fromkeys(ROI, "roi") | dict.fromkeys(CONV, "conv")
 MATHEMATICS = {"conv": "deform_conv"}
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 DOCUMENTS = ("README.md", "docs/conventions.md")
+TOUR = "docs/how-it-works.md"
 
 
 def read(path: str) -> str:
@@ -89,6 +92,11 @@ def test_table_of_dtypes_is_true(operator):
         assert (cells[dtype] == "yes") == (not result.failure), f"{dtype}: {result.failure}"
     grads = _selfcheck.run(operator, _selfcheck.problem(operator), _selfcheck.backends()[0], np.float64)
     assert cells["gradients"].split(", ") == [name.removeprefix("gradient of ") for name in grads if name != "output"]
+
+
+def test_every_layer_is_in_the_readme():
+    layers = {name for name in pydeform.layers.__all__ if name[0].isupper()} - {"Layer"}
+    assert layers <= set(re.findall(r"`(\w+)`", read("README.md")))
 
 
 def test_extras():
@@ -171,7 +179,56 @@ def test_source_distribution_has_every_file(tmp_path):
     assert generated == {Path("PKG-INFO")}
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md"])
+def defined() -> set[str]:
+    """Names in our sources: of modules, functions, classes, arguments, fields and constants, of CUDA every word."""
+    names = set()
+    for path in (ROOT / "pydeform").rglob("*"):
+        if path.suffix == ".py":
+            names |= {path.stem, path.parent.name}
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    names.add(node.name)
+                elif isinstance(node, ast.arg):
+                    names.add(node.arg)
+                for statement in node.body if isinstance(node, ast.Module | ast.ClassDef) else ():
+                    if isinstance(statement, ast.Assign | ast.AnnAssign):
+                        stored = [part for part in ast.walk(statement) if isinstance(part, ast.Name)]
+                        names |= {part.id for part in stored if isinstance(part.ctx, ast.Store)}
+        elif path.suffix in (".cu", ".cuh"):
+            names |= set(re.findall(r"\w+", re.sub(r"//.*", "", path.read_text(encoding="utf-8"))))
+    return names
+
+
+def not_there(text: str) -> set[str]:
+    """Names and paths in backticks, and names of calls in drawings, that no source defines."""
+    drawings = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    spans += [name for drawing in drawings for name in re.findall(r"\w+\(\)", drawing)]
+    files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "pydeform").rglob("*")]
+    names, missing = defined(), set()
+    for span in spans:
+        if re.fullmatch(r"[\w./-]+", span) and ("/" in span or re.search(r"\.(py|cuh?|md)$", span)):
+            found = any(f"/{file}".endswith(f"/{span.rstrip('/')}") for file in files)
+        elif re.fullmatch(r"[\w.]+(\(\))?", span):
+            found = all(name in names for name in span.removesuffix("()").split("."))
+        else:  # code, or a text
+            continue
+        if not found:
+            missing.add(span)
+    return missing
+
+
+def test_tour_names_what_is_there():
+    text = read(TOUR)
+    assert len(re.findall(r"`\w+`", text)) > 50
+    assert not not_there(text)
+    wrong = {"nowhere_to_be_found", "parallel.not_a_name()", "cpu/conv/nowhere.py", "nowhere.cuh"}
+    drawn = "```\n  drawn_nowhere()  -> locate_tap()\n```\n"
+    known = "`locate_tap` `cpu/conv/plan.py` `conv.cu` `parallel.run()` `x is None`"
+    assert not_there(f"{drawn}{known} " + " ".join(f"`{name}`" for name in wrong)) == wrong | {"drawn_nowhere()"}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, TOUR, "CONTRIBUTING.md"])
 def test_links_lead_somewhere(document):
     folder = (ROOT / document).parent
     for target in re.findall(r"\]\(([^)]+)\)", read(document)):

@@ -1,7 +1,7 @@
 // Gradients of the RoI operators (docs/math/roi.md, eq. 7 to 9), without atomics: every result has one owner, which sums
 // in one order, so a run's bits never differ.
 //
-// grad_output arrives as (R, bins, classes, pitch) with a class's channels side by side, at least as many as it has.
+// `grads` is grad_output as (R, bins, classes, pitch): a class's channels side by side, with room for `pitch` of them.
 #pragma once
 #include "roi_forward.cuh"
 
@@ -104,7 +104,7 @@ PYDEFORM_DEVICE void add_largest(A (&sum)[TILE_H * TILE_W], const int* winner, i
   }
 }
 
-// Eq. 7. READS: MEAN, or how the winners of pool_largest are told; null for MEAN.
+// Eq. 7. READS: MEAN, and winners is null; or what the numbers are that pool_largest wrote to winners.
 // Owner: a block has TILE_H x TILE_W pixels of one image and a run of blockDim.x channels, one channel a thread, in the
 // order (group, class, channel of the class). Its threads look for boxes that reach the tile, each warp lists the bins of
 // one of them, and all add these up, in the order of boxes and bins.
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 2)
     }
   }
 
-  // Eight pixels of a row lie side by side in memory, so that many threads write them.
+  // Eight threads write the eight pixels of a row, which lie side by side in memory.
   const int rows = min(TILE_H, g.in_h - y0), width = min(TILE_W, g.in_w - x0);
 #pragma unroll
   for (int i = 0; i < TILE_H; i++) {
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 2 : 3)
     put_gradients(bin, box, value, along_y, along_x, mask_of<T, I>(mask, r, place, g), offsets, masks, at, g);
 }
 
-// The same on the input as it is (N, C, H, W), for classes of few channels.
+// What bin_gradients computes, on the input as it is (N, C, H, W), as pool_direct.
 // Owner: one thread per (r, bin, class).
 template <class T, class I, class TBoxes = T, class TOffset = T>
 __global__ void __launch_bounds__(ROI_THREADS, 2)

@@ -11,12 +11,12 @@ constexpr int EXACT = 0, AFTER_SCALE = 1, BEFORE_SCALE = 2;  // `rounding`, as i
 constexpr int FEW_POINTS = 4;      // so few are all looked at; of more, those that can matter are found by division
 constexpr int MANY_POINTS = 4096;  // more are taken pixel by pixel, as a walk
 // Bits of Axis::walk.
-constexpr int MANY = 1;       // it is one
-constexpr int BEFORE = 2;     // points that do not count come before those that do, or none does
-constexpr int AFTER = 4;      // ... after them
+constexpr int MANY = 1;       // the points are a walk
+constexpr int BEFORE = 2;     // points that do not count come before those that do, or no point counts
+constexpr int AFTER = 4;      // points that do not count come after those that do
 constexpr int BACKWARDS = 8;  // the last point has the lowest coordinate
 
-// Never part of a fused multiply-add: all kernels, and the CPU, put a point on the same side of a border.
+// A product that is never fused with an addition: all kernels, and the CPU, put a point on the same side of a border.
 PYDEFORM_DEVICE float times(float a, float b) { return __fmul_rn(a, b); }
 PYDEFORM_DEVICE double times(double a, double b) { return __dmul_rn(a, b); }
 PYDEFORM_DEVICE float round_up(float v) { return ceilf(v); }
@@ -81,8 +81,8 @@ template <class A> struct Axis {
   int points;       // that count, one after the other
   int low, high;    // it reads some of the pixels low <= k < high, or all
   int length;       // of the image
-  A count;          // its factor of what the mean divides by
-  int walk;         // bits; of a walk, points are in ascending order, and start, bin and n are those of its first one
+  A count;          // this axis's factor of what the mean divides by
+  int walk;         // bits; with MANY, points are in ascending order: start is the first that counts, bin the step, n 1
 
   // Eq. 3 for the j-th point that counts.
   PYDEFORM_DEVICE A at(int j, const RoiGeometry& g) const {
@@ -92,7 +92,7 @@ template <class A> struct Axis {
   PYDEFORM_DEVICE bool counts(A y, const RoiGeometry& g) const {
     return y >= -(A)g.reach && y <= last_counting(g);  // reach
   }
-  // Numbers of points that may lie between two coordinates, from `low` to `high`, which may be anything.
+  // Points between two coordinates have numbers from `low` to `high`; there may be no points of these numbers.
   PYDEFORM_DEVICE void numbers_between(A from, A to, A& low, A& high, A& margin, const RoiGeometry& g) const {
     const A step = bin / n, one = (from - start) / step, other = (to - start) / step;
     const A error = 4 * epsilon<A>() * (magnitude(start) + magnitude(from) + magnitude(to)) / magnitude(step);
@@ -138,8 +138,8 @@ template <class A> PYDEFORM_DEVICE void read_pixels(Axis<A>& a, A begin, int p, 
   a.count = (A)(a.high - a.low);
 }
 
-// Eq. 3 with very many points: those that count, numbered from one that lies near the image, since far from it they are
-// rounded to whole pixels and more.
+// Eq. 3 with very many points: those that count, numbered from a point near the image, since far from the image their
+// coordinates are rounded to whole pixels or worse.
 template <class A> PYDEFORM_DEVICE void walk_points(Axis<A>& a, A& one, A& other, const RoiGeometry& g) {
   const A lowest = -(A)g.reach, highest = a.last_counting(g);
   const A n = a.n, first_point = (A)g.first_point;  // first_point
@@ -252,12 +252,13 @@ template <class A> struct Cell {
 template <class A> PYDEFORM_DEVICE Reading<A> read_cell(const Axis<A>& a, int c, const RoiGeometry& g) {
   const Cell<A> cell(a, c);
   const bool is_last = c == a.length - 1;
-  const int inner = is_last ? cell.to : c == 0 ? min(a.up_to(0, true), cell.to) : cell.from;  // others are before it
+  // The first point between pixel c and the next; points before it read c alone.
+  const int inner = is_last ? cell.to : c == 0 ? min(a.up_to(0, true), cell.to) : cell.from;
   const A between = (A)(cell.to - inner), part = min(max(a.at(inner, g) - (A)c, (A)0), (A)1);
   const bool flat = g.flat_at_pixels && part == 0;  // flat_at_pixels
   Reading<A> all;
   all.number = (A)(cell.to - cell.from);
-  // Parts grow by a step from point to point.
+  // The part of the next pixel grows by a step from point to point: a sum in closed form.
   all.part = min(max(between * part + a.bin * (between * (between - 1) / 2), (A)0), between);
   all.slope = !flat ? between : a.bin == 0 ? (A)0 : max(between - 1, (A)0);
   all.lower = c;
@@ -265,7 +266,7 @@ template <class A> PYDEFORM_DEVICE Reading<A> read_cell(const Axis<A>& a, int c,
   return all;
 }
 
-// What a sum over points goes through: each of them or, of a walk, the cells.
+// What a sum over points goes through: each point or, of a walk, each cell.
 template <class A> PYDEFORM_DEVICE int readings(const Axis<A>& a) { return a.walk & MANY ? a.high - a.low : a.points; }
 template <class A> PYDEFORM_DEVICE Reading<A> reading(const Axis<A>& a, int j, const RoiGeometry& g) {
   return a.walk & MANY ? read_cell(a, a.low + j, g) : Reading<A>(a.at(j, g), a.length, g);
@@ -276,7 +277,7 @@ template <class A> PYDEFORM_DEVICE Reading<A> reading(const Axis<A>& a, int j, c
 template <class A> PYDEFORM_DEVICE unsigned candidates(const Axis<A>& a) {
   return a.walk & MANY ? 2u * (a.high - a.low) : a.points;
 }
-// Where one of them lies; false: it is none.
+// Where candidate j lies; false: there is none of this number.
 template <class A> PYDEFORM_DEVICE bool candidate(const Axis<A>& a, unsigned j, A& y, const RoiGeometry& g) {
   if (!(a.walk & MANY)) {
     y = a.at((int)j, g);

@@ -32,7 +32,7 @@ template <class A> PYDEFORM_DEVICE void put_tap(RoiSlope<A>& tap, int pixel, A w
 
 // A bin as a warp reads it: lanes 0 to 15 have its rows, the others its columns. Every lane of the warp calls all of it.
 template <class A> struct WarpBin {
-  const Axis<A>* half;  // this half's, in shared memory: registers are for what the pixels are multiplied with
+  const Axis<A>* half;  // the axis of this half of the warp, in shared memory, as registers are needed for sums
   A count;              // as in Bin
   bool broken, outside;
   int top, bottom, left, right;  // the pixels it reads are within these, the last two excluded
@@ -59,7 +59,7 @@ template <class A> struct WarpBin {
     right = __shfl_sync(0xffffffffu, axis.high, 16);
     __syncwarp();
   }
-  // Those of 16 rows from y on and of 16 columns from x on that it reads, in order, into taps and taps + 16.
+  // Of 16 rows from y on and 16 columns from x on, those that the bin reads: rows into taps, columns into taps + 16.
   template <class Tap>
   PYDEFORM_DEVICE void list(Tap* taps, int y, int x, int& rows, int& columns, const RoiGeometry& g) const {
     const int lane = threadIdx.x % 32, k = (is_x() ? x : y) + lane % 16;
@@ -208,7 +208,8 @@ PYDEFORM_DEVICE void read_all(const T* plane, const Bin<A>& bin, const RoiGeomet
   }
 }
 
-// The same on the input as it is (N, C, H, W), for classes of few channels.
+// What pool_bins computes, on the input as it is (N, C, H, W): for classes of few channels, or few boxes on large
+// images.
 // Owner: one thread per (r, c, bin), neighbours on neighbouring bins.
 template <class T, class I, class TBoxes = T, class TOffset = T>
 __global__ void __launch_bounds__(ROI_THREADS, 2)

@@ -15,7 +15,7 @@ from pydeform.cpu.core.jit import Kernel
 U4, F4 = np.uint32, np.float32
 SIGN, MANTISSA, INFINITE = U4(0x8000), U4(0x3FF), U4(0x7C00)  # of float16
 INFINITE_32, MAGNITUDE_32 = U4(0x7F800000), U4(0x7FFFFFFF)
-SHIFT, SIGN_SHIFT, ONE = U4(13), U4(16), U4(1)  # of float32's mantissa to float16's; of its sign
+SHIFT, SIGN_SHIFT, ONE = U4(13), U4(16), U4(1)  # bits from float16's mantissa to float32's, from sign to sign
 REBIAS = U4((127 - 15) << 23)
 LEAST_NORMAL, LEAST = F4(2.0**-14), F4(2.0**-24)
 HALF, PER_LEAST = F4(0.5), F4(2.0**24)
@@ -56,7 +56,7 @@ def _round(bits: Any, wide: Any, half: Any) -> None:
         x = bits[i]
         magnitude = U4(x & MAGNITUDE_32)
         size = abs(wide[i])
-        # Between 1/2 and 1 a float32 is a multiple of 2**-24, as subnormals of float16 are: the sum is rounded to one.
+        # Between 1/2 and 1 a float32 is a multiple of 2**-24, as subnormals of float16 are: adding 1/2 rounds to one.
         subnormal = U4(np.int32(((min(size, LEAST_NORMAL) + HALF) - HALF) * PER_LEAST))
         odd = U4(U4(magnitude >> SHIFT) & ONE)
         normal = U4(U4(U4(magnitude - REBIAS) + U4(U4(0xFFF) + odd)) >> SHIFT)

@@ -30,8 +30,8 @@ _background.hold_at_fork(global_compiler_lock, llvmlite.binding.ffi.lib._lock)
 
 
 class _KernelCode(JITCodeLibrary):  # type: ignore[misc]
-    """LLVM's text of an entry point, with the parts that it calls. It is optimised once, as a whole: what Numba does
-    before serves its counting of references, which no kernel has, and takes as long again."""
+    """LLVM's text of an entry point with the functions that it calls, optimised once, as a whole. Numba would optimise
+    before that, too, for its counting of references: no kernel has any, and it takes as long again."""
 
     def _optimize_functions(self, module: Any) -> None:
         module.data_layout = self.codegen._data_layout
@@ -42,8 +42,8 @@ class _KernelCode(JITCodeLibrary):  # type: ignore[misc]
 
 
 class _PartOfKernels(_KernelCode):
-    """LLVM's text of a function that only kernels call. They take it in and optimise it then, so nothing is gained by
-    optimising it by itself before, and by machine code that nobody calls: a third of the time to compile."""
+    """LLVM's text of a function that only kernels call. A kernel takes the text in and optimises it there. So the
+    function by itself is neither optimised nor made machine code: that would be a third of the time to compile."""
 
     def _optimize_final_module(self) -> None:
         pass
@@ -89,8 +89,8 @@ class _LowerPartOfKernels(NativeLowering):  # type: ignore[misc]
 
 @register_pass(mutates_CFG=True, analysis_only=False)
 class _PruneAbsent(DeadBranchPrune):  # type: ignore[misc]
-    """Leaves out what stands under `x is None`, or `is not None`, where x is an argument or a field of one and its type
-    decides it. Numba itself does so only for arguments that are None."""
+    """Leaves out what stands under `x is None`, or `is not None`, where x is an argument, or a field of an argument,
+    whose type decides the answer. Numba itself does so only for arguments that are None."""
 
     _name = "prune_absent"
 
@@ -162,8 +162,8 @@ def inline(function: Callable[..., Any]) -> Any:
 
 
 def inline_always(function: Callable[..., Any]) -> Any:
-    """The same for a small step in a hot loop: where a call would be left, its arrays and records are copied word by
-    word, which takes longer than the step."""
+    """`inline`, forced, for a small step in a hot loop: a call that LLVM leaves there copies its arrays and records
+    word by word, which takes longer than the step."""
     return numba.njit(forceinline=True, **_OPTIONS_OF_PARTS)(function)
 
 
@@ -172,7 +172,8 @@ _waiting: dict[Any, tuple[Kernel, Any, tuple[Any, ...]]] | None = None
 
 @contextlib.contextmanager
 def listing() -> Iterator[dict[Any, tuple[Kernel, Any, tuple[Any, ...]]]]:
-    """Kernels that are called meanwhile do not run: the dict gets what `prepare` needs for each that is not ready."""
+    """Kernels that are called in this context do not run. For each that is not compiled yet, the dict gets the kernel
+    and the arguments of its `prepare`."""
     global _waiting
     _waiting = {}
     try:
@@ -201,8 +202,8 @@ class Kernel:
         self._compiled: dict[Any, Callable[..., None]] = {}
 
     def prepare(self, key: Any, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
-        """What to call for arguments of the types of these, compiled or loaded from disk; `key` stands for the types,
-        which are not looked at again. None: it must not be called, kernels are only listed."""
+        """What to call for arguments of these types, compiled or loaded from disk. `key` stands for the types: where it
+        is known, the arguments are not looked at. None: nothing is to be called, kernels are only listed."""
         if _waiting is not None:
             if key not in self._compiled:
                 _waiting.setdefault((self, key), (self, key, arguments))
@@ -219,7 +220,7 @@ class Kernel:
         # Kernels of others (tests, say) are not kept: nobody would see an edit in their sources.
         if not self._compiled and folder is not None and function.__module__.startswith("pydeform."):
             self.call._cache = KernelCache(function, folder)
-        with global_compiler_lock, _collector_paused():  # under the lock, which forks wait for
+        with global_compiler_lock, _collector_paused():  # under the lock that forks wait for
             self._compiled[key] = self.call.compile(tuple(typeof(argument) for argument in arguments))
 
     def count_of_compiled(self) -> int:

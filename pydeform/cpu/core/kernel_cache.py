@@ -31,7 +31,7 @@ from numba.core.compiler import CompileResult
 from numba.core.types.containers import BaseNamedTuple, BaseTuple
 
 _PACKAGE = Path(__file__).parents[2]
-# Imports from this package outside of cpu/, all of which counts anyway.
+# An import of this package from outside of cpu/: every file of cpu/ counts anyway.
 _IMPORT = re.compile(
     r"^[ \t]*(?:from +(pydeform(?!\.cpu\b)[\w.]*) +import +(\([^)]*\)|.*)|import +(.*\bpydeform\b.*))", re.MULTILINE
 )
@@ -52,7 +52,7 @@ def say_once(text: str) -> None:
 
 
 def _imported(text: str) -> Iterator[Path]:
-    """Files that a source imports from this package, read off its text: to parse all would take longer than to load."""
+    """Files that a source imports from this package, by a search in its text: parsing all sources takes too long."""
     for module, names, plain in _IMPORT.findall(text):
         for name in re.findall(r"\w+", names) if module else re.findall(r"[\w.]+", plain):
             top, *parts = (f"{module}.{name}" if module else name).split(".")
@@ -162,7 +162,7 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
             say_once(f"a compiled kernel could not be kept: {error}")
 
     def _entry(self, sig: Any, codegen: Any) -> tuple[Path, bytes]:
-        """The file, one for all that may be in use side by side; and the digest of all that determines its content."""
+        """The file, a name for each of what may be in use side by side, and a digest of what decides its content."""
         settings = [(name, str(getattr(config, name, None))) for name in _SETTINGS]
         beside = [self._name, str(sig), codegen.magic_tuple(), settings, sys.version]
         versions = [numba.__version__, llvmlite.__version__, llvmlite.binding.llvm_version_info, np.__version__]

@@ -90,7 +90,7 @@ def block_to_channels_first(
     part: int,
     pixels: int,
 ) -> None:
-    """The way back of `to_channels_last`."""
+    """`to_channels_last` the other way round: a part of the pixels of one block, from `image` into grad_input."""
     lanes = VECTOR_BYTES // image.itemsize
     start = part * PIXELS
     last = min(start + PIXELS, pixels)

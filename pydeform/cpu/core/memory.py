@@ -17,7 +17,7 @@ ALIGNMENT = 64  # a cache line, the widest vector, and what JAX takes without a 
 
 
 def compute_dtype(dtype: Any) -> Any:
-    """float64 for itself, float32 for the rest: Numba has no half types, and they accumulate in float32."""
+    """float64 for float64, float32 for the rest: Numba has no half types, and their sums are float32."""
     return FLOAT64 if dtype == FLOAT64 else FLOAT32
 
 
@@ -28,7 +28,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def _aligned(size: int) -> tuple[Any, int]:
-    """Bytes, and where in them `size` begin that are aligned."""
+    """A block of bytes, and where in it `size` aligned bytes begin."""
     block: Any = np.empty(size + ALIGNMENT, np.uint8)
     return block, -ctypes.addressof(ctypes.c_char.from_buffer(block)) % ALIGNMENT
 
@@ -54,7 +54,7 @@ def _layout(parts: tuple[tuple[tuple[int, ...], Any], ...]) -> tuple[int, tuple[
 
 
 class Workspace:
-    """The workspace of problems of one kind. That of a small one is kept for the next."""
+    """The workspace of problems of one kind. A small one is kept for the next call."""
 
     def __init__(self, *parts: tuple[tuple[int, ...], Any]) -> None:
         self._parts, self._spare = parts, list[list[Any]]()
@@ -63,7 +63,7 @@ class Workspace:
     def take(self) -> list[Any]:
         try:
             return self._spare.pop()
-        except IndexError:  # in use, or never made
+        except IndexError:  # the one that is kept is in use, or there is none yet
             return workspace(*self._parts)
 
     def give_back(self, arrays: list[Any]) -> None:
@@ -80,7 +80,7 @@ class _Alias:
 
 
 def contiguous(array: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
-    """`array` as an aligned C-contiguous array of this dtype and shape; a copy only where it is none yet."""
+    """`array` as an aligned C-contiguous array of this dtype and shape; copied only if it is not one."""
     flags = array.flags
     if array.dtype == dtype and flags.carray:  # the usual case: aligned, contiguous, and writeable as well
         return array.reshape(shape)
@@ -89,7 +89,7 @@ def contiguous(array: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
     if array.dtype != dtype or not (flags.c_contiguous and flags.aligned):
         array = np.require(array, dtype, ("C", "A"))
     elif not flags.writeable:
-        # Kernels are compiled for one array type. They never write to an input, so a flag need not make a second.
+        # Kernels are compiled for one array type. They write to no input: a read-only flag needs no second type.
         array = np.asarray(_Alias(array))
     return array.reshape(shape)
 

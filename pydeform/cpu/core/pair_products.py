@@ -5,7 +5,7 @@ Two kinds of instruction do that, and the dtype under which the kernels keep the
 its compiled kernel: dot products of two pairs (AVX512-BF16, at about twice the speed of float32 on AMD, no faster than
 it on Intel), and products of whole tiles (AMX). Both treat subnormal numbers as zeros.
 
-Of a second factor the numbers of two rows lie side by side: number (k, j) at [k // 2][j][k % 2].
+In the second factor of a product two rows lie number by number: number (k, j) at [k // 2][j][k % 2].
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def pair_dtype() -> Any:
 
 
 def _may_use_tiles() -> bool:
-    """Ask Linux for it, on behalf of all threads of this process: without, the first instruction would end it."""
+    """Ask Linux to let all threads of this process use tiles: else the first tile instruction would end the process."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     arch_prctl, require, tile_data = 158, 0x1023, 18
@@ -59,7 +59,8 @@ def rows_of(dtype: Any) -> tuple[int, int, int]:
 
 
 def multiply(rows: int, vectors: int, vector_bytes: int, native: bool, of_floats: Any = None) -> Any:
-    """The intrinsic for pointers to either kind of pairs; `of_floats` for others. `native`: there are dot products."""
+    """The intrinsic for pointers to either kind of pairs; for pointers to floats it is `of_floats`. `native`: the
+    processor has dot products."""
 
     @intrinsic  # type: ignore[misc]
     def multiply_pairs(
@@ -146,7 +147,7 @@ def _as_lanes(v: Any, pointer: Any) -> Any:
 
 
 def _dot(v: Any, total: Any, x: Any, y: Any, native: bool) -> Any:
-    """total + x[2i] * y[2i] + x[2i + 1] * y[2i + 1]; where there is no such instruction, by those that there are."""
+    """total + x[2i] * y[2i] + x[2i + 1] * y[2i + 1]; without that instruction, by two multiply-adds."""
     builder = v.builder
     if native:
         pairs = ir.VectorType(BFloat(), 2 * v.lanes)
@@ -180,7 +181,7 @@ def _multiply_tiles(
     c_row: Any,
     accumulate: Any,
 ) -> None:
-    """Vectors `first` to `last` in 2 x 2 tiles of sums, 0 to 3; 4 and 5 hold what comes from a, 6 and 7 from b."""
+    """Vectors `first` to `last` of the sums, in tiles 0 to 3 (2 x 2); tiles 4 and 5 hold numbers of a, 6 and 7 of b."""
     builder, vectors = v.builder, last - first
     b, c = v.offset(b, _const(2 * _TILE * first)), v.offset(c, _const(_TILE * first))
     sums = [(row, j, 2 * row + j) for row in range(2) for j in range(vectors)]
@@ -234,7 +235,8 @@ def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any
 
 @intrinsic  # type: ignore[misc]
 def begin_products(typing_context: Any, columns: Any) -> Any:
-    """To be called by a thread before it multiplies what `columns` is the type of: tiles of 16 rows of 64 bytes."""
+    """A thread calls it before its first product of numbers like those of `columns`. Where these are multiplied in
+    tiles, it says how large tiles are: 16 rows of 64 bytes."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if columns.dtype == types.int16:
@@ -264,7 +266,7 @@ def end_products(typing_context: Any, columns: Any) -> Any:
 
 @intrinsic  # type: ignore[misc]
 def pick(typing_context: Any, columns: Any, of_floats: Any, of_pairs: Any) -> Any:
-    """The second of two constants where `columns` points to pairs, so that the compiler knows it too."""
+    """`of_pairs` where `columns` points to pairs, else `of_floats`: constants, so the compiler knows the result."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return arguments[2 if columns.dtype in _PAIRS else 1]
@@ -289,7 +291,8 @@ def put(typing_context: Any, out: Any, index: Any, value: Any) -> Any:
 
 @intrinsic  # type: ignore[misc]
 def pack_rows(typing_context: Any, out: Any, first: Any, second: Any) -> Any:
-    """A vector of a row of a second factor as `multiply_tile` wants it: `first`, or of pairs both, number by number."""
+    """One vector of a product's second factor, as `multiply_tile` reads it: the numbers at `first` or, of pairs, those
+    at `first` and `second` in turns."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         v = _Vectors(builder, first.dtype, VECTOR_BYTES)

@@ -39,11 +39,13 @@ _STRIDE = 8  # counters and helpers' places lie a cache line apart
 _CLAIMED, _FINISHED = 0, 1
 # Each thread has a workspace, and more threads than processors save nothing. Eight are no burden on any machine.
 _MOST_THREADS = max(2 * (os.cpu_count() or 1), 8)
-_TEAM = _MOST_THREADS + 1  # last counters: how many helpers a call may have, its arguments, and the helpers' places
-# A helper's place: its state, which calls compete for; what it is to run, as which thread; how often it has. Whether
-# it sleeps, which it says itself, and whether a call is on its way, which the caller says.
+_TEAM = _MOST_THREADS + 1  # last counters: the number of a call's helpers, where its arguments are, helpers' places
+# A helper's place is a cache line of numbers: its state, which calls compete for; the function that it is to run, and
+# as which thread; how many calls it has run; whether it sleeps (the helper writes that), and whether a call is on its
+# way (the caller writes that).
 _STATE, _PART, _THREAD, _DONE, _ASLEEP, _EXPECTED = range(6)
-# The state of a helper that is called is the address of the call's arguments, and of one at work has this bit besides.
+# Its state: free; taken by a call that still writes to its place; called, which is the address of the call's arguments;
+# at work, which is that address with the bit _AT_WORK.
 _FREE, _TAKEN, _AT_WORK = range(3)
 _PATIENCE = 1000  # looks for a call, some 0.3 us each, before a helper falls asleep
 _INT, _BYTES = ir.IntType(64), ir.IntType(8).as_pointer()
@@ -118,7 +120,7 @@ def claim_near(typing_context: Any, counters: Any, phase: Any, thread: Any, unit
         pointer = _phase_pointer(context, builder, signature, arguments, _CLAIMED)
         claimed = _emit_count_up(builder, pointer)
         before = builder.block
-        # Who is too late takes no step: it might be ahead of one who is not, and their unit would be left.
+        # A thread that is too late takes no step: each step stands for a unit, and nobody would do that one.
         with builder.if_then(builder.icmp_signed("<", claimed, units)):
             is_odd = builder.and_(thread, _number(1))
             steps = _emit_count_up(builder, builder.gep(pointer, [builder.add(is_odd, _number(1))]))
@@ -179,8 +181,8 @@ def wait_until(typing_context: Any, counters: Any, index: Any, value: Any) -> An
 
 @contextlib.contextmanager
 def _each_helper(context: Any, builder: Any, signature: Any, values: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Code for each helper of a call: where the call's arguments are noted, and its place, and its number as a thread.
-    Only thread 0 has any."""
+    """Code for each helper of a call. Yields pointers to two counters, which hold where the call's arguments are and
+    where the helper's place is, and the helper's number as a thread. Only thread 0 has helpers."""
     thread, counters = values
     view = context.make_array(signature.args[1])(context, builder, counters)
     (size,) = cgutils.unpack_tuple(builder, view.shape, 1)
@@ -233,7 +235,7 @@ def _emit_part(kernel: Any, passed: Any) -> Any:
     builder = ir.IRBuilder(part.append_basic_block())
     block = builder.bitcast(part.args[1], passed.as_pointer())
     arguments = [builder.load(cgutils.gep_inbounds(builder, block, 0, i)) for i in range(len(kernel.args))]
-    # What it returns, and an error, have room of their own.
+    # The kernel writes its result and its error through these two: each helper has room of its own for them.
     arguments[:2] = [builder.alloca(argument.type.pointee) for argument in kernel.args[:2]]
     arguments[[argument.name for argument in kernel.args].index("arg.thread")] = part.args[0]
     builder.call(kernel, arguments)
@@ -243,7 +245,7 @@ def _emit_part(kernel: Any, passed: Any) -> Any:
 
 @intrinsic  # type: ignore[misc]
 def let_helpers_go(typing_context: Any, thread: Any, counters: Any) -> Any:
-    """Last in a kernel: nobody else uses its arguments any more. Who has not come yet need not."""
+    """Last in a kernel: afterwards no helper uses its arguments. A helper that has not begun is let go."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         with _each_helper(context, builder, signature, arguments) as (of_call, noted, _):
@@ -259,8 +261,8 @@ def let_helpers_go(typing_context: Any, thread: Any, counters: Any) -> Any:
 
 @functools.cache
 def _await_calls() -> Callable[[int, int], None]:
-    """The machine code in which a helper is awake: (its place, patience). Does what it is called for, and returns when
-    it has looked in vain so often, and no call is on its way."""
+    """The machine code of a helper that is awake, a function (its place, patience). It runs what the helper is called
+    for, and returns after `patience` looks in vain, if no call is on its way."""
     return cast(Callable[[int, int], None], _background.complete(_compile_await_calls))
 
 
@@ -297,7 +299,7 @@ def _compile_await_calls() -> Any:
     fewer = builder.sub(left, _number(1))
     builder.cbranch(builder.icmp_signed(">", fewer, _number(0)), look, sleep)
     builder.position_at_end(sleep)
-    # It says so first, and then looks whether a call has been announced: its caller does the same the other way round.
+    # The helper says that it sleeps, then looks for an announced call; a caller announces, then looks if it sleeps.
     builder.store_atomic(_number(1), asleep, "seq_cst", 8)
     announced = builder.atomic_rmw("xchg", expected, _number(0), "seq_cst")
     builder.cbranch(builder.icmp_signed("==", announced, _number(0)), leave, enter)
@@ -347,10 +349,10 @@ class _Helper:
             self._wakes.get()
 
     def expect(self) -> bool:
-        """Announce a call: it wakes up, and does not fall asleep at once. False: another call has it."""
+        """Announce a call: the helper wakes up, or stays awake for a while. False: another call has the helper."""
         self.place[_EXPECTED] = 1
         if self.place[_ASLEEP]:
-            self._wakes.put(None)  # in vain, perhaps: then it is awake for a moment
+            self._wakes.put(None)  # once too often, perhaps: then the helper is awake for a moment
         return bool(self.place[_STATE] == _FREE)
 
 
@@ -358,7 +360,7 @@ _helpers: list[_Helper] = []
 _avoided = -1  # the processor that helpers keep off
 _lock = threading.Lock()
 
-# On few processors a scheduler often wakes a helper on that of the caller, where it waits for the call to end.
+# On few processors a scheduler often wakes a helper on the caller's, where the helper waits for the call to end.
 _FEW_PROCESSORS = 8
 _current_processor = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
 
@@ -395,7 +397,7 @@ def run(kernel: Kernel, key: Any, threads: int, counters: Any, *arguments: Any) 
 
 
 def _start_helper(most: int) -> bool:
-    """One more, where there are not `most`. Where the system gives none, calls do with those there are."""
+    """Start one more helper unless there are `most`. If the system gives no thread, calls do with those there are."""
     global _avoided
     try:
         with _lock:

@@ -23,13 +23,13 @@ _KINDS = {"float64": _AS_COMPUTED, "float32": _AS_COMPUTED, "float16": _FLOAT16,
 
 
 class Planes(NamedTuple):
-    """Where the pixels of an array (N, C, *size) lie; who has it keeps the array."""
+    """Where the pixels of an array (N, C, *size) lie. Whoever has a Planes must hold the array, too."""
 
     address: int
-    image: int  # bytes from one to the next
-    channel: int
-    steps: tuple[int, ...]  # along each axis
-    kind: int  # of a pixel
+    image: int  # bytes from one image to the next
+    channel: int  # bytes from one channel to the next
+    steps: tuple[int, ...]  # bytes from one pixel to the next along each axis
+    kind: int  # of number: one of _KINDS
 
 
 NO_PLANES = Planes(0, 0, 0, (0, 0), _AS_COMPUTED)
@@ -39,9 +39,9 @@ class Reader(NamedTuple):
     """What a thread needs to gather pixels. The last three are pointers: arrays take time to hand on."""
 
     planes: Planes
-    own: Any  # numbers in the list, as places in `pixels`
-    offsets: Any
-    pixels: Any
+    own: Any  # for each listed pixel, which of `pixels` it is; -1: none
+    offsets: Any  # bytes from the start of a plane to each listed pixel
+    pixels: Any  # those that were gathered, channels last
 
 
 def is_as_computed(array: Any, dtype: Any) -> bool:
@@ -118,7 +118,7 @@ def _times_2_to_minus_24(typing_context: Any, number: Any, like: Any) -> Any:
 
 @inline_always
 def _widened(bits: int, like: Any) -> Any:
-    """A float16, exactly; LLVM would call a function for it that need not be there."""
+    """The bits of a float16 as a wider float, exactly. LLVM would call a library's function, which may be missing."""
     sign, rest = (bits & 0x8000) << 16, bits & 0x7FFF
     if rest < 0x0400:  # smaller than every normal number
         number = _times_2_to_minus_24(rest, like)
@@ -191,7 +191,7 @@ def gather(
 ) -> None:
     """pixels[i * width + c] = channel first + c * apart of pixel places[i], zeros from `channels` to `width`.
 
-    So own[i] = i is the place of pixel i there. A place may be -1, for none, and so is own then.
+    own[i] = i says that pixel i is number i of those. places[i] may be -1, for no pixel; own[i] is -1 then.
     """
     planes, own, offsets, target = reader
     for i in range(count):

@@ -16,13 +16,13 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def pixel_dtype(pixels: int) -> Any:
-    """Type of a pixel's index; the wide one halves the speed of `locate`, so only where it must be."""
+    """Type of a pixel's index: int64 halves the speed of locating samples, so only where int32 is too narrow."""
     return np.dtype(np.int32 if pixels < 2**31 - 1 else np.int64)
 
 
 @inline
 def volume(numbers: Any) -> int:
-    """Of a tuple, in a kernel: what `math.prod` is elsewhere."""
+    """The product of a tuple's numbers, in a kernel: what `math.prod` is elsewhere."""
     result = numbers[0]
     for i in range(1, len(numbers)):
         result *= numbers[i]

@@ -12,16 +12,17 @@ import numpy as np
 from pydeform._roi_geometry import AFTER_SCALE, BEFORE_SCALE
 from pydeform.cpu.core.jit import inline, inline_always
 
-SOUND, BROKEN, OUTSIDE = 0, 1, 2  # of a box or bin: as it should be, with a NaN, infinite
+SOUND, BROKEN, OUTSIDE = 0, 1, 2  # state of a box or bin: finite, with a NaN, infinitely large or far away
 MANY_POINTS = 4096  # on an axis of a bin: more are not looked at one by one
 
 
 @inline_always
 def state_of(first: Any, second: Any, *found: Any) -> int:
-    """Of two numbers that came in and of what became of them: NaN in the former is broken, else infinity is outside."""
+    """Of two numbers that came in, and of what was computed of them: BROKEN if one that came in is NaN, else OUTSIDE if
+    any is not finite."""
     if (first != first) | (second != second):
         return BROKEN
-    # What is NaN now was infinite before.
+    # A NaN in `found` was computed of infinite numbers.
     finite = (abs(first) < np.inf) & (abs(second) < np.inf)
     for number in found:
         finite &= abs(number) < np.inf
@@ -30,6 +31,7 @@ def state_of(first: Any, second: Any, *found: Any) -> int:
 
 @inline_always
 def worse(first: int, second: int) -> int:
+    """Of two states: BROKEN if one is, else OUTSIDE if one is."""
     if first == BROKEN or second == BROKEN:
         return BROKEN
     return max(first, second)
@@ -45,7 +47,7 @@ def _round(x: Any, boxes: Any) -> Any:
 
 @inline_always
 def rounded_down(n: int, boxes: Any) -> Any:
-    """n, or the largest number below it that there is: of float32 only every second one past 2**24."""
+    """n or, if the type of coordinates lacks it, the largest below: float32 has every second integer past 2**24."""
     real = boxes.dtype.type
     nearest = real(n)
     return np.nextafter(nearest, real(0)) if np.int64(nearest) > n else nearest
@@ -65,7 +67,7 @@ def extent(boxes: Any, r: int, column: int, g: Any) -> tuple[Any, Any, int]:
     half = real(0.5) * real(g.half_pixel)
     begin, end = begin - half, end - half
     size = max(end - begin, real(g.least_size))
-    # An infinite end is one also where a least size hides it.
+    # With an infinite end the box is OUTSIDE, also where the least size hides that.
     return begin, size, state_of(first, last, begin, end, size)
 
 
@@ -73,7 +75,7 @@ def extent(boxes: Any, r: int, column: int, g: Any) -> tuple[Any, Any, int]:
 def pixels_read(
     p: int, begin: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, weights: Any, slopes: Any
 ) -> tuple[int, Any]:
-    """Eq. 4: entries in the list, and their number to divide by."""
+    """Eq. 4, as a list of pixels: entries in it, and the number to divide by."""
     real = boxes.dtype.type
     zero, limit = real(0), rounded_down(length - g.unread_pixels, boxes)
     start, stop = real(p) * bin_size, real(p + 1) * bin_size
@@ -91,7 +93,7 @@ def pixels_read(
 
 @inline_always
 def points_of(bin_size: Any, boxes: Any, g: Any) -> Any:
-    """How many a bin has on this axis, which may be negative."""
+    """How many points a bin has on this axis; the number may be negative."""
     real = boxes.dtype.type
     return real(g.samples) if g.samples > 0 else np.ceil(bin_size)
 
@@ -110,8 +112,8 @@ def points_read(
 ) -> tuple[int, Any]:
     """Eq. 3, as a list of pixels: entries in it, and the number of points to divide by.
 
-    Points are taken in ascending order. Where they are at most a pixel apart they leave none out, so the list is a run
-    of pixels, without asking what the point before has read; it may take some entries more than it gives.
+    Points are taken in ascending order. Points that are at most a pixel apart leave no pixel out: then the list is a
+    run of pixels, and a pixel's entry follows from its number. Some entries behind the last may be written to as well.
     """
     real = boxes.dtype.type
     zero, one, highest = real(0), real(1), rounded_down(length - 1, boxes)
@@ -121,7 +123,7 @@ def points_read(
         return many_points_read(start, bin_size, length, boxes, g, index, weights, slopes)
     spread, divisor = _spread(bin_size, points, boxes)
     number = np.int64(max(points, zero))
-    # In an image so large that its last coordinates are rounded to whole numbers, rounded points leave pixels out.
+    # In an image so large that its last coordinates are whole numbers or worse, rounded points leave pixels out.
     run = (zero <= bin_size) & (bin_size <= points) & (highest + real(0.25) > highest)
     base, latest, n, inside = -1, -1, 0, 0
     above = False  # whether the pixel after the latest is read as well
@@ -141,7 +143,7 @@ def points_read(
             for k in range(min(np.int64(min(bin_size, highest)) + 4, length + 1) if run else 2):
                 weights[k], slopes[k] = zero, zero
         elif not run and lower != latest:
-            # After a gap the next two entries begin anew; in the next cell only the second does.
+            # After a gap both entries of this point are new; in the cell next to the latest, only its second is.
             n += 1 if lower == latest + 1 or not above else 2
             if lower != latest + 1:
                 weights[n], slopes[n] = zero, zero
@@ -161,9 +163,10 @@ def points_read(
 
 @inline_always
 def points_listed(start: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, parts: Any) -> int:
-    """Eq. 3, point by point: the lower pixel, -1 for a point that does not count, and the part of the next one.
+    """Eq. 3, point by point; gives how many are listed. index: the lower pixel that a point reads, -1 for a point that
+    does not count; parts: the weight of the pixel after it.
 
-    Of points that do not count one stands for all before the first that does, and one for all after the last.
+    Of points that do not count, one is listed for all before the first that counts, and one for all after the last.
     """
     real = boxes.dtype.type
     zero, highest, reach = real(0), rounded_down(length - 1, boxes), real(g.reach)
@@ -186,9 +189,9 @@ def points_listed(start: Any, bin_size: Any, length: int, boxes: Any, g: Any, in
 
 
 # Many points ----------------------------------------------------------------------------------------------------------
-# There may be more of them than integers, or than anyone can wait for; and far from zero their coordinates are rounded
-# to whole numbers and more. So those that count are found by division, numbered from one that lies near the image, and
-# taken together where they read the same pixels.
+# A bin may have more points than an integer counts, or than anyone can wait for; and far from zero their coordinates
+# are rounded to whole numbers or worse. So the points that count are found by division, numbered from a point that lies
+# near the image, and taken together where they read the same pixels.
 
 
 class Walk(NamedTuple):
@@ -197,8 +200,8 @@ class Walk(NamedTuple):
     origin: Any
     step: Any  # never negative
     number: int
-    before: bool  # whether others come before and after them
-    after: bool
+    before: bool  # whether points that do not count come before these
+    after: bool  # and after these
 
 
 @inline_always
@@ -238,7 +241,7 @@ def _walk(start: Any, bin_size: Any, length: int, boxes: Any, g: Any) -> Walk:
         last = last if (origin >= lowest) & (origin <= highest) else first - one
     if not (first <= last):  # NaN: infinitely far away
         return Walk(zero, zero, 0, True, False)
-    # No more than twice the image, or `samples`.
+    # The number fits: it is at most twice the image's length, or `samples`.
     return Walk(origin + first * step, step, np.int64(last - first + one), first > least, last < most)
 
 
@@ -255,12 +258,12 @@ def _up_to(y: Any, included: bool, walk: Walk, boxes: Any) -> int:
 
 @inline_always
 def _cell(k: int, least: int, walk: Walk, length: int, boxes: Any) -> tuple[int, int, int, Any]:
-    """Points k <= i < end of a walk read pixel `lower`, which is `least` or more: lower, end, and of those between it
-    and the next pixel the first, `inner` <= i, and the part that it has of that."""
+    """Points k <= i < end of a walk read pixel `lower`, which is `least` or more. Those from `inner` on lie between it
+    and the next pixel, of which the first of them reads `part`. Gives lower, end, inner, part."""
     real = boxes.dtype.type
     highest = np.int64(rounded_down(length - 1, boxes))
     y = walk.origin + real(k) * walk.step
-    # Each pixel once, also in an image so large that pixels have no numbers of their own.
+    # From `least` on, so that each pixel comes once, also in an image so large that two pixels have one coordinate.
     lower = min(max(np.int64(max(np.floor(y), real(0))), least), highest)
     end = inner = walk.number
     if lower < highest:
@@ -282,7 +285,7 @@ def many_points_read(
     while k < walk.number:
         lower, end, inner, part = _cell(k, latest + 1, walk, length, boxes)
         number, between = real(end - k), real(end - inner)
-        # Parts grow by a step from point to point.
+        # The part of the next pixel grows by a step from point to point: a sum in closed form.
         parts = min(max(between * part + walk.step * (between * (between - one) / real(2)), zero), between)
         moved = between
         if g.flat_at_pixels != 0 and part == zero:
@@ -323,7 +326,7 @@ def many_points_listed(start: Any, bin_size: Any, length: int, boxes: Any, g: An
     if walk.after:
         index[n], parts[n] = -1, real(0)
         n += 1
-    if bin_size < real(0):  # listed from the last to the first
+    if bin_size < real(0):  # the bin's first point has the highest coordinate: reverse the list
         for i in range(n // 2):
             j = n - 1 - i
             index[i], index[j] = index[j], index[i]

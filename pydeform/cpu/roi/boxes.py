@@ -10,7 +10,7 @@ from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.parallel import claim, finish, wait_for
 from pydeform.cpu.roi.bins import extent, worse
 
-BOXES_AT_ONCE = 256  # whose places a thread finds
+BOXES_AT_ONCE = 256  # of a unit of `find_boxes`
 
 
 class Box(NamedTuple):
@@ -45,6 +45,6 @@ def find_boxes(counters: Any, phase: int, boxes: Any, extents: Any, states: Any,
 
 @inline_always
 def found_box(extents: Any, states: Any, r: int) -> Box:
-    """Of what `find_boxes` has found, by pointers."""
+    """Box r as `find_boxes` has found it; extents and states are pointers."""
     k = 4 * r
     return Box(extents[k], extents[k + 1], extents[k + 2], extents[k + 3], states[r])

@@ -1,7 +1,8 @@
 """Copies with channels last: of images, of their gradients and of that of the output, block by block of channels.
 
-A copy of images has, one after the other, the blocks of each class of each cell of each image; a block is
-(in_h*in_w + 1, width), its last pixel zeros. That of the output's gradient has those of each class of each box.
+A cell is a group of input channels: position-sensitive pooling has several, of which each bin reads one. A copy of
+images has, one after the other, the blocks of each class of each cell of each image; a block is (in_h*in_w + 1, width),
+its last pixel zeros. The copy of the output's gradient has the blocks of each class of each box.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydeform.cpu.core.simd import advance, at
 
 
 class Channels(NamedTuple):
-    """Which channels: those of a class, in an image, that the bins of a cell read."""
+    """Channels of the input: in image b, those of class `cls` that the bins of a cell read."""
 
     b: int
     cell: int
@@ -25,13 +26,13 @@ class Channels(NamedTuple):
 
 @inline_always
 def input_channel(channels: Any, channel: int, g: Any, p: Any) -> int:
-    """The input's number of a class's channel."""
+    """The number that a class's channel `channel` has in the input."""
     return (channels.cls * p.per_class + channel) * (g.group_h * g.group_w) + channels.cell
 
 
 @inline_always
 def copy_origin(channels: Any, before: int, g: Any, p: Any) -> int:
-    """Place in the copy of images of the block that has `before` channels of its class before it."""
+    """Where in the copy of images a block begins that has `before` channels of its class before it."""
     number = (channels.b * g.group_h * g.group_w + channels.cell) * g.classes + channels.cls
     return (number * p.width + before) * (g.in_h * g.in_w + 1)
 
@@ -99,7 +100,7 @@ def clear_blocks(channels: Any, blocks: Any, grad_image: Any, g: Any, p: Any) ->
 
 @inline
 def write_blocks(channels: Any, blocks: Any, grad_image: Any, grad_input: Any, g: Any, p: Any) -> None:
-    """The input's gradient of some blocks, from the copy to its place."""
+    """The input's gradient of some blocks, from the copy with channels last to grad_input."""
     b, cells, pixels = channels.b, g.group_h * g.group_w, g.in_h * g.in_w
     for block in range(len(blocks)):
         row = blocks[block]
@@ -112,8 +113,8 @@ def write_blocks(channels: Any, blocks: Any, grad_image: Any, grad_input: Any, g
 
 @inline_always
 def block_pixels(channels: Any, row: Any, count: int, here: Any, image: Any, g: Any, p: Any) -> Any:
-    """Pixels of a block of channels, and the places among them of the `count` that are listed: of the copy, or gathered
-    from the input as it lies."""
+    """Pixels of a block of channels, and where among them the `count` listed ones are. The pixels are those of the
+    copy, or were gathered from the input as it lies."""
     index, pixels = here.places, at(image, (0,))
     if p.gathers:
         first, cells = input_channel(channels, row.first, g, p), g.group_h * g.group_w

@@ -1,7 +1,8 @@
 """Maxima over bins, of pixels or of points in the order y, x, forward and backward (docs/math/roi.md).
 
-Forward: a unit of work is one box, and owns its outputs. Backward: a unit is one block of channels of one image, which
-owns their part of the input's gradient and finds once more which candidate has won.
+These pixels or points are called candidates, and the largest of them the winner. Forward: a unit of work is one box,
+and owns its outputs. Backward: a unit is one block of channels of one image, which owns their part of the input's
+gradient and finds the winners once more.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _largest_of_box(
     channels = Channels(np.int64(given.boxes[r, 0]), 0, 0)
     lists, cursor = lists_of(thread, given, scratch), Cursor(place, 0, 0)
     span = Span((0, 0), (g.pooled_h, g.pooled_w), 0, False)
-    here, known = lists, 0  # bins before number `known` have their candidates in `here`, the latest of them
+    here, known = lists, 0  # `known` bins have been listed so far, the latest of them in `here`
     for bin0 in range(0, bins_in(span), p.tile_bins):
         bin1 = min(bin0 + p.tile_bins, bins_in(span))
         for i in range(bin0, bin1):
@@ -78,8 +79,8 @@ def _largest_of_box(
 
 @inline
 def _list_candidates(cursor: Any, span: Any, lists: Any, boxes: Any, g: Any) -> tuple[Any, int]:
-    """As many of a box's next bins as there are slots for: on each axis the pixels, or the points as `points_listed`
-    has them. The lists in which their slots are, and how many bins they are."""
+    """Lists the candidates of a box's next bins, as many bins as there are slots for: on each axis the pixels, or the
+    points as `points_listed` has them. Gives the lists for `bin_of`, and how many bins there are in them."""
     first, last, count = with_slots(cursor, span, lists)
     here = lists_from(lists, first[0], first[1])
     r = lists.order[cursor.place]
@@ -102,7 +103,7 @@ def _list_candidates(cursor: Any, span: Any, lists: Any, boxes: Any, g: Any) -> 
 
 @inline
 def _corners(bin_: Any, i: int, j: int, to: int, one: Any, here: Any, g: Any) -> None:
-    """Four pixels and weights of row i, column j of a bin's candidates, into to ... to + 3; -1 where it has none."""
+    """The four pixels that candidate (i, j) of a bin reads, and weights, into entries `to` to `to` + 3; -1: none."""
     places, products = advance(here.places, to), advance(here.products, to)
     low_y, low_x = np.int64(here.index[bin_.sy * here.row + i]), np.int64(here.index[bin_.sx * here.row + j])
     if low_y < 0 or low_x < 0:
@@ -119,7 +120,7 @@ def _corners(bin_: Any, i: int, j: int, to: int, one: Any, here: Any, g: Any) ->
 
 @inline
 def _list_part(bin_: Any, first: int, last: int, one: Any, here: Any, g: Any) -> None:
-    """Candidates [first, last) of a bin: a pixel each or, of points, four and their weights."""
+    """Candidates [first, last) of a bin into places: a pixel each or, of points, four with their weights."""
     columns = here.entries[bin_.sx]
     i = first // columns
     j = first - i * columns
@@ -138,7 +139,8 @@ def _list_part(bin_: Any, first: int, last: int, one: Any, here: Any, g: Any) ->
 def _largest_of_bin(
     bin_: Any, channels: Any, row: Any, tile: Any, here: Any, boxes: Any, scratch: Any, g: Any, p: Any
 ) -> None:
-    """The largest of each channel of a block, into a row of a thread's tile, and which candidate it is; -1: none."""
+    """The largest value of each channel of a block, into a row of a thread's tile; the number of the candidate that has
+    it, into winners; -1: none."""
     real = boxes.dtype.type
     out, winners = at(scratch.tiles, (tile[0], tile[1], 0)), at(scratch.winners, (tile[0], 0))
     if bin_.listed == 0:
@@ -189,7 +191,7 @@ def _largest_backward(
 def _add_to_winners_of_box(
     thread: int, place: int, channels: Any, row: Any, given: Any, grads: Any, scratch: Any, g: Any, p: Any
 ) -> None:
-    """Eq. 7 for one block of channels, of which each bin adds to what has won."""
+    """Eq. 7 for one box and block of channels: each bin adds its gradient to the pixels of its winners."""
     lists, cursor = lists_of(thread, given, scratch), Cursor(place, 0, 0)
     span = Span((0, 0), (g.pooled_h, g.pooled_w), 0, False)
     here, known = lists, 0  # as in the forward
@@ -201,7 +203,7 @@ def _add_to_winners_of_box(
         bin_ = bin_of(cursor, i, here, g, p)
         cursor = after(cursor, span)
         _largest_of_bin(bin_, channels, row, (thread, 0), here, given.boxes, scratch, g, p)
-        # Of the block's first channel, and how far the next channel, and the next pixel, is from there.
+        # Pointers to the block's first channel, and how far the next channel, and the next pixel, is from there.
         grad, next_grad = at(grads.output, (bin_.r, row.first, bin_.i)), bins_in(span)
         target, next_channel, next_pixel = at(grads.input, (channels.b, row.first, 0)), g.in_h * g.in_w, 1
         if not p.gathers:
@@ -212,7 +214,7 @@ def _add_to_winners_of_box(
             winner, channel = np.int64(winners[c]), advance(target, c * next_channel)
             if winner < 0:
                 continue
-            if bin_.listed > LISTED:  # else all candidates are still there
+            if bin_.listed > LISTED:  # else all candidates are still in `places`
                 _list_part(bin_, winner, winner + 1, one, here, g)
                 winner = 0
             if not g.points:

@@ -23,19 +23,19 @@ from pydeform.cpu.roi.plan import LISTED
 class Lists(NamedTuple):
     """A thread's own memory: for each bin, the pixels that it reads along y and along x, with weights.
 
-    A bin has a slot of y, and one of x that is `of_axis` or more. All are pointers, since indices of an array could be
-    negative, which takes time to find out.
+    A bin has two slots: one of y, and one of x, whose number is `of_axis` or more. Arrays are here as pointers, since
+    an index of an array could be negative, which takes time to find out.
     """
 
-    starts: Any  # of the bin along the axis,
+    starts: Any  # by slot: where the bin begins along the axis,
     sizes: Any  # and how long it is there
-    index: Any  # (slot, entry): pixels that the bin reads
+    index: Any  # (slot, entry): rows, or columns, that the bin reads
     weights: Any  # (slot, 0: weights and 1: their derivatives, entry)
-    counts: Any  # the number to divide by
-    entries: Any  # how many there are in index
-    moved: Any  # states of bins that their offsets moved, by their slots of y
+    counts: Any  # by slot: this axis's factor of the number to divide by
+    entries: Any  # by slot: how many entries it has
+    moved: Any  # by slot of y: the state of a bin that an offset moves
     places: Any  # pixels of one bin, LISTED of them at a time,
-    products: Any  # and their weights; LISTED further on their derivatives along y, and then x
+    products: Any  # and their weights; LISTED further on the derivatives along y, then as far again those along x
     reader: Reader
     order: Any  # of the boxes, their extents and states, for all threads
     extents: Any
@@ -58,7 +58,7 @@ class Span(NamedTuple):
     first: tuple[int, int]
     last: tuple[int, int]
     cls: int
-    sloped: bool  # whether derivatives of the weights are wanted
+    sloped: bool  # whether the derivatives of weights are listed, too
 
 
 class Bin(NamedTuple):
@@ -97,7 +97,7 @@ def lists_of(thread: int, given: Any, scratch: Any) -> Lists:
 
 @inline_always
 def lists_from(lists: Any, y: int, x: int) -> Lists:
-    """The same memory for bins from row y and column x on: theirs are the first slots of their axis."""
+    """The same memory with slots numbered by rows and columns of bins: row y and column x have the first slots."""
     return Lists(
         advance(lists.starts, -y),
         advance(lists.sizes, -y),
@@ -146,8 +146,8 @@ def after(cursor: Any, span: Any) -> Cursor:
 
 @inline_always
 def with_slots(cursor: Any, span: Any, lists: Any) -> tuple[Any, Any, int]:
-    """As many of a box's next bins as there are slots for: which have to be listed for them, from where to where, and
-    how many they are."""
+    """The next bins of a box, as many as there are slots for: the first row and column to be listed for them, those
+    after the last, and how many bins they are."""
     slots, columns = lists.of_axis, span.last[1] - span.first[1]
     if columns <= slots:
         until = min(cursor.y + slots, span.last[0])
@@ -160,8 +160,8 @@ def with_slots(cursor: Any, span: Any, lists: Any) -> tuple[Any, Any, int]:
 def list_bins(
     cursor: Any, left: int, span: Any, lists: Any, offset: Any, bins: Any, g: Any, p: Any
 ) -> tuple[Lists, int]:
-    """What the next bins read, of which `left` are left: those of one box, or if offsets move them, of several. The
-    lists in which their slots are, and how many bins they are."""
+    """Lists what the next bins read, at most `left` of them: bins of one box or, if offsets move bins, of several.
+    Gives the lists for `bin_of`, and how many bins there are in them."""
     first, last, count = with_slots(cursor, span, lists)
     here, is_there = lists, True
     if p.has_offset:
@@ -183,7 +183,8 @@ def list_bins(
 
 @inline_always
 def lay_bins(box: Any, first: Any, last: Any, boxes: Any, lists: Any, g: Any) -> None:
-    """The bins first <= bin < last of each axis (y, x) of a box that nothing moves, into the slots of their numbers."""
+    """Where the bins of a box lie that no offset moves: on each axis (y, x) bins first <= bin < last, whose numbers are
+    those of their slots."""
     real = boxes.dtype.type
     for axis in range(2):
         begin, size = (box.begin_x, box.size_x) if axis else (box.begin_y, box.size_y)
@@ -196,7 +197,7 @@ def lay_bins(box: Any, first: Any, last: Any, boxes: Any, lists: Any, g: Any) ->
 
 @inline_always
 def _list_axes(first: Any, last: Any, boxes: Any, lists: Any, g: Any, sloped: bool) -> None:
-    """What the bins first <= bin < last of each axis (y, x) read, in whose slots are their starts and sizes."""
+    """What bins first <= bin < last read on each axis (y, x), from the starts and sizes in their slots."""
     real = boxes.dtype.type
     in_lanes = g.points != 0 and g.samples <= BAND
     for axis in range(2):
@@ -279,7 +280,7 @@ def masked_scale(bin_: Any, here: Any, mask: Any, g: Any, p: Any) -> Any:
 
 @inline_always
 def list_pixels(bin_: Any, first: int, last: int, here: Any, g: Any) -> None:
-    """Entries [first, last) of a bin's rows x columns: the pixels and A(row) * B(column)."""
+    """Entries [first, last) of a bin's rows x columns: pixels into places, A(row) * B(column) into products."""
     columns = here.entries[bin_.sx]
     row = first // columns if first else 0
     column = first - row * columns

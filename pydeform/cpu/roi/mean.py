@@ -2,8 +2,8 @@
 
 Forward: a unit of work is one box and class, and owns its outputs. Backward: a unit is either some channels of one
 image, which owns their part of the input's gradient and goes through the boxes of that image in their order, or one box
-and class, which owns its part of the gradients of offset and mask. Classes come one after the other: all boxes read the
-same channels.
+and class, which owns its part of the gradients of offset and mask. Units go class by class, so that all boxes read the
+channels of one class before the next.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pydeform.cpu.roi.plan import bins_of
 
 @inline_always
 def move_bin(slot: int, box: Any, r: int, cls: int, at: Any, offset: Any, bins: Any, lists: Any, g: Any) -> None:
-    """The bin of box r that a walk is at, where its offset moves it: into slot `slot` of either axis."""
+    """Where its offset puts a bin, that of box r in row and column of cursor `at`, into slot `slot` of each axis."""
     real = offset.dtype.type
     part = bins[at.y].part + bins[g.pooled_h + at.x].part
     offset_y, offset_x = offset[r, cls, 1, part], offset[r, cls, 0, part]
@@ -37,7 +37,7 @@ def move_bin(slot: int, box: Any, r: int, cls: int, at: Any, offset: Any, bins: 
 def write_moves(
     bin_: Any, cls: int, sums: Any, scale: Any, mask: Any, grads: Any, extents: Any, g: Any, p: Any
 ) -> None:
-    """Eq. 8 and 9 of one bin, of which `sums` are those of values and of slopes along y and x, for what moves it."""
+    """One bin's parts of eq. 8 and 9. `sums`: of values, and of slopes along y and x, times the output's gradient."""
     real = extents.dtype.type
     value, along_y, along_x = sums
     r, i = bin_.r, bin_.i
@@ -51,7 +51,7 @@ def write_moves(
         if p.has_mask:
             scale *= mask[r, i]
         scale *= real(g.offset_scale)
-        # A broken size would do as well; but eq. 9 has NaN for both axes where one coordinate is NaN.
+        # Of a broken bin `scale` is NaN, and so are both axes, as in eq. 9; its sizes do not matter.
         size_y = extents[r, 1] if bin_.state == SOUND else real(1)
         size_x = extents[r, 3] if bin_.state == SOUND else real(1)
         grads.moves[r, cls, 0, i] = along_x * scale * size_x

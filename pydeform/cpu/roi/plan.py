@@ -36,7 +36,7 @@ LISTING = 300  # operations that it takes to list them
 
 
 class Given(NamedTuple):
-    """What a caller gave, in the kernels' shapes; an absent array is empty, as an input is that is not read."""
+    """What a caller gave, in the kernels' shapes; an array that is absent or not read is empty."""
 
     input: Any
     boxes: Any
@@ -48,16 +48,16 @@ class Given(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """That of the output, which is given, and those that are asked for; others are empty."""
+    """The output's gradient, which is given, and the gradients that are asked for; others are empty."""
 
     output: Any
     input: Any
-    moves: Any  # (box, class, axis, bin), of what moves each bin
-    mask: Any  # (box, class, bin), of each class
+    moves: Any  # (box, class, axis, bin): by the offset of each bin, as if it had its own
+    mask: Any  # (box, class, bin): each class's part of the mask's gradient
 
 
 class Scratch(NamedTuple):
-    """A call's own memory, from `tiles` on each thread's; empty where a way does not take it."""
+    """A call's own memory, from `tiles` on each thread's; empty where a way does not use it."""
 
     extents: Any  # of boxes: begin and size along y, then along x,
     states: Any  # and whether they are sound
@@ -164,19 +164,19 @@ def threads_for(g: Any, products: int, gathers: bool, units: int) -> int:
 
 
 def has_few_channels(g: Any) -> bool:
-    """A class, where bins are averaged: each channel is read in its plane, for itself."""
+    """Whether a class has so few, in means over bins, that each channel is read by itself, in its plane."""
     return bool(g.out_channels // g.classes < FEW_CHANNELS and not g.is_max)
 
 
 def prefers_planes(g: Any, dtype: Any) -> bool:
-    """For few boxes a copy would be most of the work. So it never has more numbers than bins read, about."""
+    """Whether a copy would be most of the work, as for few boxes: it has more numbers than bins read, about."""
     per_class = g.out_channels // g.classes
     width = per_class if has_few_channels(g) else blocks_of_class(per_class, lanes_of(dtype))[1]
     return TYPICAL_PIXELS * g.boxes * g.pooled_h * g.pooled_w * int(g.out_channels) < copy_size(g, width)
 
 
 def gathers_pixels(input: Any, g: Any, dtype: Any) -> bool:
-    """Rather than to copy the input; planes that kernels can read are read as they are."""
+    """Whether pixels are gathered, not the input copied. Planes that kernels can read as they are need neither."""
     return prefers_planes(g, dtype) and not (has_few_channels(g) and is_as_computed(input, dtype))
 
 
@@ -222,10 +222,10 @@ def _blocks(channels: int, largest: int, lanes: int) -> list[tuple[int, int, int
 
 @functools.lru_cache(maxsize=64)
 def blocks_of_class(per_class: int, lanes: int) -> tuple[Any, int]:
-    """The blocks of channels of one class, and the width of all. `before`: that of earlier ones.
+    """The blocks of channels of one class, and their width together. `before`: the width of those before a block.
 
-    Two at least where channels allow it, as threads share them. Sums over channels go block by block, so what they are
-    depends on the class alone.
+    Two blocks at least where channels allow it, so that threads can share them. Sums over channels go block by block,
+    so blocks depend on the class alone, not on threads.
     """
     half = max(2 * lanes, round_up(-(-per_class // 2), lanes))
     rows, before = [], 0
@@ -236,17 +236,18 @@ def blocks_of_class(per_class: int, lanes: int) -> tuple[Any, int]:
 
 
 def slices_of_class(per_class: int, lanes: int, channel_bytes: int) -> tuple[Any, int]:
-    """The channels of a class that the forward puts last at a time, in the same place, and the largest width."""
+    """The slices of a class's channels, which the forward copies one after the other to the same memory, and the
+    largest width."""
     blocks = _blocks(per_class, max(SLICE_CHANNELS, SLICE_BYTES // channel_bytes), lanes)
     return table("first channels width before", [(*row, 0) for row in blocks]), blocks[0][-1]
 
 
 @functools.lru_cache(maxsize=64)
 def bins_table(pooled: tuple[int, int], group: tuple[int, int], part: tuple[int, int]) -> Any:
-    """Of each row of bins, then of each column, what they add to the number of the cell that a bin reads, and of the
-    part of `offset` that moves it.
+    """For each row of bins, then for each column: what it adds to the number of the cell that a bin reads, and to that
+    of the part of `offset` that moves the bin.
 
-    Kernels look these up: the divisions would take as long as the rest of a bin of one channel.
+    Kernels look these numbers up: divisions would take as long as all else that a bin of one channel needs.
     """
     bins = np.empty(sum(pooled), [("cell", np.int64), ("part", np.int64)])
     for axis, of_axis in enumerate((bins[: pooled[0]], bins[pooled[0] :])):
@@ -265,7 +266,7 @@ def bins_of(g: Any) -> Any:
 
 
 def most_listed(g: Any) -> int:
-    """Entries that an axis of a bin may have, whichever way it lists them, and then some: eight are read at once."""
+    """Most entries of a bin on an axis, whichever way they are listed, and some room behind: eight are read at once."""
     longest = max(g.in_h, g.in_w)
     if g.points and g.is_max:
         return int(g.samples + 2 if 0 < g.samples <= MANY_POINTS else 2 * longest + 16)
@@ -273,8 +274,8 @@ def most_listed(g: Any) -> int:
 
 
 def _longest_bin(boxes: Any, g: Any) -> float:
-    """No bin is longer in pixels: rounding, a last pixel and a least size each add one at most, and then there is what
-    the kernels' arithmetic may round off."""
+    """A length in pixels that no bin exceeds: to that of the boxes, rounding, a last pixel and a least size each add
+    one at most, and the arithmetic of kernels may round up."""
     corners = boxes[:, 1:].astype(np.float64)
     corners = corners[np.isfinite(corners).all(axis=1)]
     if not len(corners):

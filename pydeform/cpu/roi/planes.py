@@ -36,11 +36,11 @@ from pydeform.cpu.roi.plan import LISTED, Kind, cells_of, planes_plan, run, thre
 
 
 class Task(NamedTuple):
-    """What is done with each bin, the field that is not None: so each is compiled for itself."""
+    """What is to be done with each bin: the one field that is not None. So each task is compiled by itself."""
 
     output: Any  # eq. 5 and 6 are written there
-    added: Any  # gradients: eq. 7 is added to the input's
-    dotted: Any  # gradients: eq. 8 and 9 are written to those of what moves a bin and of the mask
+    added: Any  # `Gradients`: eq. 7 is added to the input's
+    dotted: Any  # `Gradients`: eq. 8 and 9 are written to `moves` and `mask`
 
 
 def forward(given: Any, output: Any, kind: Kind) -> None:
@@ -89,7 +89,8 @@ def _planes_backward(
 
 @inline
 def _do_unit(thread: int, unit: int, task: Any, given: Any, scratch: Any, bins: Any, g: Any, p: Any) -> None:
-    """Planes in a row, or parts of the boxes that read them; but all boxes of an image add to the same plane."""
+    """Some planes one after the other, or parts of the boxes that read a plane. Where boxes add to a plane it is not
+    parted: all boxes of its image add to it in one unit."""
     lists, cells = lists_of(thread, given, scratch), g.group_h * g.group_w
     is_sloped = task.dotted is not None
     parts = p.parts if task.added is None else 1
@@ -137,7 +138,8 @@ def _axis(slot: int, here: Any) -> tuple[Any, Any, Any, int]:
 def _rows_of(
     b: int, channel: int, x: int, columns: int, bin_: Any, here: Any, input: Any, g: Any, p: Any
 ) -> tuple[Any, Any, int, int]:
-    """For `band_sum`: a bin's columns from x on, the list of its rows there, the width and the rest of the plane."""
+    """What `band_sum` needs: a pointer to a bin's columns from x on, the rows to read there, how far rows are apart,
+    and how many pixels there are from the pointer to the end."""
     rows, _, _, count = _axis(bin_.sy, here)
     if p.gathers:
         gather_band(here.reader, b, channel, rows, count, x, columns, BAND)

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return without_traceback(f"pydeform {options.command}", lambda: run(options))
 
 
-def info(options: argparse.Namespace) -> int:
+def info(_options: argparse.Namespace) -> int:
     from pydeform.bench import timing
 
     installed = timing.versions(("numpy", "numba", "llvmlite", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x"))
@@ -132,7 +132,7 @@ def extra_state(modules: Sequence[str]) -> str:
     return f"no, without {', '.join(missing)}" if missing else "yes"
 
 
-def check(options: argparse.Namespace) -> int:
+def check(_options: argparse.Namespace) -> int:
     from pydeform import _selfcheck
     from pydeform._progress import progress
     from pydeform.bench import timing

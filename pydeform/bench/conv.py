@@ -10,10 +10,8 @@ is the bare matrix product without any sampling, "three products ..." those of a
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import itertools
-import json
 import math
 import sys
 import time
@@ -23,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import pydeform
-from pydeform._program import count, without_traceback
+from pydeform._program import without_traceback
 from pydeform.bench import timing
 from pydeform.bench.deform_conv2d import blas_calls, fastest, installed
 
@@ -184,16 +182,7 @@ def problem_names(text: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pydeform.bench.conv")
-    parser.add_argument("--threads", type=count, default=pydeform.get_num_threads())
-    parser.add_argument("--problems", default=",".join(SHAPES), type=problem_names)
-    parser.add_argument("--rounds", type=count, default=7)
-    options = parser.parse_args(argv)
-    pydeform.set_num_threads(options.threads)
-    results = {name: measure(name, options.threads, options.rounds) for name in options.problems}
-    timing.show_progress("")
-    print(json.dumps(results))
-    return 0
+    return timing.measure_problems("pydeform.bench.conv", SHAPES, measure, argv)
 
 
 def run(threads: int, problems: list[str], rounds: int) -> dict[str, Any]:

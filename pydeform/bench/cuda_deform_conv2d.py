@@ -155,8 +155,8 @@ def products(p: Problem) -> dict[str, Call]:
     grad = tensor(p.grad_output).permute(0, 2, 3, 1).reshape(n * h * w, c)  # [L, O]
     columns = torch.empty((n * h * w, weight.shape[1]), dtype=weight.dtype, device=weight.device).normal_()  # [L, CK]
     return {
-        "forward": lambda number: torch.mm(columns, weight.t()),
-        "backward": lambda number: (torch.mm(grad, weight), torch.mm(grad.t(), columns)),
+        "forward": lambda _number: torch.mm(columns, weight.t()),
+        "backward": lambda _number: (torch.mm(grad, weight), torch.mm(grad.t(), columns)),
     }
 
 

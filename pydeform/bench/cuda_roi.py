@@ -86,7 +86,7 @@ def rotating(call: Callable[[int], Any], many: int) -> Call:
     """`call` with one copy after the other. A block of calls may have fewer of them than there are copies, and would
     find in the cache what the block before it read: so each goes on where the last one ended."""
     turns = itertools.cycle(range(many))
-    return lambda number: call(next(turns))
+    return lambda _number: call(next(turns))
 
 
 def ours(problems: Sequence[Problem]) -> dict[str, Call]:

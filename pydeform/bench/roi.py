@@ -12,10 +12,8 @@ that input it is compared with us.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import pydeform
-from pydeform._program import count, without_traceback
+from pydeform._program import without_traceback
 from pydeform.bench import timing
 
 PEERS = ("onnxruntime", "openvino", "torchvision")
@@ -243,16 +241,7 @@ def problem_names(text: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pydeform.bench.roi")
-    parser.add_argument("--threads", type=count, default=pydeform.get_num_threads())
-    parser.add_argument("--problems", default=",".join(PROBLEMS), type=problem_names)
-    parser.add_argument("--rounds", type=count, default=7)
-    options = parser.parse_args(argv)
-    pydeform.set_num_threads(options.threads)
-    results = {name: measure(name, options.threads, options.rounds) for name in options.problems}
-    timing.show_progress("")
-    print(json.dumps(results))
-    return 0
+    return timing.measure_problems("pydeform.bench.roi", PROBLEMS, measure, argv)
 
 
 def run(threads: int, problems: list[str], rounds: int) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pydeform._program import count
+from pydeform._runtime import get_num_threads, set_num_threads
 from pydeform._version import __version__
 
 PAUSE = 0.06  # seconds; OpenBLAS's threads spin for about 30 ms
@@ -171,6 +173,22 @@ def table_of_problems(results: Mapping[str, Any], ratios: Callable[[dict[str, An
 
 def _milliseconds(t: Mapping[str, float] | None) -> str:
     return f"{t['median'] * 1e3:.3g}/{t['minimum'] * 1e3:.3g}" if t else "-"
+
+
+def measure_problems(
+    module: str, known: Iterable[str], measure: Callable[[str, int, int], dict[str, Any]], argv: list[str] | None
+) -> int:
+    """The command line of a module that measures problems by name: prints one JSON object, problem -> result."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
+    parser.add_argument("--threads", type=count, default=get_num_threads())
+    parser.add_argument("--problems", default=",".join(known), type=lambda text: names_among("problems", known, text))
+    parser.add_argument("--rounds", type=count, default=7)
+    options = parser.parse_args(argv)
+    set_num_threads(options.threads)
+    results = {name: measure(name, options.threads, options.rounds) for name in options.problems}
+    show_progress("")
+    print(json.dumps(results))
+    return 0
 
 
 def names_among(what: str, known: Iterable[str], text: str) -> list[str]:

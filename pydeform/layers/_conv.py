@@ -40,7 +40,7 @@ class Convolution(_layer.Layer):
         params = {"weight": weight} | ({"bias": np.zeros(outputs, dtype)} if settings["bias"] else {})
         super().__init__(params | self._more_params(settings), settings=settings)
 
-    def _more_params(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def _more_params(self, _settings: dict[str, Any]) -> dict[str, Any]:
         return {}
 
     def input_axes(self) -> tuple[str, ...]:

@@ -157,7 +157,7 @@ def nothing_kept(layer: Layer) -> Backprop:
     """The backprop of a call with train=False: holds no array, and says what to do instead."""
     name = layer.name
 
-    def backprop(grad_y: Any) -> NoReturn:
+    def backprop(_grad_y: Any) -> NoReturn:
         raise RuntimeError(f"{name}: nothing was kept for backprop, because the layer was called with train=False")
 
     return backprop

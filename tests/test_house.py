@@ -58,7 +58,7 @@ def test_operator_is_complete(operator):
     family = FAMILY.get(operator, operator)
     for path in (
         f"pydeform/ops/{operator}.py",
-        f"pydeform/cuda/{FAMILY.get(operator, 'conv')}.cu",
+        f"pydeform/cuda/{family}/{family}.cu",
         f"tests/reference/{family}.py",
         f"tests/test_{family if family == 'roi' else operator}.py",
         f"docs/math/{MATHEMATICS.get(family, family)}.md",
@@ -169,6 +169,25 @@ def test_source_distribution_has_every_file(tmp_path):
     assert files <= packed
     generated = {path for path in packed - files if "pydeform_operators.egg-info" not in path.parts}
     assert generated == {Path("PKG-INFO")}
+
+
+def test_a_wheel_has_every_file_of_the_package():
+    """Kernels too, whose folders need not be packages."""
+    pytest.importorskip("setuptools", "77")
+    program = """
+import os, setuptools
+build = setuptools.Distribution({"script_name": "setup.py"})
+build.parse_config_files()
+command = build.get_command_obj("build_py")
+command.ensure_finalized()
+data = [os.path.join(folder, name) for _, folder, _, names in command.data_files for name in names]
+print(*data, *(path for _, _, path in command.find_all_modules()), sep="\\n")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    packed = {Path(line) for line in done.stdout.splitlines() if line.startswith("pydeform")}
+    files = {path.relative_to(ROOT) for path in tracked(binary=True) if path.relative_to(ROOT).parts[0] == "pydeform"}
+    assert {path.suffix for path in files} >= {".cu", ".cuh", ".npz", ".py"}
+    assert files == packed
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md"])

@@ -123,10 +123,12 @@ def test_backends_know_neither_each_other_nor_what_is_above_them():
         assert_none([i for i in LIBRARY if i.lies_in(f"pydeform/{own}/") and i.of(f"pydeform.{other}", *above)])
 
 
-def test_what_families_stand_on_knows_no_family():
-    families = ("pydeform.cpu.conv", "pydeform.cpu.roi")
-    assert_none([i for i in LIBRARY if i.lies_in("pydeform/cpu/core/") and i.of("pydeform.cpu.sampling", *families)])
-    assert_none([i for i in LIBRARY if i.lies_in("pydeform/cpu/sampling/") and i.of(*families)])
+@pytest.mark.parametrize("folder", ["cpu", "cuda"])
+def test_what_families_stand_on_knows_no_family(folder):
+    families = (f"pydeform.{folder}.conv", f"pydeform.{folder}.roi")
+    above = (f"pydeform.{folder}.sampling", *families)
+    assert_none([i for i in LIBRARY if i.lies_in(f"pydeform/{folder}/core/") and i.of(*above)])
+    assert_none([i for i in LIBRARY if i.lies_in(f"pydeform/{folder}/sampling/") and i.of(*families)])
     for own, other in (families, families[::-1]):
         assert_none([i for i in LIBRARY if i.lies_in(own.replace(".", "/") + "/") and i.of(other)])
 

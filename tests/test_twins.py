@@ -11,7 +11,7 @@ import pytest
 
 import pydeform
 from pydeform import _geometry, _roi_geometry
-from pydeform.cuda._source import Code, source
+from pydeform.cuda.core.source import Code, source
 
 PACKAGE = Path(pydeform.__file__).parent
 # Backends have one twin for all of a family, whose operators differ in which arrays there are and in their geometry.
@@ -29,14 +29,14 @@ def public_functions(path: Path) -> dict[str, str]:
 
 
 def test_operators_are_known():
-    assert set(FAMILIES) == {path.stem for path in (PACKAGE / "cuda").glob("*.cu")}
+    assert set(FAMILIES) == {path.stem for path in (PACKAGE / "cuda").rglob("*.cu")}
     for members in FAMILIES.values():
         assert set(members) <= set(pydeform.__all__)
 
 
 def test_kernels_name_whose_they_are():
     """So that who looks for an operator finds them."""
-    head = (PACKAGE / "cuda" / "conv.cu").read_text(encoding="utf-8").partition("#include")[0]
+    head = (PACKAGE / "cuda" / "conv" / "conv.cu").read_text(encoding="utf-8").partition("#include")[0]
     assert set(FAMILIES["conv"]) <= set(re.findall(r"\w+", head))
 
 
@@ -93,7 +93,7 @@ def test_same_geometry(code, name, geometry):
 
 def test_same_border_rules():
     """The kernels number them as the geometry does."""
-    text = (PACKAGE / "cuda" / "sampling.cuh").read_text(encoding="utf-8")
+    text = (PACKAGE / "cuda" / "sampling" / "corners.cuh").read_text(encoding="utf-8")
     for rule in ("dcnv2", "dcnv1"):
         assert f"{rule.upper()} = {_geometry.BOUNDARIES.index(rule)}" in text
     assert _geometry.BOUNDARIES[0] == "torchvision"
@@ -101,13 +101,13 @@ def test_same_border_rules():
 
 def test_same_rounding_rules():
     """The kernels number them as the geometry does."""
-    text = (PACKAGE / "cuda" / "roi_bins.cuh").read_text(encoding="utf-8")
+    text = (PACKAGE / "cuda" / "roi" / "bins.cuh").read_text(encoding="utf-8")
     rules = ("EXACT", "AFTER_SCALE", "BEFORE_SCALE")
     assert ", ".join(f"{rule} = {getattr(_roi_geometry, rule)}" for rule in rules) in text
 
 
 def test_every_rule_is_a_line_of_the_kernels():
-    text = (PACKAGE / "cuda" / "roi_bins.cuh").read_text(encoding="utf-8")
+    text = (PACKAGE / "cuda" / "roi" / "bins.cuh").read_text(encoding="utf-8")
     for rule in _roi_geometry.Rules._fields:
         if rule != "is_max":  # which chooses the kernel
             lines = [line for line in text.splitlines() if f"g.{rule}" in line and f"// {rule}" in line]
@@ -116,11 +116,10 @@ def test_every_rule_is_a_line_of_the_kernels():
 
 def test_same_numbers_of_roi_kernels():
     """What launches and kernels of RoI pooling must agree on."""
-    from pydeform.cuda import roi
+    from pydeform.cuda.roi import gradients as roi
 
-    text = "".join(
-        (PACKAGE / "cuda" / name).read_text(encoding="utf-8") for name in ("roi_forward.cuh", "roi_backward.cuh")
-    )
+    folder = PACKAGE / "cuda" / "roi"
+    text = "".join((folder / name).read_text(encoding="utf-8") for name in ("forward.cuh", "backward.cuh"))
     height, width = roi.TILE
     for constants in (
         f"TILE_H = {height}, TILE_W = {width};",

@@ -2,8 +2,8 @@
 // and never to device memory. The steps of a tile run over (block of channels, tap), the tap inside, so that the first
 // level of cache has a block's neighbourhood when the next tap comes back to it.
 #pragma once
-#include "channels.cuh"
-#include "product.cuh"
+#include "core/copies.cuh"
+#include "core/product.cuh"
 
 // Where a tap reads. ADJOINT is the transpose of PLAIN: a gradient's pixels in the places of an image's.
 constexpr int PLAIN = 0, DEFORMED = 1, ADJOINT = 2;

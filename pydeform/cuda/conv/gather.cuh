@@ -10,7 +10,7 @@
 // are numbered (tap - tap0) * count + pixel, below 2^31; starts[bin] is the place in ids of a bin's first sample. An
 // image, of the input or the output, has fewer than 2^31 pixels; I is the type for places in whole arrays.
 #pragma once
-#include "channels.cuh"
+#include "core/copies.cuh"
 
 constexpr int GATHER_THREADS = 256;
 constexpr int GATHER_BLOCKS = 2;  // on a multiprocessor: left to itself, ptxas spills in order to fit in four

@@ -4,7 +4,7 @@
 // hold: sums.of[i][j][2*h + e] is row P::row() + 16*i + lane/4 + 8*h, column P::column() + 8*j + 2*(lane%4) + e.
 // issue() may return before the product is done; wait() does not. put() stores 16 bytes of A, at(row, chunk) of a tile.
 #pragma once
-#include "sampling.cuh"
+#include "sampling/corners.cuh"
 
 // Chunk c of 16 bytes of row r lies where eight consecutive rows of one chunk fill all banks.
 PYDEFORM_DEVICE int swizzle64(int r, int c) { return r * 64 + ((c ^ (r >> 1 & 3)) << 4); }

@@ -4,7 +4,7 @@
 //
 // `AXES`, `ACTIVE` and the struct Geometry stand before all headers: _source.py.
 #pragma once
-#include "primitives.cuh"
+#include "core/primitives.cuh"
 
 constexpr int DCNV2 = 1, DCNV1 = 2;  // the index of a border rule in BOUNDARIES of _geometry.py; 0 is torchvision's
 

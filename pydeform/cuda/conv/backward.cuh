@@ -1,7 +1,7 @@
 // Backward of a convolution with or without offsets. Nothing is kept from the forward: samples are taken again.
 // Equations are those of docs/math/deform_conv2d.md. Gradients come as channels-last copies, groups padded to a depth.
 #pragma once
-#include "conv_forward.cuh"
+#include "conv/forward.cuh"
 
 template <class A, class I> struct Point {
   I corner[CORNERS];  // first chunk of the pixel, or of the zeros behind the last
@@ -29,7 +29,7 @@ PYDEFORM_DEVICE void add_anywhere(double* p, const Chunk<double>& c, double w) {
 // Owner: a block has BM output pixels of [first, first + count) and one tap, all channels: it alone writes their
 // grad_offset and grad_mask; ACTIVE: the sum over its pixels, to grad_offset[og][tap - tap0][axis][block of pixels]. The
 // input's gradient is added to by atomics; or, STORE, the column gradient is written to `sums` as
-// columns[tap - tap0][pixel - first][channel] for conv_gather.cuh, without any.
+// columns[tap - tap0][pixel - first][channel] for conv/gather.cuh, without any.
 template <class P, class I, bool STORE, class TOffset = typename P::T>
 __global__ void __launch_bounds__(P::THREADS, sizeof(typename P::T) == 2 ? 2 : 1)
     backward_data(const typename P::T* __restrict__ gradient, const typename P::T* __restrict__ image,

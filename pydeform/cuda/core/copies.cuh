@@ -1,6 +1,6 @@
 // Channels-last copies: how the channels of an image are laid out in memory and along the summed axis of a product.
 #pragma once
-#include "sampling.cuh"
+#include "sampling/corners.cuh"
 
 // Channels that share both their convolution group and their offset group form a unit; units are equally long and
 // follow each other. In memory a unit has `pitch` channels, a multiple of 16 bytes, zeros at its end. Along the summed

@@ -1,0 +1,3 @@
+// Kernels of the RoI operators.
+#include "roi/forward.cuh"
+#include "roi/backward.cuh"

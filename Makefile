@@ -24,7 +24,7 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror pydeform/cuda/*.cu pydeform/cuda/*.cuh benchmarks/*.cu
+	$(BIN)/clang-format --dry-run --Werror pydeform/cuda/*/*.cu pydeform/cuda/*/*.cuh benchmarks/*.cu
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses=auto
 	$(BIN)/python -m tests.fuzz --minutes 1

@@ -1,5 +1,5 @@
 // Three questions to a device, on whose answers the estimates of docs/performance.md rest; cuda_measurements.py asks them.
-#include "primitives.cuh"
+#include "core/primitives.cuh"
 
 // How fast do sums in device memory grow when several warps add to one place at a time?
 // Owner: none. Warps in rows of `together` add 512 bytes to one of `places`, and move on alike from turn to turn.

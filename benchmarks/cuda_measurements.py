@@ -14,15 +14,16 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 7
+PRIMITIVES = "core/primitives.cuh"
 
 
 def source() -> str:
-    primitives = (ROOT / "pydeform" / "cuda" / "primitives.cuh").read_text("utf-8").replace("#pragma once\n", "\n")
+    primitives = (ROOT / "pydeform" / "cuda" / PRIMITIVES).read_text("utf-8").replace("#pragma once\n", "\n")
     text = (ROOT / "benchmarks" / "cuda_measurements.cu").read_text("utf-8")
-    include = '#include "primitives.cuh"\n'
+    include = f'#include "{PRIMITIVES}"\n'
     if include not in text:
-        raise ValueError("cuda_measurements.cu does not include primitives.cuh")
-    return text.replace(include, f'#line 1 "primitives.cuh"\n{primitives}\n#line 3 "cuda_measurements.cu"\n')
+        raise ValueError(f"cuda_measurements.cu does not include {PRIMITIVES}")
+    return text.replace(include, f'#line 1 "{PRIMITIVES}"\n{primitives}\n#line 3 "cuda_measurements.cu"\n')
 
 
 def main(turns: int = 2000, blocks: int = 4, stride: int = 1 << 18) -> None:

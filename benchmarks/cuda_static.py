@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pydeform.cuda import _kernels, _source  # noqa: E402
-from pydeform.cuda._conv_common import C_TYPES, ITEMSIZE, Product  # noqa: E402
+from pydeform.cuda import kernels  # noqa: E402
+from pydeform.cuda.conv.plan import Product  # noqa: E402
+from pydeform.cuda.core.numbers import C_TYPES, ITEMSIZE  # noqa: E402
+from pydeform.cuda.core.source import source  # noqa: E402
 from tests.cuda_emulation import nvrtc, sass  # noqa: E402
 
 OPTIONS = ("-std=c++17",)
@@ -118,7 +120,7 @@ def threads_of(cubin: bytes, kernel: str) -> int | None:
 
 def figures(instance: Any, architecture: str, program: str | None) -> dict[str, Any]:
     toolkit = nvrtc.toolkits()[-1]
-    compiled = toolkit.compile(_source.source(instance.code), [instance.expression], architecture, OPTIONS)
+    compiled = toolkit.compile(source(instance.code), [instance.expression], architecture, OPTIONS)
     resources, kernel = compiled.kernels[instance.expression], compiled.lowered[instance.expression]
     shared = resources.shared + dynamic_shared(instance.expression)
     row: dict[str, Any] = {
@@ -163,8 +165,8 @@ def main() -> int:
     wanted = options.architectures and options.architectures.split(",")
     rows = [
         figures(instance, architecture, program)
-        for code in _kernels.CODES
-        for instance in _kernels.instances(code)
+        for code in kernels.CODES
+        for instance in kernels.instances(code)
         if options.match in instance.expression
         for architecture in instance.architectures
         if not wanted or architecture in wanted

@@ -64,7 +64,7 @@ def versions() -> None:
 # Compiling -----------------------------------------------------------------------------------------------------------
 def kernels_to_compile() -> list[tuple[Any, str]]:
     """(code, expression) of all that `exercise` launches, found by calling everything and launching nothing."""
-    from pydeform.cuda import _launch
+    from pydeform.cuda.core import launch
 
     found: dict[tuple[Any, str], None] = {}
 
@@ -76,11 +76,11 @@ def kernels_to_compile() -> list[tuple[Any, str]]:
         found[code, expression] = None
         return Nothing()
 
-    real, _launch._kernel = _launch._kernel, look_up
+    real, launch._kernel = launch._kernel, look_up
     try:
         exercise()
     finally:
-        _launch._kernel = real
+        launch._kernel = real
     return list(found)
 
 
@@ -94,11 +94,11 @@ def compile_all() -> int:
 
 
 def compile_share(part: int, parts: int) -> None:
-    from pydeform.cuda import _launch
+    from pydeform.cuda.core import launch
 
     mine = kernels_to_compile()[part::parts]
     for code, expression in mine:
-        _launch.kernel(code, expression)
+        launch.kernel(code, expression)
     print(f"{len(mine)} kernels compiled")
 
 
@@ -194,11 +194,11 @@ def kernel_times(names: Sequence[str] = ("G1", "G3", "G4"), repeats: int = REPEA
     from pydeform.bench import cuda_deform_conv2d as bench
     from pydeform.bench import cuda_timing
     from pydeform.bench.deform_conv2d import problem
-    from pydeform.cuda import _launch
+    from pydeform.cuda.core import launch
 
     launches: list[tuple[str, Any, Any]] = []
-    real = _launch._kernel
-    _launch._kernel = lambda code, expression, on: Timed(real(code, expression, on), expression, launches)
+    real = launch._kernel
+    launch._kernel = lambda code, expression, on: Timed(real(code, expression, on), expression, launches)
     wait = cuda_timing.waiter()
     try:
         for name in names:
@@ -215,7 +215,7 @@ def kernel_times(names: Sequence[str] = ("G1", "G3", "G4"), repeats: int = REPEA
                 launches[-1][2].synchronize()
                 print_times(f"{name}, {dtype}", launches, repeats, cupy.cuda.get_elapsed_time)
     finally:
-        _launch._kernel = real
+        launch._kernel = real
 
 
 def print_times(title: str, launches: list[tuple[str, Any, Any]], repeats: int, elapsed: Callable[..., float]) -> None:

@@ -282,7 +282,7 @@ def _cuda(must_be: str) -> ModuleType:
 
 @functools.cache
 def _import_cuda() -> ModuleType:
-    return _background.complete(lambda: importlib.import_module("pydeform.cuda._dlpack"))
+    return _background.complete(lambda: importlib.import_module("pydeform.cuda.core.dlpack"))
 
 
 def _bfloat16() -> Any:

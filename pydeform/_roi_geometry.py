@@ -2,7 +2,7 @@
 
 Everything is the same on both axes and separable: a bin reads the product of the rows that its y axis names and the
 columns that its x axis names. The twins turn (box, bin) into those in one place each, `cpu/roi/bins.py` and
-`cuda/roi_bins.cuh`, where every rule below is one line of the same name.
+`cuda/roi/bins.cuh`, where every rule below is one line of the same name.
 """
 
 from __future__ import annotations

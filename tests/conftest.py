@@ -175,9 +175,9 @@ def _on_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         _emulate(monkeypatch)
     for way, most_channels in WAYS.items():
         if name.endswith(way):
-            from pydeform.cuda import _conv_common
+            from pydeform.cuda.core import sizes
 
-            monkeypatch.setattr(_conv_common, "DIRECT_CHANNELS", most_channels)
+            monkeypatch.setattr(sizes, "DIRECT_CHANNELS", most_channels)
     if "backend" in params:
         is_convolution = "roi" not in request.node.nodeid
         monkeypatch.setattr("tests.conftest._tolerance", tolerance_of(name, is_convolution))

@@ -48,7 +48,7 @@ AREAS = {
         "imports",
     ),
     "cuda": Area(
-        "pydeform/cuda/*.py pydeform/cuda/*.cu*",
+        "pydeform/cuda/**/*.py pydeform/cuda/**/*.cu*",
         "emulated",
         "cuda_plans cuda_direct cuda_gather cuda_convolution cuda_roi cuda_primitives conv2d deform_conv2d roi "
         "roi_limits not_finite interop_cuda coordinates properties properties_roi vectors vectors_roi cost cuda_device "

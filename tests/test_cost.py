@@ -183,7 +183,7 @@ def test_memory(backend, one_thread, monkeypatch, name, dtype):
         monkeypatch.setattr(roi_plan, "LIST_BYTES", 4096)  # else lists of a side of the image fit
         _assert_no_growth(WORK[name], dtype, backend.array, _peak)
         return
-    monkeypatch.setattr("pydeform.cuda._conv_common.SMALL_COPY", 0)  # else the smaller image may be copied
+    monkeypatch.setattr("pydeform.cuda.core.sizes.SMALL_COPY", 0)  # else the smaller image may be copied
     taken = _count_device_memory(monkeypatch)
 
     def measure(call: Any) -> tuple[int, Any]:

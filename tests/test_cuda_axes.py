@@ -42,9 +42,9 @@ def way(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    from pydeform.cuda import _conv_common
+    from pydeform.cuda.core import sizes
 
-    monkeypatch.setattr(_conv_common, "DIRECT_CHANNELS", {"tiles": 1, "direct": 1 << 30}[way])
+    monkeypatch.setattr(sizes, "DIRECT_CHANNELS", {"tiles": 1, "direct": 1 << 30}[way])
 
 
 def solve(case: Case, arrays: dict[str, Any], needs: Any = GRADS, **how: Any) -> dict[str, Any]:
@@ -221,9 +221,9 @@ def test_the_same_bits_on_every_schedule(emulated, way, case):
 @pytest.mark.parametrize("case", [VOLUME, ACTIVE], ids=named)
 def test_needs_change_no_bit(emulated, way, case, monkeypatch):
     """Also where the deterministic gradient of the input, and only that, would be computed in many parts."""
-    from pydeform.cuda import _conv_backward, _conv_direct
+    from pydeform.cuda.conv import backward_tiles, direct
 
-    monkeypatch.setattr(_conv_direct if way == "direct" else _conv_backward, "WORKSPACE", 6_000)
+    monkeypatch.setattr(direct if way == "direct" else backward_tiles, "WORKSPACE", 6_000)
     arrays = make(case, "float16")
     with on():
         for deterministic in (False, True):
@@ -238,13 +238,13 @@ def test_needs_change_no_bit(emulated, way, case, monkeypatch):
 
 @pytest.mark.parametrize(("case", "way"), [(VOLUME, "tiles"), (ACTIVE, "direct")], ids=named)
 def test_long_indices_change_no_bit(emulated, monkeypatch, case, way):
-    from pydeform.cuda import _conv_common
+    from pydeform.cuda.core import numbers
 
     choose(monkeypatch, way)
     arrays = make(case, "float16")
     results = []
-    for limit in (_conv_common.INT32_ELEMENTS, 0):
-        monkeypatch.setattr(_conv_common, "INT32_ELEMENTS", limit)
+    for limit in (numbers.INT32_ELEMENTS, 0):
+        monkeypatch.setattr(numbers, "INT32_ELEMENTS", limit)
         forget_plans()
         with on():
             results.append(solve(case, arrays, deterministic=True))
@@ -254,9 +254,10 @@ def test_long_indices_change_no_bit(emulated, monkeypatch, case, way):
 
 
 def forget_plans() -> None:
-    from pydeform.cuda import _channels, _conv_backward, _conv_forward
+    from pydeform.cuda.conv import backward_tiles, forward_tiles
+    from pydeform.cuda.core import copies
 
-    for cache in (_conv_forward.tiles_of, _channels._turn, _conv_backward.plan_of):
+    for cache in (forward_tiles.tiles_of, copies._turn, backward_tiles.plan_of):
         cache.cache_clear()
 
 
@@ -277,10 +278,10 @@ def test_positions_are_those_of_a_deformable_convolution(emulated, way, dtype):
 @pytest.mark.parametrize("copies", [1, 1 << 28])
 def test_images_at_a_time_add_up(emulated, monkeypatch, copies):
     """Each range of images adds its own to the gradient of the offset that all have."""
-    from pydeform.cuda import _conv_forward
+    from pydeform.cuda.conv import forward_tiles
 
     choose(monkeypatch, "tiles")
-    monkeypatch.setattr(_conv_forward, "COPIES", copies)
+    monkeypatch.setattr(forward_tiles, "COPIES", copies)
     case = ACTIVE._replace(batch=3)
     with on(capability="75"):
         for deterministic in (False, True):
@@ -333,9 +334,10 @@ def test_no_images(emulated, way):
     ids=named,
 )
 def test_images_that_an_int_cannot_count_are_refused(emulated, monkeypatch, case, text):
-    from pydeform.cuda import _conv_common, conv
+    from pydeform.cuda import conv
+    from pydeform.cuda.core import sizes
 
-    monkeypatch.setattr(_conv_common, "MOST_CELLS", 9)
+    monkeypatch.setattr(sizes, "MOST_CELLS", 9)
     arrays = make(case)
     with on():
         sent = [EMULATED.array(arrays[name]) for name in GRADS]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from pydeform.cuda._source import Code
+from pydeform.cuda.core.source import Code
 from tests.conftest import assert_same_bits, needs_emulation
 from tests.test_cuda_convolution import on
 
@@ -80,15 +80,15 @@ def at(a: np.ndarray, start: int) -> Any:
 
 
 def last(array: Any, layout: Layout) -> Any:
-    from pydeform.cuda import _channels
+    from pydeform.cuda.core import copies
 
-    return _channels.to_channels_last(CODE, array, layout.unit, layout.pitch, layout.cells)
+    return copies.to_channels_last(CODE, array, layout.unit, layout.pitch, layout.cells)
 
 
 def first(sums: Any, output: Any, layout: Layout) -> None:
-    from pydeform.cuda import _channels
+    from pydeform.cuda.core import copies
 
-    _channels.to_channels_first(CODE, sums, output, layout.unit, layout.pitch)
+    copies.to_channels_first(CODE, sums, output, layout.unit, layout.pitch)
 
 
 def check(layout: Layout, batch: int, pixels: int, dtype: str, start: int) -> None:
@@ -125,28 +125,28 @@ def test_arrays_that_begin_anywhere(emulated, dtype, start):
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_more_tiles_than_a_grid_has_blocks(emulated, monkeypatch, dtype):
-    from pydeform.cuda import _channels
+    from pydeform.cuda.core import copies
 
-    monkeypatch.setattr(_channels, "MOST_BLOCKS", 2)
-    _channels._turn.cache_clear()
+    monkeypatch.setattr(copies, "MOST_BLOCKS", 2)
+    copies._turn.cache_clear()
     chunk = 16 // np.dtype(dtype).itemsize
     for schedule in (0, 1, 5):
         with on(check=True, schedule=schedule):
             check(Layout(41 * chunk, 41 * chunk, 41 * chunk), 5, 3, dtype, 0)
             check(Layout(40 * chunk + 1, 40 * chunk + 1, 40 * chunk + 1), 5, 3, dtype, 0)
-    _channels._turn.cache_clear()
+    copies._turn.cache_clear()
 
 
 def test_grids_are_within_their_limits(emulated, monkeypatch):
-    from pydeform.cuda import _channels
+    from pydeform.cuda.core import copies
 
     grids: list[Any] = []
-    monkeypatch.setattr(_channels, "Launch", lambda operator, expression, grid, *rest: grids.append(grid))
-    _channels._turn.cache_clear()
+    monkeypatch.setattr(copies, "Launch", lambda operator, expression, grid, *rest: grids.append(grid))
+    copies._turn.cache_clear()
     for batch, channels, pixels in ((70_000, 8, 1), (1, 5_000_000, 1), (1, 1, 2**31 - 2**17), (65_535, 4_194_240, 1)):
         for name, itemsize in (("to_channels_last", 2), ("to_channels_first", 4)):
-            _channels._turn(name, CODE, "float16", itemsize, batch, channels, pixels, channels, channels, None)
-    _channels._turn.cache_clear()
+            copies._turn(name, CODE, "float16", itemsize, batch, channels, pixels, channels, channels, None)
+    copies._turn.cache_clear()
     assert all(0 < x < 2**31 and 0 < y <= 65535 and 0 < z <= 65535 for x, y, z in grids), grids
 
 
@@ -177,7 +177,7 @@ def test_accesses_are_as_wide_as_they_can_be(emulated, dtype):
 
 def traffic(counters: Any, access: str, nbytes: int, width: int, more: int = 0) -> None:
     """`more`: requests for the pixel of zeros."""
-    ours = {key: count for key, count in counters.items() if key[0].startswith("channels.cuh")}
+    ours = {key: count for key, count in counters.items() if key[0].startswith("core/copies.cuh")}
     requests = sum(count.requests for key, count in ours.items() if key[1:] == (access, "global"))
     assert requests <= nbytes // (32 * width) + more, (requests, nbytes, width)
     for key, count in ours.items():

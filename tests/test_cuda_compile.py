@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from pydeform.cuda import _kernels, _source
-from pydeform.cuda._source import Code
+from pydeform.cuda import kernels
+from pydeform.cuda.core.source import Code
+from pydeform.cuda.core.source import source as source_of
 from tests.cuda_emulation import nvrtc, sass
 
 OPTIONS = ("-std=c++17",)
 CUDA = Path(importlib.util.find_spec("pydeform.cuda").origin).parent
 CONV, ROI = Code("conv"), Code("roi")
 TOOLKITS = nvrtc.toolkits()
-INSTANCES = [instance for code in _kernels.CODES for instance in _kernels.instances(code)]
+INSTANCES = [instance for code in kernels.CODES for instance in kernels.instances(code)]
 
 
 def named(code):
@@ -73,7 +74,7 @@ def architectures(toolkit, instance):
 
 
 def faults_of(instance, toolkit, architecture):
-    found = nvrtc.cached(toolkit, _source.source(instance.code), instance.expression, architecture, OPTIONS)
+    found = nvrtc.cached(toolkit, source_of(instance.code), instance.expression, architecture, OPTIONS)
     return [f"{toolkit}, sm_{architecture}: {fault}" for fault in faults(*found, instance.registers)]
 
 
@@ -111,13 +112,13 @@ def test_every_dtype_is_compiled_for_every_architecture(code, toolkit):
 
 
 def test_every_code_has_kernels():
-    assert {code.file for code in _kernels.CODES} == {path.stem for path in CUDA.glob("*.cu")}
-    for code in _kernels.CODES:
-        assert _kernels.instances(code), code
+    assert {code.file for code in kernels.CODES} == {path.stem for path in CUDA.rglob("*.cu")}
+    for code in kernels.CODES:
+        assert kernels.instances(code), code
 
 
 def test_every_kernel_is_compiled():
-    text = "".join(path.read_text("utf-8") for path in CUDA.glob("*.cu*"))
+    text = "".join(path.read_text("utf-8") for path in CUDA.rglob("*.cu*"))
     heads = [part.partition("{")[0] for part in text.split("__global__ void")[1:]]
     defined = {
         next(name for name in re.findall(r"(\w+)\(", head) if name not in ("__launch_bounds__", "sizeof"))
@@ -166,7 +167,7 @@ FORMS = {
 
 
 def machine_code(expression, architecture, source=None):
-    return nvrtc.cached_code(TOOLKITS[-1], source or _source.source(CONV), expression, architecture, OPTIONS)
+    return nvrtc.cached_code(TOOLKITS[-1], source or source_of(CONV), expression, architecture, OPTIONS)
 
 
 def wrong_forms(code, in_loop, elsewhere):
@@ -223,7 +224,7 @@ SASS_FAULTS = {  # kernel, what is right, what is wrong, what is said of it
 @pytest.mark.parametrize("fault", SASS_FAULTS)
 def test_a_wrong_form_is_seen(fault):
     key, right, wrong, said = SASS_FAULTS[fault]
-    source = _source.source(CONV)
+    source = source_of(CONV)
     assert right in source
     found = wrong_forms(machine_code(*key, source.replace(right, wrong)), *FORMS[key])
     assert any(said in text for text in found), found
@@ -302,7 +303,7 @@ def test_warnings_are_seen(toolkit):
 
 @each_toolkit
 def test_an_error_names_our_file_and_line(toolkit):
-    where = _source.source(CONV) + '\n#line 40 "part.cuh"\n__global__ void broken(int* p) {\n  p[0] = q;\n}\n'
+    where = source_of(CONV) + '\n#line 40 "part.cuh"\n__global__ void broken(int* p) {\n  p[0] = q;\n}\n'
     with pytest.raises(nvrtc.CompileError, match=r'part\.cuh\(41\): error: identifier "q" is undefined'):
         compiled(toolkit, "broken", source=where)
     with pytest.raises(nvrtc.CompileError, match="no_such_kernel"):

@@ -38,13 +38,13 @@ CASES = {
 @contextmanager
 def on(**settings: Any) -> Iterator[Any]:
     """The emulated device with these settings."""
-    from pydeform.cuda import _launch
+    from pydeform.cuda.core import launch
     from tests.cuda_emulation import device
 
-    _launch._device.cache_clear()
+    launch._device.cache_clear()
     with device.settings(**settings) as run:
         yield run
-    _launch._device.cache_clear()
+    launch._device.cache_clear()
 
 
 def send(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -250,13 +250,13 @@ def test_only_the_gradient_of_the_input_depends_on_the_schedule(emulated):
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
 def test_images_at_a_time(emulated, monkeypatch, dtype, deterministic):
     """With room for the copies of one image only."""
-    from pydeform.cuda import _conv_forward
+    from pydeform.cuda.conv import forward_tiles
 
     case = CASES["wide"]._replace(batch=3)
     arrays, grad_output = make(case, dtype), make_grad_output(case, dtype)
     with on():
         whole = both(arrays, grad_output, case.options, deterministic=True)
-        monkeypatch.setattr(_conv_forward, "COPIES", 1)
+        monkeypatch.setattr(forward_tiles, "COPIES", 1)
         got = both(arrays, grad_output, case.options, deterministic=deterministic)
     assert_same_bits(got["output"], whole["output"])
     assert_near(got, {key: array.astype(float) for key, array in whole.items()}, dtype)
@@ -265,12 +265,12 @@ def test_images_at_a_time(emulated, monkeypatch, dtype, deterministic):
 @pytest.mark.parametrize("workspace", [1, 40_000])
 def test_the_workspace_of_a_deterministic_backward_is_bounded(emulated, monkeypatch, workspace):
     """Columns of a pixel and a tap at a time at least; the numbers stay."""
-    from pydeform.cuda import _conv_backward
+    from pydeform.cuda.conv import backward_tiles
 
     case = CASES["narrow"]
     arrays, grad_output = make(case), make_grad_output(case)
     with on(check=True):
-        monkeypatch.setattr(_conv_backward, "WORKSPACE", workspace)
+        monkeypatch.setattr(backward_tiles, "WORKSPACE", workspace)
         got = both(arrays, grad_output, case.options, deterministic=True)
     assert_near(got, expected("narrow"), "float64")
 
@@ -279,7 +279,7 @@ def test_memory(emulated, monkeypatch):
     """Beyond copies and results: sums of the input's gradient, the packed weight, and bounded workspaces."""
     import cupy
 
-    from pydeform.cuda import _conv_backward
+    from pydeform.cuda.conv import backward_tiles
 
     taken: list[int] = []
     for name in ("empty", "zeros", "empty_like"):
@@ -294,7 +294,7 @@ def test_memory(emulated, monkeypatch):
     case = Case(2, 32, 24, 23, 16, (3, 3), padding=((1, 1), (1, 1)))
     columns = 2 * 32 * 9 * 24 * 23 * 4
     packed = 64 * 32 * 9 * 4 * 2  # the 16 outputs fill a quarter of a tile; values are split in two
-    monkeypatch.setattr(_conv_backward, "WORKSPACE", 1 << 16)
+    monkeypatch.setattr(backward_tiles, "WORKSPACE", 1 << 16)
     arrays, grad_output = make(case, "float32"), make_grad_output(case, "float32")
     with on(processors=64):
         both(arrays, grad_output, case.options, deterministic=True)
@@ -304,20 +304,21 @@ def test_memory(emulated, monkeypatch):
 @pytest.mark.parametrize(("dtype", "capability"), [("float64", "75"), ("float32", "80"), ("float16", "90")])
 def test_long_indices(emulated, monkeypatch, dtype, capability):
     """What arrays of more than 2^31 elements would use gives the same bits."""
-    from pydeform.cuda import _channels, _conv_backward, _conv_common, _conv_forward
+    from pydeform.cuda.conv import backward_tiles, forward_tiles
+    from pydeform.cuda.core import copies, numbers
 
     arrays = {name: make(CASES[name], dtype) for name in CASES}
     with on(capability=capability, check=True):
         short, long = [], []
-        for results, limit in ((short, _conv_common.INT32_ELEMENTS), (long, 0)):
-            monkeypatch.setattr(_conv_common, "INT32_ELEMENTS", limit)
-            for cache in (_conv_forward.tiles_of, _channels._turn, _conv_backward.plan_of):
+        for results, limit in ((short, numbers.INT32_ELEMENTS), (long, 0)):
+            monkeypatch.setattr(numbers, "INT32_ELEMENTS", limit)
+            for cache in (forward_tiles.tiles_of, copies._turn, backward_tiles.plan_of):
                 cache.cache_clear()
             for name in ("narrow", "wide"):
                 case = CASES[name]
                 grad_output = make_grad_output(case, dtype)
                 results.append(both(arrays[name], grad_output, case.options, deterministic=True))
-    for cache in (_conv_forward.tiles_of, _channels._turn, _conv_backward.plan_of):
+    for cache in (forward_tiles.tiles_of, copies._turn, backward_tiles.plan_of):
         cache.cache_clear()
     for a, b in zip(short, long, strict=True):
         for key in a:
@@ -326,16 +327,16 @@ def test_long_indices(emulated, monkeypatch, dtype, capability):
 
 def test_index_type_follows_the_largest_array():
     """On paper: 46,341 x 46,341 pixels are the first square image with more than an int can count."""
-    from pydeform.cuda._conv_common import index_type
+    from pydeform.cuda.core.numbers import index_type
 
     assert index_type(10, 2**30) == "int"
     assert index_type(10, 46_341**2) == "long long"
 
 
 def test_images_that_an_int_cannot_count_are_refused(emulated, monkeypatch):
-    from pydeform.cuda import _conv_common
+    from pydeform.cuda.core import sizes
 
-    monkeypatch.setattr(_conv_common, "MOST_CELLS", 47)
+    monkeypatch.setattr(sizes, "MOST_CELLS", 47)
     case = CASES["narrow"]
     assert (case.in_h + 1) * (case.in_w + 1) == 48
     arrays, grad_output = make(case), make_grad_output(case)
@@ -384,7 +385,7 @@ def test_shared_memory_without_bank_conflicts(emulated, capability):
         forward(arrays, case.options)
     counters = run.counters()
     product = [
-        (key, count) for key, count in counters.items() if key[2] == "shared" and key[0].startswith("product.cuh")
+        (key, count) for key, count in counters.items() if key[2] == "shared" and key[0].startswith("core/product.cuh")
     ]
     assert product
     for key, count in product:

@@ -36,8 +36,8 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> Any:
         pytest.skip("the tests of this session do not run on the emulated device")
     for module in device.stand_ins.values():
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("pydeform.cuda._conv_common.DIRECT_CHANNELS", 1000)
-    return importlib.import_module("pydeform.cuda._conv_direct")
+    monkeypatch.setattr("pydeform.cuda.core.sizes.DIRECT_CHANNELS", 1000)
+    return importlib.import_module("pydeform.cuda.conv.direct")
 
 
 def on_device(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def test_no_schedule_shows(dtype):
 def test_wide_indices_change_no_bit(monkeypatch):
     with device.settings(schedule=0):
         want = [run(*deformable()), run(*deformable(), deterministic=True), run(*plain())]
-        for module in ("_conv_direct", "_conv_gather"):
-            monkeypatch.setattr(f"pydeform.cuda.{module}.index_type", lambda *sizes: "long long")
+        for module in ("direct", "gather"):
+            monkeypatch.setattr(f"pydeform.cuda.conv.{module}.index_type", lambda *sizes: "long long")
         got = [run(*deformable()), run(*deformable(), deterministic=True), run(*plain())]
     for one, other in zip(got, want, strict=True):
         for name, array in one.items():

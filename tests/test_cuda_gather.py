@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pydeform._geometry import BOUNDARIES, ConvGeometry
-from pydeform.cuda._source import Code, source
+from pydeform.cuda.core.source import FOLDER, Code, source
 from tests import conftest
 from tests.cases.deform_conv2d import dtype_of
 from tests.conftest import TOLERANCE, assert_same_bits
@@ -28,7 +28,7 @@ def gather(monkeypatch: pytest.MonkeyPatch) -> Any:
         pytest.skip("the tests of this session do not run on the emulated device")
     for module in device.stand_ins.values():
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    return importlib.import_module("pydeform.cuda._conv_gather")
+    return importlib.import_module("pydeform.cuda.conv.gather")
 
 
 class Problem(NamedTuple):
@@ -245,8 +245,8 @@ def test_lanes_read_side_by_side(gather):
     p = problem(batch=1, channels=64)
     with device.settings(profile=True) as counted:
         run(gather, p)
-    lines = importlib.import_module("pydeform.cuda._source").FOLDER.joinpath("conv_gather.cuh").read_text().splitlines()
+    lines = (FOLDER / "conv" / "gather.cuh").read_text().splitlines()
     (line,) = [number for number, text in enumerate(lines, 1) if "sum[r] += factor" in text]
-    reads = counted.counters()[f"conv_gather.cuh:{line}", "read", "global"]
+    reads = counted.counters()[f"conv/gather.cuh:{line}", "read", "global"]
     assert reads.requests > 100
     assert reads.sectors == reads.least_sectors == 4 * reads.requests

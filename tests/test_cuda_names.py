@@ -102,10 +102,10 @@ def parameters(function):
         return re.findall(r"(\w+)(?=\s*[=,)])", text)
 
 
-FILES = sorted(CUDA.glob("*.py"))
+FILES = sorted(CUDA.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CUDA).as_posix())
 def test_names_exist_in_cupy(path):
     problems = Reader(path).problems
     assert not problems, "\n".join(problems)

@@ -89,25 +89,25 @@ def test_float32_keeps_the_digits_of_every_factor(emulated, capability, name):
 
 def test_ranges_of_images(monkeypatch, emulated):
     """As many as fit, one at least, and what is left."""
-    from pydeform.cuda import _conv_forward
+    from pydeform.cuda.conv import forward_tiles
 
     g = CASES["narrow"]
-    monkeypatch.setattr(_conv_forward, "COPIES", 100)
+    monkeypatch.setattr(forward_tiles, "COPIES", 100)
     for image_bytes, batch, ends in ((50, 5, [2, 4, 5]), (51, 3, [1, 2, 3]), (101, 2, [1, 2]), (1, 3, [3])):
-        parts = _conv_forward.images_at_a_time(g._replace(batch=batch), image_bytes)
+        parts = forward_tiles.images_at_a_time(g._replace(batch=batch), image_bytes)
         assert [part.stop for part in parts] == ends
         assert [part.start for part in parts] == [0, *ends[:-1]]
 
 
 def test_images_at_a_time_with_slices(emulated, monkeypatch):
     """The weight's gradient has the slices of the whole batch, more than one image has steps: the rest add zero."""
-    from pydeform.cuda import _conv_forward
+    from pydeform.cuda.conv import forward_tiles
 
     case = Case(41, 8, 4, 5, 8, (1, 1))
     arrays, grad_output = make(case), make_grad_output(case)
     with on(processors=64):
         whole = both(arrays, grad_output, case.options, deterministic=True)
-        monkeypatch.setattr(_conv_forward, "COPIES", 1)
+        monkeypatch.setattr(forward_tiles, "COPIES", 1)
         got = both(arrays, grad_output, case.options, deterministic=True)
     assert_near(got, whole, "float64")
 
@@ -119,7 +119,7 @@ def test_shared_memory_without_bank_conflicts_in_backward(emulated, capability, 
     arrays, grad_output = make(case, dtype), make_grad_output(case, dtype)
     with on(capability=capability, profile=True, check=True) as run:
         backward(grad_output, arrays, case.options)
-    product = [(k, n) for k, n in run.counters().items() if k[2] == "shared" and k[0].startswith("product.cuh")]
+    product = [(k, n) for k, n in run.counters().items() if k[2] == "shared" and k[0].startswith("core/product.cuh")]
     assert product
     for key, count in product:
         assert count.wavefronts <= 1.05 * count.least_wavefronts, f"{key}: {count}"
@@ -139,10 +139,10 @@ def geometry_of(case: Case) -> Any:
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that would be compiled; nothing is launched."""
-    from pydeform.cuda import _conv_backward, _conv_forward
+    from pydeform.cuda.conv import backward_tiles, forward_tiles
 
     found: list[str] = []
-    for module in (_conv_forward, _conv_backward):
+    for module in (forward_tiles, backward_tiles):
         monkeypatch.setattr(module, "Launch", lambda code, expression, *rest, **more: found.append(expression))
     return found
 
@@ -158,14 +158,14 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_large_arrays_have_long_indices(emulated, planned, name):
-    from pydeform.cuda import _conv_backward, _conv_forward
-    from pydeform.cuda._launch import Device
-    from pydeform.cuda._source import Code
+    from pydeform.cuda.conv import backward_tiles, forward_tiles
+    from pydeform.cuda.core.launch import Device
+    from pydeform.cuda.core.source import Code
 
     g = geometry_of(LARGE[name])
     on = Device(0, 80, 108, 166_912)
-    _conv_forward.Tiles(Code("conv"), 1, g, "float16", on, False)
-    plan = _conv_backward.Plan(g, Code("conv"), 1, "float16", on, False)
+    forward_tiles.Tiles(Code("conv"), 1, g, "float16", on, False)
+    plan = backward_tiles.Plan(g, Code("conv"), 1, "float16", on, False)
     plan._weight(False, 1)
     plan._samples(False, 0, 1, 0, 1)
     assert plan.index == "long long"
@@ -234,31 +234,31 @@ def test_one_problem_on_two_devices(emulated):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_long_indices_fit_into_shared_memory(emulated, planned, capability, dtype, units):
-    from pydeform.cuda import _conv_backward, _conv_forward
-    from pydeform.cuda._launch import Device
-    from pydeform.cuda._source import Code
+    from pydeform.cuda.conv import backward_tiles, forward_tiles
+    from pydeform.cuda.core.launch import Device
+    from pydeform.cuda.core.source import Code
     from tests.cuda_emulation import streams
 
     on = Device(0, int(capability), 100, streams.SHARED_KIB[capability] * 1024)
     g = geometry_of(Case(1, 64, 5, 6, 300, (2, 2), offset_groups=units))
-    tiles = _conv_forward.Tiles(Code("conv"), 1, g, dtype, on, False)
+    tiles = forward_tiles.Tiles(Code("conv"), 1, g, dtype, on, False)
     assert tiles._shared(tiles.channels.slots(tiles.product.depth), "long long") <= on.shared
-    plan = _conv_backward.Plan(g, Code("conv"), 1, dtype, on, False)
+    plan = backward_tiles.Plan(g, Code("conv"), 1, dtype, on, False)
     assert plan._shared_data(plan.slots, "long long") <= on.shared
     assert plan._shared_weight(plan.slots, "long long") <= on.shared
 
 
 def test_sums_of_the_weights_gradient_fit_into_the_workspace(emulated, monkeypatch):
     """As many slices as there is room for, one at least."""
-    from pydeform.cuda import _conv_backward
-    from pydeform.cuda._launch import Device
-    from pydeform.cuda._source import Code
+    from pydeform.cuda.conv import backward_tiles
+    from pydeform.cuda.core.launch import Device
+    from pydeform.cuda.core.source import Code
 
     g, on = geometry_of(SLICED), Device(0, 80, 1000, 166_912)
     bytes_of_a_slice = 9 * 16 * 128 * 4
     for room, slices in ((1 << 26, 2), (2 * bytes_of_a_slice, 2), (2 * bytes_of_a_slice - 1, 1), (1, 1)):
-        monkeypatch.setattr(_conv_backward, "WORKSPACE", room)
-        assert _conv_backward.Plan(g, Code("conv"), 1, "float16", on, False).slices == slices
+        monkeypatch.setattr(backward_tiles, "WORKSPACE", room)
+        assert backward_tiles.Plan(g, Code("conv"), 1, "float16", on, False).slices == slices
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
@@ -288,16 +288,16 @@ def test_conv2d_input_gradient_with_strides_on_both_axes(emulated, capability, s
 
 def test_what_launches_depend_on(emulated):
     """The shared memory is what a block can have on request, not what it has without."""
-    from pydeform.cuda import _launch
+    from pydeform.cuda.core import launch
 
     with on(capability="80", processors=7):
-        assert _launch.device() == (0, 80, 7, 163 * 1024)
+        assert launch.device() == (0, 80, 7, 163 * 1024)
 
 
 def test_a_grid_without_blocks_is_not_launched(emulated):
     """CuPy would make it one block."""
-    from pydeform.cuda import _launch
+    from pydeform.cuda.core import launch
 
-    _launch.launch(None, (3, 0), 32, ())
+    launch.launch(None, (3, 0), 32, ())
     with pytest.raises(TypeError):
-        _launch.launch(None, (3, 1), 32, ())
+        launch.launch(None, (3, 1), 32, ())

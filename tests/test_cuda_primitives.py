@@ -1,4 +1,4 @@
-"""Each primitive of primitives.cuh, lane by lane, against the PTX manual's definition written out in NumPy.
+"""Each primitive of core/primitives.cuh, lane by lane, against the PTX manual's definition written out in NumPy.
 
 The kernels of conformance.cu run on the emulation, and their PTX, as NVRTC makes it, in an interpreter, where the
 strings inside `asm` have their turn. On a machine with a GPU they run there too. All must agree in every bit; sums of
@@ -25,7 +25,7 @@ from tests.cuda_emulation import build, device, nvrtc, ptx
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation is compiled with g++")
 CODE = build.inlined("conformance.cu")
 PTX_CODE = CODE  # a fault may be in the one and not in the other
-PRIMITIVES = CODE.partition('#line 1 "primitives.cuh"')[2].partition("\n#line")[0]
+PRIMITIVES = CODE.partition('#line 1 "core/primitives.cuh"')[2].partition("\n#line")[0]
 ARCHITECTURES = ("75", "80", "90a")
 NEW_ONLY = ("80", "90a")  # with bf16, tf32 and cp.async
 DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16), "float": np.dtype(np.float32)}

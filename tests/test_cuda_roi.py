@@ -48,7 +48,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def take(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes every problem go one of the two WAYS."""
-    return lambda way: monkeypatch.setattr("pydeform.cuda._conv_common.DIRECT_CHANNELS", WAYS[way])
+    return lambda way: monkeypatch.setattr("pydeform.cuda.core.sizes.DIRECT_CHANNELS", WAYS[way])
 
 
 def solve(variant: Variant, arrays: dict[str, Any], grad_output: Any, **how: Any) -> dict[str, Any]:
@@ -143,16 +143,16 @@ def test_wide_indices_change_no_bit(take, monkeypatch, way, name):
     take(way)
     arrays, grad_output = problem(VARIANTS[name], "float32")
     want = solve(VARIANTS[name], arrays, grad_output)
-    for module in ("roi", "_channels"):
+    for module in ("roi.launches", "roi.gradients", "core.copies"):
         monkeypatch.setattr(f"pydeform.cuda.{module}.index_type", lambda *sizes: "long long")
     # The launches of copies are kept by the sizes of their arrays.
-    from pydeform.cuda import _channels
+    from pydeform.cuda.core import copies
 
-    _channels._turn.cache_clear()
+    copies._turn.cache_clear()
     try:
         assert_same(solve(VARIANTS[name], arrays, grad_output), want)
     finally:
-        _channels._turn.cache_clear()
+        copies._turn.cache_clear()
 
 
 @each_variant
@@ -160,22 +160,24 @@ def test_wide_indices_change_no_bit(take, monkeypatch, way, name):
 def test_ranges_of_images_change_no_bit(take, monkeypatch, name, images):
     """Copies are made of so many images at a time."""
     from pydeform.cuda import roi
+    from pydeform.cuda.roi import launches
 
     take("warps")
     variant = VARIANTS[name]
     arrays, grad_output = problem(variant, "float32", batch=5)
     want = solve(variant, arrays, grad_output)
     channels = 4 * variant.in_channels // variant.out_channels * variant.classes  # a chunk of 16 bytes for each class
-    monkeypatch.setattr(roi, "COPIES", images * 42 * channels * 4)
-    launches = []
-    launch = roi.to_channels_last
-    monkeypatch.setattr(
-        roi, "to_channels_last", lambda *a, **k: launches.append(a[1].shape[0]) or launch(*a, **k), raising=True
-    )
+    monkeypatch.setattr(launches, "COPIES", images * 42 * channels * 4)
+    counts = []
+    copy = roi.to_channels_last
+    for module in (roi, launches):
+        monkeypatch.setattr(
+            module, "to_channels_last", lambda *a, **k: counts.append(a[1].shape[0]) or copy(*a, **k), raising=True
+        )
     assert_same(solve(variant, arrays, grad_output), want)
-    assert all(count <= max(images, len(grad_output)) for count in launches)
+    assert all(count <= max(images, len(grad_output)) for count in counts)
     if not variant.is_max:
-        assert len(launches) > 5 // images
+        assert len(counts) > 5 // images
 
 
 @each_way
@@ -267,27 +269,27 @@ def test_huge_boxes_end_quickly(take, way, name, length):
 
 def test_layout_of_the_geometry():
     """Every field arrives, whatever padding the struct has."""
-    from pydeform.cuda import _launch, _source
+    from pydeform.cuda.core import launch, source
 
     fields = _roi_geometry.RoiGeometry._fields
     values = [
         i + 2 if c.kind == "int" else i + 0.125
-        for i, c in enumerate(_source.c_fields(_roi_geometry.RoiGeometry).values())
+        for i, c in enumerate(source.c_fields(_roi_geometry.RoiGeometry).values())
     ]
     body = " ".join(f"p[{i}] = g.{field};" for i, field in enumerate(fields))
-    struct = _source.struct("RoiGeometry", _roi_geometry.RoiGeometry)
+    struct = source.struct("RoiGeometry", _roi_geometry.RoiGeometry)
     head = f"{struct}\ntemplate <class T> __global__ void fields(T* p, RoiGeometry g)"
     code = f"{head} {{ {body} p[{len(fields)}] = sizeof(g); }}"
     function = device.cupy.RawModule(code=code, name_expressions=("fields<double>",)).get_function("fields<double>")
     found = device.cupy.zeros((len(fields) + 1,), np.float64)
-    geometry = _launch.geometry(_roi_geometry.RoiGeometry(*values))
+    geometry = launch.geometry(_roi_geometry.RoiGeometry(*values))
     function((1,), (1,), (found, geometry))
     assert found.get().tolist() == [*values, geometry.dtype.itemsize]
-    assert {"int", "double"} == {field.kind for field in _source.c_fields(_roi_geometry.RoiGeometry).values()}
+    assert {"int", "double"} == {field.kind for field in source.c_fields(_roi_geometry.RoiGeometry).values()}
 
 
 def test_an_image_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr("pydeform.cuda.roi.MOST_CELLS", 55)
+    monkeypatch.setattr("pydeform.cuda.core.sizes.MOST_CELLS", 55)
     arrays, _ = problem(VARIANTS["roi_align"])
     sent = {name: device.cupy.asarray(a) for name, a in arrays.items()}
     with pytest.raises(ValueError, match=r"\(height \+ 1\) \* \(width \+ 1\) <= 55 on CUDA, got 7 \* 8 = 56"):
@@ -296,7 +298,7 @@ def test_an_image_too_large_is_refused(monkeypatch):
 
 def test_memory_is_read_and_written_in_whole_sectors(take):
     """Of 32 bytes: a pixel's channels, the results of a block, and the rows of the input's gradient."""
-    from pydeform.cuda import _source
+    from pydeform.cuda.core import source
 
     take("warps")
     variant = Variant("deform_roi_pool", {"output_size": 8, "sampling_ratio": 2, "gamma": 0.125}, 64)
@@ -304,12 +306,12 @@ def test_memory_is_read_and_written_in_whole_sectors(take):
     with device.settings(check=True, profile=True) as run:
         solve(variant, arrays, grad_output)
     requests = {"read": 0, "write": 0}
-    sums = _source.FOLDER.joinpath("roi_backward.cuh").read_text().partition("// Eq. 9: sums")[0].count("\n")
+    sums = source.FOLDER.joinpath("roi/backward.cuh").read_text().partition("// Eq. 9: sums")[0].count("\n")
     for (line, kind, memory), count in run.counters().items():
         file, _, number = line.partition(":")
-        if file == "roi_backward.cuh" and int(number) > sums:
+        if file == "roi/backward.cuh" and int(number) > sums:
             continue  # little of it, and not worth another layout
-        if memory == "global" and line.startswith("roi_") and count.bytes >= 64 * count.requests:
+        if memory == "global" and line.startswith("roi/") and count.bytes >= 64 * count.requests:
             assert count.sectors <= 1.2 * count.least_sectors, (line, kind, count)
             requests[kind] += count.requests
     assert min(requests.values()) > 1000

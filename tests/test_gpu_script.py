@@ -196,14 +196,14 @@ def test_what_the_sanitizers_watch_is_sound(monkeypatch):
 # On the emulated device ----------------------------------------------------------------------------------------------
 def forget_plans():
     """And all else that the launch code keeps."""
-    from pydeform.cuda import _launch, conv  # noqa: F401  (imports the rest)
+    from pydeform.cuda.core import launch
 
     for name, loaded in list(sys.modules.items()):
         if name.startswith("pydeform.cuda."):
             for value in vars(loaded).values():
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()
-    _launch._allowed.clear()
+    launch._allowed.clear()
 
 
 @pytest.fixture
@@ -241,13 +241,13 @@ def test_versions_are_told(gpu, capsys):
 @needs_emulation
 def test_what_is_compiled_ahead_is_what_is_launched(gpu, monkeypatch):
     """All of it, in one part of three."""
-    from pydeform.cuda import _launch
-    from pydeform.cuda._source import Code
+    from pydeform.cuda.core import launch
+    from pydeform.cuda.core.source import Code
 
     found = PARTS["kernels_to_compile"]()
     compiled = []
     with monkeypatch.context() as patch:
-        patch.setattr(_launch, "kernel", lambda code, expression: compiled.append((code, expression)))
+        patch.setattr(launch, "kernel", lambda code, expression: compiled.append((code, expression)))
         patch.setitem(PARTS["compile_share"].__globals__, "kernels_to_compile", lambda: found)
         for part in range(3):
             PARTS["compile_share"](part, 3)

@@ -453,7 +453,7 @@ def test_a_library_without_a_way_back_is_refused_before_the_work(library):
 # CUDA, as far as a machine without one goes --------------------------------------------------------------------------
 def test_cuda_arrays_without_cupy(library, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)  # imports as if it were not installed
-    monkeypatch.delitem(sys.modules, "pydeform.cuda._dlpack", raising=False)
+    monkeypatch.delitem(sys.modules, "pydeform.cuda.core.dlpack", raising=False)
     monkeypatch.setattr(_interop, "_import_cuda", _interop._import_cuda.__wrapped__)  # which keeps what it has
     monkeypatch.setattr(Standard, "__dlpack_device__", lambda self: (_interop.CUDA, 0))
     refused(Standard(np.zeros(3)), r"on the CPU while CuPy cannot be imported \(.*\), got a CUDA array$")

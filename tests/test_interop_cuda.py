@@ -52,10 +52,10 @@ def cupy(monkeypatch):
         pytest.skip("a real device is here")
     for name, module in device.stand_ins.items():
         monkeypatch.setitem(sys.modules, name, module)
-    from pydeform.cuda import _dlpack
+    from pydeform.cuda.core import dlpack
 
-    monkeypatch.setattr(_dlpack, "cupy", device.cupy)
-    monkeypatch.setattr(_dlpack, "_held", _dlpack.Held())
+    monkeypatch.setattr(dlpack, "cupy", device.cupy)
+    monkeypatch.setattr(dlpack, "_held", dlpack.Held())
     monkeypatch.setattr(streams, "_captures", {})
     with device.settings(devices=2):
         yield device.cupy
@@ -270,7 +270,7 @@ def test_lent_memory_is_held_until_the_device_is_done_with_it(library, cupy, lau
 
 
 def test_held_memory_is_released_when_the_program_ends(library, cupy, launches, monkeypatch):
-    from pydeform.cuda import _dlpack
+    from pydeform.cuda.core import dlpack
 
     order = []
     monkeypatch.setattr(cupy.cuda.Event, "done", False)
@@ -279,7 +279,7 @@ def test_held_memory_is_released_when_the_program_ends(library, cupy, launches, 
     memory = weakref.ref(given["input"].host, lambda _: order.append("released"))
     pydeform.conv2d(**given)
     del given
-    _dlpack._held.release()
+    dlpack._held.release()
     gc.collect()
     assert order == ["waited", "released"] and memory() is None
 
@@ -426,19 +426,19 @@ def test_torch_graphs_capture_forward_and_backward(torch, cupy, name, warm):
 
 def test_lent_memory_during_a_capture(library, cupy, launches, monkeypatch):
     """No event is recorded, which nobody could ask later, and none is asked, which would end the capture."""
-    from pydeform.cuda import _dlpack
+    from pydeform.cuda.core import dlpack
 
     with cupy.cuda.Stream() as stream:
         with monkeypatch.context() as patch:
             patch.setattr(cupy.cuda.Event, "done", False)
             pydeform.conv2d(**arrays(Producer))
-        assert len(_dlpack._held._arrays) == 1
+        assert len(dlpack._held._arrays) == 1
         stream.begin_capture(streams.GLOBAL)
         pydeform.conv2d(**arrays(Producer))
         stream.end_capture()
-        assert len(_dlpack._held._arrays) == 1
+        assert len(dlpack._held._arrays) == 1
         pydeform.conv2d(**arrays(Producer))
-    assert not _dlpack._held._arrays
+    assert not dlpack._held._arrays
 
 
 @pytest.mark.parametrize("first", ["torch", "cupy"])

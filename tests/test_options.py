@@ -274,16 +274,16 @@ def test_a_result_that_no_memory_holds_is_an_error_before_anything_is_computed(b
 
 def test_sizes_that_ints_of_a_struct_cannot_hold_are_refused_on_cuda():
     """Arrays of 4 GB and more, or views of one element that look as large."""
-    from pydeform.cuda import _conv_common
+    from pydeform.cuda.conv import plan
 
     g = _geometry.ConvGeometry(*[1] * 6, *[(1, 1)] * 6)
-    _conv_common.check_size("conv2d", g._replace(batch=2**31 - 1, out_channels=2**31 - 1))
+    plan.check_size("conv2d", g._replace(batch=2**31 - 1, out_channels=2**31 - 1))
     for name in ("batch", "in_channels", "out_channels"):
         text = f"^conv2d: {name} must be at most 2147483647 on CUDA, got 2147483648$"
         with pytest.raises(ValueError, match=text):
-            _conv_common.check_size("conv2d", g._replace(**{name: 2**31, "groups": 2 if name == "in_channels" else 1}))
+            plan.check_size("conv2d", g._replace(**{name: 2**31, "groups": 2 if name == "in_channels" else 1}))
     with pytest.raises(ValueError, match=rf"^conv2d: weight must have .* <= 2147483647 on CUDA, got {2**32}$"):
-        _conv_common.check_size("conv2d", g._replace(kernel=(2**16, 2**16)))
+        plan.check_size("conv2d", g._replace(kernel=(2**16, 2**16)))
 
 
 # Layers ------------------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def one_stream() -> Iterator[None]:
         return
     torch = importlib.import_module("torch")
     stream = torch.cuda.Stream()
-    on_stream = importlib.import_module("pydeform.cuda._dlpack").on_stream
+    on_stream = importlib.import_module("pydeform.cuda.core.dlpack").on_stream
     with torch.cuda.stream(stream), on_stream(stream.device_index, stream.cuda_stream):
         yield
 

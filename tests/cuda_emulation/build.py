@@ -27,6 +27,7 @@ COMMON = (
     "-fno-exceptions",
 )
 CHECKED = ("-fsanitize=thread,float-cast-overflow", "--param=tsan-instrument-func-entry-exit=0", "-fno-tree-sra")
+PRIMITIVES = "core/primitives.cuh"
 FEATURES = ("avx2", "f16c", "fma")
 # Ends every translation unit: the kernels that Python may launch, and where the library lies in memory.
 ENTRIES = """
@@ -45,14 +46,14 @@ class CompileException(Exception):
 
 
 def inlined(name: str) -> str:
-    """A .cu of this folder with primitives.cuh in the place of its #include, so that it needs no include path."""
-    primitives = (HERE.parents[1] / "pydeform" / "cuda" / "primitives.cuh").read_text(encoding="utf-8")
-    before, found, after = (HERE / name).read_text(encoding="utf-8").partition('#include "primitives.cuh"\n')
+    """A .cu of this folder with the primitives in the place of their #include, so that it needs no include path."""
+    primitives = (HERE.parents[1] / "pydeform" / "cuda" / PRIMITIVES).read_text(encoding="utf-8")
+    before, found, after = (HERE / name).read_text(encoding="utf-8").partition(f'#include "{PRIMITIVES}"\n')
     if not found:
-        raise ValueError(f"{name} does not include primitives.cuh")
+        raise ValueError(f"{name} does not include {PRIMITIVES}")
     primitives = primitives.replace("#pragma once\n", "\n")
     line = before.count("\n") + 2
-    return f'#line 1 "{name}"\n{before}#line 1 "primitives.cuh"\n{primitives}#line {line} "{name}"\n{after}'
+    return f'#line 1 "{name}"\n{before}#line 1 "{PRIMITIVES}"\n{primitives}#line {line} "{name}"\n{after}'
 
 
 def cache_folder() -> Path:
@@ -114,7 +115,10 @@ def kernels(source: str, expressions: Sequence[str], options: Sequence[str], arc
     unit = folder / f"{library.stem}.{os.getpid()}.cpp"
     text = f'#include "primitives_emulated.h"\n#line 1 "source.cu"\n{source}\n'
     unit.write_text(text + ENTRIES.format(entries=entries, count=len(expressions)), encoding="utf-8")
-    flags = ["-O1", *COMMON, "-fno-semantic-interposition", *_machine_flags(), *(CHECKED if checked else ())]
+    # Names that #line gives begin with ".", the compiler's folder: all others are paths, those of our headers too.
+    flags = [f"-fdebug-prefix-map={os.getcwd()}=.", f"-fdebug-prefix-map={HERE}=/emulation"]
+    flags += ["-O1", *COMMON, "-fno-semantic-interposition"]
+    flags += [*_machine_flags(), *(CHECKED if checked else ())]
     flags += [f"-D__CUDA_ARCH__={architecture.rstrip('af')}0", "-I", str(HERE)]
     if architecture == "90a":
         flags.append("-D__CUDA_ARCH_FEAT_SM90_ALL")
@@ -134,6 +138,11 @@ def load(library: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
+def _own_name(place: str) -> str:
+    """A name that #line gave, or the last part of a path."""
+    return place.removeprefix("./") if place.startswith("./") else os.path.basename(place)
+
+
 def source_lines(library: Path, offsets: Sequence[int]) -> list[str]:
     """file:line of each code address, given relative to the start of the library."""
     asked = [hex(offset - 1) for offset in offsets]  # the address after a call may belong to the next line
@@ -143,8 +152,8 @@ def source_lines(library: Path, offsets: Sequence[int]) -> list[str]:
         if line.startswith("0x"):
             blocks.append([])
         else:
-            blocks[-1].append(os.path.basename(line.split(" ")[0]))
-    hidden = ("emulation.h", "primitives_emulated.h", "primitives.cuh", "entries")
+            blocks[-1].append(_own_name(line.split(" ")[0]))
+    hidden = ("emulation.h", "primitives_emulated.h", PRIMITIVES, "entries")
     lines = []
     for block in blocks:  # innermost function first
         kernel = [line for line in block if not line.startswith((*hidden, "?"))]

@@ -1,6 +1,6 @@
 // One kernel for each primitive, run by one warp (wgmma: a warpgroup): each lane's registers go to `out` as they are.
 // test_cuda_primitives.py compares them with what the PTX manual says, on the emulation and on a GPU.
-#include "primitives.cuh"
+#include "core/primitives.cuh"
 
 // ---- conversions, one element a thread
 template <class T> __global__ void widen(const T* in, float* out) {

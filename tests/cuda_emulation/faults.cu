@@ -1,6 +1,6 @@
 // Kernels with one planted fault each, on the line that says FAULT, and their correct twins (FIXED). All run with
 // 128 threads a block; test_cuda_emulation.py says what each must be caught for.
-#include "primitives.cuh"
+#include "core/primitives.cuh"
 
 template <bool FIXED> __global__ void missing_barrier(const float* x, float* y) {
   PYDEFORM_SHARED(float, tile, 128);

@@ -1,4 +1,4 @@
-// The twins of the instructions of primitives.cuh, after the PTX manual. Tests only; the sums are in tensor_cores.cpp.
+// The twins of the instructions of core/primitives.cuh, after the PTX manual. Tests only; the sums are in tensor_cores.cpp.
 // Copies and wgmma take effect when they are waited for: until then a kernel that does not wait sees NaN.
 #pragma once
 #include "emulation.h"

@@ -1,8 +1,8 @@
 """Runs the PTX that NVRTC makes of a kernel: all threads of a block at once, as NumPy arrays.
 
-The strings inside `asm` run nowhere else where there is no GPU. It knows the instructions that primitives.cuh and its
-conformance kernels come to, each after the PTX manual and not after its twin in C++; of any other it says so. No weak
-memory, no time; what is asynchronous happens when it is waited for.
+The strings inside `asm` run nowhere else where there is no GPU. It knows the instructions that core/primitives.cuh and
+its conformance kernels come to, each after the PTX manual and not after its twin in C++; of any other it says so. No
+weak memory, no time; what is asynchronous happens when it is waited for.
 """
 
 from __future__ import annotations

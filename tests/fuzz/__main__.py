@@ -125,9 +125,9 @@ def take_way(backend: str, operator: str) -> None:
 
     for way, most_channels in conftest.WAYS.items():
         if backend.endswith(way):
-            from pydeform.cuda import _conv_common
+            from pydeform.cuda.core import sizes
 
-            _conv_common.DIRECT_CHANNELS = most_channels
+            sizes.DIRECT_CHANNELS = most_channels
     conftest._tolerance = conftest.tolerance_of(backend, "roi" not in operator)
 
 

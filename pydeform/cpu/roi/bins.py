@@ -1,6 +1,6 @@
 """What a bin of a box reads on one axis (docs/math/roi.md, eq. 1 to 4): pixels, their weights and the derivatives.
 
-Every field of `Rules` is one line here and one line of cuda/roi_bins.cuh. `boxes` tells the type of coordinates.
+Every field of `Rules` is one line here and one line of cuda/roi/bins.cuh. `boxes` tells the type of coordinates.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Convolutions with few channels in a group: launches of conv_direct.cuh, on the arrays as they are.
+"""Convolutions by single threads, on the arrays as they are: launches of conv/direct.cuh.
 
 Arrays arrive C-contiguous and checked, with at least one image; None stands for an array that is absent.
 """
@@ -12,26 +12,16 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from pydeform.cuda import _conv_gather
-from pydeform.cuda._channels import to_channels_first
-from pydeform.cuda._conv_common import (
-    C_TYPES,
-    WORKSPACE,
-    ceil_div,
-    compute_dtype,
-    index_type,
-    integer,
-    own_types,
-    pixels,
-    taps,
-)
-from pydeform.cuda._launch import geometry, kernel, launch
-from pydeform.cuda._source import Code
+from pydeform.cuda.conv import gather
+from pydeform.cuda.conv.plan import pixels, taps
+from pydeform.cuda.core.copies import to_channels_first
+from pydeform.cuda.core.launch import geometry, kernel, launch
+from pydeform.cuda.core.numbers import C_TYPES, ceil_div, compute_dtype, index_type, integer, own_types
+from pydeform.cuda.core.sizes import WORKSPACE
+from pydeform.cuda.core.source import Code
 
 THREADS = 256
 TILE = 128  # output pixels at least, where an image is taken in parts
-
-Gradients = tuple[Any, Any, Any, Any, Any]
 
 
 def forward(code: Code, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, output: Any) -> None:
@@ -51,18 +41,13 @@ def backward(
     input: Any,
     offset: Any,
     weight: Any,
-    bias: Any,
     mask: Any,
     g: Any,
-    needs: Any,
+    grads: dict[str, Any],
+    *,
     deterministic: bool,
-) -> Gradients:
-    """By input, offset, weight, bias and mask; None for each that is not needed or whose array is absent."""
-    arrays = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-    grads = {
-        name: cupy.empty(array.shape, array.dtype) if name in needs and array is not None else None
-        for name, array in arrays.items()
-    }
+) -> None:
+    """Into the arrays of `grads`, None where a gradient is not needed."""
     if grads["weight"] is not None:
         weight_gradient(code, grad_output, input, offset, mask, g, grads["weight"])
     if grads["bias"] is not None:
@@ -78,7 +63,6 @@ def backward(
         else:
             data.at_once(grads["input"])
         sums.finish()
-    return grads["input"], grads["offset"], grads["weight"], grads["bias"], grads["mask"]
 
 
 def weight_gradient(code: Code, grad_output: Any, input: Any, offset: Any, mask: Any, g: Any, grad_weight: Any) -> None:
@@ -180,7 +164,7 @@ class _Data(NamedTuple):
             columns = None if sums is None else cupy.empty((some, count, g.in_channels), dtype)
             self._run(None, columns, *chunk, store=True)  # also without columns, for the same reason
             if sums is not None:
-                _conv_gather.accumulate(self.code, columns, self.offset, self.mask, sums, g, g.in_channels, *chunk)
+                gather.accumulate(self.code, columns, self.offset, self.mask, sums, g, g.in_channels, *chunk)
         if sums is not None:
             to_channels_first(self.code, sums, grad_input, g.in_channels, g.in_channels)
 
@@ -221,7 +205,7 @@ def chunks(g: Any, itemsize: int, workspace: int) -> Iterator[tuple[int, int, in
     """
     everything, whole = g.batch * pixels(g), pixels(g)
     sample = g.in_channels * itemsize + g.offset_groups * 4  # bytes, with its place in a bin
-    image = taps(g) * whole * sample + _conv_gather.bin_bytes(g)
+    image = taps(g) * whole * sample + gather.bin_bytes(g)
     if image <= workspace:
         span, length, step = everything, workspace // image * whole, taps(g)
     else:

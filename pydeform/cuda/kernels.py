@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pydeform.cuda._conv_common import (
-    ADJOINT,
-    C_TYPES,
-    DEFORMED,
-    PLAIN,
-    Product,
-    data_product,
-    forward_product,
-    weight_product,
-)
-from pydeform.cuda._source import Code
+from pydeform.cuda.conv.plan import ADJOINT, DEFORMED, PLAIN, data_product, forward_product, weight_product
+from pydeform.cuda.core.numbers import C_TYPES
+from pydeform.cuda.core.product import Product
+from pydeform.cuda.core.source import Code
 
 # A kernel of 256 threads may take 255 registers of a multiprocessor's 65,536; 128 let two blocks run side by side.
 CAPABILITIES = {75: ("75",), 80: ("80", "90"), 90: ("90a",)}

@@ -1,4 +1,4 @@
-"""The input's gradient without float atomics: launches of conv_gather.cuh."""
+"""The input's gradient without float atomics: launches of conv/gather.cuh."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import cupy
 import numpy as np
 
-from pydeform.cuda._conv_common import C_TYPES, ceil_div, index_type, own_types, pixels
-from pydeform.cuda._launch import geometry, kernel, launch
-from pydeform.cuda._source import Code
+from pydeform.cuda.conv.plan import pixels
+from pydeform.cuda.core.launch import geometry, kernel, launch
+from pydeform.cuda.core.numbers import C_TYPES, ceil_div, index_type, own_types
+from pydeform.cuda.core.source import Code
 
 THREADS = 256
 

@@ -2,18 +2,8 @@
 // and never to device memory. The steps of a tile run over (block of channels, tap), the tap inside, so that the first
 // level of cache has a block's neighbourhood when the next tap comes back to it.
 #pragma once
-#include "channels.cuh"
-#include "product.cuh"
-
-// Where a tap reads. ADJOINT is the transpose of PLAIN: a gradient's pixels in the places of an image's.
-constexpr int PLAIN = 0, DEFORMED = 1, ADJOINT = 2;
-template <int READS> constexpr int PIXELS_READ = READS == DEFORMED ? CORNERS : 1;
-
-// corner: first chunk of the pixel, or of the zeros behind the last; weight: or, of an infinite mask, that and `within`
-template <class A, class I, int READS> struct Tap {
-  I corner[PIXELS_READ<READS>];
-  A weight[PIXELS_READ<READS>];
-};
+#include "conv/taps.cuh"
+#include "core/product.cuh"
 
 // A step of a tile: which block of channels, which tap. The last three steps' taps are kept, in places 0 to 2.
 struct Cursor {
@@ -38,229 +28,46 @@ struct Cursor {
   }
 };
 
-// `in_kernel`: the tap's place there.
-template <class T, class I, int READS, class TOffset>
-PYDEFORM_DEVICE Tap<Compute<T>, I, READS> locate_tap(const Offsets<T, I, TOffset>& offsets, const OutputPixel& pixel,
-                                                     int og, int tap, const int (&in_kernel)[AXES], const Geometry& g,
-                                                     I chunks) {
-  using A = Compute<T>;
-  Tap<A, I, READS> t;
-  const I image = in_pixels_of<I>(g), zeros = g.batch * image * chunks, start = pixel.b * image;
-  int at[AXES];
-#pragma unroll
-  for (int a = 0; a < AXES; a++) at[a] = pixel.origin[a] + in_kernel[a] * g.dilation[a];
-  if constexpr (READS == DEFORMED) {
-    A m;
-    const Sample<A> s = offsets.at(pixel.b, og, tap, pixel.p, at, m, g);
-#pragma unroll
-    for (int k = 0; k < CORNERS; k++) t.corner[k] = s.corner[k] < 0 ? zeros : (start + s.corner[k]) * chunks;
-    corner_weights(t.weight, s.within, m);
-    if (is_infinite(m)) {
-      t.weight[0] = m;
-#pragma unroll
-      for (int a = 0; a < AXES; a++) t.weight[1 + a] = s.within[a];
-    }
-  } else {
-    bool inside = true;
-    if constexpr (READS == ADJOINT) {  // the pixel whose tap read this one
-      take_apart(at, pixel.p, g.out_size);
-#pragma unroll
-      for (int a = 0; a < AXES; a++) {
-        at[a] += g.pad[a] - in_kernel[a] * g.dilation[a];
-        inside = inside && at[a] % g.stride[a] == 0;
-        at[a] /= g.stride[a];
-      }
-    }
-    inside = inside && is_inside(at, g.in_size);
-    t.corner[0] = inside ? (start + place_of(at, g.in_size)) * chunks : zeros;
-    t.weight[0] = 1;
-  }
-  return t;
-}
-
-// What stands for a pixel that does not exist.
-template <class T, class I, int READS> PYDEFORM_DEVICE Tap<Compute<T>, I, READS> no_tap(const Geometry& g, I chunks) {
-  Tap<Compute<T>, I, READS> t;
-#pragma unroll
-  for (int k = 0; k < PIXELS_READ<READS>; k++) {
-    t.corner[k] = g.batch * in_pixels_of<I>(g) * chunks;
-    t.weight[k] = 0;
-  }
-  return t;
-}
-
-// The 16 bytes of channels of one sample, from those of its corners. Of an infinite mask times the zeros behind the
-// channels that exist, which `count_channels` counts, zeros stay.
-template <class T, class I, int READS, class Count>
-PYDEFORM_DEVICE uint4 blend(const Tap<Compute<T>, I, READS>& t, const uint4 (&corner)[PIXELS_READ<READS>],
-                            Count count_channels) {
-  if constexpr (READS != DEFORMED) {
-    return corner[0];
-  } else {
-    constexpr int E = 16 / sizeof(T);
-    const Compute<T> m = t.weight[0];
-    Compute<T> w[CORNERS];
-#pragma unroll
-    for (int k = 0; k < CORNERS; k++) w[k] = t.weight[k];
-    if (is_infinite(m)) {
-      Compute<T> within[AXES];
-#pragma unroll
-      for (int a = 0; a < AXES; a++) within[a] = t.weight[1 + a];
-      corner_weights(w, within, (Compute<T>)1);
-    }
-    Compute<T> sum[E];
-#pragma unroll
-    for (int k = 0; k < CORNERS; k++) {
-      Compute<T> v[E];
-      unpack<T>(v, corner[k]);
-#pragma unroll
-      for (int e = 0; e < E; e++) sum[e] = k ? sum[e] + w[k] * v[e] : w[0] * v[e];
-    }
-    if (is_infinite(m)) {
-      const int channels = count_channels();
-#pragma unroll
-      for (int e = 0; e < E; e++) sum[e] = e < channels ? m * sum[e] : (Compute<T>)0;
-    }
-    return pack<T>(sum);
-  }
-}
-
-template <class T, class I, int PIXELS>
-PYDEFORM_DEVICE void load_corners(uint4 (&corner)[PIXELS], const T* __restrict__ channel, const I (&place)[PIXELS]) {
-#pragma unroll
-  for (int k = 0; k < PIXELS; k++) corner[k] = load16(channel + (long long)place[k] * (16 / sizeof(T)));
-}
-
-// Owner: a block has BM output pixels x BN output channels of a group, of slice blockIdx.y of the steps.
-// Reads the channels-last image and the packed weight; writes its part of output, or of the partial sums.
-// No atomics: the same bits on each run.
-template <class P, class I, int READS, class TOffset = typename P::T>
-__global__ void __launch_bounds__(P::THREADS, 1)
-    forward(const typename P::T* __restrict__ image, const TOffset* __restrict__ offset,
-            const typename P::T* __restrict__ mask, const typename P::T* __restrict__ weight,
-            const typename P::T* __restrict__ bias, typename P::T* __restrict__ output,
-            typename P::Acc* __restrict__ partial, Geometry g, Channels c, int tiles_n, int slots) {
+// The taps of a step for the pixels of a tile: each thread has one pixel, and one slot or more of it. A slot is a unit
+// along the depth.
+template <class P, class I, int READS, class TOffset>
+PYDEFORM_DEVICE void locate_slots(Tap<Compute<typename P::T>, I, READS>* taps,
+                                  const Offsets<typename P::T, I, TOffset>& offsets, const OutputPixel& pixel,
+                                  bool exists, int group, const Cursor& step, int slots, I chunks, const Geometry& g,
+                                  const Channels& c) {
   using T = typename P::T;
-  using Point = Tap<Compute<T>, I, READS>;
-  constexpr int PIXELS = PIXELS_READ<READS>;
-  constexpr int A_BYTES = P::PARTS * P::BM * P::ROW, B_BYTES = P::PARTS * P::BN * P::ROW;
-  constexpr int TASKS = P::BM * P::CHUNKS / P::THREADS, ROWS = P::THREADS / P::CHUNKS;
-  // A thread's samples wait in registers for the next step; in three dimensions these have room for one, which does not.
-  constexpr int KEPT = PIXELS > 4 ? 1 : TASKS;
-  static_assert(P::THREADS % P::BM == 0 && P::BM % ROWS == 0 && ROWS % 8 == 0, "a thread's rows are swizzled alike");
-  PYDEFORM_DYNAMIC_SHARED(unsigned char, shared);
-  unsigned char *const a_tiles = shared, *const b_tiles = shared + 2 * A_BYTES;
-  Point* const taps = reinterpret_cast<Point*>(shared + 2 * (A_BYTES + B_BYTES));  // [3][slots][BM]
-
   const int tid = threadIdx.x;
-  const int group_outputs = g.out_channels / g.groups, steps = c.blocks * taps_of(g);
-  const int tile_n = blockIdx.x % tiles_n, group = blockIdx.x / tiles_n % g.groups, n0 = tile_n * P::BN;
-  const I m0 = (I)(blockIdx.x / (tiles_n * g.groups)) * P::BM, pixels = out_pixels_of<I>(g), all = g.batch * pixels;
-  const int first = (int)((long long)steps * blockIdx.y / gridDim.y),
-            end = (int)((long long)steps * (blockIdx.y + 1) / gridDim.y);
-  const I chunks = (I)g.groups * c.units * c.pitch / P::E;
-  const Offsets<T, I, TOffset> offsets{offset, mask};
-
-  // Each thread locates the taps of one pixel of the tile, for one slot or more: a slot is a unit along the depth.
-  const I m = m0 + tid % P::BM;
-  const OutputPixel pixel(m < all ? m : (I)0, g);
-  Cursor located(first, g);
-  auto locate_step = [&]() {
-    for (int slot = tid / P::BM; slot < slots; slot += P::THREADS / P::BM) {
-      const Place place(group, located.block * P::DEPTH + slot * (P::DEPTH / slots), c);
-      Point t = no_tap<T, I, READS>(g, chunks);
-      if (m < all && place.valid)
-        t = locate_tap<T, I, READS>(offsets, pixel, READS == DEFORMED ? place.offset_group(g, c) : 0, located.tap,
-                                    located.at, g, chunks);
-      taps[(located.place * slots + slot) * P::BM + tid % P::BM] = t;
-    }
-    located.next(g);
-  };
-  // The weight is packed as the tiles of the steps, one after another.
-  const unsigned char* rows = reinterpret_cast<const unsigned char*>(weight) +
-                              ((size_t)(group * tiles_n + tile_n) * steps + first) * B_BYTES + tid * 16;
-  const int row = tid / P::CHUNKS, column = tid % P::CHUNKS, slot = column * slots / P::CHUNKS,
-            own = P::at(row, column);
-  auto load_weight = [&](int stage) {
-    unsigned char* const tile = b_tiles + stage * B_BYTES + own;
-#pragma unroll
-    for (int i = 0; i < B_BYTES; i += P::THREADS * 16) cp_async16(tile + i, rows + i, true);
-    cp_async_commit();
-    rows += B_BYTES;
-  };
-  // A thread blends one chunk of 16 bytes of each ROWS-th row.
-  const Point* const points = taps + slot * P::BM + row;
-  Cursor gathered(first, g);
-  const T* channel = nullptr;
-  auto enter_block = [&]() {
-    const Place place(group, gathered.block * P::DEPTH + column * P::E, c);
-    channel = place.valid ? image + place.memory(c) : nullptr;
-  };
-  uint4 corner[KEPT][PIXELS];
-  auto load_samples = [&](int first) {
-    if (channel) {
-#pragma unroll
-      for (int i = 0; i < KEPT; i++)
-        load_corners<T, I>(corner[i], channel, points[gathered.place * slots * P::BM + (first + i) * ROWS].corner);
-    } else {
-#pragma unroll
-      for (int i = 0; i < KEPT; i++)
-#pragma unroll
-        for (int k = 0; k < PIXELS; k++) corner[i][k] = make_uint4(0, 0, 0, 0);
-    }
-  };
-  auto next_tap = [&]() {
-    if (gathered.next(g)) enter_block();
-  };
-  auto gather = [&]() {
-    if constexpr (KEPT == TASKS) {
-      load_samples(0);
-      next_tap();
-    }
-  };
-  int stored = 0;  // place of the taps
-  auto store_samples = [&](int s, int stage) {
-    auto count_channels = [&]() {
-      const Place place(group, s / taps_of(g) * P::DEPTH + column * P::E, c);
-      return place.valid ? c.unit - place.within : 0;
-    };
-#pragma unroll
-    for (int i = 0; i < TASKS; i++) {
-      if constexpr (KEPT < TASKS) load_samples(i);
-      P::put(a_tiles + stage * A_BYTES + own + i * ROWS * P::ROW,
-             blend<T, I, READS>(points[stored * slots * P::BM + i * ROWS], corner[i % KEPT], count_channels));
-    }
-    if constexpr (KEPT < TASKS) next_tap();
-    stored = stored == 2 ? 0 : stored + 1;
-  };
-
-  typename P::Sums sums;
-  for (int s = first; s < min(first + 3, end); s++) locate_step();
-  enter_block();
-  load_weight(0);
-  __syncthreads();
-  gather();
-  store_samples(first, 0);
-  if (first + 1 < end) gather();
-  cp_async_wait<0>();
-  P::ready();
-  __syncthreads();
-  int stage = 0;
-#pragma unroll 1
-  for (int left = end - first; left > 0; left--) {
-    if (left > 1) load_weight(stage ^ 1);
-    P::issue(sums, a_tiles + stage * A_BYTES, b_tiles + stage * B_BYTES);
-    if (left > 1) store_samples(end - left + 1, stage ^ 1);
-    if (left > 2) gather();  // on its way during the rest of this step and the next product
-    if (left > 3) locate_step();
-    cp_async_wait<0>();
-    P::ready();
-    P::wait(sums);
-    __syncthreads();
-    stage ^= 1;
+  for (int slot = tid / P::BM; slot < slots; slot += P::THREADS / P::BM) {
+    const Place place(group, step.block * P::DEPTH + slot * (P::DEPTH / slots), c);
+    Tap<Compute<T>, I, READS> t = no_tap<T, I, READS>(g, chunks);
+    if (exists && place.valid)
+      t = locate_tap<T, I, READS>(offsets, pixel, READS == DEFORMED ? place.offset_group(g, c) : 0, step.tap, step.at,
+                                  g, chunks);
+    taps[(step.place * slots + slot) * P::BM + tid % P::BM] = t;
   }
+}
 
-  // Each warp turns eight of its columns at a time, so that threads next to each other write pixels next to each other.
+// The packed weight, whose tiles follow each other as the steps do: the next 16 bytes of a thread's first row.
+template <class P> struct WeightTiles {
+  const unsigned char* next;
+  PYDEFORM_DEVICE void load(unsigned char* tile) {
+    constexpr int BYTES = P::PARTS * P::BN * P::ROW;
+#pragma unroll
+    for (int i = 0; i < BYTES; i += P::THREADS * 16) cp_async16(tile + i, next + i, true);
+    cp_async_commit();
+    next += BYTES;
+  }
+};
+
+// The sums of a tile, from pixel m0 and output n0 of the group on, into output or, if it is not null, into this slice of
+// partial. Each warp turns eight of its columns at a time in shared memory, so that threads next to each other write
+// pixels next to each other.
+template <class P, class I>
+PYDEFORM_DEVICE void write_tile(const typename P::Sums& sums, unsigned char* shared,
+                                const typename P::T* __restrict__ bias, typename P::T* __restrict__ output,
+                                typename P::Acc* __restrict__ partial, I m0, int n0, int group, const Geometry& g) {
+  const I pixels = out_pixels_of<I>(g), all = g.batch * pixels;
+  const int tid = threadIdx.x, group_outputs = g.out_channels / g.groups;
   constexpr int PITCH = P::WM + 4, SPAN = P::WM < 32 ? P::WM : 32, SPANS = P::WM / SPAN;
   const int lane = tid & 31;
   typename P::Acc* const turned = reinterpret_cast<typename P::Acc*>(shared) + tid / 32 * 8 * PITCH;
@@ -293,11 +100,128 @@ __global__ void __launch_bounds__(P::THREADS, 1)
         if (partial)
           partial[target[k] + o * stride] = sum;
         else
-          output[target[k] + o * stride] = from_float<T>(sum + shift);
+          output[target[k] + o * stride] = from_float<typename P::T>(sum + shift);
       }
     }
     __syncwarp();
   }
+}
+
+// Owner: a block has BM output pixels x BN output channels of a group, of slice blockIdx.y of the steps.
+// Reads the channels-last image and the packed weight; writes its part of output, or of the partial sums.
+// No atomics: the same bits on each run.
+template <class P, class I, int READS, class TOffset = typename P::T>
+__global__ void __launch_bounds__(P::THREADS, 1)
+    forward(const typename P::T* __restrict__ image, const TOffset* __restrict__ offset,
+            const typename P::T* __restrict__ mask, const typename P::T* __restrict__ weight,
+            const typename P::T* __restrict__ bias, typename P::T* __restrict__ output,
+            typename P::Acc* __restrict__ partial, Geometry g, Channels c, int tiles_n, int slots) {
+  using T = typename P::T;
+  using Tap = ::Tap<Compute<T>, I, READS>;
+  constexpr int PIXELS = PIXELS_READ<READS>;
+  constexpr int A_BYTES = P::PARTS * P::BM * P::ROW, B_BYTES = P::PARTS * P::BN * P::ROW;
+  constexpr int TASKS = P::BM * P::CHUNKS / P::THREADS, ROWS = P::THREADS / P::CHUNKS;
+  // A thread's samples wait in registers for the next step; in three dimensions these have room for one, which does not.
+  constexpr int KEPT = PIXELS > 4 ? 1 : TASKS;
+  static_assert(P::THREADS % P::BM == 0 && P::BM % ROWS == 0 && ROWS % 8 == 0, "a thread's rows are swizzled alike");
+  PYDEFORM_DYNAMIC_SHARED(unsigned char, shared);
+  unsigned char *const a_tiles = shared, *const b_tiles = shared + 2 * A_BYTES;
+  Tap* const taps = reinterpret_cast<Tap*>(shared + 2 * (A_BYTES + B_BYTES));  // [3][slots][BM]
+
+  const int tid = threadIdx.x;
+  const int steps = c.blocks * taps_of(g);
+  const int tile_n = blockIdx.x % tiles_n, group = blockIdx.x / tiles_n % g.groups, n0 = tile_n * P::BN;
+  const I m0 = (I)(blockIdx.x / (tiles_n * g.groups)) * P::BM, all = g.batch * out_pixels_of<I>(g);
+  const int first = (int)((long long)steps * blockIdx.y / gridDim.y),
+            end = (int)((long long)steps * (blockIdx.y + 1) / gridDim.y);
+  const I chunks = (I)g.groups * c.units * c.pitch / P::E;
+  const Offsets<T, I, TOffset> offsets{offset, mask};
+
+  const I m = m0 + tid % P::BM;
+  const OutputPixel pixel(m < all ? m : (I)0, g);
+  Cursor located(first, g);
+  auto locate_step = [&]() {
+    locate_slots<P, I, READS>(taps, offsets, pixel, m < all, group, located, slots, chunks, g, c);
+    located.next(g);
+  };
+  WeightTiles<P> weights{reinterpret_cast<const unsigned char*>(weight) +
+                         ((size_t)(group * tiles_n + tile_n) * steps + first) * B_BYTES + tid * 16};
+  const int row = tid / P::CHUNKS, column = tid % P::CHUNKS, slot = column * slots / P::CHUNKS,
+            own = P::at(row, column);
+  auto load_weight = [&](int stage) { weights.load(b_tiles + stage * B_BYTES + own); };
+  // A thread blends one chunk of 16 bytes of each ROWS-th row.
+  const Tap* const own_taps = taps + slot * P::BM + row;
+  Cursor gathered(first, g);
+  const T* channel = nullptr;
+  auto enter_block = [&]() {
+    const Place place(group, gathered.block * P::DEPTH + column * P::E, c);
+    channel = place.valid ? image + place.memory(c) : nullptr;
+  };
+  uint4 corner[KEPT][PIXELS];
+  auto load_samples = [&](int first) {
+    if (channel) {
+#pragma unroll
+      for (int i = 0; i < KEPT; i++)
+        load_corners<T, I>(corner[i], channel, own_taps[gathered.place * slots * P::BM + (first + i) * ROWS].corner);
+    } else {
+#pragma unroll
+      for (int i = 0; i < KEPT; i++)
+#pragma unroll
+        for (int k = 0; k < PIXELS; k++) corner[i][k] = make_uint4(0, 0, 0, 0);
+    }
+  };
+  auto next_tap = [&]() {
+    if (gathered.next(g)) enter_block();
+  };
+  auto gather = [&]() {
+    if constexpr (KEPT == TASKS) {
+      load_samples(0);
+      next_tap();
+    }
+  };
+  int stored = 0;  // place of the taps
+  auto store_samples = [&](int s, int stage) {
+    auto count_channels = [&]() {
+      const Place place(group, s / taps_of(g) * P::DEPTH + column * P::E, c);
+      return place.valid ? c.unit - place.within : 0;
+    };
+#pragma unroll
+    for (int i = 0; i < TASKS; i++) {
+      if constexpr (KEPT < TASKS) load_samples(i);
+      P::put(a_tiles + stage * A_BYTES + own + i * ROWS * P::ROW,
+             blend<T, I, READS>(own_taps[stored * slots * P::BM + i * ROWS], corner[i % KEPT], count_channels));
+    }
+    if constexpr (KEPT < TASKS) next_tap();
+    stored = stored == 2 ? 0 : stored + 1;
+  };
+
+  typename P::Sums sums;
+  for (int s = first; s < min(first + 3, end); s++) locate_step();
+  enter_block();
+  load_weight(0);
+  __syncthreads();
+  gather();
+  store_samples(first, 0);
+  if (first + 1 < end) gather();
+  cp_async_wait<0>();
+  P::ready();
+  __syncthreads();
+  int stage = 0;
+#pragma unroll 1
+  for (int left = end - first; left > 0; left--) {
+    if (left > 1) load_weight(stage ^ 1);
+    P::issue(sums, a_tiles + stage * A_BYTES, b_tiles + stage * B_BYTES);
+    if (left > 1) store_samples(end - left + 1, stage ^ 1);
+    if (left > 2) gather();  // on its way during the rest of this step and the next product
+    if (left > 3) locate_step();
+    cp_async_wait<0>();
+    P::ready();
+    P::wait(sums);
+    __syncthreads();
+    stage ^= 1;
+  }
+
+  write_tile<P, I>(sums, shared, bias, output, partial, m0, n0, group, g);
 }
 
 // Owner: one thread per output element. Adds the slices in their order, then the bias.

@@ -3,7 +3,7 @@
 //
 // `grads` is grad_output as (R, bins, classes, pitch): a class's channels side by side, with room for `pitch` of them.
 #pragma once
-#include "roi_forward.cuh"
+#include "roi/forward.cuh"
 
 constexpr int TILE_H = 2, TILE_W = 8;  // pixels of one thread of input_gradient
 constexpr int AHEAD = 4;               // loads of one thread on their way at once

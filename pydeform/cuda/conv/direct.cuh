@@ -4,7 +4,7 @@
 // Every sum has one order, whatever the launch, but for the atomics of backward_data_direct. An image, of the input or
 // the output, has fewer than 2^31 pixels; I is the type for places in whole arrays.
 #pragma once
-#include "channels.cuh"
+#include "conv/places.cuh"
 
 constexpr int DIRECT_THREADS = 256;
 constexpr int DIRECT_BLOCKS = 2;  // on a multiprocessor: left to itself, ptxas spills in order to fit in four
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
 // neighbouring p side by side; ACTIVE: a block has pixels of one (og, tap). Reads grad_output and weight of the groups of
 // og's channels. Writes its grad_offset for each axis and its grad_mask; ACTIVE: the sum over the block's pixels, to
 // grad_offset[og][tap - tap0][axis][block of pixels]. STORE: writes its column gradients, without mask, into columns
-// (taps, count, C) for conv_gather.cuh; else adds its parts to accumulator (N, C, P), in no order. A result that is null is
+// (taps, count, C) for conv/gather.cuh; else adds its parts to accumulator (N, C, P), in no order. A result that is null is
 // not wanted.
 template <class T, class I, bool STORE, class TOffset = T>
 __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)

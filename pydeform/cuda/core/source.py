@@ -12,14 +12,14 @@ from typing import Any
 from pydeform._geometry import ConvGeometry
 from pydeform._roi_geometry import RoiGeometry
 
-FOLDER = Path(__file__).parent
-INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
+FOLDER = Path(__file__).parents[1]  # of all kernels: headers are named from here
+INCLUDE = re.compile(r'^#include "(\w+/\w+\.cuh)"$', re.MULTILINE)
 # A header that only the emulation of the tests has; it is found there through an include path.
 EMULATED = "primitives_emulated.h"
 
 
 class Code(typing.NamedTuple):
-    """A .cu and what is constant in it."""
+    """A family, whose .cu has its name, and what is constant there."""
 
     file: str
     axes: int = 2
@@ -30,10 +30,8 @@ class Code(typing.NamedTuple):
 def source(code: Code) -> str:
     """CUDA C++; compilers report errors under the names and lines of our files."""
     text = f"constexpr int AXES = {code.axes};\nconstexpr bool ACTIVE = {str(code.active).lower()};\n"
-    text += struct("Geometry", ConvGeometry, code.axes)  # which headers that all share ask for
-    if code.file == "roi":
-        text += struct("RoiGeometry", RoiGeometry)
-    return text + _inlined(f"{code.file}.cu", set())
+    text += struct("RoiGeometry", RoiGeometry) if code.file == "roi" else struct("Geometry", ConvGeometry, code.axes)
+    return text + _inlined(f"{code.file}/{code.file}.cu", set())
 
 
 class Field(typing.NamedTuple):

@@ -10,7 +10,8 @@
 // 7                                                 bias_gradient
 //
 // gather_bins, with count_samples, fill_bins and sort_bins before it, is for who asks for the same bits on each run.
-#include "conv_direct.cuh"
-#include "conv_forward.cuh"
-#include "conv_backward.cuh"
-#include "conv_gather.cuh"
+#include "conv/direct.cuh"
+#include "conv/forward.cuh"
+#include "conv/backward_data.cuh"
+#include "conv/backward_weight.cuh"
+#include "conv/gather.cuh"

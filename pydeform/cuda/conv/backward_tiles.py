@@ -1,4 +1,4 @@
-"""Backward of a convolution with or without offsets: each gradient by its own kernel, over the same copies."""
+"""Backward of a convolution by tiles: each gradient by its own kernel, over the same copies."""
 
 from __future__ import annotations
 
@@ -9,37 +9,22 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from pydeform.cuda import _conv_common, _conv_direct, _conv_gather
-from pydeform.cuda._channels import to_channels_first, to_channels_last
-from pydeform.cuda._conv_common import (
-    ADJOINT,
-    C_TYPES,
-    DEFORMED,
-    PLAIN,
-    WORKSPACE,
-    ceil_div,
-    compute_dtype,
-    corner_bytes,
-    index_type,
-    integer,
-    own_types,
-    pixels,
-    round_up,
-    taps,
-)
-from pydeform.cuda._conv_forward import (
+from pydeform.cuda.conv import direct, gather, plan
+from pydeform.cuda.conv.forward_tiles import (
     PLANS,
     THREADS,
-    by_tiles,
-    contiguous,
+    forward,
     images_at_a_time,
     part_of,
 )
-from pydeform.cuda._launch import Device, Launch, device
-from pydeform.cuda._source import Code
+from pydeform.cuda.conv.plan import ADJOINT, DEFORMED, PLAIN, corner_bytes, pixels, taps
+from pydeform.cuda.core import numbers
+from pydeform.cuda.core.copies import to_channels_first, to_channels_last
+from pydeform.cuda.core.launch import Device, Launch, device
+from pydeform.cuda.core.numbers import C_TYPES, ceil_div, compute_dtype, index_type, integer, own_types, round_up
+from pydeform.cuda.core.sizes import WORKSPACE
+from pydeform.cuda.core.source import Code
 
-Grads = tuple[Any, Any, Any, Any, Any]
-NAMES = ("input", "offset", "weight", "bias", "mask")
 SHORTEST_SLICE = 8  # steps of the weight's gradient
 BLOCKS = 2  # of the weight's gradient for each multiprocessor
 
@@ -50,68 +35,41 @@ def backward(
     input: Any,
     offset: Any,
     weight: Any,
-    bias: Any,
-    mask: Any,
-    g: Any,
-    needs: Any,
-    *,
-    deterministic: bool,
-    allow_tf32: bool,
-) -> Grads:
-    with input.device:
-        grad_output, input, offset, weight, bias, mask = contiguous(grad_output, input, offset, weight, bias, mask)
-        if g.batch and _conv_common.is_direct(g):
-            return _conv_direct.backward(code, grad_output, input, offset, weight, bias, mask, g, needs, deterministic)
-        make = cupy.empty_like if g.batch else cupy.zeros_like
-        grads = {
-            name: make(array) if name in needs and array is not None else None
-            for name, array in zip(NAMES, (input, offset, weight, bias, mask), strict=True)
-        }
-        if g.batch:
-            tf32 = allow_tf32 and weight.dtype == np.float32
-            _by_tiles(code, grad_output, input, offset, weight, mask, g, grads, deterministic, tf32)
-        return grads["input"], grads["offset"], grads["weight"], grads["bias"], grads["mask"]
-
-
-def _by_tiles(
-    code: Code,
-    grad_output: Any,
-    input: Any,
-    offset: Any,
-    weight: Any,
     mask: Any,
     g: Any,
     grads: dict[str, Any],
+    *,
     deterministic: bool,
     allow_tf32: bool,
 ) -> None:
     """Into the arrays of `grads`, None where a gradient is not needed."""
     if grads["bias"] is not None:
-        _conv_direct.bias_gradient(code, grad_output, g, grads["bias"])
+        direct.bias_gradient(code, grad_output, g, grads["bias"])
     if offset is None and grads["input"] is not None:
         # Without offsets every input pixel knows the output pixels that read it: a forward of grad_output.
-        back = _conv_common.swapped(g)
-        by_tiles(code, ADJOINT, grad_output, None, weight, None, None, back, grads["input"], allow_tf32=allow_tf32)
+        back = plan.swapped(g)
+        forward(code, ADJOINT, grad_output, None, weight, None, None, back, grads["input"], allow_tf32=allow_tf32)
+    allow_tf32 = allow_tf32 and weight.dtype == np.float32
     need_samples = offset is not None and any(grads[name] is not None for name in ("input", "offset", "mask"))
     if not need_samples and grads["weight"] is None:
         return
     reads = PLAIN if offset is None else DEFORMED
     key = (code, reads, input.dtype.name, device(), allow_tf32, own_types(input, offset))
     packed = partial = None
-    offset_sums = _conv_direct.OffsetSums(code, grads["offset"], g)
+    offset_sums = direct.OffsetSums(code, grads["offset"], g)
     whole = plan_of(g, *key)
     for part in images_at_a_time(g, plan_of(g._replace(batch=1), *key).image_bytes):
-        plan = plan_of(g._replace(batch=part.stop - part.start), *key)
-        image, gradient = plan.copies(input[part], grad_output[part])
+        own = plan_of(g._replace(batch=part.stop - part.start), *key)
+        image, gradient = own.copies(input[part], grad_output[part])
         arrays = Parts(gradient, image, part_of(offset, part), part_of(mask, part))
         if need_samples:
-            packed = plan.pack_weight(weight) if packed is None else packed
+            packed = own.pack_weight(weight) if packed is None else packed
             targets = part_of(grads["input"], part), offset_sums, part, part_of(grads["mask"], part)
-            plan.samples(arrays, packed, *targets, deterministic=deterministic)
+            own.samples(arrays, packed, *targets, deterministic=deterministic)
         if grads["weight"] is not None:
             started = partial is not None
             partial = whole.partial_weight() if partial is None else partial
-            plan.add_weight(arrays, partial, started=started)
+            own.add_weight(arrays, partial, started=started)
     offset_sums.finish()
     if grads["weight"] is not None:
         whole.sum_weight(partial, grads["weight"])
@@ -144,18 +102,16 @@ class Plan:
     ) -> None:
         group_outputs = g.out_channels // g.groups
         self.g, self.code, self.reads, self.dtype, self.on, self.offset_type = g, code, reads, dtype, on, offset_type
-        self.data_product = _conv_common.data_product(dtype, on.capability, allow_tf32)
-        self.weight_product = _conv_common.weight_product(dtype, on.capability, group_outputs, allow_tf32)
+        self.data_product = plan.data_product(dtype, on.capability, allow_tf32)
+        self.weight_product = plan.weight_product(dtype, on.capability, group_outputs, allow_tf32)
         # One layout for both: their tiles have equally many input channels.
-        self.channels = c = _conv_common.channels(
-            g, dtype, self.data_product.columns, self._shared, on.shared, whole=True
-        )
+        self.channels = c = plan.channels(g, dtype, self.data_product.columns, self._shared, on.shared, whole=True)
         self.slots = c.slots(self.data_product.columns)
         self.width = c.blocks * self.data_product.columns
         self.memory = c.memory(g.groups)
         self.padded_outputs = round_up(group_outputs, self.data_product.depth)
         self.everything = g.batch * pixels(g)
-        itemsize, sums = _conv_common.ITEMSIZE[dtype], compute_dtype(np.dtype(_conv_common.DTYPES[dtype]))
+        itemsize, sums = numbers.ITEMSIZE[dtype], compute_dtype(np.dtype(numbers.DTYPES[dtype]))
         self.sums = sums
         self._samples = functools.lru_cache(self.KEPT)(self._make_samples)
         self._weight = functools.lru_cache(self.KEPT)(self._make_weight)
@@ -163,20 +119,20 @@ class Plan:
         image, gradient = self.memory * math.prod(g.in_size), g.groups * self.padded_outputs * pixels(g)
         self.image_bytes = (image + gradient) * itemsize + image * sums.itemsize
         self.index = index_type(
-            *(g.batch * image + self.memory, g.batch * gradient, _conv_common.offsets(g) * self.everything),
+            *(g.batch * image + self.memory, g.batch * gradient, plan.offsets(g) * self.everything),
             *(taps(g) * g.groups * self.width * self.padded_outputs, WORKSPACE // sums.itemsize),
         )
 
     def _shared_data(self, slots: int, index: str) -> int:
         """Bytes: two stages of tiles, then the product in their place, and the sampling points."""
         p, corners = self.data_product, 1 << len(self.g.in_size)
-        staged = p.rows * (p.columns + 8) * compute_dtype(np.dtype(_conv_common.DTYPES[p.dtype])).itemsize
+        staged = p.rows * (p.columns + 8) * compute_dtype(np.dtype(numbers.DTYPES[p.dtype])).itemsize
         point = corner_bytes(p.dtype, index, corners, 1 + len(self.g.in_size))
         return max(2 * p.stage_bytes, staged) + slots * p.rows * point
 
     def _shared_weight(self, slots: int, index: str) -> int:
         """Bytes: two stages of tiles, and the taps of three steps."""
-        corners = _conv_common.corners_read(self.g, self.reads)
+        corners = plan.corners_read(self.g, self.reads)
         tap = corner_bytes(self.dtype, index, corners, corners)
         return 2 * self.weight_product.turned_stage_bytes + 3 * slots * self.weight_product.turned_depth * tap
 
@@ -210,7 +166,7 @@ class Plan:
         parts: Parts,
         packed: Any,
         grad_input: Any,
-        offset_sums: _conv_direct.OffsetSums,
+        offset_sums: direct.OffsetSums,
         images: slice,
         grad_mask: Any,
         *,
@@ -221,7 +177,7 @@ class Plan:
         ranges = [(0, self.everything, 0, taps(g))]
         # What adds up over pixels keeps to the same ranges whatever else is needed, so that `needs` changes no bit.
         if deterministic and (grad_input is not None or self.code.active):
-            ranges = list(_conv_direct.chunks(g._replace(in_channels=self.memory), self.sums.itemsize, WORKSPACE))
+            ranges = list(direct.chunks(g._replace(in_channels=self.memory), self.sums.itemsize, WORKSPACE))
         sums = None
         if grad_input is not None:
             sums = cupy.zeros((g.batch * math.prod(g.in_size), self.memory), self.sums)
@@ -234,7 +190,7 @@ class Plan:
             self._samples(deterministic, *chunk)(*parts, packed, grad_offset, grad_mask, target)
             offset_sums.add(grad_offset, tap0)
             if gathers:
-                _conv_gather.accumulate(self.code, target, parts.offset, parts.mask, sums, g, self.memory, *chunk)
+                gather.accumulate(self.code, target, parts.offset, parts.mask, sums, g, self.memory, *chunk)
         if sums is not None:
             to_channels_first(self.code, sums, grad_input, self.channels.unit, self.channels.pitch)
 
@@ -264,7 +220,7 @@ class Plan:
         """Ranges of pixels with a sum each."""
         steps = ceil_div(self.everything, self.weight_product.turned_depth)
         most = WORKSPACE // (taps(self.g) * self.g.out_channels * self.width * self.sums.itemsize)
-        wanted = _conv_common.slices(self._weight_tiles, steps, BLOCKS * self.on.processors, SHORTEST_SLICE)
+        wanted = plan.slices(self._weight_tiles, steps, BLOCKS * self.on.processors, SHORTEST_SLICE)
         return max(1, min(wanted, most))
 
     @property

@@ -1,4 +1,4 @@
-"""Forward of a convolution with or without offsets: copies, packed weight, tiles, and the sum of slices."""
+"""Forward of a convolution by tiles: copies, packed weight, tiles, and the sum of slices."""
 
 from __future__ import annotations
 
@@ -9,44 +9,21 @@ from typing import Any
 import cupy
 import numpy as np
 
-from pydeform.cuda import _conv_common, _conv_direct
-from pydeform.cuda._channels import to_channels_last
-from pydeform.cuda._conv_common import (
-    C_TYPES,
-    COPIES,
-    DEFORMED,
-    PLAIN,
-    ceil_div,
-    compute_dtype,
-    corner_bytes,
-    index_type,
-    own_types,
-    pixels,
-    taps,
-)
-from pydeform.cuda._launch import Device, Launch, device
-from pydeform.cuda._source import Code
+from pydeform.cuda.conv import plan
+from pydeform.cuda.conv.plan import corner_bytes, pixels, taps
+from pydeform.cuda.core import numbers
+from pydeform.cuda.core.copies import to_channels_last
+from pydeform.cuda.core.launch import Device, Launch, device
+from pydeform.cuda.core.numbers import C_TYPES, ceil_div, compute_dtype, index_type, own_types
+from pydeform.cuda.core.sizes import COPIES
+from pydeform.cuda.core.source import Code
 
 THREADS = 256
 PLANS = 512  # kept, the most recent ones: a network has some for each of its layers
 SHORTEST_SLICE = 8  # steps: below, filling and emptying the pipeline costs more than a slice saves
 
 
-def forward(code: Code, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, *, allow_tf32: bool) -> Any:
-    with input.device:
-        input, offset, weight, bias, mask = contiguous(input, offset, weight, bias, mask)
-        output = cupy.empty((g.batch, g.out_channels, *g.out_size), input.dtype)
-        if g.batch == 0:
-            return output
-        if _conv_common.is_direct(g):
-            _conv_direct.forward(code, input, offset, weight, bias, mask, g, output)
-            return output
-        reads = PLAIN if offset is None else DEFORMED
-        by_tiles(code, reads, input, offset, weight, bias, mask, g, output, allow_tf32=allow_tf32)
-        return output
-
-
-def by_tiles(
+def forward(
     code: Code,
     reads: int,
     input: Any,
@@ -66,11 +43,6 @@ def by_tiles(
         tiles = tiles_of(code, reads, g._replace(batch=part.stop - part.start), *key)
         packed = tiles.pack_weight(weight) if packed is None else packed
         tiles.run(input[part], part_of(offset, part), part_of(mask, part), packed, bias, output[part])
-
-
-def contiguous(*arrays: Any) -> list[Any]:
-    """One copy of each array that is not, on the current device."""
-    return [None if array is None else cupy.ascontiguousarray(array) for array in arrays]
 
 
 def images_at_a_time(g: Any, image_bytes: int) -> list[slice]:
@@ -96,22 +68,20 @@ class Tiles:
         self, code: Code, reads: int, g: Any, dtype: str, on: Device, allow_tf32: bool, offset_type: str = ""
     ) -> None:
         group_outputs = g.out_channels // g.groups
-        self.code, self.reads, self.g, self.dtype = code, reads, g, np.dtype(_conv_common.DTYPES[dtype])
-        self.product = p = _conv_common.forward_product(dtype, on.capability, group_outputs, allow_tf32)
-        self.channels = c = _conv_common.channels(
-            g, dtype, p.depth, lambda slots: self._shared(slots, "long long"), on.shared
-        )
+        self.code, self.reads, self.g, self.dtype = code, reads, g, np.dtype(numbers.DTYPES[dtype])
+        self.product = p = plan.forward_product(dtype, on.capability, group_outputs, allow_tf32)
+        self.channels = c = plan.channels(g, dtype, p.depth, lambda slots: self._shared(slots, "long long"), on.shared)
         self.memory = c.memory(g.groups)
         self.image_bytes = self.memory * math.prod(g.in_size) * self.dtype.itemsize
         self._tiles_n = ceil_div(group_outputs, p.columns)
         self._packed = g.groups * self._tiles_n * c.blocks * taps(g) * p.parts * p.columns * p.depth
         self._everything = g.batch * pixels(g)
         tiles = ceil_div(self._everything, p.rows) * g.groups * self._tiles_n
-        self._slices = _conv_common.slices(tiles, c.blocks * taps(g), on.processors, SHORTEST_SLICE)
+        self._slices = plan.slices(tiles, c.blocks * taps(g), on.processors, SHORTEST_SLICE)
         outputs = self._everything * g.out_channels
         index = index_type(
             *((g.batch * math.prod(g.in_size) + 1) * self.memory, self._packed, outputs * self._slices),
-            _conv_common.offsets(g) * self._everything,
+            plan.offsets(g) * self._everything,
         )
         slots = c.slots(p.depth)
         shared = self._shared(slots, index)
@@ -130,7 +100,7 @@ class Tiles:
 
     def _shared(self, slots: int, index: str) -> int:
         """Bytes: two stages of tiles, and the taps of three steps."""
-        corners = _conv_common.corners_read(self.g, self.reads)
+        corners = plan.corners_read(self.g, self.reads)
         tap = corner_bytes(self.product.dtype, index, corners, corners)
         return 2 * self.product.stage_bytes + 3 * self.product.rows * slots * tap
 

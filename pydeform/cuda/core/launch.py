@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from pydeform.cuda._source import Code, c_fields, source
+from pydeform.cuda.core.source import Code, c_fields, source
 
 OLDEST = 75  # compute capability
 DEFAULT_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel has without asking

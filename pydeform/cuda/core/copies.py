@@ -1,4 +1,4 @@
-"""Channels-last copies and back: launches of channels.cuh."""
+"""Channels-last copies and back: launches of core/copies.cuh."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from typing import Any
 import cupy
 import numpy as np
 
-from pydeform.cuda._conv_common import C_TYPES, ceil_div, compute_dtype, index_type, integer
-from pydeform.cuda._launch import Device, Launch, device
-from pydeform.cuda._source import Code
+from pydeform.cuda.core.launch import Device, Launch, device
+from pydeform.cuda.core.numbers import C_TYPES, ceil_div, compute_dtype, index_type, integer
+from pydeform.cuda.core.source import Code
 
 THREADS = 256
 PLANS = 1024  # kept, the most recent ones
 TILE_PIXELS, TILE_BYTES = 64, 128  # of a block: pixels, and channels of each in the copy or the sums
 MOST_BLOCKS = 65535  # along the second and the third axis of a grid
+
+
+def contiguous(*arrays: Any) -> list[Any]:
+    """One copy of each array that is not, on the current device."""
+    return [None if array is None else cupy.ascontiguousarray(array) for array in arrays]
 
 
 def to_channels_last(code: Code, array: Any, unit: int, pitch: int, cells: int = 1) -> Any:

@@ -1,5 +1,5 @@
 // Kernels of roi_pool, roi_align, ps_roi_pool, ps_roi_align, deform_roi_pool and deform_psroi_pool. Equations are those
-// of docs/math/roi.md. Eq. 1 to 4, what a bin reads, are at one place for all kernels: roi_bins.cuh.
+// of docs/math/roi.md. Eq. 1 to 4, what a bin reads, are at one place for all kernels: roi/bins.cuh.
 //
 // eq.          by warps, on a channels-last copy       by single threads, on the input as it is
 // 5, 6         pool_bins                               pool_direct
@@ -11,5 +11,5 @@
 //
 // The maximum is that of pixels in roi_pool, and of points in roi_align with mode="max". Eq. 8 and 9 are for
 // deform_roi_pool and deform_psroi_pool, which have offsets and a mask. Other differences are the rules in RoiGeometry.
-#include "roi_forward.cuh"
-#include "roi_backward.cuh"
+#include "roi/forward.cuh"
+#include "roi/backward.cuh"

@@ -6,31 +6,20 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import ml_dtypes
-import numpy as np
-
 from pydeform import _checks, _geometry
 from pydeform._geometry import ConvGeometry
+from pydeform.cuda.core import sizes
+from pydeform.cuda.core.numbers import ITEMSIZE, round_up
+from pydeform.cuda.core.product import Product
 
-C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
-ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-PLAIN, DEFORMED, ADJOINT = 0, 1, 2  # where a tap reads, as in conv_forward.cuh
-DIRECT_CHANNELS = 8  # with fewer channels in a group a tile would be mostly zeros: conv_direct.cuh
-SMALL_COPY = 1 << 18  # values of an image that are copied for however few results
+PLAIN, DEFORMED, ADJOINT = 0, 1, 2  # where a tap reads, as in conv/taps.cuh
 COPIED_FOR_EACH = 4  # values at most, in a larger copy, for each product that is summed
-COPIES = 256 << 20  # bytes of channels-last copies at a time, of one image at least
-WORKSPACE = 64 << 20  # bytes for partial weight gradients, and for the columns of a deterministic input gradient
 SLOTS = (8, 4, 2, 1)  # most offset groups along the depth of a tile, as shared memory allows
-INT32_ELEMENTS = 2**31 - 2**16  # what threads past the end of an array add stays within an int
-
-
 NAMES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}  # of the axes
-MOST_CELLS = 2**31 - 1  # between the pixels of one image, and around them: counted in an int
 
 
 class Channels(NamedTuple):
-    """`struct Channels` of channels.cuh."""
+    """`struct Channels` of conv/places.cuh."""
 
     unit: int
     units: int
@@ -45,54 +34,6 @@ class Channels(NamedTuple):
     def memory(self, groups: int) -> int:
         """Channels of a pixel of the copy."""
         return groups * self.units * self.pitch
-
-
-class Product(NamedTuple):
-    """One policy of product.cuh, and the sizes that follow from its parameters."""
-
-    kind: str
-    dtype: str
-    rows: int  # BM, pixels
-    columns: int  # BN
-    warp_rows: int
-    warp_columns: int
-    parts: int = 1  # tiles of a value split in two
-    tf32: bool = False
-
-    @property
-    def expression(self) -> str:
-        c = C_TYPES[self.dtype]
-        if self.kind == "Wgmma":
-            return f"Wgmma<{c}, {self.rows}, {self.columns}, {'true' if self.parts == 2 else 'false'}>"
-        sizes = f"{c}, {self.rows}, {self.columns}, {self.warp_rows}, {self.warp_columns}"
-        if "Mma" in self.kind and self.dtype == "float32" and not self.tf32:
-            sizes += ", 3"
-        return f"{self.kind}<{sizes}>"
-
-    @property
-    def threads(self) -> int:
-        return self.rows // self.warp_rows * (self.columns // self.warp_columns) * 32
-
-    @property
-    def row_bytes(self) -> int:
-        return 128 if self.kind == "Wgmma" else 64
-
-    @property
-    def depth(self) -> int:
-        return self.row_bytes // ITEMSIZE[self.dtype]
-
-    @property
-    def stage_bytes(self) -> int:
-        return self.parts * (self.rows + self.columns) * self.row_bytes
-
-    @property
-    def turned_depth(self) -> int:
-        """Pixels in a tile of the weight's gradient."""
-        return 64 if ITEMSIZE[self.dtype] == 2 else 32
-
-    @property
-    def turned_stage_bytes(self) -> int:
-        return self.turned_depth * (self.rows + self.columns) * ITEMSIZE[self.dtype]
 
 
 def forward_product(dtype: str, capability: int, group_outputs: int, allow_tf32: bool) -> Product:
@@ -142,23 +83,16 @@ def check_size(op: str, g: ConvGeometry) -> None:
     formula = " * ".join(f"({name} + 1)" for name in NAMES[axes])
     for what, size in (("input", g.in_size), ("output", g.out_size)):
         cells = math.prod(pixels + 1 for pixels in size)
-        if cells > MOST_CELLS:
+        if cells > sizes.MOST_CELLS:
             got = " * ".join(str(pixels + 1) for pixels in size)
             raise ValueError(
-                f"{op}: an image of the {what} must have {formula} <= {MOST_CELLS} on CUDA, got {got} = {cells}"
+                f"{op}: an image of the {what} must have {formula} <= {sizes.MOST_CELLS} on CUDA, got {got} = {cells}"
             )
     weights = g.in_channels // g.groups * math.prod(g.kernel)
     if weights > _checks.MOST:
         kernel = _geometry.named("kernel", axes).replace(", ", " * ")
         raise ValueError(f"{op}: weight must have C/groups * {kernel} <= {_checks.MOST} on CUDA, got {weights}")
-    check_fields(op, g)
-
-
-def check_fields(op: str, g: Any) -> None:
-    """The integers of a geometry fit into those of its struct."""
-    for name, value in g._asdict().items():
-        if isinstance(value, int) and value > _checks.MOST:
-            raise ValueError(f"{op}: {name} must be at most {_checks.MOST} on CUDA, got {value}")
+    sizes.check_fields(op, g)
 
 
 def is_direct(g: ConvGeometry) -> bool:
@@ -166,7 +100,8 @@ def is_direct(g: ConvGeometry) -> bool:
     outputs = g.out_channels // g.groups * math.prod(g.out_size)
     copy = g.in_channels * math.prod(g.in_size)
     samples = math.prod(g.kernel) * g.in_channels * outputs
-    return g.in_channels // g.groups < DIRECT_CHANNELS or copy > max(SMALL_COPY, COPIED_FOR_EACH * samples)
+    few = g.in_channels // g.groups < sizes.DIRECT_CHANNELS
+    return few or copy > max(sizes.SMALL_COPY, COPIED_FOR_EACH * samples)
 
 
 def channels(
@@ -186,23 +121,6 @@ def channels(
         if shared(found.slots(depth)) <= limit:
             break
     return found
-
-
-def index_type(*sizes: int) -> str:
-    """C++ type for places in arrays of so many elements."""
-    return "int" if max(sizes) <= INT32_ELEMENTS else "long long"
-
-
-def own_types(data: Any, *coordinates: Any) -> str:
-    """The last template arguments of a kernel: types of its coordinates, where one is wider than that of its data.
-
-    None stands for an array that is absent. Kernels read both types, since a copy of all offsets in float32 would cost
-    those who have them in half precision.
-    """
-    types = [(data if array is None else array).dtype for array in coordinates]
-    while types and types[-1] == data.dtype:
-        types.pop()
-    return "".join(f", {C_TYPES[dtype.name]}" for dtype in types)
 
 
 def slices(tiles: int, steps: int, processors: int, shortest: int) -> int:
@@ -231,16 +149,6 @@ def corners_read(g: ConvGeometry, reads: int) -> int:
     return 1 << len(g.in_size) if reads == DEFORMED else 1
 
 
-def integer(index: str, value: int) -> Any:
-    """A kernel's parameter of index type."""
-    return np.int32(value) if index == "int" else np.int64(value)
-
-
-def compute_dtype(dtype: Any) -> np.dtype:
-    """Of coordinates and sums."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
 def corner_bytes(dtype: str, index: str, corners: int, values: int) -> int:
     """sizeof a C struct of `corners` indices and `values` numbers."""
     number, value = (4 if index == "int" else 8), max(4, ITEMSIZE[dtype])
@@ -253,11 +161,3 @@ def pixels(g: Any) -> int:
 
 def taps(g: Any) -> int:
     return math.prod(g.kernel)
-
-
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

@@ -35,6 +35,16 @@ class ConvGeometry(NamedTuple):
     dilation: tuple[int, ...]
 
 
+class ConvArrays(NamedTuple):
+    """What a convolution is of. No offset: taps do not move; one of one axis is that of all images and positions."""
+
+    input: Any
+    offset: Any
+    weight: Any
+    bias: Any
+    mask: Any
+
+
 def conv_geometry(
     op: str,
     axes: int,

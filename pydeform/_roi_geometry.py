@@ -95,6 +95,15 @@ DEFORM_PSROI_POOL = Rules(
 )
 
 
+class RoiArrays(NamedTuple):
+    """What is pooled, in which boxes, and what moves and scales bins, which may be absent."""
+
+    input: Any
+    boxes: Any
+    offset: Any
+    mask: Any
+
+
 class RoiGeometry(NamedTuple):
     """Every number an RoI kernel needs, integers and floats. The last fields are those of `Rules`."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pydeform._geometry import BOUNDARIES
+from pydeform._geometry import BOUNDARIES, ConvArrays
 from tests.cases.axes import GRADS, Case, expected, make, oracle
 from tests.conftest import assert_same_bits, needs_emulation
 from tests.test_cuda_convolution import EMULATED, assert_near
@@ -52,10 +52,9 @@ def solve(case: Case, arrays: dict[str, Any], needs: Any = GRADS, **how: Any) ->
     from pydeform.cuda import conv
 
     sent = {name: EMULATED.array(a) for name, a in arrays.items()}
-    given, g = (*(sent[name] for name in GRADS),), case.geometry
-    input, offset, weight, bias, mask = given
-    output = conv.forward(input, offset, weight, bias, mask, g)
-    grads = conv.backward(sent["grad_output"], input, offset, weight, bias, mask, g, frozenset(needs), **how)
+    given, g = ConvArrays(*(sent[name] for name in GRADS)), case.geometry
+    output = conv.forward(given, g)
+    grads = conv.backward(sent["grad_output"], given, g, frozenset(needs), **how)
     found = {"output": output, **grads}
     return {name: EMULATED.numpy(a) for name, a in found.items() if a is not None}
 
@@ -340,8 +339,8 @@ def test_images_that_an_int_cannot_count_are_refused(emulated, monkeypatch, case
     monkeypatch.setattr(sizes, "MOST_CELLS", 9)
     arrays = make(case)
     with on():
-        sent = [EMULATED.array(arrays[name]) for name in GRADS]
+        sent = ConvArrays(*(EMULATED.array(arrays[name]) for name in GRADS))
         with pytest.raises(ValueError, match=f"^{text}$"):
-            conv.forward(*sent, case.geometry)
+            conv.forward(sent, case.geometry)
         with pytest.raises(ValueError, match=f"^{text.replace(':', '_backward:', 1)}$"):
-            conv.backward(EMULATED.array(arrays["grad_output"]), *sent, case.geometry, frozenset(GRADS))
+            conv.backward(EMULATED.array(arrays["grad_output"]), sent, case.geometry, frozenset(GRADS))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from pydeform import _backend, _checks, _interop
+from pydeform._geometry import ConvArrays
+from pydeform._roi_geometry import RoiArrays
 from pydeform._types import Needs
 
-# The arrays of a family's `forward` in both backends; its `backward` takes grad_output before them and the names of the
-# gradients behind the geometry.
-ORDER = {"conv": ("input", "offset", "weight", "bias", "mask"), "roi": ("input", "boxes", "offset", "mask")}
+# What a family's `forward(arrays, g, **options)` and `backward(grad_output, arrays, g, needs, **options)` take in both
+# backends.
+ARRAYS: dict[str, Any] = {"conv": ConvArrays, "roi": RoiArrays}
 # What an operator calls otherwise, as its paper or the system that it follows does.
 CALLED = {"trans": "offset", "positions": "offset"}
 COORDINATES = ("boxes", "offset", "trans", "positions")  # may be float32 beside data of half types
@@ -28,7 +30,7 @@ def check_arrays(op: str, arrays: dict[str, Any], *needed: str) -> None:
 def forward(op: str, family: str, arrays: dict[str, Any], back: _interop.Back, g: Any, **options: bool) -> Any:
     twin = _backend.backend_for(op, family, arrays)
     with back:
-        return back(twin.forward(*_in_order(family, arrays), g, **options))
+        return back(twin.forward(_of_family(family, arrays), g, **options))
 
 
 def backward(
@@ -40,13 +42,12 @@ def backward(
     wanted = _checks.needed(op, needs, {name: array for name, array in forwards.items() if name != "boxes"})
     renamed = frozenset(CALLED.get(name, name) for name in wanted)
     with back:
-        grads = twin.backward(arrays["grad_output"], *_in_order(family, forwards), g, renamed, **options)
+        grads = twin.backward(arrays["grad_output"], _of_family(family, forwards), g, renamed, **options)
         found = {name: None if grad is None else back(grad) for name, grad in grads.items()}
     return {name: found.get(CALLED.get(name, name)) for name in forwards}
 
 
-def _in_order(family: str, arrays: dict[str, Any]) -> list[Any]:
+def _of_family(family: str, arrays: dict[str, Any]) -> Any:
     """None for those that the operator does not have."""
-    if CALLED.keys() & arrays.keys():
-        arrays = {CALLED.get(name, name): array for name, array in arrays.items()}
-    return [arrays.get(name) for name in ORDER[family]]
+    renamed = {CALLED.get(name, name): array for name, array in arrays.items()}
+    return ARRAYS[family](*map(renamed.get, ARRAYS[family]._fields))

@@ -27,21 +27,9 @@ from typing import Any
 from pydeform.cpu.conv import backward_kernel, forward_kernel
 
 
-def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, *, allow_tf32: bool = False) -> Any:
-    return forward_kernel.forward(input, offset, weight, bias, mask, g)
+def forward(arrays: Any, g: Any, **_options: bool) -> Any:
+    return forward_kernel.forward(arrays, g)
 
 
-def backward(
-    grad_output: Any,
-    input: Any,
-    offset: Any,
-    weight: Any,
-    bias: Any,
-    mask: Any,
-    g: Any,
-    needs: Any,
-    *,
-    deterministic: bool = False,
-    allow_tf32: bool = False,
-) -> dict[str, Any]:
-    return backward_kernel.backward(grad_output, input, offset, weight, bias, mask, g, needs)
+def backward(grad_output: Any, arrays: Any, g: Any, needs: Any, **_options: bool) -> dict[str, Any]:
+    return backward_kernel.backward(grad_output, arrays, g, needs)

@@ -47,59 +47,55 @@ from pydeform.cpu.sampling.corners import (
 )
 
 
-def backward(
-    grad_output: Any, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, needs: Any
-) -> dict[str, Any]:
-    dtype, positions = compute_dtype(input.dtype), math.prod(g.out_size)
-    given = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-    grads = _empty_gradients(contiguous(grad_output, dtype, (g.batch, g.out_channels, positions)), g, given, needs)
+def backward(grad_output: Any, arrays: Any, g: Any, needs: Any) -> dict[str, Any]:
+    data, offset = arrays.input.dtype, arrays.offset
+    dtype, positions = compute_dtype(data), math.prod(g.out_size)
+    grads = _empty_gradients(contiguous(grad_output, dtype, (g.batch, g.out_channels, positions)), g, offset, needs)
     if g.batch == 0:
         grads.weight[...] = 0
         grads.bias[...] = 0
         if is_shared(offset):
             grads = grads._replace(offset=np.zeros(offset.shape))
     elif needs:
-        numbers, most_threads = numbers_of(input.dtype, g), threads_for(g, 3, g.batch * g.in_channels * positions)
-        how = prepared(g, dtype, numbers, most_threads, offset is not None, mask is not None, is_shared(offset), needs)
+        numbers, most_threads = numbers_of(data, g), threads_for(g, 3, g.batch * g.in_channels * positions)
+        has_mask = arrays.mask is not None
+        how = prepared(g, dtype, numbers, most_threads, offset is not None, has_mask, is_shared(offset), needs)
         blocks, pieces = len(how.tables.blocks), g.batch * how.plan.pieces
         if is_shared(offset):
             sums = np.zeros((pieces, blocks, math.prod(g.kernel), len(g.kernel)), dtype)
             grads = grads._replace(shared=sums)
-        arrays = how.workspace.take()
+        own = how.workspace.take()
         pairs = how.pairs.take() if how.pairs else None
         parallel.run(
             _backward,
             how.key,
             how.threads,
             parallel.new_counters(3, pieces * blocks),
-            given_arrays(input, offset, weight, bias, mask, g, dtype, how.planes, how.plan.positions),
+            given_arrays(arrays, g, dtype, how.planes, how.plan.positions),
             grads,
-            Scratch(*arrays),
+            Scratch(*own),
             Pairs(*pairs) if pairs else None,
             how.tables,
             g,
             how.plan,
         )
-        how.workspace.give_back(arrays)
+        how.workspace.give_back(own)
         if how.pairs and pairs:
             how.pairs.give_back(pairs)
         if grads.shared is not None:
-            grads = grads._replace(offset=_sum_of_pieces(grads.shared, how.tables.blocks["og"], g))
-    return {
-        name: to_result(
-            getattr(grads, name).astype(dtype, copy=False), (offset if name == "offset" else input).dtype, array.shape
-        )
-        if name in needs
-        else None
-        for name, array in given.items()
-    }
+            grads = grads._replace(offset=_sum_of_pieces(grads.shared, how.tables.blocks["og"], g).astype(dtype))
+    results: dict[str, Any] = dict.fromkeys(arrays._fields)
+    for name in needs:
+        of_name = getattr(arrays, name)
+        results[name] = to_result(getattr(grads, name), offset.dtype if name == "offset" else data, of_name.shape)
+    return results
 
 
-def _empty_gradients(grad_output: Any, g: Any, given: dict[str, Any], needs: Any) -> Gradients:
+def _empty_gradients(grad_output: Any, g: Any, offset: Any, needs: Any) -> Gradients:
     dtype, axes, taps, positions = grad_output.dtype, len(g.kernel), math.prod(g.kernel), math.prod(g.out_size)
     # Zeros that are never touched cost nothing; with channels last every pixel is written.
     make = np.zeros if prefers_planes(g) else empty
-    with_dots = 0 if is_shared(given["offset"]) or needs.isdisjoint(("offset", "mask")) else g.batch
+    with_dots = 0 if is_shared(offset) or needs.isdisjoint(("offset", "mask")) else g.batch
     return Gradients(
         output=grad_output,
         input=make((g.batch * ("input" in needs), g.in_channels, math.prod(g.in_size)), dtype),

@@ -35,28 +35,30 @@ from pydeform.cpu.sampling.corners import (
 )
 
 
-def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any) -> Any:
-    dtype = compute_dtype(input.dtype)
+def forward(arrays: Any, g: Any) -> Any:
+    data, offset = arrays.input.dtype, arrays.offset
+    dtype = compute_dtype(data)
     output = empty((g.batch, g.out_channels, math.prod(g.out_size)), dtype)
     if output.size:
         threads = threads_for(g, 1, g.batch * -(-math.prod(g.out_size) // (4 * ROWS)))
-        numbers = numbers_of(input.dtype, g)
-        how = prepared(g, dtype, numbers, threads, offset is not None, mask is not None, is_shared(offset))
-        arrays = how.workspace.take()
+        numbers = numbers_of(data, g)
+        has_mask = arrays.mask is not None
+        how = prepared(g, dtype, numbers, threads, offset is not None, has_mask, is_shared(offset))
+        own = how.workspace.take()
         parallel.run(
             _forward,
             how.key,
             how.threads,
             parallel.new_counters(2),
-            given_arrays(input, offset, weight, bias, mask, g, dtype, how.planes, how.plan.positions),
+            given_arrays(arrays, g, dtype, how.planes, how.plan.positions),
             output,
-            Scratch(*arrays),
+            Scratch(*own),
             how.tables,
             g,
             how.plan,
         )
-        how.workspace.give_back(arrays)
-    return to_result(output, input.dtype, (g.batch, g.out_channels, *g.out_size))
+        how.workspace.give_back(own)
+    return to_result(output, data, (g.batch, g.out_channels, *g.out_size))
 
 
 class Tile(NamedTuple):

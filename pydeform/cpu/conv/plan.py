@@ -72,9 +72,8 @@ class Given(NamedTuple):
     planes: Any  # the input as it lies
 
 
-def given_arrays(
-    input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, dtype: Any, planes: bool, tile: int
-) -> Given:
+def given_arrays(arrays: Any, g: Any, dtype: Any, planes: bool, tile: int) -> Given:
+    input, offset, weight, bias, mask = arrays
     taps, axes, positions = math.prod(g.kernel), len(g.out_size), math.prod(g.out_size)
     shape = (g.batch, g.offset_groups, taps)
     if is_shared(offset):

@@ -42,7 +42,8 @@ def _way(g: Any) -> ModuleType:
     return largest if g.is_max else planes if has_few_channels(g) else mean
 
 
-def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
+def forward(arrays: Any, g: Any) -> Any:
+    input, boxes, offset, mask = arrays
     dtype = compute_dtype(input.dtype)
     output = empty((g.boxes, g.out_channels, g.pooled_h * g.pooled_w), dtype)
     if g.boxes:
@@ -53,17 +54,8 @@ def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
     return to_result(output, input.dtype, (g.boxes, g.out_channels, g.pooled_h, g.pooled_w))
 
 
-def backward(
-    grad_output: Any,
-    input: Any,
-    boxes: Any,
-    offset: Any,
-    mask: Any,
-    g: Any,
-    needs: Any,
-    *,
-    deterministic: bool = False,
-) -> dict[str, Any]:
+def backward(grad_output: Any, arrays: Any, g: Any, needs: Any, **_options: bool) -> dict[str, Any]:
+    input, boxes, offset, mask = arrays
     dtype = compute_dtype(input.dtype)
     bins = g.pooled_h * g.pooled_w
     need_input, need_dots = "input" in needs, "offset" in needs or "mask" in needs

@@ -29,54 +29,43 @@ from typing import Any
 
 import cupy
 
+from pydeform._geometry import ConvArrays
 from pydeform.cuda.conv import backward_tiles, direct, forward_tiles, plan
 from pydeform.cuda.core.copies import contiguous
 from pydeform.cuda.core.source import Code
 
-NAMES = ("input", "offset", "weight", "bias", "mask")  # of the gradients
 
-
-def forward(input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, *, allow_tf32: bool = False) -> Any:
+def forward(arrays: Any, g: Any, *, allow_tf32: bool = False) -> Any:
+    offset = arrays.offset
     plan.check_size(_operator(offset, g), g)
     code, reads = _code(offset, g), plan.PLAIN if offset is None else plan.DEFORMED
-    with input.device:
-        input, offset, weight, bias, mask = contiguous(input, offset, weight, bias, mask)
-        output = cupy.empty((g.batch, g.out_channels, *g.out_size), input.dtype)
-        given = (input, offset, weight, bias, mask, g, output)
+    with arrays.input.device:
+        given = ConvArrays(*contiguous(*arrays))
+        output = cupy.empty((g.batch, g.out_channels, *g.out_size), given.input.dtype)
         if g.batch and plan.is_direct(g):
-            direct.forward(code, *given)
+            direct.forward(code, given, g, output)
         elif g.batch:
-            forward_tiles.forward(code, reads, *given, allow_tf32=allow_tf32)
+            forward_tiles.forward(code, reads, given, g, output, allow_tf32=allow_tf32)
         return output
 
 
 def backward(
-    grad_output: Any,
-    input: Any,
-    offset: Any,
-    weight: Any,
-    bias: Any,
-    mask: Any,
-    g: Any,
-    needs: Any,
-    *,
-    deterministic: bool = False,
-    allow_tf32: bool = False,
+    grad_output: Any, arrays: Any, g: Any, needs: Any, *, deterministic: bool = False, allow_tf32: bool = False
 ) -> dict[str, Any]:
-    plan.check_size(f"{_operator(offset, g)}_backward", g)
-    code = _code(offset, g)
-    with input.device:
-        grad_output, input, offset, weight, bias, mask = contiguous(grad_output, input, offset, weight, bias, mask)
-        make = cupy.empty_like if g.batch else cupy.zeros_like
+    plan.check_size(f"{_operator(arrays.offset, g)}_backward", g)
+    code = _code(arrays.offset, g)
+    with arrays.input.device:
+        grad_output, *rest = contiguous(grad_output, *arrays)
+        given, make = ConvArrays(*rest), cupy.empty_like if g.batch else cupy.zeros_like
         grads = {
             name: make(array) if name in needs and array is not None else None
-            for name, array in zip(NAMES, (input, offset, weight, bias, mask), strict=True)
+            for name, array in given._asdict().items()
         }
-        given = (grad_output, input, offset, weight, mask, g, grads)
         if g.batch and plan.is_direct(g):
-            direct.backward(code, *given, deterministic=deterministic)
+            direct.backward(code, grad_output, given, g, grads, deterministic=deterministic)
         elif g.batch:
-            backward_tiles.backward(code, *given, deterministic=deterministic, allow_tf32=allow_tf32)
+            options = {"deterministic": deterministic, "allow_tf32": allow_tf32}
+            backward_tiles.backward(code, grad_output, given, g, grads, **options)
         return grads
 
 

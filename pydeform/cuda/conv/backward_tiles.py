@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
+from pydeform._geometry import ConvArrays
 from pydeform.cuda.conv import direct, gather, plan
 from pydeform.cuda.conv.forward_tiles import (
     PLANS,
@@ -32,10 +33,7 @@ BLOCKS = 2  # of the weight's gradient for each multiprocessor
 def backward(
     code: Code,
     grad_output: Any,
-    input: Any,
-    offset: Any,
-    weight: Any,
-    mask: Any,
+    given: Any,
     g: Any,
     grads: dict[str, Any],
     *,
@@ -43,12 +41,14 @@ def backward(
     allow_tf32: bool,
 ) -> None:
     """Into the arrays of `grads`, None where a gradient is not needed."""
+    input, offset, weight, _, mask = given
     if grads["bias"] is not None:
         direct.bias_gradient(code, grad_output, g, grads["bias"])
     if offset is None and grads["input"] is not None:
         # Without offsets every input pixel knows the output pixels that read it: a forward of grad_output.
         back = plan.swapped(g)
-        forward(code, ADJOINT, grad_output, None, weight, None, None, back, grads["input"], allow_tf32=allow_tf32)
+        adjoint = ConvArrays(grad_output, None, weight, None, None)
+        forward(code, ADJOINT, adjoint, back, grads["input"], allow_tf32=allow_tf32)
     allow_tf32 = allow_tf32 and weight.dtype == np.float32
     need_samples = offset is not None and any(grads[name] is not None for name in ("input", "offset", "mask"))
     if not need_samples and grads["weight"] is None:

@@ -24,30 +24,21 @@ THREADS = 256
 TILE = 128  # output pixels at least, where an image is taken in parts
 
 
-def forward(code: Code, input: Any, offset: Any, weight: Any, bias: Any, mask: Any, g: Any, output: Any) -> None:
+def forward(code: Code, arrays: Any, g: Any, output: Any) -> None:
     """Into `output` (N, O, *out_size)."""
+    input, offset, *_ = arrays
     index = index_type(input.size, output.size, *_size(offset))
     _launch(
         code,
         f"forward_direct<{C_TYPES[input.dtype.name]}, {index}, {_deformed(input, offset)}>",
         output.size,
-        (input, offset, weight, bias, mask, output, geometry(g)),
+        (*arrays, output, geometry(g)),
     )
 
 
-def backward(
-    code: Code,
-    grad_output: Any,
-    input: Any,
-    offset: Any,
-    weight: Any,
-    mask: Any,
-    g: Any,
-    grads: dict[str, Any],
-    *,
-    deterministic: bool,
-) -> None:
+def backward(code: Code, grad_output: Any, arrays: Any, g: Any, grads: dict[str, Any], *, deterministic: bool) -> None:
     """Into the arrays of `grads`, None where a gradient is not needed."""
+    input, offset, weight, _, mask = arrays
     if grads["weight"] is not None:
         weight_gradient(code, grad_output, input, offset, mask, g, grads["weight"])
     if grads["bias"] is not None:

@@ -23,20 +23,9 @@ PLANS = 512  # kept, the most recent ones: a network has some for each of its la
 SHORTEST_SLICE = 8  # steps: below, filling and emptying the pipeline costs more than a slice saves
 
 
-def forward(
-    code: Code,
-    reads: int,
-    input: Any,
-    offset: Any,
-    weight: Any,
-    bias: Any,
-    mask: Any,
-    g: Any,
-    output: Any,
-    *,
-    allow_tf32: bool,
-) -> None:
+def forward(code: Code, reads: int, arrays: Any, g: Any, output: Any, *, allow_tf32: bool) -> None:
     """Into `output`. `reads` is PLAIN, DEFORMED, or ADJOINT with a geometry from `swapped`."""
+    input, offset, weight, bias, mask = arrays
     key = (input.dtype.name, device(), allow_tf32 and input.dtype == np.float32, own_types(input, offset))
     packed = None
     for part in images_at_a_time(g, tiles_of(code, reads, g._replace(batch=1), *key).image_bytes):

@@ -54,7 +54,7 @@ def _turn(
     image: int,
     unit: int,
     pitch: int,
-    on: Device,
+    _on: Device,  # for whose context the kernel is loaded
     *more: int,
 ) -> Launch:
     """`itemsize` is that of the channels-last array."""

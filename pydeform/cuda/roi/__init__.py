@@ -33,10 +33,10 @@ from pydeform.cuda.roi.launches import CODE, find_largest, launch_threads, pool_
 from pydeform.cuda.roi.plan import check_size, is_direct, pitch_of
 
 
-def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
+def forward(arrays: Any, g: Any) -> Any:
     check_size(g)
-    with input.device:
-        input, boxes, offset, mask = contiguous(input, boxes, offset, mask)
+    with arrays.input.device:
+        input, boxes, offset, mask = contiguous(*arrays)
         output = cupy.empty((g.boxes, g.out_channels, g.pooled_h, g.pooled_w), input.dtype)
         if g.is_max:
             find_largest(input, boxes, offset, mask, g, output, None)
@@ -49,20 +49,10 @@ def forward(input: Any, boxes: Any, offset: Any, mask: Any, g: Any) -> Any:
         return output
 
 
-def backward(
-    grad_output: Any,
-    input: Any,
-    boxes: Any,
-    offset: Any,
-    mask: Any,
-    g: Any,
-    needs: Any,
-    *,
-    deterministic: bool = False,
-) -> dict[str, Any]:
+def backward(grad_output: Any, arrays: Any, g: Any, needs: Any, **_options: bool) -> dict[str, Any]:
     check_size(g)
-    with input.device:
-        grad_output, input, boxes, offset, mask = contiguous(grad_output, input, boxes, offset, mask)
+    with arrays.input.device:
+        grad_output, input, boxes, offset, mask = contiguous(grad_output, *arrays)
         grad_input, grad_offset, grad_mask = (
             cupy.empty(array.shape, array.dtype) if name in needs and array is not None else None
             for name, array in (("input", input), ("offset", offset), ("mask", mask))

@@ -1,6 +1,7 @@
 """Who may import whom, read from the source, and what `import pydeform` loads, seen in a fresh interpreter."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -131,6 +132,19 @@ def test_what_families_stand_on_knows_no_family(folder):
     assert_none([i for i in LIBRARY if i.lies_in(f"pydeform/{folder}/sampling/") and i.of(*families)])
     for own, other in (families, families[::-1]):
         assert_none([i for i in LIBRARY if i.lies_in(own.replace(".", "/") + "/") and i.of(other)])
+
+
+def test_headers_include_only_the_parts_below_them():
+    """What each folder of kernels may include; the emulation's header stands in for instructions."""
+    below = {"core": {"core"}, "sampling": {"core", "sampling"}}
+    folder = ROOT / "pydeform" / "cuda"
+    for path in sorted(folder.rglob("*.cu*")):
+        own = path.relative_to(folder).parts[0]
+        included = re.findall(r'^ *#include "(.+)"$', path.read_text("utf-8"), re.MULTILINE)
+        for name in included:
+            allowed = below.get(own, {"core", "sampling", own})
+            assert name == "primitives_emulated.h" or name.partition("/")[0] in allowed, f"{path.name}: {name}"
+            assert name == "primitives_emulated.h" or (folder / name).is_file(), f"{path.name}: {name}"
 
 
 def test_operators_import_only_the_parts_below_them():

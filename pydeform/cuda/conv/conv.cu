@@ -12,5 +12,6 @@
 // gather_bins, with count_samples, fill_bins and sort_bins before it, is for who asks for the same bits on each run.
 #include "conv/direct.cuh"
 #include "conv/forward.cuh"
-#include "conv/backward.cuh"
+#include "conv/backward_data.cuh"
+#include "conv/backward_weight.cuh"
 #include "conv/gather.cuh"

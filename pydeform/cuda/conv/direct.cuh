@@ -4,7 +4,7 @@
 // Every sum has one order, whatever the launch, but for the atomics of backward_data_direct. An image, of the input or
 // the output, has fewer than 2^31 pixels; I is the type for places in whole arrays.
 #pragma once
-#include "core/copies.cuh"
+#include "conv/places.cuh"
 
 constexpr int DIRECT_THREADS = 256;
 constexpr int DIRECT_BLOCKS = 2;  // on a multiprocessor: left to itself, ptxas spills in order to fit in four

@@ -2,18 +2,8 @@
 // and never to device memory. The steps of a tile run over (block of channels, tap), the tap inside, so that the first
 // level of cache has a block's neighbourhood when the next tap comes back to it.
 #pragma once
-#include "core/copies.cuh"
+#include "conv/taps.cuh"
 #include "core/product.cuh"
-
-// Where a tap reads. ADJOINT is the transpose of PLAIN: a gradient's pixels in the places of an image's.
-constexpr int PLAIN = 0, DEFORMED = 1, ADJOINT = 2;
-template <int READS> constexpr int PIXELS_READ = READS == DEFORMED ? CORNERS : 1;
-
-// corner: first chunk of the pixel, or of the zeros behind the last; weight: or, of an infinite mask, that and `within`
-template <class A, class I, int READS> struct Tap {
-  I corner[PIXELS_READ<READS>];
-  A weight[PIXELS_READ<READS>];
-};
 
 // A step of a tile: which block of channels, which tap. The last three steps' taps are kept, in places 0 to 2.
 struct Cursor {
@@ -38,99 +28,6 @@ struct Cursor {
   }
 };
 
-// `in_kernel`: the tap's place there.
-template <class T, class I, int READS, class TOffset>
-PYDEFORM_DEVICE Tap<Compute<T>, I, READS> locate_tap(const Offsets<T, I, TOffset>& offsets, const OutputPixel& pixel,
-                                                     int og, int tap, const int (&in_kernel)[AXES], const Geometry& g,
-                                                     I chunks) {
-  using A = Compute<T>;
-  Tap<A, I, READS> t;
-  const I image = in_pixels_of<I>(g), zeros = g.batch * image * chunks, start = pixel.b * image;
-  int at[AXES];
-#pragma unroll
-  for (int a = 0; a < AXES; a++) at[a] = pixel.origin[a] + in_kernel[a] * g.dilation[a];
-  if constexpr (READS == DEFORMED) {
-    A m;
-    const Sample<A> s = offsets.at(pixel.b, og, tap, pixel.p, at, m, g);
-#pragma unroll
-    for (int k = 0; k < CORNERS; k++) t.corner[k] = s.corner[k] < 0 ? zeros : (start + s.corner[k]) * chunks;
-    corner_weights(t.weight, s.within, m);
-    if (is_infinite(m)) {
-      t.weight[0] = m;
-#pragma unroll
-      for (int a = 0; a < AXES; a++) t.weight[1 + a] = s.within[a];
-    }
-  } else {
-    bool inside = true;
-    if constexpr (READS == ADJOINT) {  // the pixel whose tap read this one
-      take_apart(at, pixel.p, g.out_size);
-#pragma unroll
-      for (int a = 0; a < AXES; a++) {
-        at[a] += g.pad[a] - in_kernel[a] * g.dilation[a];
-        inside = inside && at[a] % g.stride[a] == 0;
-        at[a] /= g.stride[a];
-      }
-    }
-    inside = inside && is_inside(at, g.in_size);
-    t.corner[0] = inside ? (start + place_of(at, g.in_size)) * chunks : zeros;
-    t.weight[0] = 1;
-  }
-  return t;
-}
-
-// What stands for a pixel that does not exist.
-template <class T, class I, int READS> PYDEFORM_DEVICE Tap<Compute<T>, I, READS> no_tap(const Geometry& g, I chunks) {
-  Tap<Compute<T>, I, READS> t;
-#pragma unroll
-  for (int k = 0; k < PIXELS_READ<READS>; k++) {
-    t.corner[k] = g.batch * in_pixels_of<I>(g) * chunks;
-    t.weight[k] = 0;
-  }
-  return t;
-}
-
-// The 16 bytes of channels of one sample, from those of its corners. Of an infinite mask times the zeros behind the
-// channels that exist, which `count_channels` counts, zeros stay.
-template <class T, class I, int READS, class Count>
-PYDEFORM_DEVICE uint4 blend(const Tap<Compute<T>, I, READS>& t, const uint4 (&corner)[PIXELS_READ<READS>],
-                            Count count_channels) {
-  if constexpr (READS != DEFORMED) {
-    return corner[0];
-  } else {
-    constexpr int E = 16 / sizeof(T);
-    const Compute<T> m = t.weight[0];
-    Compute<T> w[CORNERS];
-#pragma unroll
-    for (int k = 0; k < CORNERS; k++) w[k] = t.weight[k];
-    if (is_infinite(m)) {
-      Compute<T> within[AXES];
-#pragma unroll
-      for (int a = 0; a < AXES; a++) within[a] = t.weight[1 + a];
-      corner_weights(w, within, (Compute<T>)1);
-    }
-    Compute<T> sum[E];
-#pragma unroll
-    for (int k = 0; k < CORNERS; k++) {
-      Compute<T> v[E];
-      unpack<T>(v, corner[k]);
-#pragma unroll
-      for (int e = 0; e < E; e++) sum[e] = k ? sum[e] + w[k] * v[e] : w[0] * v[e];
-    }
-    if (is_infinite(m)) {
-      const int channels = count_channels();
-#pragma unroll
-      for (int e = 0; e < E; e++) sum[e] = e < channels ? m * sum[e] : (Compute<T>)0;
-    }
-    return pack<T>(sum);
-  }
-}
-
-template <class T, class I, int PIXELS>
-PYDEFORM_DEVICE void load_corners(uint4 (&corner)[PIXELS], const T* __restrict__ channel, const I (&place)[PIXELS]) {
-#pragma unroll
-  for (int k = 0; k < PIXELS; k++) corner[k] = load16(channel + (long long)place[k] * (16 / sizeof(T)));
-}
-
 // Owner: a block has BM output pixels x BN output channels of a group, of slice blockIdx.y of the steps.
 // Reads the channels-last image and the packed weight; writes its part of output, or of the partial sums.
 // No atomics: the same bits on each run.
@@ -141,7 +38,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
             const typename P::T* __restrict__ bias, typename P::T* __restrict__ output,
             typename P::Acc* __restrict__ partial, Geometry g, Channels c, int tiles_n, int slots) {
   using T = typename P::T;
-  using Point = Tap<Compute<T>, I, READS>;
+  using Tap = ::Tap<Compute<T>, I, READS>;
   constexpr int PIXELS = PIXELS_READ<READS>;
   constexpr int A_BYTES = P::PARTS * P::BM * P::ROW, B_BYTES = P::PARTS * P::BN * P::ROW;
   constexpr int TASKS = P::BM * P::CHUNKS / P::THREADS, ROWS = P::THREADS / P::CHUNKS;
@@ -150,7 +47,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   static_assert(P::THREADS % P::BM == 0 && P::BM % ROWS == 0 && ROWS % 8 == 0, "a thread's rows are swizzled alike");
   PYDEFORM_DYNAMIC_SHARED(unsigned char, shared);
   unsigned char *const a_tiles = shared, *const b_tiles = shared + 2 * A_BYTES;
-  Point* const taps = reinterpret_cast<Point*>(shared + 2 * (A_BYTES + B_BYTES));  // [3][slots][BM]
+  Tap* const taps = reinterpret_cast<Tap*>(shared + 2 * (A_BYTES + B_BYTES));  // [3][slots][BM]
 
   const int tid = threadIdx.x;
   const int group_outputs = g.out_channels / g.groups, steps = c.blocks * taps_of(g);
@@ -168,7 +65,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   auto locate_step = [&]() {
     for (int slot = tid / P::BM; slot < slots; slot += P::THREADS / P::BM) {
       const Place place(group, located.block * P::DEPTH + slot * (P::DEPTH / slots), c);
-      Point t = no_tap<T, I, READS>(g, chunks);
+      Tap t = no_tap<T, I, READS>(g, chunks);
       if (m < all && place.valid)
         t = locate_tap<T, I, READS>(offsets, pixel, READS == DEFORMED ? place.offset_group(g, c) : 0, located.tap,
                                     located.at, g, chunks);
@@ -189,7 +86,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
     rows += B_BYTES;
   };
   // A thread blends one chunk of 16 bytes of each ROWS-th row.
-  const Point* const points = taps + slot * P::BM + row;
+  const Tap* const own_taps = taps + slot * P::BM + row;
   Cursor gathered(first, g);
   const T* channel = nullptr;
   auto enter_block = [&]() {
@@ -201,7 +98,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
     if (channel) {
 #pragma unroll
       for (int i = 0; i < KEPT; i++)
-        load_corners<T, I>(corner[i], channel, points[gathered.place * slots * P::BM + (first + i) * ROWS].corner);
+        load_corners<T, I>(corner[i], channel, own_taps[gathered.place * slots * P::BM + (first + i) * ROWS].corner);
     } else {
 #pragma unroll
       for (int i = 0; i < KEPT; i++)
@@ -228,7 +125,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
     for (int i = 0; i < TASKS; i++) {
       if constexpr (KEPT < TASKS) load_samples(i);
       P::put(a_tiles + stage * A_BYTES + own + i * ROWS * P::ROW,
-             blend<T, I, READS>(points[stored * slots * P::BM + i * ROWS], corner[i % KEPT], count_channels));
+             blend<T, I, READS>(own_taps[stored * slots * P::BM + i * ROWS], corner[i % KEPT], count_channels));
     }
     if constexpr (KEPT < TASKS) next_tap();
     stored = stored == 2 ? 0 : stored + 1;

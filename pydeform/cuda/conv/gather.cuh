@@ -1,16 +1,15 @@
 // The input's gradient (eq. 5) without float atomics: each pixel gathers from the samples near it.
 //
 // A sample lies in a cell between pixels, four in a plane; the floor of its coordinates names it, from -1 to size - 1 on
-// each axis. The
-// samples of a chunk (some output pixels, some taps) are sorted into bins by counting: one bin for each image, offset
-// group and cell. Where a sample lands within its bin depends on the schedule, so each bin is then sorted by the
-// samples' numbers. A pixel adds what the cells around it hold in that order: the same bits on every run.
+// each axis. The samples of a chunk (some output pixels, some taps) are sorted into bins by counting: one bin for each
+// image, offset group and cell. Where a sample lands within its bin depends on the schedule, so each bin is then sorted by
+// the samples' numbers. A pixel adds what the cells around it hold in that order: the same bits on every run.
 //
 // A chunk has `count` output pixels from `first` on, of the flattened (b, p), and taps [tap0, tap0 + taps). Its samples
 // are numbered (tap - tap0) * count + pixel, below 2^31; starts[bin] is the place in ids of a bin's first sample. An
 // image, of the input or the output, has fewer than 2^31 pixels; I is the type for places in whole arrays.
 #pragma once
-#include "core/copies.cuh"
+#include "conv/places.cuh"
 
 constexpr int GATHER_THREADS = 256;
 constexpr int GATHER_BLOCKS = 2;  // on a multiprocessor: left to itself, ptxas spills in order to fit in four

@@ -12,7 +12,7 @@ from pydeform.cuda.core import sizes
 from pydeform.cuda.core.numbers import ITEMSIZE, round_up
 from pydeform.cuda.core.product import Product
 
-PLAIN, DEFORMED, ADJOINT = 0, 1, 2  # where a tap reads, as in conv/forward.cuh
+PLAIN, DEFORMED, ADJOINT = 0, 1, 2  # where a tap reads, as in conv/taps.cuh
 COPIED_FOR_EACH = 4  # values at most, in a larger copy, for each product that is summed
 SLOTS = (8, 4, 2, 1)  # most offset groups along the depth of a tile, as shared memory allows
 NAMES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}  # of the axes

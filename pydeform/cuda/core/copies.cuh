@@ -1,54 +1,12 @@
-// Channels-last copies: how the channels of an image are laid out in memory and along the summed axis of a product.
+// Channels-last copies and back.
+//
+// Between (N, C, P), where a unit's channels follow each other or come `cells` apart (channel (a*unit + i)*cells + cell is
+// channel i of unit (cell, a)), and (N, P, all), where all = units * pitch. A block turns 64 pixels x 128 bytes of channels
+// in shared memory, and more of them where the grid has no more blocks. A thread has two pixels of a chunk, which is the
+// channels in 16 bytes.
 #pragma once
-#include "sampling/corners.cuh"
+#include "core/numbers.cuh"
 
-// Channels that share both their convolution group and their offset group form a unit; units are equally long and
-// follow each other. In memory a unit has `pitch` channels, a multiple of 16 bytes, zeros at its end. Along the summed
-// axis it has `padded`, which divides the depth of a tile or is divided by it, so that no 16-byte chunk, and where a
-// unit is long no tile, has two offset groups.
-struct Channels {
-  int unit, units;    // channels of a unit, units of a convolution group
-  int pitch, padded;  // channels of a unit in memory, along the summed axis
-  int blocks;         // tiles that the units of a group fill
-};
-
-PYDEFORM_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// Place q (0 .. blocks * depth - 1) of a group's summed axis.
-struct Place {
-  int unit;    // of all groups
-  int within;  // channel of the unit
-  bool valid;  // there is such a unit, and memory for the channel
-  PYDEFORM_DEVICE Place(int group, int q, const Channels& c) {
-    const int u = q / c.padded;
-    unit = group * c.units + u;
-    within = q - u * c.padded;
-    valid = u < c.units && within < c.pitch;
-  }
-  PYDEFORM_DEVICE int memory(const Channels& c) const { return unit * c.pitch + within; }
-  PYDEFORM_DEVICE int offset_group(const Geometry& g, const Channels& c) const {
-    return unit * c.unit / (g.in_channels / g.offset_groups);
-  }
-};
-
-// Pixel m of all images' outputs, taken apart.
-struct OutputPixel {
-  int b, p;          // image, pixel in it
-  int origin[AXES];  // input pixel of the kernel's first tap
-  template <class I> PYDEFORM_DEVICE OutputPixel(I m, const Geometry& g) {
-    const I pixels = out_pixels_of<I>(g);
-    b = (int)(m / pixels);
-    p = (int)(m - b * pixels);
-    take_apart(origin, p, g.out_size);
-#pragma unroll
-    for (int a = 0; a < AXES; a++) origin[a] = origin[a] * g.stride[a] - g.pad[a];
-  }
-};
-
-// Copies between (N, C, P), where a unit's channels follow each other or come `cells` apart (channel (a*unit + i)*cells +
-// cell is channel i of unit (cell, a)), and (N, P, all), where all = units * pitch. A block turns 64 pixels x 128 bytes of
-// channels in shared memory, and more of them where the grid has no more blocks. A thread has two pixels of a chunk, which
-// is the channels in 16 bytes.
 constexpr int TURN_CHUNKS = 8, TURN_HALF = 32;  // chunks of a pixel; pixels in each half of a tile
 
 // Place of chunk c of row r: neither do eight rows of a chunk meet in a bank, nor eight chunks of a row.

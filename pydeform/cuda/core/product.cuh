@@ -4,44 +4,11 @@
 // hold: sums.of[i][j][2*h + e] is row P::row() + 16*i + lane/4 + 8*h, column P::column() + 8*j + 2*(lane%4) + e.
 // issue() may return before the product is done; wait() does not. put() stores 16 bytes of A, at(row, chunk) of a tile.
 #pragma once
-#include "sampling/corners.cuh"
+#include "core/chunks.cuh"
 
 // Chunk c of 16 bytes of row r lies where eight consecutive rows of one chunk fill all banks.
 PYDEFORM_DEVICE int swizzle64(int r, int c) { return r * 64 + ((c ^ (r >> 1 & 3)) << 4); }
 PYDEFORM_DEVICE int swizzle128(int r, int c) { return r * 128 + ((c ^ (r & 7)) << 4); }
-
-template <class T> PYDEFORM_DEVICE void unpack(Compute<T> (&v)[16 / sizeof(T)], const uint4& packed);
-template <> PYDEFORM_DEVICE void unpack<float>(float (&v)[4], const uint4& p) {
-  v[0] = __uint_as_float(p.x);
-  v[1] = __uint_as_float(p.y);
-  v[2] = __uint_as_float(p.z);
-  v[3] = __uint_as_float(p.w);
-}
-template <> PYDEFORM_DEVICE void unpack<double>(double (&v)[2], const uint4& p) {
-  v[0] = __hiloint2double((int)p.y, (int)p.x);
-  v[1] = __hiloint2double((int)p.w, (int)p.z);
-}
-template <class T> PYDEFORM_DEVICE void unpack_half(float (&v)[8], const uint4& p) {
-  const uint32_t r[4] = {p.x, p.y, p.z, p.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    v[2 * i] = to_float(T{(uint16_t)r[i]});
-    v[2 * i + 1] = to_float(T{(uint16_t)(r[i] >> 16)});
-  }
-}
-template <> PYDEFORM_DEVICE void unpack<f16>(float (&v)[8], const uint4& p) { unpack_half<f16>(v, p); }
-template <> PYDEFORM_DEVICE void unpack<bf16>(float (&v)[8], const uint4& p) { unpack_half<bf16>(v, p); }
-
-template <class T> PYDEFORM_DEVICE uint4 pack(const Compute<T> (&v)[16 / sizeof(T)]) {
-  return make_uint4(pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]), pack2<T>(v[4], v[5]), pack2<T>(v[6], v[7]));
-}
-template <> PYDEFORM_DEVICE uint4 pack<float>(const float (&v)[4]) {
-  return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
-}
-template <> PYDEFORM_DEVICE uint4 pack<double>(const double (&v)[2]) {
-  return make_uint4((uint32_t)__double2loint(v[0]), (uint32_t)__double2hiint(v[0]), (uint32_t)__double2loint(v[1]),
-                    (uint32_t)__double2hiint(v[1]));
-}
 
 // Tensor cores add in float32 but drop what does not fit, toward zero: a sum of thousands of small steps would lose 10 to
 // 100 times what float32 loses by rounding to nearest. So where float keeps its accuracy, tensor cores add up a few

@@ -5,7 +5,7 @@
 // at: they follow each other. Of very many, those between the same two pixels are taken together. No integer is made
 // from a number that is not known to be in range.
 #pragma once
-#include "core/copies.cuh"
+#include "core/numbers.cuh"
 
 constexpr int EXACT = 0, AFTER_SCALE = 1, BEFORE_SCALE = 2;  // `rounding`, as in _roi_geometry.py
 constexpr int FEW_POINTS = 4;      // so few are all looked at; of more, those that can matter are found by division

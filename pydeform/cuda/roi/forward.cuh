@@ -5,7 +5,8 @@
 // in whole arrays. The weights are separable, so a warp makes two lists, of rows and of columns, and reads their product.
 // TBoxes and TOffset are the types of boxes and offset: T, or float where T is a half type, with the same Compute.
 #pragma once
-#include "core/product.cuh"
+#include "core/chunks.cuh"
+#include "core/copies.cuh"
 #include "roi/bins.cuh"
 
 constexpr int ROI_THREADS = 256, ROI_WARPS = ROI_THREADS / 32;

@@ -2,9 +2,9 @@
 // Along an axis a coordinate names two pixels; the corners are the product of the axes, the last one fastest.
 // The twin of cpu/sampling: the same tests in the same order, so both backends agree on every border and kink.
 //
-// `AXES`, `ACTIVE` and the struct Geometry stand before all headers: _source.py.
+// `AXES`, `ACTIVE` and the struct Geometry stand before all headers: core/source.py.
 #pragma once
-#include "core/primitives.cuh"
+#include "core/numbers.cuh"
 
 constexpr int DCNV2 = 1, DCNV1 = 2;  // the index of a border rule in BOUNDARIES of _geometry.py; 0 is torchvision's
 
@@ -12,20 +12,6 @@ constexpr int CORNERS = 1 << AXES;  // of a cell
 
 // Whether a corner is on the far side of its cell along an axis: a bit of its number.
 constexpr PYDEFORM_DEVICE int is_far(int corner, int axis) { return corner >> (AXES - 1 - axis) & 1; }
-
-// Coordinates, weights and sums: double for double, float for the rest.
-template <class T> struct ComputeOf {
-  using type = float;
-};
-template <> struct ComputeOf<double> {
-  using type = double;
-};
-template <class T> using Compute = typename ComputeOf<T>::type;
-
-PYDEFORM_DEVICE float round_down(float v) { return floorf(v); }
-PYDEFORM_DEVICE double round_down(double v) { return floor(v); }
-PYDEFORM_DEVICE bool is_infinite(float v) { return fabsf(v) > 0x1.fffffep127f; }
-PYDEFORM_DEVICE bool is_infinite(double v) { return fabs(v) > 0x1.fffffffffffffp1023; }
 
 // One axis -----------------------------------------------------------------------------------------------------------
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
+import numpy as np
 import pytest
 
 import pydeform
 from pydeform import _geometry, _roi_geometry
+from pydeform.cpu.core import jit, memory
+from pydeform.cpu.core.simd import at
+from pydeform.cpu.sampling.corners import Samples, locate_tap, sample_tables, samples_of, tile_origins
 from pydeform.cuda.core.source import Code, source
+from tests.conftest import needs_emulation
 
 PACKAGE = Path(pydeform.__file__).parent
 # Backends have one twin for all of a family, whose operators differ in which arrays there are and in their geometry.
@@ -97,6 +103,154 @@ def test_same_border_rules():
     for rule in ("dcnv2", "dcnv1"):
         assert f"{rule.upper()} = {_geometry.BOUNDARIES.index(rule)}" in text
     assert _geometry.BOUNDARIES[0] == "torchvision"
+
+
+# The rules of an axis ------------------------------------------------------------------------------------------------
+SIZES = (1, 2, 5, 2**24 + 1)  # the last one is no float32
+# An outside pixel is the one behind the last, as on the CPU.
+AXIS_KERNEL = """
+PYDEFORM_DEVICE int in_image(int pixel, int size) { return pixel < size ? pixel : -1; }
+template <class A>
+__global__ void name_pixels(const A* at, int* pixels, A* shares, int* corners, A* within, A* weights, int count,
+                            Geometry g) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x, size = g.in_size[0];
+  if (i >= count) return;
+  const A low = lowest_coordinate<A>(g.boundary);
+  const bool inside = in_range(at[i], low, size);
+  const AxisCorners<A> axis = axis_corners(inside ? at[i] : low, size, g.boundary);
+  for (int k = 0; k < 2; k++) pixels[k * count + i] = inside && axis.exists[k] ? in_image(axis.pixel[k], size) : size;
+  shares[i] = 1 - axis.place;
+  shares[count + i] = axis.place;
+  const A place[1] = {at[i]};
+  const Sample<A> sample = locate(place, g);
+  A w[CORNERS];
+  corner_weights(w, sample.within, (A)1);
+  for (int k = 0; k < 2; k++) {
+    corners[k * count + i] = sample.corner[k] < 0 ? size : in_image(sample.corner[k], size);
+    weights[k * count + i] = w[k];
+  }
+  within[i] = sample.within[0];
+}
+"""
+
+
+class Tables(NamedTuple):
+    """Of `Samples`, in their order."""
+
+    bases: Any
+    corners: Any
+    weights: Any
+    cells: Any
+    dots: Any
+
+
+def axis_of(size: int, boundary: str, count: int) -> _geometry.ConvGeometry:
+    """A tap of one axis that reads at its offset from 0, for `count` positions."""
+    rule = _geometry.BOUNDARIES.index(boundary)
+    return _geometry.ConvGeometry(1, 1, 1, 1, 1, rule, (size,), (count,), (1,), (0,), (0,), (1,))
+
+
+def hard_coordinates(size: int, dtype: str) -> np.ndarray:
+    """Every quarter from -2 to size + 1, or the ends of it, with the numbers beside each; and what is far away or none.
+
+    No number is subnormal: a device takes these for 0.
+    """
+    kind = np.dtype(dtype).type
+    ends = [np.arange(-8, min(4 * size, 40) + 5) / 4, np.arange(max(4 * size - 40, -8), 4 * size + 5) / 4]
+    exact = np.concatenate([*ends, [-(2.0**53), -(2.0**31), -3, 2.0**31, 2.0**53, 1e30]]).astype(kind)
+    beside = [np.nextafter(exact, kind(towards)) for towards in (-np.inf, np.inf)]
+    tiny, huge = np.finfo(kind).tiny, np.finfo(kind).max
+    special = np.array([np.nan, np.inf, -np.inf, huge, -huge, tiny, -tiny], kind)
+    found = np.concatenate([exact, *beside, special])
+    found = found[~((found != 0) & (abs(found) < tiny))]
+    return np.concatenate([found, np.full(-len(found) % 64, np.nan, kind)])  # whole vectors
+
+
+@functools.cache
+def locator() -> jit.Kernel:
+    def locate(offset: Any, mask: Any, scratch: Any, g: Any) -> None:
+        samples, count = samples_of(0, scratch), offset.shape[4]
+        tile_origins(0, count, samples, g)
+        locate_tap(offset, (0, 0, 0, 0, 0), at(mask, (0, 0, 0, 0)), 0, count, samples, g)
+
+    return jit.Kernel(locate)
+
+
+def cpu_axis(coordinates: np.ndarray, g: _geometry.ConvGeometry) -> dict[str, np.ndarray]:
+    count, dtype = len(coordinates), coordinates.dtype
+    assert Samples._fields[1:] == Tables._fields
+    tables = sample_tables(1, 1, 1, count, np.dtype(np.int32), dtype)
+    scratch = Tables(*(memory.empty(shape, np.dtype(kind)) for shape, kind in tables))
+    offset, mask = coordinates.reshape(1, 1, 1, 1, -1), np.ones((1, 1, 1, count), dtype)
+    arguments = offset, mask, scratch, g
+    locator().prepare(dtype.name, arguments)(*arguments)
+    return {"corners": scratch.corners[0, :2], "within": scratch.cells[0, 0], "weights": scratch.weights[0]}
+
+
+def cuda_axis(coordinates: np.ndarray, g: _geometry.ConvGeometry, code: str) -> dict[str, np.ndarray]:
+    """Also "pixels" and "shares", of the functions of one axis."""
+    from tests.cuda_emulation.device import cupy
+
+    count, dtype = len(coordinates), coordinates.dtype
+    expression = f"name_pixels<{'float' if dtype == np.float32 else 'double'}>"
+    kernel = cupy.RawModule(code=code, options=("-std=c++17",), name_expressions=(expression,)).get_function(expression)
+    kinds = {"pixels": (2, np.int32), "shares": (2, dtype)}
+    kinds |= {"corners": (2, np.int32), "within": (1, dtype), "weights": (2, dtype)}
+    found = {name: cupy.zeros((rows, count), kind) for name, (rows, kind) in kinds.items()}
+    fields = [(name, np.int32, (1,) if isinstance(value, tuple) else ()) for name, value in g._asdict().items()]
+    struct = np.array([tuple(g)], np.dtype(fields))
+    kernel((-(-count // 64),), (64,), (cupy.asarray(coordinates), *found.values(), np.int32(count), struct))
+    got = {name: array.get() for name, array in found.items()}
+    return {**got, "within": got["within"][0]}
+
+
+def differences(size: int, boundary: str, dtype: str, code: str) -> list[str]:
+    coordinates = hard_coordinates(size, dtype)
+    g = axis_of(size, boundary, len(coordinates))
+    cpu, cuda = cpu_axis(coordinates, g), cuda_axis(coordinates, g, code)
+    every, numbers = slice(None), coordinates == coordinates  # of NaN, only a whole sample tells
+    pairs = {name: (cpu[name], cuda[name], every) for name in cpu}
+    pairs |= {"pixels": (cpu["corners"], cuda["pixels"], every), "shares": (cpu["weights"], cuda["shares"], numbers)}
+    found = []
+    for name, (want, got, some) in pairs.items():
+        want, got = want[..., some], got[..., some]
+        bits = f"u{want.itemsize}"
+        same = (want.view(bits) == got.view(bits)) | ((want != want) & (got != got))
+        where = np.argwhere(~same)
+        for i in map(tuple, where):
+            found.append(f"{name} of {coordinates[some][i[-1]]!r}: {want[i]!r} on the CPU, {got[i]!r} on CUDA")
+    return found
+
+
+AXIS_CODE = source(Code("conv", 1)) + AXIS_KERNEL
+
+
+@needs_emulation
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("boundary", _geometry.BOUNDARIES)
+def test_same_rules_of_an_axis(boundary, dtype):
+    """Both backends name the same pixels for every coordinate, with the same bits of their shares."""
+    for size in SIZES:
+        found = differences(size, boundary, dtype, AXIS_CODE)
+        assert not found, f"{size} pixels: " + "\n".join(found[:20])
+
+
+@needs_emulation
+@pytest.mark.parametrize(
+    "boundary, right, wrong",
+    [
+        ("dcnv2", "? -0x1.fffffep-1f :", "? -1.f :"),
+        ("torchvision", ": -2.f;", ": -1.f;"),
+        ("dcnv1", "DCNV1 ? 0.f", "DCNV1 ? -0.5f"),
+        ("dcnv1", "size - (boundary == DCNV1)", "size"),
+        ("dcnv2", "coordinate < (A)size", "coordinate <= (A)size"),
+        ("torchvision", "broken ? sum : c.place", "c.place"),
+        ("dcnv2", "near >= 0, far >= 0", "near >= 0, far > 0"),
+    ],
+)
+def test_another_rule_of_an_axis_is_seen(boundary, right, wrong):
+    assert right in AXIS_CODE
+    assert differences(5, boundary, "float32", AXIS_CODE.replace(right, wrong))
 
 
 def test_same_rounding_rules():

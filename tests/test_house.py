@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,6 +32,10 @@ FAMILY = dict.fromkeys(ROI, "roi") | dict.fromkeys(CONV, "conv")
 MATHEMATICS, BENCHMARK = {"conv": "deform_conv"}, {"conv": "deform_conv2d"}
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 DOCUMENTS = ("README.md", "docs/conventions.md")
+MOST_LINES = 120  # of a function
+BEFORE_NAME = re.compile(  # of a CUDA function, in brackets
+    r"__launch_bounds__\(.*?\)(?=\s*\w+\()|\btemplate\s*<.*?>\s*(?=__|PYD|static|const)", re.DOTALL
+)
 
 
 def read(path: str) -> str:
@@ -112,6 +117,72 @@ def test_no_host_or_path_of_one_machine():
         if any(text in line for text in HOSTS + FOLDERS)
     ]
     assert not found, "\n".join(found)
+
+
+def blanked(pattern: str, text: str) -> str:
+    """`text` with spaces in the place of what matches; lines stay."""
+    return re.sub(pattern, lambda match: re.sub(r"[^\n]", " ", match[0]), text, flags=re.MULTILINE | re.DOTALL)
+
+
+def cuda_functions(text: str) -> Iterator[tuple[str, int, int]]:
+    """(name, first line, lines) of every function, from its template's parameters to the last brace.
+
+    Members of structs count by themselves, lambdas with the function that they are in.
+    """
+    code = blanked(r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])+'""", text)
+    code = blanked(r"^ *#(?:[^\n]*\\\n)*[^\n]*", code)
+    start, depth, inside = 0, 0, None
+    for mark in re.finditer(r"[{};]", code):
+        if inside is not None:
+            depth += {"{": 1, "}": -1, ";": 0}[mark[0]]
+            if depth > 0:
+                continue
+            name, begin = inside
+            yield name, code.count("\n", 0, begin) + 1, code.count("\n", begin, mark.start()) + 1
+            inside = None
+        elif mark[0] == "{":
+            head = code[start : mark.start()]
+            plain = BEFORE_NAME.sub("", head)
+            name = re.search(r"(\w+)\s*\(", plain)
+            if name and re.search(r"\)\s*(?:const)?\s*(?::[^{]*)?$", head):
+                inside, depth = (name[1], start + len(head) - len(head.lstrip())), 1
+                continue
+        start = mark.end()
+
+
+def too_long(text: str) -> list[str]:
+    found = list(cuda_functions(text))
+    return [f"line {line}: {name} has {count} lines" for name, line, count in found if count > MOST_LINES]
+
+
+def test_functions_of_kernels_can_be_read_at_once():
+    """A long one is parts with a name each."""
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "pydeform" / "cuda").rglob("*.cu*")}
+    found = {name for text in sources.values() for name, _, _ in cuda_functions(text)}
+    assert {"forward", "backward_data", "pool_bins", "walk_points", "issue", "Cursor", "locate"} <= found
+    assert len(found) > 150
+    assert {path.name: said for path, text in sources.items() if (said := too_long(text))} == {}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "__global__ void __launch_bounds__(f(2), 1)\n    long_one(int n)",
+        "PYDEFORM_DEVICE void long_one() const",
+        "PYDEFORM_DEVICE long_one(int n)\n    : n(n)",
+    ],
+)
+@pytest.mark.parametrize("around", ["{}", "struct Some {{\n  int n;\n{}}};\n"], ids=["alone", "member"])
+def test_a_long_function_is_seen(head, around):
+    for lines in (MOST_LINES, MOST_LINES + 1):
+        body = "  auto f = [&] {\n    if (n) { n++; }  // a brace: {\n  };\n"
+        rest = lines - head.count("\n") - 6  # but the lambda, "template", the head, the last brace
+        body += "  n++;\n" * rest
+        own = f"int before() {{ return 1; }}\n\n// Of n.\ntemplate <class T>\n{head} {{\n{body}}}\nint after();\n"
+        text = around.format(own)
+        line = text[: text.index("template")].count("\n") + 1
+        said = [f"line {line}: long_one has {lines} lines"]
+        assert too_long(text) == (said if lines > MOST_LINES else [])
 
 
 def test_install_commands_have_a_path():

@@ -3,6 +3,30 @@
 #include "conv/taps.cuh"
 #include "core/product.cuh"
 
+// The sums of a tile, from output o0 of the group on, into this slice of partial; `add`: to what is there.
+template <class P, class I>
+PYDEFORM_DEVICE void write_weight_tile(const typename P::Sums& product, typename P::Acc* __restrict__ partial, int o0,
+                                       int tap, int group, int block, int add, const Geometry& g, const Channels& c) {
+  using A = typename P::Acc;
+  const int group_outputs = g.out_channels / g.groups, kernel = taps_of(g);
+  const int lane = threadIdx.x & 31, width = c.blocks * P::BN;
+#pragma unroll
+  for (int i = 0; i < P::MI; i++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int o = o0 + P::row() + i * 16 + lane / 4 + 8 * h;
+      if (o >= group_outputs) continue;
+      A* out = partial + (((I)blockIdx.y * kernel + tap) * g.out_channels + group * group_outputs + o) * width +
+               block * P::BN;
+#pragma unroll
+      for (int j = 0; j < P::NJ; j++) {
+        Pair<A>& sum = *reinterpret_cast<Pair<A>*>(out + P::column() + 8 * j + lane % 4 * 2);
+        const Pair<A> before = add ? sum : Pair<A>{};
+        sum = {before.v[0] + product.of[i][j][2 * h], before.v[1] + product.of[i][j][2 * h + 1]};
+      }
+    }
+}
+
 // Gradient of the weight (eq. 6): grad_output times samples, summed over pixels.
 // Owner: a block has BM outputs of a group x BN input channels of it at one tap, over slice blockIdx.y of the pixels.
 // Writes partial[slice][tap][output][channel]; `add`: adds to what is there. No atomics.
@@ -25,7 +49,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   unsigned char *const a_tiles = shared, *const b_tiles = shared + 2 * A_BYTES;
   Tap* const taps = reinterpret_cast<Tap*>(shared + 2 * (A_BYTES + B_BYTES));  // [3][slots][DEPTH]
 
-  const int tid = threadIdx.x, kernel = taps_of(g), group_outputs = g.out_channels / g.groups;
+  const int tid = threadIdx.x, kernel = taps_of(g);
   int place_of_block = blockIdx.x;
   const int o0 = place_of_block % tiles_o * P::BM;
   place_of_block /= tiles_o;
@@ -119,22 +143,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
     __syncthreads();
   }
 
-  const int lane = tid & 31, width = c.blocks * P::BN;
-#pragma unroll
-  for (int i = 0; i < P::MI; i++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int o = o0 + P::row() + i * 16 + lane / 4 + 8 * h;
-      if (o >= group_outputs) continue;
-      A* out = partial + (((I)blockIdx.y * kernel + tap) * g.out_channels + group * group_outputs + o) * width +
-               block * P::BN;
-#pragma unroll
-      for (int j = 0; j < P::NJ; j++) {
-        Pair<A>& sum = *reinterpret_cast<Pair<A>*>(out + P::column() + 8 * j + lane % 4 * 2);
-        const Pair<A> before = add ? sum : Pair<A>{};
-        sum = {before.v[0] + product.of[i][j][2 * h], before.v[1] + product.of[i][j][2 * h + 1]};
-      }
-    }
+  write_weight_tile<P, I>(product, partial, o0, tap, group, block, add, g, c);
 }
 
 // Owner: one thread per (output, channel), all taps. Adds the slices in their order.

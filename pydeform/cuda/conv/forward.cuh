@@ -28,6 +28,85 @@ struct Cursor {
   }
 };
 
+// The taps of a step for the pixels of a tile: each thread has one pixel, and one slot or more of it. A slot is a unit
+// along the depth.
+template <class P, class I, int READS, class TOffset>
+PYDEFORM_DEVICE void locate_slots(Tap<Compute<typename P::T>, I, READS>* taps,
+                                  const Offsets<typename P::T, I, TOffset>& offsets, const OutputPixel& pixel,
+                                  bool exists, int group, const Cursor& step, int slots, I chunks, const Geometry& g,
+                                  const Channels& c) {
+  using T = typename P::T;
+  const int tid = threadIdx.x;
+  for (int slot = tid / P::BM; slot < slots; slot += P::THREADS / P::BM) {
+    const Place place(group, step.block * P::DEPTH + slot * (P::DEPTH / slots), c);
+    Tap<Compute<T>, I, READS> t = no_tap<T, I, READS>(g, chunks);
+    if (exists && place.valid)
+      t = locate_tap<T, I, READS>(offsets, pixel, READS == DEFORMED ? place.offset_group(g, c) : 0, step.tap, step.at,
+                                  g, chunks);
+    taps[(step.place * slots + slot) * P::BM + tid % P::BM] = t;
+  }
+}
+
+// The packed weight, whose tiles follow each other as the steps do: the next 16 bytes of a thread's first row.
+template <class P> struct WeightTiles {
+  const unsigned char* next;
+  PYDEFORM_DEVICE void load(unsigned char* tile) {
+    constexpr int BYTES = P::PARTS * P::BN * P::ROW;
+#pragma unroll
+    for (int i = 0; i < BYTES; i += P::THREADS * 16) cp_async16(tile + i, next + i, true);
+    cp_async_commit();
+    next += BYTES;
+  }
+};
+
+// The sums of a tile, from pixel m0 and output n0 of the group on, into output or, if it is not null, into this slice of
+// partial. Each warp turns eight of its columns at a time in shared memory, so that threads next to each other write
+// pixels next to each other.
+template <class P, class I>
+PYDEFORM_DEVICE void write_tile(const typename P::Sums& sums, unsigned char* shared,
+                                const typename P::T* __restrict__ bias, typename P::T* __restrict__ output,
+                                typename P::Acc* __restrict__ partial, I m0, int n0, int group, const Geometry& g) {
+  const I pixels = out_pixels_of<I>(g), all = g.batch * pixels;
+  const int tid = threadIdx.x, group_outputs = g.out_channels / g.groups;
+  constexpr int PITCH = P::WM + 4, SPAN = P::WM < 32 ? P::WM : 32, SPANS = P::WM / SPAN;
+  const int lane = tid & 31;
+  typename P::Acc* const turned = reinterpret_cast<typename P::Acc*>(shared) + tid / 32 * 8 * PITCH;
+  size_t target[SPANS];  // of channel 0
+  const I at = m0 + P::row() + lane % SPAN;
+#pragma unroll
+  for (int i = 0; i < SPANS; i++) {
+    const I mine = at + i * SPAN, b = mine / pixels;
+    target[i] = partial ? (size_t)blockIdx.y * g.out_channels * all + mine
+                        : (size_t)(b * g.out_channels) * pixels + (mine - b * pixels);
+  }
+  const size_t stride = partial ? all : pixels;
+#pragma unroll
+  for (int j = 0; j < P::NJ; j++) {
+#pragma unroll
+    for (int i = 0; i < P::MI; i++)
+#pragma unroll
+      for (int k = 0; k < 4; k++)
+        turned[(lane % 4 * 2 + k % 2) * PITCH + i * 16 + lane / 4 + k / 2 * 8] = sums.of[i][j][k];
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 8; i += 32 / SPAN) {
+      const int r = i + lane / SPAN, n = n0 + P::column() + j * 8 + r, o = group * group_outputs + n;
+      if (n >= group_outputs) continue;
+      const typename P::Acc shift = bias && !partial ? to_float(bias[o]) : (typename P::Acc)0;
+#pragma unroll
+      for (int k = 0; k < SPANS; k++) {
+        if (at + k * SPAN >= all) continue;
+        const typename P::Acc sum = turned[r * PITCH + lane % SPAN + k * SPAN];
+        if (partial)
+          partial[target[k] + o * stride] = sum;
+        else
+          output[target[k] + o * stride] = from_float<typename P::T>(sum + shift);
+      }
+    }
+    __syncwarp();
+  }
+}
+
 // Owner: a block has BM output pixels x BN output channels of a group, of slice blockIdx.y of the steps.
 // Reads the channels-last image and the packed weight; writes its part of output, or of the partial sums.
 // No atomics: the same bits on each run.
@@ -50,41 +129,26 @@ __global__ void __launch_bounds__(P::THREADS, 1)
   Tap* const taps = reinterpret_cast<Tap*>(shared + 2 * (A_BYTES + B_BYTES));  // [3][slots][BM]
 
   const int tid = threadIdx.x;
-  const int group_outputs = g.out_channels / g.groups, steps = c.blocks * taps_of(g);
+  const int steps = c.blocks * taps_of(g);
   const int tile_n = blockIdx.x % tiles_n, group = blockIdx.x / tiles_n % g.groups, n0 = tile_n * P::BN;
-  const I m0 = (I)(blockIdx.x / (tiles_n * g.groups)) * P::BM, pixels = out_pixels_of<I>(g), all = g.batch * pixels;
+  const I m0 = (I)(blockIdx.x / (tiles_n * g.groups)) * P::BM, all = g.batch * out_pixels_of<I>(g);
   const int first = (int)((long long)steps * blockIdx.y / gridDim.y),
             end = (int)((long long)steps * (blockIdx.y + 1) / gridDim.y);
   const I chunks = (I)g.groups * c.units * c.pitch / P::E;
   const Offsets<T, I, TOffset> offsets{offset, mask};
 
-  // Each thread locates the taps of one pixel of the tile, for one slot or more: a slot is a unit along the depth.
   const I m = m0 + tid % P::BM;
   const OutputPixel pixel(m < all ? m : (I)0, g);
   Cursor located(first, g);
   auto locate_step = [&]() {
-    for (int slot = tid / P::BM; slot < slots; slot += P::THREADS / P::BM) {
-      const Place place(group, located.block * P::DEPTH + slot * (P::DEPTH / slots), c);
-      Tap t = no_tap<T, I, READS>(g, chunks);
-      if (m < all && place.valid)
-        t = locate_tap<T, I, READS>(offsets, pixel, READS == DEFORMED ? place.offset_group(g, c) : 0, located.tap,
-                                    located.at, g, chunks);
-      taps[(located.place * slots + slot) * P::BM + tid % P::BM] = t;
-    }
+    locate_slots<P, I, READS>(taps, offsets, pixel, m < all, group, located, slots, chunks, g, c);
     located.next(g);
   };
-  // The weight is packed as the tiles of the steps, one after another.
-  const unsigned char* rows = reinterpret_cast<const unsigned char*>(weight) +
-                              ((size_t)(group * tiles_n + tile_n) * steps + first) * B_BYTES + tid * 16;
+  WeightTiles<P> weights{reinterpret_cast<const unsigned char*>(weight) +
+                         ((size_t)(group * tiles_n + tile_n) * steps + first) * B_BYTES + tid * 16};
   const int row = tid / P::CHUNKS, column = tid % P::CHUNKS, slot = column * slots / P::CHUNKS,
             own = P::at(row, column);
-  auto load_weight = [&](int stage) {
-    unsigned char* const tile = b_tiles + stage * B_BYTES + own;
-#pragma unroll
-    for (int i = 0; i < B_BYTES; i += P::THREADS * 16) cp_async16(tile + i, rows + i, true);
-    cp_async_commit();
-    rows += B_BYTES;
-  };
+  auto load_weight = [&](int stage) { weights.load(b_tiles + stage * B_BYTES + own); };
   // A thread blends one chunk of 16 bytes of each ROWS-th row.
   const Tap* const own_taps = taps + slot * P::BM + row;
   Cursor gathered(first, g);
@@ -157,44 +221,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
     stage ^= 1;
   }
 
-  // Each warp turns eight of its columns at a time, so that threads next to each other write pixels next to each other.
-  constexpr int PITCH = P::WM + 4, SPAN = P::WM < 32 ? P::WM : 32, SPANS = P::WM / SPAN;
-  const int lane = tid & 31;
-  typename P::Acc* const turned = reinterpret_cast<typename P::Acc*>(shared) + tid / 32 * 8 * PITCH;
-  size_t target[SPANS];  // of channel 0
-  const I at = m0 + P::row() + lane % SPAN;
-#pragma unroll
-  for (int i = 0; i < SPANS; i++) {
-    const I mine = at + i * SPAN, b = mine / pixels;
-    target[i] = partial ? (size_t)blockIdx.y * g.out_channels * all + mine
-                        : (size_t)(b * g.out_channels) * pixels + (mine - b * pixels);
-  }
-  const size_t stride = partial ? all : pixels;
-#pragma unroll
-  for (int j = 0; j < P::NJ; j++) {
-#pragma unroll
-    for (int i = 0; i < P::MI; i++)
-#pragma unroll
-      for (int k = 0; k < 4; k++)
-        turned[(lane % 4 * 2 + k % 2) * PITCH + i * 16 + lane / 4 + k / 2 * 8] = sums.of[i][j][k];
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 8; i += 32 / SPAN) {
-      const int r = i + lane / SPAN, n = n0 + P::column() + j * 8 + r, o = group * group_outputs + n;
-      if (n >= group_outputs) continue;
-      const typename P::Acc shift = bias && !partial ? to_float(bias[o]) : (typename P::Acc)0;
-#pragma unroll
-      for (int k = 0; k < SPANS; k++) {
-        if (at + k * SPAN >= all) continue;
-        const typename P::Acc sum = turned[r * PITCH + lane % SPAN + k * SPAN];
-        if (partial)
-          partial[target[k] + o * stride] = sum;
-        else
-          output[target[k] + o * stride] = from_float<T>(sum + shift);
-      }
-    }
-    __syncwarp();
-  }
+  write_tile<P, I>(sums, shared, bias, output, partial, m0, n0, group, g);
 }
 
 // Owner: one thread per output element. Adds the slices in their order, then the bias.

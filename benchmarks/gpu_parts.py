@@ -282,7 +282,7 @@ def torch_graphs_and_streams() -> int:
 
 # What sanitizers watch -----------------------------------------------------------------------------------------------
 def exercise(few: bool = False) -> None:
-    """Every family of kernels on small problems; few: one shape of convolutions in float16 and float32.
+    """Every family of kernels on small problems; few: one shape of plane convolutions in float16 and float32.
 
     Without CuPy's pool, in which an access beyond an array is an access to another one.
     """
@@ -297,6 +297,10 @@ def exercise(few: bool = False) -> None:
     for shape in shapes[: 1 if few else 3]:
         for dtype in dtypes:
             exercise_convolutions(lambda a, dtype=dtype: cupy.asarray(a.astype(dtype)), rng, *shape)
+    # What is compiled anew for another number of axes, or for one offset of all pixels: for many channels and for few.
+    for dtype in () if few else dtypes[:2]:
+        for c, o in ((40, 72), (3, 5)):
+            exercise_axes(lambda a, dtype=dtype: cupy.asarray(a.astype(dtype)), rng, c, o)
     for h, w in () if few else ((9, 7), (36, 41)):
         for dtype in dtypes:
             exercise_roi(lambda a, dtype=dtype: cupy.asarray(a.astype(dtype)), rng, h, w)
@@ -320,6 +324,31 @@ def exercise_convolutions(
         pydeform.deform_conv2d(x, offset, weight, bias, padding=1, mask=mask, allow_tf32=allow_tf32)
     for deterministic in (False, True):
         pydeform.deform_conv2d_backward(y, x, offset, weight, bias, padding=1, mask=mask, deterministic=deterministic)
+
+
+def exercise_axes(send: Any, rng: Any, c: int, o: int) -> None:
+    """conv1d, conv3d, deform_conv1d, deform_conv3d and active_conv2d."""
+    import pydeform
+
+    def array(*shape: int) -> Any:
+        return send(rng.standard_normal(shape))
+
+    for size in ((23,), (5, 6, 4)):
+        axes, taps = len(size), 3 ** len(size)
+        x, weight, bias, y = array(2, c, *size), array(o, c, *(3,) * axes), array(o), array(2, o, *size)
+        offset, mask = array(2, axes * taps, *size), array(2, taps, *size)
+        name = f"conv{axes}d"
+        getattr(pydeform, name)(x, weight, bias, padding=1)
+        getattr(pydeform, f"{name}_backward")(y, x, weight, bias, padding=1)
+        getattr(pydeform, f"deform_{name}")(x, offset, weight, bias, padding=1, mask=mask)
+        for deterministic in (False, True):
+            options = {"padding": 1, "mask": mask, "deterministic": deterministic}
+            getattr(pydeform, f"deform_{name}_backward")(y, x, offset, weight, bias, **options)
+    x, weight, bias, y = array(2, c, 9, 7), array(o, c, 3, 3), array(o), array(2, o, 9, 7)
+    positions = array(18)
+    pydeform.active_conv2d(x, positions, weight, bias, padding=1)
+    for deterministic in (False, True):
+        pydeform.active_conv2d_backward(y, x, positions, weight, bias, padding=1, deterministic=deterministic)
 
 
 def exercise_roi(send: Any, rng: Any, h: int, w: int) -> None:

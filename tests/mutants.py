@@ -43,23 +43,26 @@ AREAS = {
     "cpu": Area(
         "pydeform/cpu/**/*.py",
         "cpu",
-        "cpu_kernels simd simd_roi conv2d deform_conv2d roi threads roi_limits not_finite properties properties_roi "
-        "vectors vectors_roi cost half waits coordinates kernel_cache cpu_memory layers_kinds runtime background "
-        "imports",
+        "cpu_kernels simd simd_pairs simd_roi conv2d deform_conv2d conv1d conv3d deform_conv1d deform_conv3d "
+        "active_conv2d roi threads roi_limits not_finite properties properties_axes properties_roi vectors "
+        "vectors_axes vectors_roi cost half waits coordinates kernel_cache cpu_memory layers_kinds runtime background "
+        "twins imports",
     ),
     "cuda": Area(
         "pydeform/cuda/**/*.py pydeform/cuda/**/*.cu*",
         "emulated",
-        "cuda_plans cuda_direct cuda_gather cuda_convolution cuda_roi cuda_primitives conv2d deform_conv2d roi "
-        "roi_limits not_finite interop_cuda coordinates properties properties_roi vectors vectors_roi cost cuda_device "
+        "cuda_copies cuda_plans cuda_direct cuda_gather cuda_convolution cuda_axes cuda_roi cuda_primitives conv2d "
+        "deform_conv2d conv1d conv3d deform_conv1d deform_conv3d active_conv2d roi roi_limits not_finite interop_cuda "
+        "coordinates properties properties_axes properties_roi vectors vectors_axes vectors_roi cost cuda_device "
         "cuda_emulation cuda_names cuda_compile layers_kinds twins imports",
     ),
     "rest": Area(
         "pydeform/*.py pydeform/ops/*.py pydeform/layers/*.py pydeform/testing/*.py",
         "cpu,emulated",
-        "errors errors_roi options analysis optim losses runtime cli viz imports house types testing layers layers_roi "
-        "layers_kinds layers_files interop interop_cuda half conv2d deform_conv2d roi not_finite vectors vectors_roi "
-        "coordinates cost background demo",
+        "errors errors_axes errors_roi options analysis optim losses runtime cli viz imports house types testing "
+        "layers layers_roi layers_kinds layers_files interop interop_cuda half conv2d deform_conv2d conv1d conv3d "
+        "deform_conv1d deform_conv3d active_conv2d roi not_finite vectors vectors_axes vectors_roi coordinates cost "
+        "background demo",
     ),
 }
 SWAPS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+"} | {

@@ -19,6 +19,7 @@ import pytest
 import pydeform
 import pydeform.layers
 from pydeform import _selfcheck, cli
+from tests import mutants
 
 ROOT = Path(__file__).parents[1]
 OPERATORS = _selfcheck.operators()
@@ -115,6 +116,17 @@ def test_package_data_is_there():
     package = Path(pydeform.__file__).parent
     assert (package / "py.typed").is_file()
     assert (package / "data" / "vectors.npz").is_file()
+
+
+@pytest.mark.parametrize("area", mutants.AREAS)
+def test_mutants_meet_the_tests_of_every_operator(area):
+    names = mutants.AREAS[area].tests.split()
+    assert len(set(names)) == len(names)
+    assert {FAMILY[operator] if operator in ROI else operator for operator in OPERATORS} <= set(names)
+    for path in mutants.tests_of(area, None):
+        assert (ROOT / path).is_file(), path
+    planted = {path.parent.name for pattern in mutants.AREAS[area].places.split() for path in ROOT.glob(pattern)}
+    assert planted >= ({"ops", "layers"} if area == "rest" else {"core", "sampling", "conv", "roi"})
 
 
 def test_no_host_or_path_of_one_machine():

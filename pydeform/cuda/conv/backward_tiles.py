@@ -11,18 +11,21 @@ import numpy as np
 
 from pydeform._geometry import ConvArrays
 from pydeform.cuda.conv import direct, gather, plan
-from pydeform.cuda.conv.forward_tiles import (
-    PLANS,
-    THREADS,
-    forward,
-    images_at_a_time,
-    part_of,
-)
+from pydeform.cuda.conv.forward_tiles import PLANS, THREADS, forward, images_at_a_time, part_of
 from pydeform.cuda.conv.plan import ADJOINT, DEFORMED, PLAIN, corner_bytes, pixels, taps
-from pydeform.cuda.core import numbers
 from pydeform.cuda.core.copies import to_channels_first, to_channels_last
 from pydeform.cuda.core.launch import Device, Launch, device
-from pydeform.cuda.core.numbers import C_TYPES, ceil_div, compute_dtype, index_type, integer, own_types, round_up
+from pydeform.cuda.core.numbers import (
+    C_TYPES,
+    DTYPES,
+    ITEMSIZE,
+    ceil_div,
+    compute_dtype,
+    index_type,
+    integer,
+    own_types,
+    round_up,
+)
 from pydeform.cuda.core.sizes import WORKSPACE
 from pydeform.cuda.core.source import Code
 
@@ -111,7 +114,7 @@ class Plan:
         self.memory = c.memory(g.groups)
         self.padded_outputs = round_up(group_outputs, self.data_product.depth)
         self.everything = g.batch * pixels(g)
-        itemsize, sums = numbers.ITEMSIZE[dtype], compute_dtype(np.dtype(numbers.DTYPES[dtype]))
+        itemsize, sums = ITEMSIZE[dtype], compute_dtype(np.dtype(DTYPES[dtype]))
         self.sums = sums
         self._samples = functools.lru_cache(self.KEPT)(self._make_samples)
         self._weight = functools.lru_cache(self.KEPT)(self._make_weight)
@@ -126,7 +129,7 @@ class Plan:
     def _shared_data(self, slots: int, index: str) -> int:
         """Bytes: two stages of tiles, then the product in their place, and the sampling points."""
         p, corners = self.data_product, 1 << len(self.g.in_size)
-        staged = p.rows * (p.columns + 8) * compute_dtype(np.dtype(numbers.DTYPES[p.dtype])).itemsize
+        staged = p.rows * (p.columns + 8) * compute_dtype(np.dtype(DTYPES[p.dtype])).itemsize
         point = corner_bytes(p.dtype, index, corners, 1 + len(self.g.in_size))
         return max(2 * p.stage_bytes, staged) + slots * p.rows * point
 

@@ -11,10 +11,9 @@ import numpy as np
 
 from pydeform.cuda.conv import plan
 from pydeform.cuda.conv.plan import corner_bytes, pixels, taps
-from pydeform.cuda.core import numbers
 from pydeform.cuda.core.copies import to_channels_last
 from pydeform.cuda.core.launch import Device, Launch, device
-from pydeform.cuda.core.numbers import C_TYPES, ceil_div, compute_dtype, index_type, own_types
+from pydeform.cuda.core.numbers import C_TYPES, DTYPES, ceil_div, compute_dtype, index_type, own_types
 from pydeform.cuda.core.sizes import COPIES
 from pydeform.cuda.core.source import Code
 
@@ -57,7 +56,7 @@ class Tiles:
         self, code: Code, reads: int, g: Any, dtype: str, on: Device, allow_tf32: bool, offset_type: str = ""
     ) -> None:
         group_outputs = g.out_channels // g.groups
-        self.code, self.reads, self.g, self.dtype = code, reads, g, np.dtype(numbers.DTYPES[dtype])
+        self.code, self.reads, self.g, self.dtype = code, reads, g, np.dtype(DTYPES[dtype])
         self.product = p = plan.forward_product(dtype, on.capability, group_outputs, allow_tf32)
         self.channels = c = plan.channels(g, dtype, p.depth, lambda slots: self._shared(slots, "long long"), on.shared)
         self.memory = c.memory(g.groups)

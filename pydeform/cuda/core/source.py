@@ -29,8 +29,11 @@ class Code(typing.NamedTuple):
 @functools.cache
 def source(code: Code) -> str:
     """CUDA C++; compilers report errors under the names and lines of our files."""
-    text = f"constexpr int AXES = {code.axes};\nconstexpr bool ACTIVE = {str(code.active).lower()};\n"
-    text += struct("RoiGeometry", RoiGeometry) if code.file == "roi" else struct("Geometry", ConvGeometry, code.axes)
+    if code.file == "roi":
+        text = struct("RoiGeometry", RoiGeometry)
+    else:
+        text = f"constexpr int AXES = {code.axes};\nconstexpr bool ACTIVE = {str(code.active).lower()};\n"
+        text += struct("Geometry", ConvGeometry, code.axes)
     return text + _inlined(f"{code.file}/{code.file}.cu", set())
 
 

@@ -28,7 +28,7 @@ FAMILIES = {
 
 
 def public_functions(path: Path) -> dict[str, str]:
-    """Name -> parameters, annotations and defaults, as written; without options, which choose something on CUDA alone."""
+    """Name -> parameters, annotations, defaults, as written; without options, which only CUDA heeds."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
     for f in functions:

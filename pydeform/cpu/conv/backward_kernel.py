@@ -32,8 +32,9 @@ from pydeform.cpu.conv.weights import (
     squares_size,
 )
 from pydeform.cpu.core import pair_products, parallel, sizes
+from pydeform.cpu.core.blend import blend, blend_dots, blend_dots_scatter, copy_vectors, sum_values
 from pydeform.cpu.core.jit import Kernel, inline, inline_always
-from pydeform.cpu.core.layout import PIXELS, block_to_channels_first, pixel_parts, to_channels_last
+from pydeform.cpu.core.layout import PIXELS, block_to_channels_first, pixel_parts, to_channels_last, transpose_block
 from pydeform.cpu.core.memory import Workspace, compute_dtype, contiguous, empty, to_result
 from pydeform.cpu.core.pair_products import (
     begin_products,
@@ -57,21 +58,15 @@ from pydeform.cpu.core.parallel import (
     wait_until,
 )
 from pydeform.cpu.core.planes import gather_corners
+from pydeform.cpu.core.product import PANEL
 from pydeform.cpu.core.simd import (
-    PANEL,
     VECTOR_BYTES,
     advance,
     at,
-    blend,
-    blend_dots,
-    blend_dots_scatter,
     column,
-    copy_vectors,
     corner_numbers,
     put_column,
-    sum_values,
     times,
-    transpose_block,
     use_widest_vectors,
     vectors_of,
 )

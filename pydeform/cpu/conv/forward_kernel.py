@@ -26,6 +26,7 @@ from pydeform.cpu.conv.plan import (
 )
 from pydeform.cpu.conv.weights import pack_depthwise, pack_forward, squares_size
 from pydeform.cpu.core import pair_products, parallel, sizes
+from pydeform.cpu.core.blend import blend, copy_vectors
 from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.layout import pixel_parts, to_channels_first, to_channels_last
 from pydeform.cpu.core.memory import Workspace, compute_dtype, empty, to_result
@@ -41,16 +42,13 @@ from pydeform.cpu.core.pair_products import (
 )
 from pydeform.cpu.core.parallel import call_helpers, claim_near, finish, let_helpers_go, wait_for
 from pydeform.cpu.core.planes import gather_corners
+from pydeform.cpu.core.product import PANEL, ROWS
 from pydeform.cpu.core.simd import (
     CACHE_LINE,
-    PANEL,
-    ROWS,
     VECTOR_BYTES,
     advance,
     at,
-    blend,
     column,
-    copy_vectors,
     corner_numbers,
     fetch_ahead,
     second_level_cache,

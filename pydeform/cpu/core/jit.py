@@ -52,7 +52,7 @@ class _PartOfKernels(_KernelCode):
         self._finalize_dynamic_globals()
         self._finalized = True
 
-    def get_pointer_to_function(self, name: str) -> int:
+    def get_pointer_to_function(self, _name: str) -> int:
         return 0
 
 

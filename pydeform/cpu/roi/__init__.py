@@ -64,6 +64,7 @@ def backward(
     *,
     deterministic: bool = False,
 ) -> dict[str, Any]:
+    del deterministic  # results always are
     dtype = compute_dtype(input.dtype)
     bins = g.pooled_h * g.pooled_w
     need_input, need_dots = "input" in needs, "offset" in needs or "mask" in needs

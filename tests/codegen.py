@@ -6,13 +6,18 @@ processor that LLVM knows, in a few milliseconds, without Numba and without runn
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
+
+from pydeform.cpu.core import blend, jit, layout, product, weighted
 
 
 class Processor(NamedTuple):
@@ -55,6 +60,20 @@ class Loop(NamedTuple):
         return self.loads / self.multiply_adds
 
 
+def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:
+    """Those that exist for vectors of any width, 0: of one lane; `multiply_tile` with other rows than it has."""
+    modules = (blend, layout, weighted)
+    found = {name: value for module in modules for name, value in vars(module).items() if hasattr(value, "of_width")}
+    made = SimpleNamespace(
+        vector_bytes=vector_bytes, **{name: value.of_width(vector_bytes) for name, value in found.items()}
+    )
+    wide, two, narrow = product.rows_for(vector_bytes)
+    made.multiply_wide = product.multiply(wide, product.panel_vectors(vector_bytes), vector_bytes)
+    made.multiply_tile = product.multiply(rows or two, 2, vector_bytes)
+    made.multiply_narrow = product.multiply(narrow, 1, vector_bytes)
+    return made
+
+
 class _Context:
     """As much of Numba's as primitives ask for."""
 
@@ -74,19 +93,24 @@ def _know_all_targets() -> None:
 def _lowered(type: Any) -> Any:
     if isinstance(type, types.CPointer):
         return _lowered(type.dtype).as_pointer()
-    if isinstance(type, types.UniTuple):
-        return ir.ArrayType(_lowered(type.dtype), type.count)
+    if isinstance(type, types.BaseTuple):
+        items = [_lowered(item) for item in type]
+        return ir.ArrayType(items[0], len(items)) if isinstance(type, types.UniTuple) else ir.LiteralStructType(items)
     if isinstance(type, types.Float):
         return ir.FloatType() if type.bitwidth == 32 else ir.DoubleType()
     return ir.IntType(1 if type is types.boolean else type.bitwidth)
 
 
+def machine_of(processor: Processor) -> Any:
+    _know_all_targets()
+    target = llvm.Target.from_triple(processor.triple)
+    return target.create_target_machine(cpu=processor.name, opt=3, reloc="pic", codemodel="small")
+
+
 def assembly(primitive: Any, arguments: list[Any], constants: dict[int, int], processor: Processor) -> str:
     """Of the primitive for these Numba types; the kernels call it with constants at some of the places."""
-    _know_all_targets()
     signature, generate = primitive._defn(None, *arguments)
-    target = llvm.Target.from_triple(processor.triple)
-    machine = target.create_target_machine(cpu=processor.name, opt=3, reloc="pic", codemodel="small")
+    machine = machine_of(processor)
     module = ir.Module()
     module.triple, module.data_layout = processor.triple, str(machine.target_data)
     results = ir.PointerType(_lowered(arguments[0].dtype))
@@ -102,12 +126,43 @@ def assembly(primitive: Any, arguments: list[Any], constants: dict[int, int], pr
             value = builder.uitofp(value, results.pointee) if value.type == ir.IntType(1) else value
             builder.store(value, builder.gep(function.args[-1], [ir.Constant(ir.IntType(64), n)]))
     builder.ret_void()
-    parsed = llvm.parse_assembly(str(module))
+    return compiled(str(module), machine)
+
+
+def compiled(text: str, machine: Any) -> str:
+    """Assembly of LLVM's text."""
+    parsed = llvm.parse_assembly(text)
     tuning = llvm.create_pipeline_tuning_options(speed_level=3)
     tuning.loop_vectorization = tuning.slp_vectorization = True
     passes = llvm.create_pass_builder(machine, tuning)
     passes.getModulePassManager().run(parsed, passes)
     return str(machine.emit_assembly(parsed))
+
+
+@contextlib.contextmanager
+def _unoptimised() -> Iterator[list[str]]:
+    """Gets LLVM's text of each kernel that is compiled meanwhile, before anything is done for this machine."""
+    texts: list[str] = []
+    optimise = jit._KernelCode._optimize_final_module
+    jit._KernelCode._optimize_final_module = lambda library: texts.append(str(library._final_module))
+    try:
+        yield texts
+    finally:
+        jit._KernelCode._optimize_final_module = optimise
+
+
+def text_of_kernel(function: Callable[..., None], arguments: list[Any]) -> str:
+    """LLVM's text of a kernel for these Numba types, and for any processor if its vectors have so many lanes on all."""
+    with _unoptimised() as texts:
+        jit.Kernel(function).call.compile(tuple(arguments))
+    return re.sub(r'target (triple|datalayout) = ".*"\n', "", texts[-1])
+
+
+def assembly_of_kernel(text: str, processor: Processor) -> str:
+    machine = machine_of(processor)
+    head = f'target datalayout = "{machine.target_data}"\ntarget triple = "{processor.triple}"\n'
+    parts = re.findall(r"^(\S+):(.*?)\.size\s+\1", compiled(head + text, machine), re.MULTILINE | re.DOTALL)
+    return "".join(body for name, body in parts if "cpython" not in name)  # not what unpacks Python's arguments
 
 
 def loops(text: str, processor: Processor) -> list[Loop]:

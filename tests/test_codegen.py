@@ -13,8 +13,19 @@ from typing import Any
 import pytest
 from numba import types
 
-from pydeform.cpu.core import bands, simd, weighted
-from tests.codegen import PROCESSORS, Loop, assembly, loops
+from pydeform.cpu.core import product
+from pydeform.cpu.core.bands import Band, band_dots, band_scatter, band_sum
+from pydeform.cpu.core.simd import at
+from pydeform.cpu.core.vector import fma, load_lanes, store
+from tests.codegen import (
+    PROCESSORS,
+    Loop,
+    assembly,
+    assembly_of_kernel,
+    loops,
+    primitives,
+    text_of_kernel,
+)
 
 NUMBER, FLAG, INDEX = types.int64, types.boolean, types.CPointer(types.int32)
 
@@ -23,8 +34,8 @@ def arguments_of(name: str, real: Any, lanes: int) -> tuple[list[Any], dict[int,
     """Types of a primitive's arguments, and those of them that kernels give as constants."""
     p = types.CPointer(real)
     corners = [types.UniTuple(NUMBER, 4), types.UniTuple(real, 4)]
-    band = [p, INDEX, p, NUMBER, NUMBER, NUMBER, p]
-    panel = simd.panel_vectors(lanes * real.bitwidth // 8) * lanes
+    pixels = types.Tuple((p, INDEX, p, NUMBER, NUMBER))
+    panel = product.panel_vectors(lanes * real.bitwidth // 8) * lanes
     return {
         "multiply_wide": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 208, 2: 1, 4: panel}),
         "multiply_wide transposed": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 1, 8: 0}),
@@ -42,14 +53,11 @@ def arguments_of(name: str, real: Any, lanes: int) -> tuple[list[Any], dict[int,
         "transpose_block": ([p, NUMBER, p, NUMBER, p], {}),
         "transpose_block_shifted": ([p, NUMBER, p, NUMBER, p], {}),
         "sum_values": ([p, NUMBER], {}),
-        "weighted_sum": ([p, p, INDEX, p, NUMBER, NUMBER, NUMBER, real, FLAG], {}),
-        "weighted_dots": ([p, p, INDEX, p, p, p, NUMBER, NUMBER, NUMBER], {}),
+        "weighted_sum": ([p, pixels, NUMBER, real, FLAG], {}),
+        "weighted_dots": ([p, types.Tuple((p, INDEX, types.UniTuple(p, 3), NUMBER, NUMBER)), NUMBER], {}),
         "scatter": ([p, p, INDEX, p, NUMBER, NUMBER, NUMBER, real], {}),
-        "largest_pixel": ([p, INDEX, p, INDEX, p, *[NUMBER] * 4, FLAG], {}),
-        "largest_point": ([p, INDEX, p, INDEX, p, *[NUMBER] * 4, FLAG], {}),
-        "band_sum": ([*band, NUMBER], {}),
-        "band_dots": ([p, INDEX, p, p, NUMBER, NUMBER, NUMBER, p, p, NUMBER], {}),
-        "band_scatter": ([*band, NUMBER, real], {}),
+        "largest_pixel": ([p, INDEX, pixels, NUMBER, NUMBER, FLAG], {}),
+        "largest_point": ([p, INDEX, pixels, NUMBER, NUMBER, FLAG], {}),
     }[name]
 
 
@@ -71,9 +79,6 @@ PRIMITIVES = (
     "scatter",
     "largest_pixel",
     "largest_point",
-    "band_sum",
-    "band_dots",
-    "band_scatter",
 )
 # Loads for each multiply-add, where there is such an instruction, in the loop that does most of them. A block of r rows
 # x v vectors has (r + v) / (v * r), a blend four loads for three and a product, and what a list of pixels is read with
@@ -96,9 +101,7 @@ STACK_STORES = {("weighted_sum", "nehalem", 32): 1}
 def found(name: str, processor: str, bits: int, rows: int | None = None) -> list[Loop]:
     on = PROCESSORS[processor]
     real = types.float32 if bits == 32 else types.float64
-    own = simd.primitives(on.vector_bytes, rows) if rows else simd.primitives(on.vector_bytes)
-    places = (own, weighted.primitives(on.vector_bytes), bands)
-    primitive = next(getattr(place, name.split()[0]) for place in places if hasattr(place, name.split()[0]))
+    primitive = getattr(primitives(on.vector_bytes, rows), name.split()[0])
     arguments, constants = arguments_of(name, real, on.vector_bytes * 8 // bits)
     return loops(assembly(primitive, arguments, constants, on), on)
 
@@ -122,6 +125,59 @@ def test_loads_for_each_multiply_add(name, processor, bits):
         assert busiest.loads_each <= 0.42
 
 
+load_many = load_lanes(640)
+
+
+def _sum(plane, rows, y, x, out, width, room, columns):
+    band = Band(at(plane, (0,)), at(rows, (0,)), rows.shape[0], width, room, columns)
+    out[0] = band_sum(band, at(y, (0, 0)), at(x, (0, 0)))
+
+
+def _dots(plane, rows, y, x, out, width, room, columns):
+    band = Band(at(plane, (0,)), at(rows, (0,)), rows.shape[0], width, room, columns)
+    out[0], out[1], out[2] = band_dots(band, at(y, (0, 0)), at(y, (1, 0)), at(x, (0, 0)), at(x, (1, 0)))
+
+
+def _scatter(plane, rows, y, x, out, width, room, columns):
+    band = Band(at(plane, (0,)), at(rows, (0,)), rows.shape[0], width, room, columns)
+    band_scatter(band, at(y, (0, 0)), at(x, (0, 0)), out[0])
+
+
+def _too_many(plane, rows, y, x, out, width, room, columns):
+    """A sum that fills 40 registers of the widest."""
+    total = load_many(at(plane, (0,)))
+    for i in range(columns):
+        total = fma(y[0, i], load_many(at(plane, (i,))), total)
+    store(total, at(out, (0,)))
+
+
+@functools.cache
+def found_in_kernel(function: Any, processor: str, bits: int) -> list[Loop]:
+    real, on = types.float32 if bits == 32 else types.float64, PROCESSORS[processor]
+    vector, matrix = types.Array(real, 1, "C"), types.Array(real, 2, "C")
+    arguments = [vector, types.Array(types.int32, 1, "C"), matrix, matrix, vector, NUMBER, NUMBER, NUMBER]
+    return loops(assembly_of_kernel(_text(function, *arguments), on), on)
+
+
+@functools.cache
+def _text(function: Any, *arguments: Any) -> str:
+    return text_of_kernel(function, list(arguments))
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("function", [_sum, _dots, _scatter], ids=lambda function: function.__name__)
+def test_vectors_as_values_stay_in_registers(function, processor, bits):
+    found = found_in_kernel(function, processor, bits)
+    assert found and max(loop.stack_stores for loop in found) == 0
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_values_that_do_not_fit_are_told(processor, bits):
+    assert max(loop.stack_stores for loop in found_in_kernel(_too_many, processor, bits)) > 0
+
+
 @pytest.mark.parametrize("processor", ["znver4", "znver5"])
 def test_the_block_that_did_not_fit_is_told(processor):
     """12 rows x 2 vectors of 64 bytes: 24 sums of 32 registers, but this scheduler loads all factors first."""
@@ -132,6 +188,4 @@ def test_the_block_that_did_not_fit_is_told(processor):
 
 
 def test_every_primitive_is_looked_at():
-    for module in (simd.primitives(32), weighted.primitives(32)):
-        names = {name for name, value in vars(module).items() if hasattr(value, "_defn")}
-        assert names <= set(PRIMITIVES)
+    assert {name for name, value in vars(primitives(32)).items() if hasattr(value, "_defn")} <= set(PRIMITIVES)

@@ -33,10 +33,15 @@ ROI = ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool"
 CONV = ("conv1d", "conv2d", "conv3d", "deform_conv1d", "deform_conv2d", "deform_conv3d", "active_conv2d")
 FAMILY = dict.fromkeys(ROI, "roi") | dict.fromkeys(CONV, "conv")
 MATHEMATICS = {"conv": "deform_conv"}
+# Folders of the CPU's kernels whose functions and modules have a size that a reader can hold.
+OF_READABLE_SIZE = ("core", "sampling", "conv", "roi")
+MOST_LINES, MOST_ARGUMENTS, MOST_LINES_OF_A_MODULE = 60, 9, 400
+# Called by convolutions, too: `pixels` is one that they could do without.
+HAS_TEN_ARGUMENTS = {"to_channels_last", "block_to_channels_first"}
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 DOCUMENTS = ("README.md", "docs/conventions.md")
 TOUR = "docs/how-it-works.md"
-MOST_LINES = 120  # of a function
+MOST_LINES_ON_CUDA = 120  # of a function
 BEFORE_NAME = re.compile(  # of a CUDA function, in brackets
     r"__launch_bounds__\(.*?\)(?=\s*\w+\()|\btemplate\s*<.*?>\s*(?=__|PYD|static|const)", re.DOTALL
 )
@@ -172,7 +177,7 @@ def cuda_functions(text: str) -> Iterator[tuple[str, int, int]]:
 
 def too_long(text: str) -> list[str]:
     found = list(cuda_functions(text))
-    return [f"line {line}: {name} has {count} lines" for name, line, count in found if count > MOST_LINES]
+    return [f"line {line}: {name} has {count} lines" for name, line, count in found if count > MOST_LINES_ON_CUDA]
 
 
 def test_functions_of_kernels_can_be_read_at_once():
@@ -194,7 +199,7 @@ def test_functions_of_kernels_can_be_read_at_once():
 )
 @pytest.mark.parametrize("around", ["{}", "struct Some {{\n  int n;\n{}}};\n"], ids=["alone", "member"])
 def test_a_long_function_is_seen(head, around):
-    for lines in (MOST_LINES, MOST_LINES + 1):
+    for lines in (MOST_LINES_ON_CUDA, MOST_LINES_ON_CUDA + 1):
         body = "  auto f = [&] {\n    if (n) { n++; }  // a brace: {\n  };\n"
         rest = lines - head.count("\n") - 6  # but the lambda, "template", the head, the last brace
         body += "  n++;\n" * rest
@@ -202,7 +207,7 @@ def test_a_long_function_is_seen(head, around):
         text = around.format(own)
         line = text[: text.index("template")].count("\n") + 1
         said = [f"line {line}: long_one has {lines} lines"]
-        assert too_long(text) == (said if lines > MOST_LINES else [])
+        assert too_long(text) == (said if lines > MOST_LINES_ON_CUDA else [])
 
 
 def test_install_commands_have_a_path():
@@ -344,3 +349,56 @@ def test_each_decision_has_its_three_parts():
     for page in pages:
         headings = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("## ")]
         assert headings == ["## Context", "## Choice", "## Price"], page.name
+
+
+def functions(source: str) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+
+
+def too_large(source: str) -> list[str]:
+    """Functions of a source that have more lines or arguments than they may."""
+    found = []
+    for function in functions(source):
+        given = function.args
+        arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+        most = MOST_ARGUMENTS + (function.name in HAS_TEN_ARGUMENTS)
+        if function.end_lineno - function.lineno >= MOST_LINES or len(arguments) > most:
+            found.append(function.name)
+    return found
+
+
+def emits_machine_code(source: str) -> bool:
+    return bool(re.search(r"^\s*(import|from) llvmlite|\bbuilder\b", source, re.MULTILINE))
+
+
+@pytest.mark.parametrize("folder", OF_READABLE_SIZE)
+def test_functions_and_modules_of_kernels_have_a_readable_size(folder):
+    for path in sorted((ROOT / "pydeform" / "cpu" / folder).rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        assert not too_large(source), f"{path.relative_to(ROOT)}: {too_large(source)}"
+        assert len(source.splitlines()) <= MOST_LINES_OF_A_MODULE, path.relative_to(ROOT)
+
+
+def test_machine_code_is_emitted_in_one_folder():
+    for path in (ROOT / "pydeform").rglob("*.py"):
+        if (ROOT / "pydeform" / "cpu" / "core") not in path.parents:
+            assert not emits_machine_code(path.read_text(encoding="utf-8")), path.relative_to(ROOT)
+
+
+def test_what_is_too_large_is_told():
+    body = "    pass\n"
+    for lines, arguments, is_told in ((59, 9, False), (60, 9, True), (59, 10, True)):
+        names = ", ".join(f"a{n}" for n in range(arguments))
+        assert bool(too_large(f"def f({names}):\n{lines * body}")) == is_told
+    assert too_large(f"def f():\n    def g(a, *, {', '.join('bcdefgh')}, **i): pass\n    def h(*{'a' * 9}): pass") == []
+    assert too_large(f"def f():\n    def g(a, *, {', '.join('bcdefghi')}, **j): pass") == ["g"]
+    assert emits_machine_code("    from llvmlite import ir") and emits_machine_code("lambda builder: 0")
+    assert not emits_machine_code("from numba import types")
+
+
+def test_exceptions_from_the_size_are_needed():
+    sources = [
+        path.read_text("utf-8") for name in OF_READABLE_SIZE for path in (ROOT / "pydeform/cpu" / name).rglob("*.py")
+    ]
+    longest = {function.name for source in sources for function in functions(source) if len(function.args.args) == 10}
+    assert longest == HAS_TEN_ARGUMENTS

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from numba import njit
 
+from pydeform.cpu.core import product
 from pydeform.cpu.core import simd as core
-from pydeform.cpu.core.simd import at, primitives
+from pydeform.cpu.core.simd import at
+from tests.codegen import primitives
 
 WIDTHS = {width: primitives(width) for width in (16, 32, 64)}
 TOLERANCE = {"float32": 2e-6, "float64": 1e-15}
@@ -34,7 +36,7 @@ def close(got, want, dtype, scale=1.0):
 
 def test_module_exports_the_width_of_this_machine():
     assert core.VECTOR_BYTES in WIDTHS
-    assert (core.WIDE_ROWS, core.ROWS, core.NARROW_ROWS) == core.rows_for(core.VECTOR_BYTES)
+    assert (product.WIDE_ROWS, product.ROWS, product.NARROW_ROWS) == product.rows_for(core.VECTOR_BYTES)
 
 
 @pytest.mark.parametrize("features, expected", [("+sse2", 16), ("+avx,+avx2", 16), ("+avx2,+fma", 32)])
@@ -51,7 +53,7 @@ BLOCKS = ("multiply_wide", "multiply_tile", "multiply_narrow")
 @functools.cache
 def runs_multiply(width, name):
     multiply = getattr(WIDTHS[width], name)
-    rows = core.rows_for(width)[BLOCKS.index(name)]
+    rows = product.rows_for(width)[BLOCKS.index(name)]
 
     @njit
     def run(a, b, c, depth, accumulate):
@@ -78,17 +80,17 @@ def runs_multiply(width, name):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_products(simd, dtype, rng, depth, accumulate, name):
     run = runs_multiply(simd.vector_bytes, name)
-    rows = core.rows_for(simd.vector_bytes)[BLOCKS.index(name)]
-    vectors = (core.panel_vectors(simd.vector_bytes), 2, 1)[BLOCKS.index(name)]
+    rows = product.rows_for(simd.vector_bytes)[BLOCKS.index(name)]
+    vectors = (product.panel_vectors(simd.vector_bytes), 2, 1)[BLOCKS.index(name)]
     columns = vectors * simd.vector_bytes // dtype.itemsize
     a = rng.standard_normal((rows + 1, depth + 3)).astype(dtype)
     b = rng.standard_normal((depth + 1, columns + 5)).astype(dtype)
     c = rng.standard_normal((2 * rows + 3, columns + 3)).astype(dtype)
     want = c.astype(np.float64)
     for first in (1, 2 + rows):
-        product = a[1:, :depth].astype(np.float64) @ b[:depth, 1 : columns + 1].astype(np.float64)
+        want_here = a[1:, :depth].astype(np.float64) @ b[:depth, 1 : columns + 1].astype(np.float64)
         block = want[first : first + rows, 1 : columns + 1]
-        block[...] = product + (block if accumulate else 0)
+        block[...] = want_here + (block if accumulate else 0)
     run(a, b, c, depth, accumulate)
     close(c, want, dtype, 10)
 

@@ -16,11 +16,11 @@ import pydeform
 from pydeform._geometry import BOUNDARIES, conv_geometry
 from pydeform.cpu.conv import forward_plan as conv_forward
 from pydeform.cpu.conv import plan as conv_plan
-from pydeform.cpu.core import jit, pair_products, simd
+from pydeform.cpu.core import blend, jit, pair_products, simd
 from pydeform.cpu.core.pair_products import DOTS, TILES
 from pydeform.cpu.core.simd import at
 from tests.cases.deform_conv2d import CASES, expected, make, make_grad_output
-from tests.codegen import PROCESSORS, assembly, loops
+from tests.codegen import PROCESSORS, assembly, loops, primitives
 from tests.conftest import TOLERANCE, TOLERANCE_OF_TILES, assert_close, assert_same_bits
 from tests.reference import deform_conv2d as oracle
 
@@ -79,12 +79,12 @@ def test_multiply(kind, vectors, accumulate, depth):
 
 @pytest.mark.parametrize("kind", [DOTS, TILES], ids=["dots", "tiles"])
 def test_what_is_blended_is_rounded_to_even(kind):
-    copy_vectors, blend, put, lanes = simd.copy_vectors, simd.blend, pair_products.put, simd.VECTOR_BYTES // 4
+    copy_vectors, mix, put, lanes = blend.copy_vectors, blend.blend, pair_products.put, simd.VECTOR_BYTES // 4
 
     @njit
     def run(out, source, vectors):
         copy_vectors(at(out, (0, 1)), at(source, (1,)), vectors)
-        blend(at(out, (1, 1)), at(source, (1,)), (0, 0, 0, 0), weights, vectors)
+        mix(at(out, (1, 1)), at(source, (1,)), (0, 0, 0, 0), weights, vectors)
         for c in range(source.size - 1):
             put(at(out, (2, 1)), c, source[1 + c])
 
@@ -355,6 +355,6 @@ def test_samples_are_rounded_by_one_instruction(name):
         "copy_vectors": [out, p, COUNT],
     }[name]
     on = PROCESSORS["znver5"]
-    text = assembly(getattr(simd.primitives(64), name), kinds, {}, on)
+    text = assembly(getattr(primitives(64), name), kinds, {}, on)
     assert "vcvtneps2bf16" in text
     assert max(loop.stack_stores for loop in loops(text, on)) == 0

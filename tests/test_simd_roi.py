@@ -6,12 +6,14 @@ import mmap
 
 import numpy as np
 import pytest
-from numba import njit
+from numba import njit, typeof
 
-from pydeform.cpu.core import bands, simd, weighted
-from pydeform.cpu.core.bands import BAND
+from pydeform.cpu.core import bands, simd
+from pydeform.cpu.core.bands import BAND, Band, Points, Slots
+from pydeform.cpu.core.jit import Kernel
 from pydeform.cpu.core.simd import at
-from pydeform.cpu.core.weighted import primitives
+from pydeform.cpu.core.weighted import Pixels
+from tests.codegen import primitives
 
 WIDTHS = {width: primitives(width) for width in (0, 16, 32, 64)}
 TOLERANCE = {"float32": 2e-6, "float64": 1e-14}
@@ -41,7 +43,6 @@ def close(got, want, dtype):
 
 
 def test_module_exports_the_width_of_this_machine():
-    assert weighted._HOST.__dict__.keys() == WIDTHS[16].__dict__.keys()
     assert simd.VECTOR_BYTES in WIDTHS
 
 
@@ -52,10 +53,8 @@ def runs_weighted_sum(width):
     @njit
     def run(out, image, index, weights, count, vectors, scale, accumulate):
         stride = image.shape[1]
-        weighted_sum(
-            *(at(out, (1,)), at(image, (0, 1)), at(index, (0,)), at(weights, (0, 0))),
-            *(count, stride, vectors, scale, accumulate),
-        )
+        listed = Pixels(at(image, (0, 1)), at(index, (0,)), at(weights, (0, 0)), count, stride)
+        weighted_sum(at(out, (1,)), listed, vectors, scale, accumulate)
 
     return run
 
@@ -91,10 +90,9 @@ def runs_weighted_dots(width):
 
     @njit
     def run(grad, image, index, w, vectors):
-        return weighted_dots(
-            *(at(grad, (1,)), at(image, (0, 1)), at(index, (0,)), at(w, (0, 0)), at(w, (1, 0)), at(w, (2, 0))),
-            *(index.shape[0], image.shape[1], vectors),
-        )
+        weights = at(w, (0, 0)), at(w, (1, 0)), at(w, (2, 0))
+        listed = Pixels(at(image, (0, 1)), at(index, (0,)), weights, index.shape[0], image.shape[1])
+        return weighted_dots(at(grad, (1,)), listed, vectors)
 
     return run
 
@@ -147,10 +145,8 @@ def test_a_lane_for_itself_has_the_bits_of_a_vector(dtype):
         @njit
         def run(out, target, grad, image, index, weights, scale):
             for c in range(times):
-                weighted_sum(
-                    *(at(out, (c,)), at(image, (0, c)), at(index, (0,)), at(weights, (0, 0))),
-                    *(index.shape[0], image.shape[1], vectors, scale, False),
-                )
+                listed = Pixels(at(image, (0, c)), at(index, (0,)), at(weights, (0, 0)), index.shape[0], image.shape[1])
+                weighted_sum(at(out, (c,)), listed, vectors, scale, False)
                 scatter(
                     *(at(grad, (c,)), at(target, (0, c)), at(index, (0,)), at(weights, (0, 0))),
                     *(index.shape[0], image.shape[1], vectors, scale),
@@ -177,10 +173,8 @@ def test_largest_pixel(width, dtype, accumulate):
 
     @njit
     def run(out, winner, image, index, accumulate):
-        largest(
-            *(at(out, (0,)), at(winner, (0,)), at(image, (0, 0)), at(index, (0,)), at(out, (0,))),
-            *(index.shape[0], image.shape[1], 2, 10, accumulate),
-        )
+        listed = Pixels(at(image, (0, 0)), at(index, (0,)), at(out, (0,)), index.shape[0], image.shape[1])
+        largest(at(out, (0,)), at(winner, (0,)), listed, 2, 10, accumulate)
 
     want, want_winner = out.copy(), winner.copy()
     for c in range(n):
@@ -210,10 +204,8 @@ def test_largest_point(width, dtype):
 
     @njit
     def run(out, winner, image, index, weights, count):
-        largest(
-            *(at(out, (0,)), at(winner, (0,)), at(image, (0, 0)), at(index, (0, 0)), at(weights, (0, 0))),
-            *(count, image.shape[1], 1, 0, False),
-        )
+        listed = Pixels(at(image, (0, 0)), at(index, (0, 0)), at(weights, (0, 0)), count, image.shape[1])
+        largest(at(out, (0,)), at(winner, (0,)), listed, 1, 0, False)
 
     run(out, winner, image, index, weights, 4)
     assert (out == 0).all() and (winner == 2).all()
@@ -260,14 +252,24 @@ def lists_by_hand(starts, sizes, samples, first_point, reach, highest, count_ins
         yield weights, slopes, inside if count_inside else points
 
 
-@njit
 def run_band_lists(arrays, bins, numbers, count_inside, flat, sloped):
-    starts, sizes, index, weights, entries, counts = arrays
-    return bands.band_lists(
+    found = np.zeros(1, bool)
+    run_kernel(_band_lists, *arrays, bins, numbers, count_inside, flat, sloped, found)
+    return found[0]
+
+
+def run_kernel(kernel, *arguments):
+    kernel.prepare(tuple(map(typeof, arguments)), arguments)(*arguments)
+
+
+@Kernel
+def _band_lists(starts, sizes, index, weights, entries, counts, bins, numbers, count_inside, flat, sloped, found):
+    slots = Slots(
         *(at(starts, (0,)), at(sizes, (0,)), at(index, (0, 0)), at(weights, (0, 0, 0)), at(entries, (0,))),
-        *(at(counts, (0,)), index.shape[1], bins, numbers[0], numbers[1], numbers[2], numbers[3]),
-        *(count_inside, flat, sloped),
+        *(at(counts, (0,)), index.shape[1]),
     )
+    points = Points(numbers[0], numbers[1], numbers[2], numbers[3], count_inside, flat, sloped)
+    found[0] = bands.band_lists(slots, bins, points)
 
 
 @pytest.mark.parametrize("index_type", ["int32", "int64"])
@@ -325,17 +327,13 @@ def test_bins_that_band_lists_leaves_to_others(dtype):
     assert not listed(arrays, 6, 9)
 
 
-@njit
-def run_bands(plane, x0, width, rows, y, x, columns, room, grad):
-    first, count = at(plane, (x0,)), rows.shape[0]
-    dots = bands.band_dots(
-        *(first, at(rows, (0,)), at(y, (0, 0)), at(y, (1, 0)), count, width, room),
-        *(at(x, (0, 0)), at(x, (1, 0)), columns),
-    )
-    band = first, at(rows, (0,)), at(y, (0, 0)), count, width, room, at(x, (0, 0)), columns
-    total = bands.band_sum(*band)
-    bands.band_scatter(*band, grad)
-    return dots, total
+@Kernel
+def _bands(plane, x0, width, rows, y, x, columns, room, grad, found):
+    band = Band(at(plane, (x0,)), at(rows, (0,)), rows.shape[0], width, room, columns)
+    dots = bands.band_dots(band, at(y, (0, 0)), at(y, (1, 0)), at(x, (0, 0)), at(x, (1, 0)))
+    found[0], found[1], found[2] = dots
+    found[3] = bands.band_sum(band, at(y, (0, 0)), at(x, (0, 0)))
+    bands.band_scatter(band, at(y, (0, 0)), at(x, (0, 0)), grad)
 
 
 @pytest.mark.parametrize("end", ["plane", "page"])
@@ -362,7 +360,7 @@ def test_bands(dtype, columns, end):
     want = [y[i].astype(float) @ read @ x[j, :columns].astype(float) for i, j in ((0, 0), (1, 0), (0, 1))]
     after = plane.astype(np.float64)
     after[places] += 0.5 * np.outer(y[0], x[0, :columns])
-    dots, total = run_bands(plane, x0, width, rows, y, x, columns, room, dtype.type(0.5))
-    close(dots, want, dtype)
-    close(total, want[0], dtype)
+    found = np.zeros(4, dtype)
+    run_kernel(_bands, plane, x0, width, rows, y, x, columns, room, dtype.type(0.5), found)
+    close(found, [*want, want[0]], dtype)
     np.testing.assert_allclose(plane, after, rtol=0, atol=50 * TOLERANCE[dtype.name], equal_nan=True)

@@ -9,8 +9,33 @@ from numba import TypingError
 from pydeform.cpu.core import vector
 from pydeform.cpu.core.jit import Kernel
 from pydeform.cpu.core.simd import advance, at
-from pydeform.cpu.core.vector import convert, floor, lanes_of, load, load_beside, load_first, select, store
+from pydeform.cpu.core.squares import row_numbers, rows_of, store_columns
+from pydeform.cpu.core.vector import (
+    ceil,
+    convert,
+    fabs,
+    first_lanes,
+    floor,
+    fma,
+    from_lane,
+    is_any,
+    lane_numbers,
+    lanes_of,
+    largest_of,
+    load,
+    load_beside,
+    load_first,
+    load_lanes,
+    load_where,
+    room_for,
+    select,
+    splat,
+    store,
+    store_where,
+    sum_of,
+)
 
+load_eight = load_lanes(8)
 LENGTH = 64  # of arrays: some vectors of any width
 REAL = (np.float32, np.float64)
 INTEGER = (np.int32, np.int64)
@@ -148,3 +173,65 @@ def test_vectors_of_two_types_are_not_mixed():
 
     with pytest.raises(TypingError):
         run(stored, np.zeros(LENGTH), np.zeros(LENGTH, np.int64))
+
+
+@pytest.mark.parametrize("dtype", REAL)
+def test_functions_of_vectors(dtype):
+    def kernel(x, out, flag):
+        a = load_eight(at(x, (0,)))
+        store(ceil(a), at(out, (0, 0)))
+        store(fabs(a), at(out, (1, 0)))
+        store(fma(2, a, a), at(out, (2, 0)))
+        store(fma(x[1], a, splat(3, a)), at(out, (3, 0)))
+        store(from_lane(a, 5) + lane_numbers(a), at(out, (4, 0)))
+        store(select(flag[0], a, 9), at(out, (5, 0)))
+        store(select((a > 0) & flag[1], a, 9), at(out, (6, 0)))
+        out[7, 0], out[7, 1] = sum_of(a), largest_of(a)
+        out[7, 2], out[7, 3] = is_any(a > 3), is_any(a > 4)
+        room = room_for(a)
+        store(a, advance(room, 8))
+        out[7, 4] = room[15]
+
+    x = np.array([-1.5, 2, 0.25, 4, -3, 3.5, 1, -0.75], dtype)
+    out = np.zeros((8, 8), dtype)
+    run(kernel, x, out, np.array([True, False]))
+    rows = np.ceil(x), abs(x), 3 * x, 2 * x + 3, 3.5 + np.arange(8), x, np.full(8, 9)
+    np.testing.assert_array_equal(out[:7], rows)
+    np.testing.assert_array_equal(out[7, :5], (x.sum(), 4, 1, 0, x[7]))
+
+
+@pytest.mark.parametrize("dtype", INTEGER)
+def test_lanes_of_integers(dtype):
+    def kernel(x, out):
+        store(from_lane(load_eight(at(x, (0,))), 2) + lane_numbers(load_eight(at(x, (0,)))), at(out, (0,)))
+
+    out = np.zeros(8, dtype)
+    run(kernel, np.arange(8, dtype=dtype) * 3, out)
+    np.testing.assert_array_equal(out, 6 + np.arange(8))
+
+
+@pytest.mark.parametrize("dtype", REAL)
+@pytest.mark.parametrize("count", range(9))
+def test_where_a_mask_is_false_nothing_is_touched(dtype, count):
+    def kernel(x, out, count):
+        inside = first_lanes(count[0], load_eight(at(x, (0,))))
+        store_where(inside, load_where(inside, at(x, (8,))), at(out, (0,)))
+        store(load_where(inside, at(x, (8,))), at(out, (8,)))
+
+    x, out = np.arange(1, 17, dtype=dtype), np.full(16, 99, dtype)
+    run(kernel, x, out, np.array([count]))
+    is_inside = np.arange(8) < count
+    np.testing.assert_array_equal(out, np.r_[np.where(is_inside, x[8:], 99), np.where(is_inside, x[8:], 0)])
+
+
+@pytest.mark.parametrize("dtype", REAL)
+def test_squares(dtype):
+    def kernel(x, out):
+        a = load_eight(at(x, (0,)))
+        store_columns(rows_of(a) * 10 + row_numbers(a), at(out, (1, 2)), out.shape[1])
+
+    out = np.full((10, 12), 99, dtype)
+    want = out.copy()
+    want[1:9, 2:10] = 10 * np.arange(1, 9)[:, None] + np.arange(8)
+    run(kernel, np.arange(1, 9, dtype=dtype), out)
+    np.testing.assert_array_equal(out, want)

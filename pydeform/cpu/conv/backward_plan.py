@@ -26,7 +26,8 @@ from pydeform.cpu.core.layout import PIXELS
 from pydeform.cpu.core.memory import Workspace
 from pydeform.cpu.core.pair_products import rows_of
 from pydeform.cpu.core.parallel import own_counters
-from pydeform.cpu.core.simd import PANEL, VECTOR_BYTES
+from pydeform.cpu.core.product import PANEL
+from pydeform.cpu.core.simd import VECTOR_BYTES
 from pydeform.cpu.core.sizes import round_up, table
 from pydeform.cpu.sampling.corners import sample_tables
 

@@ -10,22 +10,11 @@ import numpy as np
 
 from pydeform.cpu.conv.backward_plan import COLUMN_ROW
 from pydeform.cpu.conv.forward_plan import PAIRS_ROW, ROW
+from pydeform.cpu.core.blend import blend, blend_dots, blend_dots_scatter, copy_vectors
 from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.pair_products import pick
 from pydeform.cpu.core.planes import gather_corners
-from pydeform.cpu.core.simd import (
-    advance,
-    at,
-    blend,
-    blend_dots,
-    blend_dots_scatter,
-    column,
-    copy_vectors,
-    corner_numbers,
-    put_column,
-    times,
-    vectors_of,
-)
+from pydeform.cpu.core.simd import advance, at, column, corner_numbers, put_column, times, vectors_of
 from pydeform.cpu.core.sizes import volume
 from pydeform.cpu.core.weighted import plane_scatter
 from pydeform.cpu.sampling.corners import infinite_sample, places, samples_of

@@ -24,7 +24,8 @@ from pydeform.cpu.core.pair_products import (
     put,
 )
 from pydeform.cpu.core.parallel import call_helpers, claim_near, finish, let_helpers_go, wait_for
-from pydeform.cpu.core.simd import PANEL, ROWS, advance, at, fetch_ahead
+from pydeform.cpu.core.product import PANEL, ROWS
+from pydeform.cpu.core.simd import advance, at, fetch_ahead
 from pydeform.cpu.core.sizes import volume
 from pydeform.cpu.sampling.corners import (
     blend_infinite,

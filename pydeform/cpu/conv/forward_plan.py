@@ -22,7 +22,8 @@ from pydeform.cpu.conv.weights import squares_size
 from pydeform.cpu.core import pair_products, sizes
 from pydeform.cpu.core.memory import Workspace
 from pydeform.cpu.core.pair_products import rows_of
-from pydeform.cpu.core.simd import CACHE_LINE, PANEL, ROWS, VECTOR_BYTES, second_level_cache
+from pydeform.cpu.core.product import PANEL, ROWS
+from pydeform.cpu.core.simd import CACHE_LINE, VECTOR_BYTES, second_level_cache
 from pydeform.cpu.core.sizes import round_up, table
 from pydeform.cpu.sampling.corners import sample_tables
 

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 from pydeform.cpu.conv.backward_plan import COLUMN_ROW, DEPTH, ROW
 from pydeform.cpu.conv.depthwise import scale_channels, sum_channels
 from pydeform.cpu.conv.pairs import filled, pair_columns
+from pydeform.cpu.core.blend import sum_values
 from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.pair_products import multiply_tile, multiply_wide, pick
-from pydeform.cpu.core.simd import PANEL, advance, at, sum_values, use_widest_vectors
+from pydeform.cpu.core.product import PANEL
+from pydeform.cpu.core.simd import advance, at, use_widest_vectors
 from pydeform.cpu.core.sizes import volume
 from pydeform.cpu.sampling.corners import blend_dots_of
 

@@ -6,9 +6,11 @@ from typing import Any
 
 from pydeform.cpu.conv.backward_plan import COLUMN_ROW
 from pydeform.cpu.core import pair_products
+from pydeform.cpu.core.blend import copy_vectors
 from pydeform.cpu.core.jit import inline, inline_always
+from pydeform.cpu.core.layout import transpose_block
 from pydeform.cpu.core.pair_products import pack_rows, put
-from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at, copy_vectors, transpose_block
+from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at
 from pydeform.cpu.core.sizes import volume
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from pydeform.cpu.conv.plan import is_depthwise
 from pydeform.cpu.core.jit import inline
+from pydeform.cpu.core.layout import transpose_block
 from pydeform.cpu.core.pair_products import pack_rows
-from pydeform.cpu.core.simd import PANEL, VECTOR_BYTES, advance, at, transpose_block
+from pydeform.cpu.core.product import PANEL
+from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at
 
 TAPS = 64  # of a square: kernels of hundreds of taps would make it larger than the weight
 

@@ -4,10 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+from numba import types
+
 from pydeform.cpu.core.jit import inline
-from pydeform.cpu.core.simd import VECTOR_BYTES, at, transpose_block, transpose_block_shifted
+from pydeform.cpu.core.lanes import Vectors, for_any_width, transposed
+from pydeform.cpu.core.primitive import const
+from pydeform.cpu.core.simd import VECTOR_BYTES, at
 
 PIXELS = 128  # a unit of work: its channels-last form stays in the first-level cache while channels are filled in
+
+
+def _define_transpose(
+    vector_bytes: int, shifts: bool, source: Any, source_row: Any, target: Any, target_row: Any, shift: Any
+) -> Any:
+    """target[j*target_row + i] = source[i*source_row + j] (+ shift[j]), a square block one vector wide."""
+
+    def emit(builder: Any, source_: Any, source_row_: Any, target_: Any, target_row_: Any, shift_: Any) -> None:
+        v = Vectors(builder, source.dtype, vector_bytes)
+        block = [v.load(v.offset(source_, builder.mul(source_row_, const(i)))) for i in range(v.lanes)]
+        for j, row in enumerate(transposed(builder, block)):
+            value = builder.fadd(row, v.load_splat(shift_, const(j))) if shifts else row
+            v.store(value, v.offset(target_, builder.mul(target_row_, const(j))))
+
+    return types.void(source, source_row, target, target_row, shift), emit
+
+
+transpose_block, transpose_block_shifted = (for_any_width(_define_transpose, shifts) for shifts in (False, True))
 
 
 @inline

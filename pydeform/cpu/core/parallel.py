@@ -27,13 +27,14 @@ from numba import types
 from numba.core import cgutils, config
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
 
 from pydeform import _background
 from pydeform._runtime import get_num_threads
+from pydeform.cpu.core import atomics
 from pydeform.cpu.core.jit import Kernel
 from pydeform.cpu.core.kernel_cache import say_once
 from pydeform.cpu.core.memory import empty
+from pydeform.cpu.core.primitive import INT, const, merged, primitive
 
 _STRIDE = 8  # counters and helpers' places lie a cache line apart
 _CLAIMED, _FINISHED = 0, 1
@@ -48,184 +49,129 @@ _STATE, _PART, _THREAD, _DONE, _ASLEEP, _EXPECTED = range(6)
 # at work, which is that address with the bit _AT_WORK.
 _FREE, _TAKEN, _AT_WORK = range(3)
 _PATIENCE = 1000  # looks for a call, some 0.3 us each, before a helper falls asleep
-_INT, _BYTES = ir.IntType(64), ir.IntType(8).as_pointer()
-_PART_TYPE = ir.FunctionType(ir.VoidType(), [_INT, _BYTES])
-_HAS_YIELD = hasattr(os, "sched_yield")
-
-
-def _number(value: int) -> Any:
-    return ir.Constant(_INT, value)
-
-
-def _pointer_to(context: Any, builder: Any, counters_type: Any, counters: Any, index: Any) -> Any:
-    array = context.make_array(counters_type)(context, builder, counters)
-    return builder.gep(array.data, [index])
-
-
-def _emit_count_up(builder: Any, pointer: Any) -> Any:
-    """Add one in one atomic step, after everything written before has become visible; gives the value before."""
-    return builder.atomic_rmw("add", pointer, _number(1), "acq_rel")
-
-
-def _emit_change(builder: Any, pointer: Any, old: Any, new: Any) -> Any:
-    """Whether *pointer was `old`; then it is `new` now, and sees and shows what was written before."""
-    return builder.extract_value(builder.cmpxchg(pointer, old, new, "acq_rel", "acquire"), 1)
-
-
-def _emit_yield(builder: Any) -> None:
-    """Let other threads run."""
-    if _HAS_YIELD:
-        name = "sched_yield"
-        function = builder.module.globals.get(name) or ir.Function(
-            builder.module, ir.FunctionType(ir.IntType(32), []), name=name
-        )
-        builder.call(function, [])
-
-
-def _emit_wait(builder: Any, pointer: Any, comparison: str, value: Any) -> None:
-    """Until the comparison of *pointer holds: let others run, and then see everything that was written before."""
-    wait, again, done = (builder.append_basic_block(name) for name in ("wait", "again", "done"))
-    builder.branch(wait)
-    builder.position_at_end(wait)
-    now = builder.load_atomic(pointer, "acquire", 8)
-    builder.cbranch(builder.icmp_signed(comparison, now, value), done, again)
-    builder.position_at_end(again)
-    _emit_yield(builder)
-    builder.branch(wait)
-    builder.position_at_end(done)
-
-
-def _phase_pointer(context: Any, builder: Any, signature: Any, arguments: Any, which: int) -> Any:
-    index = builder.add(builder.mul(arguments[1], _number(2 * _STRIDE)), _number(which * _STRIDE))
-    return _pointer_to(context, builder, signature.args[0], arguments[0], index)
-
-
-@intrinsic  # type: ignore[misc]
-def claim(typing_context: Any, counters: Any, phase: Any) -> Any:
-    """The next unit of `phase` that nobody has taken; past the last one it goes on counting."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _emit_count_up(builder, _phase_pointer(context, builder, signature, arguments, _CLAIMED))
-
-    return types.int64(counters, types.int64), codegen
-
-
-@intrinsic  # type: ignore[misc]
-def claim_near(typing_context: Any, counters: Any, phase: Any, thread: Any, units: Any) -> Any:
-    """A unit of `phase` that nobody has taken, `units` or more if there is none. Threads of even numbers begin at the
-    first unit, the others at the last: in phase after phase, call after call, each works on what its cache has."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        thread, units = arguments[2:]
-        pointer = _phase_pointer(context, builder, signature, arguments, _CLAIMED)
-        claimed = _emit_count_up(builder, pointer)
-        before = builder.block
-        # A thread that is too late takes no step: each step stands for a unit, and nobody would do that one.
-        with builder.if_then(builder.icmp_signed("<", claimed, units)):
-            is_odd = builder.and_(thread, _number(1))
-            steps = _emit_count_up(builder, builder.gep(pointer, [builder.add(is_odd, _number(1))]))
-            from_last = builder.sub(builder.sub(units, _number(1)), steps)
-            near = builder.select(builder.trunc(is_odd, ir.IntType(1)), from_last, steps)
-            inside = builder.block
-        unit = builder.phi(_INT)
-        unit.add_incoming(units, before)
-        unit.add_incoming(near, inside)
-        return unit
-
-    return types.int64(counters, types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic  # type: ignore[misc]
-def finish(typing_context: Any, counters: Any, phase: Any) -> Any:
-    """Tell the others that one more unit of `phase` is done."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _emit_count_up(builder, _phase_pointer(context, builder, signature, arguments, _FINISHED))
-        return context.get_dummy_value()
-
-    return types.void(counters, types.int64), codegen
-
-
-@intrinsic  # type: ignore[misc]
-def wait_for(typing_context: Any, counters: Any, phase: Any, units: Any) -> Any:
-    """Wait until `units` units of `phase` are done: whoever has claimed one is at work on it."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _emit_wait(builder, _phase_pointer(context, builder, signature, arguments, _FINISHED), ">=", arguments[2])
-        return context.get_dummy_value()
-
-    return types.void(counters, types.int64, types.int64), codegen
-
-
-@intrinsic  # type: ignore[misc]
-def advance_counter(typing_context: Any, counters: Any, index: Any) -> Any:
-    """counters[index] += 1, for the others to see after everything written before."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _emit_count_up(builder, _pointer_to(context, builder, signature.args[0], *arguments))
-        return context.get_dummy_value()
-
-    return types.void(counters, types.int64), codegen
-
-
-@intrinsic  # type: ignore[misc]
-def wait_until(typing_context: Any, counters: Any, index: Any, value: Any) -> Any:
-    """Wait until counters[index] has reached `value`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _emit_wait(builder, _pointer_to(context, builder, signature.args[0], *arguments[:2]), ">=", arguments[2])
-        return context.get_dummy_value()
-
-    return types.void(counters, types.int64, types.int64), codegen
-
-
-@contextlib.contextmanager
-def _each_helper(context: Any, builder: Any, signature: Any, values: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Code for each helper of a call. Yields pointers to two counters, which hold where the call's arguments are and
-    where the helper's place is, and the helper's number as a thread. Only thread 0 has helpers."""
-    thread, counters = values
-    view = context.make_array(signature.args[1])(context, builder, counters)
-    (size,) = cgutils.unpack_tuple(builder, view.shape, 1)
-    team = builder.gep(view.data, [builder.sub(size, _number(_TEAM))])
-    is_caller = builder.icmp_signed("==", thread, _number(0))
-    count = builder.select(is_caller, builder.load(team), _number(0))
-    arguments = builder.gep(team, [_number(1)])
-    with cgutils.for_range(builder, count) as loop:
-        yield arguments, builder.gep(team, [builder.add(loop.index, _number(2))]), builder.add(loop.index, _number(1))
+_BYTES = ir.IntType(8).as_pointer()
+_PART_TYPE = ir.FunctionType(ir.VoidType(), [INT, _BYTES])
 
 
 def _field(builder: Any, place: Any, which: int) -> Any:
-    return builder.gep(place, [_number(which)])
+    return builder.gep(place, [const(which)])
 
 
-@intrinsic  # type: ignore[misc]
-def call_helpers(typing_context: Any, thread: Any, counters: Any) -> Any:
+def _counter_of(builder: Any, counters: Any, phase: Any, which: int) -> Any:
+    index = builder.add(builder.mul(phase, const(2 * _STRIDE)), const(which * _STRIDE))
+    return builder.gep(counters.data, [index])
+
+
+@primitive
+def claim(counters: Any, phase: Any) -> Any:
+    """The next unit of `phase` that nobody has taken; past the last one it goes on counting."""
+
+    def emit(builder: Any, counters_: Any, phase_: Any) -> Any:
+        return atomics.count_up(builder, _counter_of(builder, counters_, phase_, _CLAIMED))
+
+    return types.int64(counters, phase), emit
+
+
+@primitive
+def claim_near(counters: Any, phase: Any, thread: Any, units: Any) -> Any:
+    """A unit of `phase` that nobody has taken, `units` or more if there is none. Threads of even numbers begin at the
+    first unit, the others at the last: in phase after phase, call after call, each works on what its cache has."""
+
+    def emit(builder: Any, counters_: Any, phase_: Any, thread_: Any, units_: Any) -> Any:
+        pointer = _counter_of(builder, counters_, phase_, _CLAIMED)
+        claimed = atomics.count_up(builder, pointer)
+        before = builder.block
+        # A thread that is too late takes no step: each step stands for a unit, and nobody would do that one.
+        with builder.if_then(builder.icmp_signed("<", claimed, units_)):
+            is_odd = builder.and_(thread_, const(1))
+            steps = atomics.count_up(builder, builder.gep(pointer, [builder.add(is_odd, const(1))]))
+            from_last = builder.sub(builder.sub(units_, const(1)), steps)
+            near = builder.select(builder.trunc(is_odd, ir.IntType(1)), from_last, steps)
+            inside = builder.block
+        return merged(builder, [units_], before, [near], inside)[0]
+
+    return types.int64(counters, phase, thread, units), emit
+
+
+@primitive
+def finish(counters: Any, phase: Any) -> Any:
+    """Tell the others that one more unit of `phase` is done."""
+
+    def emit(builder: Any, counters_: Any, phase_: Any) -> None:
+        atomics.count_up(builder, _counter_of(builder, counters_, phase_, _FINISHED))
+
+    return types.void(counters, phase), emit
+
+
+@primitive
+def wait_for(counters: Any, phase: Any, units: Any) -> Any:
+    """Wait until `units` units of `phase` are done: whoever has claimed one is at work on it."""
+
+    def emit(builder: Any, counters_: Any, phase_: Any, units_: Any) -> None:
+        atomics.wait(builder, _counter_of(builder, counters_, phase_, _FINISHED), ">=", units_)
+
+    return types.void(counters, phase, units), emit
+
+
+@primitive
+def advance_counter(counters: Any, index: Any) -> Any:
+    """counters[index] += 1, for the others to see after everything written before."""
+
+    def emit(builder: Any, counters_: Any, index_: Any) -> None:
+        atomics.count_up(builder, builder.gep(counters_.data, [index_]))
+
+    return types.void(counters, index), emit
+
+
+@primitive
+def wait_until(counters: Any, index: Any, value: Any) -> Any:
+    """Wait until counters[index] has reached `value`."""
+
+    def emit(builder: Any, counters_: Any, index_: Any, value_: Any) -> None:
+        atomics.wait(builder, builder.gep(counters_.data, [index_]), ">=", value_)
+
+    return types.void(counters, index, value), emit
+
+
+@contextlib.contextmanager
+def _each_helper(builder: Any, thread: Any, counters: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Code for each helper of a call. Yields pointers to two counters, which hold where the call's arguments are and
+    where the helper's place is, and the helper's number as a thread. Only thread 0 has helpers."""
+    team = builder.gep(counters.data, [builder.sub(counters.shape[0], const(_TEAM))])
+    is_caller = builder.icmp_signed("==", thread, const(0))
+    count = builder.select(is_caller, builder.load(team), const(0))
+    arguments = builder.gep(team, [const(1)])
+    with cgutils.for_range(builder, count) as loop:
+        yield arguments, builder.gep(team, [builder.add(loop.index, const(2))]), builder.add(loop.index, const(1))
+
+
+@primitive
+def call_helpers(thread: Any, counters: Any) -> Any:
     """First in a kernel: its helpers run it too, with the same arguments and their own number of the thread.
 
     The arguments, as machine code has them, are on the caller's stack until `let_helpers_go`.
     """
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def emit(builder: Any, thread_: Any, counters_: Any) -> None:
         kernel = builder.function  # whose arguments these are
         passed = ir.LiteralStructType([argument.type for argument in kernel.args])
         block = cgutils.alloca_once(builder, passed)
         for i, argument in enumerate(kernel.args):
             builder.store(argument, cgutils.gep_inbounds(builder, block, 0, i))
         part = _emit_part(kernel, passed)
-        called = builder.ptrtoint(block, _INT)
-        with _each_helper(context, builder, signature, arguments) as (of_call, noted, number):
+        called = builder.ptrtoint(block, INT)
+        with _each_helper(builder, thread_, counters_) as (of_call, noted, number):
             builder.store(called, of_call)
-            place = builder.inttoptr(builder.load(noted), _INT.as_pointer())
-            with builder.if_else(_emit_change(builder, place, _number(_FREE), _number(_TAKEN))) as (is_ours, is_not):
+            place = builder.inttoptr(builder.load(noted), INT.as_pointer())
+            with builder.if_else(atomics.change(builder, place, const(_FREE), const(_TAKEN))) as (is_ours, is_not):
                 with is_ours:
-                    builder.store(builder.ptrtoint(part, _INT), _field(builder, place, _PART))
+                    builder.store(builder.ptrtoint(part, INT), _field(builder, place, _PART))
                     builder.store(number, _field(builder, place, _THREAD))
                     builder.store_atomic(called, place, "release", 8)
                 with is_not:  # another call was faster
-                    builder.store(_number(0), noted)
-        return context.get_dummy_value()
+                    builder.store(const(0), noted)
 
-    return types.void(thread, counters), codegen
+    return types.void(thread, counters), emit
 
 
 def _emit_part(kernel: Any, passed: Any) -> Any:
@@ -243,20 +189,19 @@ def _emit_part(kernel: Any, passed: Any) -> Any:
     return part
 
 
-@intrinsic  # type: ignore[misc]
-def let_helpers_go(typing_context: Any, thread: Any, counters: Any) -> Any:
+@primitive
+def let_helpers_go(thread: Any, counters: Any) -> Any:
     """Last in a kernel: afterwards no helper uses its arguments. A helper that has not begun is let go."""
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        with _each_helper(context, builder, signature, arguments) as (of_call, noted, _):
+    def emit(builder: Any, thread_: Any, counters_: Any) -> None:
+        with _each_helper(builder, thread_, counters_) as (of_call, noted, _):
             called, address = builder.load(of_call), builder.load(noted)
-            with builder.if_then(builder.icmp_signed("!=", address, _number(0))):
-                place = builder.inttoptr(address, _INT.as_pointer())
-                with builder.if_then(builder.not_(_emit_change(builder, place, called, _number(_FREE)))):
-                    _emit_wait(builder, place, "!=", builder.or_(called, _number(_AT_WORK)))
-        return context.get_dummy_value()
+            with builder.if_then(builder.icmp_signed("!=", address, const(0))):
+                place = builder.inttoptr(address, INT.as_pointer())
+                with builder.if_then(builder.not_(atomics.change(builder, place, called, const(_FREE)))):
+                    atomics.wait(builder, place, "!=", builder.or_(called, const(_AT_WORK)))
 
-    return types.void(thread, counters), codegen
+    return types.void(thread, counters), emit
 
 
 @functools.cache
@@ -270,7 +215,7 @@ def _await_calls() -> Callable[[int, int], None]:
 def _compile_await_calls() -> Any:
     library = cpu_target.target_context.codegen().create_library("await_calls")
     module = library.create_ir_module(library.name)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_INT.as_pointer(), _INT]), name="await_calls")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [INT.as_pointer(), INT]), name="await_calls")
     place, patience = function.args
     names = ("begin", "enter", "look", "take", "work", "idle", "sleep", "leave")
     begin, enter, look, take, work, idle, sleep, leave = map(function.append_basic_block, names)
@@ -278,31 +223,31 @@ def _compile_await_calls() -> Any:
     builder.branch(enter)
     builder.position_at_end(enter)
     asleep, expected = (_field(builder, place, which) for which in (_ASLEEP, _EXPECTED))
-    builder.store_atomic(_number(0), asleep, "seq_cst", 8)
+    builder.store_atomic(const(0), asleep, "seq_cst", 8)
     builder.branch(look)
     builder.position_at_end(look)
-    left = builder.phi(_INT)
+    left = builder.phi(INT)
     called = builder.load_atomic(place, "acquire", 8)
-    builder.cbranch(builder.icmp_unsigned(">", called, _number(_TAKEN)), take, idle)
+    builder.cbranch(builder.icmp_unsigned(">", called, const(_TAKEN)), take, idle)
     builder.position_at_end(take)
-    at_work = builder.or_(called, _number(_AT_WORK))
-    builder.cbranch(_emit_change(builder, place, called, at_work), work, look)  # else it was let go
+    at_work = builder.or_(called, const(_AT_WORK))
+    builder.cbranch(atomics.change(builder, place, called, at_work), work, look)  # else it was let go
     builder.position_at_end(work)
     part, thread = (builder.load(_field(builder, place, which)) for which in (_PART, _THREAD))
     builder.call(builder.inttoptr(part, _PART_TYPE.as_pointer()), [thread, builder.inttoptr(called, _BYTES)])
     done = _field(builder, place, _DONE)
-    builder.store(builder.add(builder.load(done), _number(1)), done)
-    builder.store_atomic(_number(_FREE), place, "release", 8)
+    builder.store(builder.add(builder.load(done), const(1)), done)
+    builder.store_atomic(const(_FREE), place, "release", 8)
     builder.branch(look)
     builder.position_at_end(idle)
-    _emit_yield(builder)
-    fewer = builder.sub(left, _number(1))
-    builder.cbranch(builder.icmp_signed(">", fewer, _number(0)), look, sleep)
+    atomics.let_others_run(builder)
+    fewer = builder.sub(left, const(1))
+    builder.cbranch(builder.icmp_signed(">", fewer, const(0)), look, sleep)
     builder.position_at_end(sleep)
     # The helper says that it sleeps, then looks for an announced call; a caller announces, then looks if it sleeps.
-    builder.store_atomic(_number(1), asleep, "seq_cst", 8)
-    announced = builder.atomic_rmw("xchg", expected, _number(0), "seq_cst")
-    builder.cbranch(builder.icmp_signed("==", announced, _number(0)), leave, enter)
+    builder.store_atomic(const(1), asleep, "seq_cst", 8)
+    announced = builder.atomic_rmw("xchg", expected, const(0), "seq_cst")
+    builder.cbranch(builder.icmp_signed("==", announced, const(0)), leave, enter)
     builder.position_at_end(leave)
     builder.ret_void()
     for value, block in ((patience, enter), (left, take), (patience, work), (fewer, idle)):

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from pydeform.cpu.core.jit import inline, inline_always
+from pydeform.cpu.core.primitive import INT, primitive
 from pydeform.cpu.core.simd import at
 from pydeform.cpu.core.sizes import volume
 
@@ -68,52 +68,50 @@ def reader_of(thread: int, planes: Any, own: Any, offsets: Any, pixels: Any) -> 
     return Reader(planes, at(own, (thread, 0)), at(offsets, (thread, 0)), at(pixels, (thread, 0)))
 
 
-@intrinsic  # type: ignore[misc]
-def _load_float(typing_context: Any, address: Any, like: Any) -> Any:
+@primitive
+def _load_float(address: Any, like: Any) -> Any:
     """The number at an address, of the dtype that `like` points to; it need not be aligned."""
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], context.get_value_type(like.dtype).as_pointer())
-        number = builder.load(pointer)
+    def emit(builder: Any, address_: Any, like_: Any) -> Any:
+        number = builder.load(builder.inttoptr(address_, like_.type))
         number.align = 1
         return number
 
-    return like.dtype(types.int64, like), codegen
+    return like.dtype(address, like), emit
 
 
-@intrinsic  # type: ignore[misc]
-def _load_bits(typing_context: Any, address: Any) -> Any:
+@primitive
+def _load_bits(address: Any) -> Any:
     """The two bytes at an address, as a number from 0 to 65535."""
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits = builder.load(builder.inttoptr(arguments[0], ir.IntType(16).as_pointer()))
+    def emit(builder: Any, address_: Any) -> Any:
+        bits = builder.load(builder.inttoptr(address_, ir.IntType(16).as_pointer()))
         bits.align = 1
-        return builder.zext(bits, ir.IntType(64))
+        return builder.zext(bits, INT)
 
-    return types.int64(types.int64), codegen
+    return types.int64(address), emit
 
 
-@intrinsic  # type: ignore[misc]
-def _float_of(typing_context: Any, bits: Any, like: Any) -> Any:
+@primitive
+def _float_of(bits: Any, like: Any) -> Any:
     """The float32 of the lower 32 bits, in the dtype that `like` points to."""
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        number = builder.bitcast(builder.trunc(arguments[0], ir.IntType(32)), ir.FloatType())
-        wanted = context.get_value_type(like.dtype)
-        return number if wanted == number.type else builder.fpext(number, wanted)
+    def emit(builder: Any, bits_: Any, like_: Any) -> Any:
+        number = builder.bitcast(builder.trunc(bits_, ir.IntType(32)), ir.FloatType())
+        return number if like_.type.pointee == number.type else builder.fpext(number, like_.type.pointee)
 
-    return like.dtype(types.int64, like), codegen
+    return like.dtype(bits, like), emit
 
 
-@intrinsic  # type: ignore[misc]
-def _times_2_to_minus_24(typing_context: Any, number: Any, like: Any) -> Any:
+@primitive
+def _times_2_to_minus_24(number: Any, like: Any) -> Any:
     """Exact, in the dtype that `like` points to."""
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        wanted = context.get_value_type(like.dtype)
-        return builder.fmul(builder.sitofp(arguments[0], wanted), ir.Constant(wanted, 2.0**-24))
+    def emit(builder: Any, number_: Any, like_: Any) -> Any:
+        wanted = like_.type.pointee
+        return builder.fmul(builder.sitofp(number_, wanted), ir.Constant(wanted, 2.0**-24))
 
-    return like.dtype(types.int64, like), codegen
+    return like.dtype(number, like), emit
 
 
 @inline_always

@@ -19,11 +19,14 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.core.imputils import lower_builtin, lower_cast
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
 
-from pydeform.cpu.core.simd import VECTOR_BYTES, _const, _shuffle, _Vectors
+from pydeform.cpu.core.lanes import Vectors, in_lanes
+from pydeform.cpu.core.primitive import const, merged, primitive
+from pydeform.cpu.core.simd import VECTOR_BYTES
 
 
 class Vector(types.Type):  # type: ignore[misc]
@@ -56,21 +59,15 @@ def _is_real(vector: Any) -> bool:
     return isinstance(vector.element, types.Float)
 
 
-def _splat(builder: Any, number: Any, lanes: int) -> Any:
-    undefined = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
-    one = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
-    return _shuffle(builder, one, undefined, [0] * lanes)
-
-
 @lower_cast(types.Number, Vector)
 def _in_every_lane(context: Any, builder: Any, source: Any, target: Any, number: Any) -> Any:
-    return _splat(builder, context.cast(builder, number, source, target.element), target.lanes)
+    return in_lanes(builder, context.cast(builder, number, source, target.element), target.lanes)
 
 
 def _binary(operation: Any, result: Callable[[Any], Any], emit: Callable[[Any, Any, Any, Any], Any]) -> None:
     @infer_global(operation)
     class Typed(AbstractTemplate):  # type: ignore[misc]
-        def generic(self, arguments: Any, keywords: Any) -> Any:
+        def generic(self, arguments: Any, _keywords: Any) -> Any:
             vectors = [a for a in arguments if isinstance(a, Vector)]
             others = [a for a in arguments if not isinstance(a, (Vector, types.Number))]
             if not vectors or others or any(v != vectors[0] for v in vectors):
@@ -80,7 +77,7 @@ def _binary(operation: Any, result: Callable[[Any], Any], emit: Callable[[Any, A
             return signature(result(vectors[0]), *(vectors[0] for _ in arguments))
 
     @lower_builtin(operation, Vector, Vector)  # type: ignore[untyped-decorator]
-    def lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def lower(_context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return emit(builder, signature.args[0], *arguments)
 
 
@@ -115,16 +112,21 @@ for _operation, _sign in (
     _comparison(_operation, _sign)
 
 
+@lower_cast(types.Boolean, Mask)
+def _everywhere(_context: Any, builder: Any, _source: Any, target: Any, flag: Any) -> Any:
+    return in_lanes(builder, flag, target.lanes)
+
+
 def _of_masks(operation: Any, name: str) -> None:
     @infer_global(operation)
     class Typed(AbstractTemplate):  # type: ignore[misc]
-        def generic(self, arguments: Any, keywords: Any) -> Any:
-            first = arguments[0]
-            is_known = isinstance(first, Mask) and all(a == first for a in arguments)
-            return signature(first, *arguments) if is_known else None
+        def generic(self, arguments: Any, _keywords: Any) -> Any:
+            masks = [a for a in arguments if isinstance(a, Mask)]
+            is_known = masks and all(a in (masks[0], types.boolean) for a in arguments)
+            return signature(masks[0], *(masks[0] for _ in arguments)) if is_known else None
 
     @lower_builtin(operation, *(Mask,) * (1 if name == "not_" else 2))  # type: ignore[untyped-decorator]
-    def lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def lower(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return getattr(builder, name)(*arguments)
 
 
@@ -133,102 +135,225 @@ _of_masks(operator.or_, "or_")
 _of_masks(operator.invert, "not_")
 
 
-def _load(context: Any, builder: Any, kind: Any, pointer: Any) -> Any:
-    value = builder.load(builder.bitcast(pointer, context.get_value_type(kind).as_pointer()))
-    value.align = kind.element.bitwidth // 8
-    return value
+def _lanes(pointer: Any) -> int:
+    return 8 * VECTOR_BYTES // int(pointer.dtype.bitwidth)
 
 
-@intrinsic  # type: ignore[misc]
-def lanes_of(typing_context: Any, pointer: Any) -> Any:
+def _number(kind: Any) -> Any:
+    """LLVM's name of a type of numbers."""
+    if isinstance(kind, types.Float):
+        return ir.FloatType() if kind.bitwidth == 32 else ir.DoubleType()
+    return ir.IntType(kind.bitwidth)
+
+
+def _emitter(builder: Any, vector: Any) -> Vectors:
+    return Vectors(builder, vector.element, vector.lanes * vector.element.bitwidth // 8)
+
+
+def _loads(pointer: Any, lanes: int) -> tuple[Any, Callable[[Any, Any], Any]]:
+    """The type of a vector, and what loads it."""
+    wanted = ir.VectorType(_number(pointer.dtype), lanes).as_pointer()
+
+    def emit(builder: Any, pointer_: Any) -> Any:
+        value = builder.load(builder.bitcast(pointer_, wanted))
+        value.align = pointer.dtype.bitwidth // 8
+        return value
+
+    return Vector(pointer.dtype, lanes), emit
+
+
+@primitive
+def lanes_of(pointer: Any) -> Any:
     """Numbers of a vector of what `pointer` points to."""
-    lanes = 8 * VECTOR_BYTES // pointer.dtype.bitwidth
-    return types.int64(pointer), lambda context, builder, signature, arguments: _const(lanes)
+    return types.int64(pointer), lambda _builder, _pointer: const(_lanes(pointer))
 
 
-@intrinsic  # type: ignore[misc]
-def load(typing_context: Any, pointer: Any) -> Any:
-    kind = Vector(pointer.dtype, 8 * VECTOR_BYTES // pointer.dtype.bitwidth)
-    return kind(pointer), lambda context, builder, signature, arguments: _load(context, builder, kind, arguments[0])
+@primitive
+def load(pointer: Any) -> Any:
+    kind, emit = _loads(pointer, _lanes(pointer))
+    return kind(pointer), emit
 
 
-@intrinsic  # type: ignore[misc]
-def load_beside(typing_context: Any, pointer: Any, vector: Any) -> Any:
+def load_lanes(lanes: int) -> Any:
+    """`load` of vectors of so many lanes, on every machine."""
+
+    @primitive
+    def load(pointer: Any) -> Any:
+        kind, emit = _loads(pointer, lanes)
+        return kind(pointer), emit
+
+    return load
+
+
+@primitive
+def load_beside(pointer: Any, vector: Any) -> Any:
     """As many numbers as `vector` has."""
-    kind = Vector(pointer.dtype, vector.lanes)
-    signature = kind(pointer, vector)
-    return signature, lambda context, builder, signature, arguments: _load(context, builder, kind, arguments[0])
+    kind, emit = _loads(pointer, vector.lanes)
+    return kind(pointer, vector), lambda builder, pointer_, _vector: emit(builder, pointer_)
 
 
-@intrinsic  # type: ignore[misc]
-def load_first(typing_context: Any, pointer: Any, count: Any) -> Any:
+@primitive
+def load_first(pointer: Any, count: Any) -> Any:
     """A vector of floats, of which there are `count`, or more; behind the last is read nothing, and gives zeros."""
-    kind = Vector(pointer.dtype, 8 * VECTOR_BYTES // pointer.dtype.bitwidth)
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v, (start, left) = _Vectors(builder, pointer.dtype, VECTOR_BYTES), arguments
+    def emit(builder: Any, pointer_: Any, count_: Any) -> Any:
+        v = Vectors(builder, pointer.dtype, VECTOR_BYTES)
         # Where there are no masked loads, each lane is a branch of its own: only for a last vector.
-        with builder.if_else(builder.icmp_signed(">=", left, _const(v.lanes))) as (is_whole, is_last):
+        with builder.if_else(builder.icmp_signed(">=", count_, const(v.lanes))) as (is_whole, is_last):
             with is_whole:
-                whole, after_whole = v.load(start), builder.block
+                whole, after_whole = v.load(pointer_), builder.block
             with is_last:
-                last = v.masked_load(start, v.first_lanes(left))
+                last = v.masked_load(pointer_, v.first_lanes(count_))
                 after_last = builder.block
-        loaded = builder.phi(v.type)
-        loaded.add_incoming(whole, after_whole)
-        loaded.add_incoming(last, after_last)
-        return loaded
+        return merged(builder, [whole], after_whole, [last], after_last)[0]
 
-    return kind(pointer, types.int64), codegen
+    return Vector(pointer.dtype, _lanes(pointer))(pointer, count), emit
 
 
-@intrinsic  # type: ignore[misc]
-def store(typing_context: Any, vector: Any, pointer: Any) -> Any:
+@primitive
+def store(vector: Any, pointer: Any) -> Any:
     """pointer[0], ... = the numbers of the vector, whole, which are of the type that it points to."""
     if pointer.dtype != vector.element:
         return None
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value, start = arguments
-        builder.store(value, builder.bitcast(start, value.type.as_pointer())).align = vector.element.bitwidth // 8
-        return context.get_dummy_value()
+    def emit(builder: Any, value: Any, pointer_: Any) -> None:
+        builder.store(value, builder.bitcast(pointer_, value.type.as_pointer())).align = vector.element.bitwidth // 8
 
-    return types.void(vector, pointer), codegen
+    return types.void(vector, pointer), emit
 
 
-@intrinsic  # type: ignore[misc]
-def convert(typing_context: Any, vector: Any, element: Any) -> Any:
-    """The numbers as those of another type, a float towards zero where that is one of integers."""
+@primitive
+def load_where(mask: Any, pointer: Any) -> Any:
+    """Floats, where the mask is true; elsewhere nothing is read, and gives zeros."""
+    kind = Vector(pointer.dtype, mask.lanes)
+    return kind(mask, pointer), lambda builder, mask_, pointer_: _emitter(builder, kind).masked_load(pointer_, mask_)
+
+
+@primitive
+def store_where(mask: Any, vector: Any, pointer: Any) -> Any:
+    """Floats, where the mask is true; nothing is touched elsewhere."""
+
+    def emit(builder: Any, mask_: Any, value: Any, pointer_: Any) -> None:
+        _emitter(builder, vector).masked_store(value, pointer_, mask_)
+
+    return types.void(mask, vector, pointer), emit
+
+
+@primitive
+def room_for(vector: Any) -> Any:
+    """Pointer to room on the stack for as many such vectors as one has lanes."""
+
+    def emit(builder: Any, value: Any) -> Any:
+        room = cgutils.alloca_once(builder, value.type, size=const(vector.lanes))
+        return builder.bitcast(room, value.type.element.as_pointer())
+
+    return types.CPointer(vector.element)(vector), emit
+
+
+@primitive
+def convert(vector: Any, element: Any) -> Any:
+    """The numbers as those of another type, that which `element` points to; a float goes towards zero where that is one
+    of integers."""
     kind = Vector(element.dtype, vector.lanes)
+    wanted = ir.VectorType(_number(element.dtype), vector.lanes)
+    narrower = kind.element.bitwidth < vector.element.bitwidth
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        wanted = context.get_value_type(kind)
-        narrower = kind.element.bitwidth < vector.element.bitwidth
+    def emit(builder: Any, value: Any, _element: Any) -> Any:
         if kind == vector:
-            return arguments[0]
+            return value
         if _is_real(vector) and _is_real(kind):
-            return (builder.fptrunc if narrower else builder.fpext)(arguments[0], wanted)
+            return (builder.fptrunc if narrower else builder.fpext)(value, wanted)
         if _is_real(vector):
-            return builder.fptosi(arguments[0], wanted)
+            return builder.fptosi(value, wanted)
         if _is_real(kind):
-            return builder.sitofp(arguments[0], wanted)
-        return (builder.trunc if narrower else builder.sext)(arguments[0], wanted)
+            return builder.sitofp(value, wanted)
+        return (builder.trunc if narrower else builder.sext)(value, wanted)
 
-    return kind(vector, element), codegen
+    return kind(vector, element), emit
 
 
-@intrinsic  # type: ignore[misc]
-def select(typing_context: Any, mask: Any, x: Any, y: Any) -> Any:
-    """x where the mask is true, y elsewhere; one of them may be a number."""
+@primitive
+def select(mask: Any, x: Any, y: Any) -> Any:
+    """x where the mask is true, y elsewhere; one of them may be a number, and the mask a truth value for all lanes."""
     kind = x if isinstance(x, (Vector, Mask)) else y
-    signature = kind(mask, kind, kind)
-    return signature, lambda context, builder, signature, arguments: builder.select(*arguments)
+    return kind(mask, kind, kind), lambda builder, mask_, x_, y_: builder.select(mask_, x_, y_)
 
 
-@intrinsic  # type: ignore[misc]
-def floor(typing_context: Any, vector: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v = _Vectors(builder, vector.element, vector.lanes * vector.element.bitwidth // 8)
-        return builder.call(v._intrinsic("floor", [v.type], v.type), arguments)
+@primitive
+def splat(number: Any, vector: Any) -> Any:
+    """The number in as many lanes as the vector has, as one of its type."""
+    if not isinstance(number, types.Number):
+        return None
+    return vector(vector, vector), lambda _builder, number_, _vector: number_
 
-    return vector(vector), codegen
+
+@primitive
+def fma(x: Any, y: Any, z: Any) -> Any:
+    """x * y + z, fused where the machine can; x may be a number."""
+    signature = z(z if isinstance(x, types.Number) else x, y, z)
+    return signature, lambda builder, *values: _emitter(builder, z).fma(*values)
+
+
+def _lane_by_lane(name: str) -> Any:
+    """LLVM's function of a vector of floats."""
+
+    @primitive
+    def function(vector: Any) -> Any:
+        return vector(vector), lambda builder, value: _emitter(builder, vector).call(name, [value])
+
+    return function
+
+
+floor, ceil, fabs = _lane_by_lane("floor"), _lane_by_lane("ceil"), _lane_by_lane("fabs")
+
+
+@primitive
+def sum_of(vector: Any) -> Any:
+    """Sum of the lanes, halves first."""
+    return vector.element(vector), lambda builder, value: _emitter(builder, vector).sum(value)
+
+
+@primitive
+def largest_of(vector: Any) -> Any:
+    """The largest of floats, none of which is NaN."""
+
+    def emit(builder: Any, value: Any) -> Any:
+        return _emitter(builder, vector).call("vector.reduce.fmax", [value], value.type.element)
+
+    return vector.element(vector), emit
+
+
+@primitive
+def first_lanes(count: Any, vector: Any) -> Any:
+    """True in the first `count` lanes of such a vector."""
+    signature = Mask(vector.lanes)(count, vector)
+    return signature, lambda builder, count_, _vector: _emitter(builder, vector).first_lanes(count_)
+
+
+@primitive
+def is_any(mask: Any) -> Any:
+    def emit(builder: Any, mask_: Any) -> Any:
+        bits = ir.IntType(mask.lanes)
+        return builder.icmp_unsigned("!=", builder.bitcast(mask_, bits), ir.Constant(bits, 0))
+
+    return types.boolean(mask), emit
+
+
+@primitive
+def lane_numbers(vector: Any) -> Any:
+    """(0, 1, ...) in the lanes of such a vector."""
+
+    def emit(_builder: Any, value: Any) -> Any:
+        return ir.Constant(value.type, [float(i) if _is_real(vector) else i for i in range(vector.lanes)])
+
+    return vector(vector), emit
+
+
+@primitive
+def from_lane(vector: Any, lane: Any) -> Any:
+    """One lane's number in all of them."""
+
+    def emit(builder: Any, value: Any, lane_: Any) -> Any:
+        return in_lanes(builder, builder.extract_element(value, lane_), vector.lanes)
+
+    return vector(vector, lane), emit

@@ -1,303 +1,220 @@
 """Explicit SIMD for RoI pooling: sums, dots, scattered additions and maxima over a list of pixels.
 
-A list has `count` pixels: their places in `index` and their weights. Pixel i starts at image[index[i] * stride], and
-what is wanted is wanted for `vectors` vectors of channels from there on. "plane" primitives are the same with vectors
-of one lane, for channels whose planes are read as they lie (stride 1): the same bits, since the order of every sum and
-every rounding is the same.
+Each is taken for `vectors` vectors of channels. "plane" primitives are the same with vectors of one lane, for channels
+whose planes are read as they lie (stride 1): the same bits, since the order of every sum and every rounding is the
+same.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from pydeform.cpu.core.simd import VECTOR_BYTES, _const, _loop, _Vectors
+from pydeform.cpu.core.lanes import Vectors, for_any_width, in_lanes
+from pydeform.cpu.core.primitive import INT, const, loop, merged
 
 AT_ONCE = (8, 4, 2, 1)  # vectors of sums in registers: each weight is loaded once for as many
 
 
-def _in_runs(
-    builder: Any, vectors: Any, most: int, body: Callable[[Any, int], None], sizes: tuple[int, ...] = AT_ONCE
-) -> None:
-    """body(first vector, how many): all `vectors`, as many at a time as there may be."""
-    done = _const(0)
-    for size in sizes:
-        if size > most:
-            continue
-        runs = builder.sdiv(builder.sub(vectors, done), _const(size))
+class Pixels(NamedTuple):
+    """A list of pixels: number i has its channels from image[index[i] * stride] on."""
 
-        def step(i: Any, _: list[Any], start: Any = done, size: int = size) -> list[Any]:
-            body(builder.add(start, builder.mul(i, _const(size))), size)
-            return []
-
-        _loop(builder, runs, [], step)
-        done = builder.add(done, builder.mul(runs, _const(size)))
+    image: Any
+    index: Any
+    weights: Any  # of the pixels; for `weighted_dots` some lists of weights
+    number: int
+    stride: int
 
 
-def primitives(vector_bytes: int) -> SimpleNamespace:
-    """The primitives for vectors of `vector_bytes`, 0: of one lane, for float32 and float64 pointers."""
-
-    def vectors_of(builder: Any, element: Any) -> _Vectors:
-        return _Vectors(builder, element, vector_bytes or element.bitwidth // 8)
-
-    def pixel(builder: Any, v: _Vectors, image: Any, index: Any, i: Any, stride: Any) -> Any:
-        """Pointer to pixel i of the list."""
-        return v.offset(image, builder.mul(place_of(builder, index, i), stride))
-
-    @intrinsic  # type: ignore[misc]
-    def weighted_sum(
-        typing_context: Any,
-        out: Any,
-        image: Any,
-        index: Any,
-        weight: Any,
-        count: Any,
-        stride: Any,
-        vectors: Any,
-        scale: Any,
-        accumulate: Any,
-    ) -> Any:
-        """out[c] = (out[c], if accumulate, + sum_i weight[i] * pixel_i[c]) * scale."""
-        number = types.int64
-        signature = types.void(out, image, index, weight, number, number, number, out.dtype, types.boolean)
-
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            out_, image_, index_, weight_, count_, stride_, vectors_, scale_, accumulate_ = arguments
-            v = vectors_of(builder, out.dtype)
-            factor = v.splat(scale_)
-
-            def run(first: Any, size: int) -> None:
-                places = [builder.mul(builder.add(first, _const(j)), _const(v.lanes)) for j in range(size)]
-
-                def add(i: Any, sums: list[Any]) -> list[Any]:
-                    start = pixel(builder, v, image_, index_, i, stride_)
-                    w = v.splat(builder.load(builder.gep(weight_, [i])))
-                    return [v.fma(w, v.load(v.offset(start, p)), s) for p, s in zip(places, sums, strict=True)]
-
-                before = builder.block
-                with builder.if_then(accumulate_):
-                    earlier = [v.load(v.offset(out_, p)) for p in places]
-                    inside = builder.block
-                sums = []
-                for value in earlier:
-                    phi = builder.phi(v.type)
-                    phi.add_incoming(v.zero, before)
-                    phi.add_incoming(value, inside)
-                    sums.append(phi)
-                for p, total in zip(places, _loop(builder, count_, sums, add), strict=True):
-                    v.store(builder.fmul(total, factor), v.offset(out_, p))
-
-            _in_runs(builder, vectors_, 8, run)
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    @intrinsic  # type: ignore[misc]
-    def weighted_dots(
-        typing_context: Any,
-        grad: Any,
-        image: Any,
-        index: Any,
-        weight: Any,
-        along_y: Any,
-        along_x: Any,
-        count: Any,
-        stride: Any,
-        vectors: Any,
-    ) -> Any:
-        """For each of the three lists of weights: sum_c grad[c] * sum_i weight[i] * pixel_i[c]."""
-        number = types.int64
-        result = types.UniTuple(grad.dtype, 3)
-        signature = result(grad, image, index, weight, along_y, along_x, number, number, number)
-
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            grad_, image_, index_, *weights, count_, stride_, vectors_ = arguments
-            v = vectors_of(builder, grad.dtype)
-
-            # The weights come last: what a pixel's channels add up to, lane by lane, serves all three.
-            totals = [cgutils.alloca_once_value(builder, v.zero) for _ in weights]
-
-            def run(first: Any, size: int) -> None:
-                places = [builder.mul(builder.add(first, _const(j)), _const(v.lanes)) for j in range(size)]
-                grads = [v.load(v.offset(grad_, p)) for p in places]
-
-                def add(i: Any, dots: list[Any]) -> list[Any]:
-                    start = pixel(builder, v, image_, index_, i, stride_)
-                    sums = [v.zero] * min(size, 2)  # two at once, so that one addition does not wait for the other
-                    for j, (p, g) in enumerate(zip(places, grads, strict=True)):
-                        k = j % len(sums)
-                        sums[k] = v.fma(g, v.load(v.offset(start, p)), sums[k])
-                    lanes = functools.reduce(builder.fadd, sums)
-                    ws = [v.splat(builder.load(builder.gep(weight, [i]))) for weight in weights]
-                    return [v.fma(w, lanes, dot) for w, dot in zip(ws, dots, strict=True)]
-
-                dots = _loop(builder, count_, [builder.load(total) for total in totals], add)
-                for dot, total in zip(dots, totals, strict=True):
-                    builder.store(dot, total)
-
-            _in_runs(builder, vectors_, 8, run)
-            return context.make_tuple(builder, result, [v.sum(builder.load(total)) for total in totals])
-
-        return signature, codegen
-
-    @intrinsic  # type: ignore[misc]
-    def scatter(
-        typing_context: Any,
-        grad: Any,
-        image: Any,
-        index: Any,
-        weight: Any,
-        count: Any,
-        stride: Any,
-        vectors: Any,
-        scale: Any,
-    ) -> Any:
-        """pixel_i[c] += weight[i] * (grad[c] * scale), one pixel after the other."""
-        number = types.int64
-        signature = types.void(grad, image, index, weight, number, number, number, grad.dtype)
-
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            grad_, image_, index_, weight_, count_, stride_, vectors_, scale_ = arguments
-            v = vectors_of(builder, grad.dtype)
-            factor = v.splat(scale_)
-
-            def run(first: Any, size: int) -> None:
-                places = [builder.mul(builder.add(first, _const(j)), _const(v.lanes)) for j in range(size)]
-                grads = [builder.fmul(v.load(v.offset(grad_, p)), factor) for p in places]
-
-                def add(i: Any, _: list[Any]) -> list[Any]:
-                    start = pixel(builder, v, image_, index_, i, stride_)
-                    w = v.splat(builder.load(builder.gep(weight_, [i])))
-                    for p, g in zip(places, grads, strict=True):
-                        target = v.offset(start, p)
-                        v.store(v.fma(w, g, v.load(target)), target)
-                    return []
-
-                _loop(builder, count_, [], add)
-
-            _in_runs(builder, vectors_, 8, run)
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    def make_largest(corners: int) -> Any:
-        @intrinsic  # type: ignore[misc]
-        def largest(
-            typing_context: Any,
-            out: Any,
-            winner: Any,
-            image: Any,
-            index: Any,
-            weight: Any,
-            count: Any,
-            stride: Any,
-            vectors: Any,
-            first: Any,
-            accumulate: Any,
-        ) -> Any:
-            """out[c] = the largest of value_i[c], and of out[c] if accumulate; winner[c] = first + i, an int.
-
-            With 4 corners, value_i = sum_k weight[4*i + k] * pixel_(4*i + k), or 0 where index[4*i] is negative; with 1
-            it is pixel_i itself. The first of equal values wins, NaN over all.
-            """
-            number = types.int64
-            signature = types.void(out, winner, image, index, weight, number, number, number, number, types.boolean)
-
-            def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-                out_, winner_, image_, index_, weight_, count_, stride_, vectors_, first_, accumulate_ = arguments
-                v = vectors_of(builder, out.dtype)
-                integer = ir.IntType(8 * v.itemsize)
-                numbers = ir.VectorType(integer, v.lanes)
-
-                def number_vector(value: Any) -> Any:
-                    narrow = builder.trunc(value, integer) if integer.width < 64 else value
-                    undefined = ir.Constant(numbers, ir.Undefined)
-                    one = builder.insert_element(undefined, narrow, ir.Constant(ir.IntType(32), 0))
-                    lanes = ir.Constant(ir.VectorType(ir.IntType(32), v.lanes), [0] * v.lanes)
-                    return builder.shuffle_vector(one, undefined, lanes)
-
-                def value_of(i: Any, place: Any) -> Any:
-                    if corners == 1:
-                        return v.load(v.offset(pixel(builder, v, image_, index_, i, stride_), place))
-                    base = builder.mul(i, _const(4))
-                    absent = builder.icmp_signed(
-                        "<", builder.load(builder.gep(index_, [base])), ir.Constant(_int_of(index), 0)
-                    )
-                    total = v.zero
-                    for k in range(4):
-                        j = builder.add(base, _const(k))
-                        read = builder.select(absent, _const(0), place_of(builder, index_, j))
-                        source = v.offset(v.offset(image_, builder.mul(read, stride_)), place)
-                        w = v.splat(builder.load(builder.gep(weight_, [j])))
-                        total = v.fma(w, v.load(source), total)
-                    return builder.select(absent, v.zero, total)
-
-                def run(vector: Any, _size: int) -> None:
-                    place = builder.mul(vector, _const(v.lanes))
-                    out_place = v.offset(out_, place)
-                    winner_place = builder.bitcast(builder.gep(winner_, [place]), numbers.as_pointer())
-                    # At first nothing has been seen, which any value replaces: the first, whatever it is.
-                    before = builder.block
-                    with builder.if_then(accumulate_):
-                        earlier = v.load(out_place)
-                        loaded = builder.load(winner_place)
-                        loaded.align = v.itemsize
-                        inside = builder.block
-                    best, chosen = builder.phi(v.type), builder.phi(numbers)
-                    best.add_incoming(v.zero, before)
-                    best.add_incoming(earlier, inside)
-                    chosen.add_incoming(ir.Constant(numbers, [-1] * v.lanes), before)
-                    chosen.add_incoming(loaded, inside)
-
-                    def compare(i: Any, carried: list[Any]) -> list[Any]:
-                        best, chosen = carried
-                        value = value_of(i, place)
-                        # Larger or NaN, unless NaN is what has won already.
-                        larger = builder.fcmp_unordered(">", value, best)
-                        wins = builder.and_(larger, builder.fcmp_ordered("==", best, best))
-                        none = builder.icmp_signed("<", chosen, ir.Constant(numbers, [0] * v.lanes))
-                        wins = builder.or_(wins, none)
-                        number_i = number_vector(builder.add(first_, i))
-                        return [builder.select(wins, value, best), builder.select(wins, number_i, chosen)]
-
-                    best, chosen = _loop(builder, count_, [best, chosen], compare)
-                    v.store(best, out_place)
-                    builder.store(chosen, winner_place).align = v.itemsize
-
-                _in_runs(builder, vectors_, 1, run)
-                return context.get_dummy_value()
-
-            return signature, codegen
-
-        return largest
-
-    return SimpleNamespace(
-        weighted_sum=weighted_sum,
-        weighted_dots=weighted_dots,
-        scatter=scatter,
-        largest_pixel=make_largest(corners=1),
-        largest_point=make_largest(corners=4),
-    )
-
-
-def _int_of(pointer: Any) -> Any:
-    return ir.IntType(pointer.dtype.bitwidth)
+def _channels_of(v: Vectors, pixels: Pixels, i: Any) -> Any:
+    """Pointer to pixel i of the list."""
+    return v.offset(pixels.image, v.builder.mul(place_of(v.builder, pixels.index, i), pixels.stride))
 
 
 def place_of(builder: Any, index: Any, i: Any) -> Any:
     place = builder.load(builder.gep(index, [i]))
-    return builder.sext(place, ir.IntType(64)) if place.type.width < 64 else place
+    return builder.sext(place, INT) if place.type.width < 64 else place
 
 
-_HOST, _PLANE = primitives(VECTOR_BYTES), primitives(0)
-weighted_sum, plane_weighted_sum = _HOST.weighted_sum, _PLANE.weighted_sum
-weighted_dots, plane_weighted_dots = _HOST.weighted_dots, _PLANE.weighted_dots
-scatter, plane_scatter = _HOST.scatter, _PLANE.scatter
-largest_pixel, largest_point = _HOST.largest_pixel, _HOST.largest_point
+def _in_runs(v: Vectors, vectors: Any, body: Callable[[list[Any]], None], sizes: tuple[int, ...] = AT_ONCE) -> None:
+    """body(the places of some vectors): all `vectors`, as many at a time as there may be."""
+    builder, done = v.builder, const(0)
+    for size in sizes:
+        runs = builder.sdiv(builder.sub(vectors, done), const(size))
+
+        def step(i: Any, _: list[Any], start: Any = done, size: int = size) -> list[Any]:
+            first = builder.add(start, builder.mul(i, const(size)))
+            body([builder.mul(builder.add(first, const(j)), const(v.lanes)) for j in range(size)])
+            return []
+
+        loop(builder, runs, [], step)
+        done = builder.add(done, builder.mul(runs, const(size)))
+
+
+@for_any_width
+def weighted_sum(vector_bytes: int, out: Any, pixels: Any, vectors: Any, scale: Any, accumulate: Any) -> Any:
+    """out[c] = (out[c], if accumulate, + sum_i weights[i] * pixel_i[c]) * scale."""
+
+    def emit(builder: Any, out_: Any, pixels_: Any, vectors_: Any, scale_: Any, accumulate_: Any) -> None:
+        v, listed = Vectors(builder, out.dtype, vector_bytes), Pixels(*pixels_)
+        factor = v.splat(scale_)
+
+        def run(places: list[Any]) -> None:
+            def add(i: Any, sums: list[Any]) -> list[Any]:
+                start, w = _channels_of(v, listed, i), v.load_splat(listed.weights, i)
+                return [v.fma(w, v.load(v.offset(start, p)), s) for p, s in zip(places, sums, strict=True)]
+
+            before = builder.block
+            with builder.if_then(accumulate_):
+                earlier = [v.load(v.offset(out_, p)) for p in places]
+                inside = builder.block
+            sums = merged(builder, [v.zero] * len(places), before, earlier, inside)
+            for p, total in zip(places, loop(builder, listed.number, sums, add), strict=True):
+                v.store(builder.fmul(total, factor), v.offset(out_, p))
+
+        _in_runs(v, vectors_, run)
+
+    return types.void(out, pixels, vectors, scale, accumulate), emit
+
+
+@for_any_width
+def weighted_dots(vector_bytes: int, grad: Any, pixels: Any, vectors: Any) -> Any:
+    """For each list of weights: sum_c grad[c] * sum_i weight[i] * pixel_i[c]."""
+
+    def emit(builder: Any, grad_: Any, pixels_: Any, vectors_: Any) -> list[Any]:
+        v, listed = Vectors(builder, grad.dtype, vector_bytes), Pixels(*pixels_)
+        # The weights come last: what a pixel's channels add up to, lane by lane, serves all lists of them.
+        totals = [cgutils.alloca_once_value(builder, v.zero) for _ in listed.weights]
+
+        def run(places: list[Any]) -> None:
+            grads = [v.load(v.offset(grad_, p)) for p in places]
+
+            def add(i: Any, dots: list[Any]) -> list[Any]:
+                start = _channels_of(v, listed, i)
+                sums = [v.zero] * min(len(places), 2)  # so that one addition does not wait for the other
+                for j, (p, g) in enumerate(zip(places, grads, strict=True)):
+                    k = j % len(sums)
+                    sums[k] = v.fma(g, v.load(v.offset(start, p)), sums[k])
+                lanes = functools.reduce(builder.fadd, sums)
+                ws = [v.load_splat(weights, i) for weights in listed.weights]
+                return [v.fma(w, lanes, dot) for w, dot in zip(ws, dots, strict=True)]
+
+            dots = loop(builder, listed.number, [builder.load(total) for total in totals], add)
+            for dot, total in zip(dots, totals, strict=True):
+                builder.store(dot, total)
+
+        _in_runs(v, vectors_, run)
+        return [v.sum(builder.load(total)) for total in totals]
+
+    lists = pixels[Pixels._fields.index("weights")]
+    return types.UniTuple(grad.dtype, len(lists))(grad, pixels, vectors), emit
+
+
+@for_any_width
+def scatter(
+    vector_bytes: int,
+    grad: Any,
+    image: Any,
+    index: Any,
+    weights: Any,
+    count: Any,
+    stride: Any,
+    vectors: Any,
+    scale: Any,
+) -> Any:
+    """pixel_i[c] += weights[i] * (grad[c] * scale), one pixel after the other."""
+
+    def emit(builder: Any, grad_: Any, *values: Any) -> None:
+        *pixels_, vectors_, scale_ = values
+        v, listed = Vectors(builder, grad.dtype, vector_bytes), Pixels(*pixels_)
+        factor = v.splat(scale_)
+
+        def run(places: list[Any]) -> None:
+            grads = [builder.fmul(v.load(v.offset(grad_, p)), factor) for p in places]
+
+            def add(i: Any, _: list[Any]) -> list[Any]:
+                start, w = _channels_of(v, listed, i), v.load_splat(listed.weights, i)
+                for p, g in zip(places, grads, strict=True):
+                    target = v.offset(start, p)
+                    v.store(v.fma(w, g, v.load(target)), target)
+                return []
+
+            loop(builder, listed.number, [], add)
+
+        _in_runs(v, vectors_, run)
+
+    return types.void(grad, image, index, weights, count, stride, vectors, scale), emit
+
+
+def _define_largest(
+    vector_bytes: int, of_points: bool, out: Any, winner: Any, pixels: Any, vectors: Any, first: Any, accumulate: Any
+) -> Any:
+    """out[c] = the largest of value_i[c], and of out[c] if accumulate; winner[c] = first + i, an int.
+
+    Of pixels value_i is pixel_i; of points it is sum_k weights[4*i + k] * pixel_(4*i + k), k < 4, or 0 where
+    index[4*i] is negative. The first of equal values wins, NaN over all.
+    """
+
+    def emit(builder: Any, out_: Any, winner_: Any, pixels_: Any, *rest: Any) -> None:
+        vectors_, first_, accumulate_ = rest
+        v, listed = Vectors(builder, out.dtype, vector_bytes), Pixels(*pixels_)
+        integer = ir.IntType(8 * v.itemsize)
+        numbers = ir.VectorType(integer, v.lanes)
+        none = ir.Constant(numbers, [-1] * v.lanes)
+
+        def run(places: list[Any]) -> None:
+            (place,) = places
+            out_place = v.offset(out_, place)
+            winner_place = builder.bitcast(builder.gep(winner_, [place]), numbers.as_pointer())
+            # At first nothing has been seen, which any value replaces: the first, whatever it is.
+            before = builder.block
+            with builder.if_then(accumulate_):
+                earlier = [v.load(out_place), builder.load(winner_place)]
+                earlier[1].align = v.itemsize
+                inside = builder.block
+
+            def compare(i: Any, carried: list[Any]) -> list[Any]:
+                best, chosen = carried
+                value = (_value_of_point if of_points else _value_of_pixel)(v, listed, i, place)
+                # Larger or NaN, unless NaN is what has won already.
+                larger = builder.fcmp_unordered(">", value, best)
+                wins = builder.and_(larger, builder.fcmp_ordered("==", best, best))
+                wins = builder.or_(wins, builder.icmp_signed("<", chosen, ir.Constant(numbers, [0] * v.lanes)))
+                number = builder.add(first_, i)
+                number = in_lanes(builder, builder.trunc(number, integer) if integer.width < 64 else number, v.lanes)
+                return [builder.select(wins, value, best), builder.select(wins, number, chosen)]
+
+            carried = merged(builder, [v.zero, none], before, earlier, inside)
+            best, chosen = loop(builder, listed.number, carried, compare)
+            v.store(best, out_place)
+            builder.store(chosen, winner_place).align = v.itemsize
+
+        _in_runs(v, vectors_, run, (1,))
+
+    return types.void(out, winner, pixels, vectors, first, accumulate), emit
+
+
+def _value_of_pixel(v: Vectors, pixels: Pixels, i: Any, place: Any) -> Any:
+    return v.load(v.offset(_channels_of(v, pixels, i), place))
+
+
+def _value_of_point(v: Vectors, pixels: Pixels, i: Any, place: Any) -> Any:
+    builder, base, total = v.builder, v.builder.mul(i, const(4)), v.zero
+    low = builder.load(builder.gep(pixels.index, [base]))
+    absent = builder.icmp_signed("<", low, ir.Constant(low.type, 0))
+    for k in range(4):
+        j = builder.add(base, const(k))
+        read = builder.select(absent, const(0), place_of(builder, pixels.index, j))
+        source = v.offset(v.offset(pixels.image, builder.mul(read, pixels.stride)), place)
+        total = v.fma(v.load_splat(pixels.weights, j), v.load(source), total)
+    return builder.select(absent, v.zero, total)
+
+
+largest_pixel, largest_point = (for_any_width(_define_largest, of_points) for of_points in (False, True))
+plane_weighted_sum, plane_weighted_dots = weighted_sum.of_width(0), weighted_dots.of_width(0)
+plane_scatter = scatter.of_width(0)

@@ -112,7 +112,7 @@ def write_blocks(channels: Any, blocks: Any, grad_image: Any, grad_input: Any, g
 
 
 @inline_always
-def block_pixels(channels: Any, row: Any, count: int, here: Any, image: Any, g: Any, p: Any) -> Any:
+def block_pixels(channels: Any, row: Any, count: int, here: Any, image: Any, g: Any, p: Any) -> tuple[Any, Any]:
     """Pixels of a block of channels, and where among them the `count` listed ones are. The pixels are those of the
     copy, or were gathered from the input as it lies."""
     index, pixels = here.places, at(image, (0,))

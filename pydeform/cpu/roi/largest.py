@@ -14,8 +14,8 @@ import numpy as np
 from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.layout import to_channels_first
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
-from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at
-from pydeform.cpu.core.weighted import largest_pixel, largest_point
+from pydeform.cpu.core.simd import advance, at, vectors_of
+from pydeform.cpu.core.weighted import Pixels, largest_pixel, largest_point
 from pydeform.cpu.roi.bins import BROKEN, SOUND, pixels_read, points_listed
 from pydeform.cpu.roi.boxes import find_boxes, found_box
 from pydeform.cpu.roi.copies import (
@@ -148,15 +148,16 @@ def _largest_of_bin(
             out[c] = real(np.nan) if bin_.state == BROKEN else real(0)
             winners[c] = -1
         return
-    vectors = row.width * boxes.itemsize // VECTOR_BYTES
+    vectors = vectors_of(out, row.width)
     for first in range(0, bin_.listed, LISTED):
         n = min(first + LISTED, bin_.listed) - first
         _list_part(bin_, first, first + n, real(1), here, g)
         pixels, index = block_pixels(channels, row, n * (4 if g.points else 1), here, scratch.image, g, p)
+        listed = Pixels(pixels, index, here.products, n, row.width)
         if g.points:
-            largest_point(out, winners, pixels, index, here.products, n, row.width, vectors, first, first > 0)
+            largest_point(out, winners, listed, vectors, first, first > 0)
         else:
-            largest_pixel(out, winners, pixels, index, here.products, n, row.width, vectors, first, first > 0)
+            largest_pixel(out, winners, listed, vectors, first, first > 0)
 
 
 @Kernel

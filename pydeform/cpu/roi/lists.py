@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform.cpu.core.bands import BAND, band_lists
+from pydeform.cpu.core.bands import BAND, Points, Slots, band_lists
 from pydeform.cpu.core.jit import inline_always
 from pydeform.cpu.core.planes import Reader, reader_of
 from pydeform.cpu.core.simd import advance, at
@@ -196,35 +196,38 @@ def lay_bins(box: Any, first: Any, last: Any, boxes: Any, lists: Any, g: Any) ->
 
 
 @inline_always
+def slots_from(lists: Any, slot: int) -> Slots:
+    return Slots(
+        advance(lists.starts, slot),
+        advance(lists.sizes, slot),
+        advance(lists.index, slot * lists.row),
+        advance(lists.weights, 2 * slot * lists.row),
+        advance(lists.entries, slot),
+        advance(lists.counts, slot),
+        lists.row,
+    )
+
+
+@inline_always
 def _list_axes(first: Any, last: Any, boxes: Any, lists: Any, g: Any, sloped: bool) -> None:
     """What bins first <= bin < last read on each axis (y, x), from the starts and sizes in their slots."""
     real = boxes.dtype.type
     in_lanes = g.points != 0 and g.samples <= BAND
     for axis in range(2):
         length = g.in_w if axis else g.in_h
+        points = Points(
+            real(g.samples),
+            real(g.first_point),
+            real(g.reach),
+            rounded_down(length - 1, boxes),
+            g.count_inside != 0,
+            g.flat_at_pixels != 0,
+            sloped,
+        )
         for bin0 in range(first[axis], last[axis], BAND):
             bins = min(BAND, last[axis] - bin0)
             slot0 = axis * lists.of_axis + bin0
-            listed = False
-            if in_lanes:
-                listed = band_lists(
-                    advance(lists.starts, slot0),
-                    advance(lists.sizes, slot0),
-                    advance(lists.index, slot0 * lists.row),
-                    advance(lists.weights, 2 * slot0 * lists.row),
-                    advance(lists.entries, slot0),
-                    advance(lists.counts, slot0),
-                    lists.row,
-                    bins,
-                    real(g.samples),
-                    real(g.first_point),
-                    real(g.reach),
-                    rounded_down(length - 1, boxes),
-                    g.count_inside != 0,
-                    g.flat_at_pixels != 0,
-                    sloped,
-                )
-            if listed:
+            if in_lanes and band_lists(slots_from(lists, slot0), bins, points):
                 continue
             for slot in range(slot0, slot0 + bins):
                 if in_lanes and lists.entries[slot] >= 0:
@@ -307,10 +310,16 @@ def list_slopes(bin_: Any, first: int, last: int, here: Any) -> None:
     column = first - row * columns
     y_weights, x_weights = advance(here.weights, 2 * bin_.sy * here.row), advance(here.weights, 2 * bin_.sx * here.row)
     y_slopes, x_slopes = advance(y_weights, here.row), advance(x_weights, here.row)
-    along_y, along_x = advance(here.products, LISTED), advance(here.products, 2 * LISTED)
+    _, along_y, along_x = products_of(here)
     for n in range(last - first):
         along_y[n] = y_slopes[row] * x_weights[column]
         along_x[n] = y_weights[row] * x_slopes[column]
         column += 1
         if column == columns:
             row, column = row + 1, 0
+
+
+@inline_always
+def products_of(here: Any) -> tuple[Any, Any, Any]:
+    """What the listed pixels are weighted by: for the mean, and for its derivatives along y and x."""
+    return here.products, advance(here.products, LISTED), advance(here.products, 2 * LISTED)

@@ -15,8 +15,8 @@ import numpy as np
 from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.layout import to_channels_first
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
-from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at
-from pydeform.cpu.core.weighted import plane_scatter, scatter, weighted_dots, weighted_sum
+from pydeform.cpu.core.simd import at, vectors_of
+from pydeform.cpu.core.weighted import Pixels, plane_scatter, scatter, weighted_dots, weighted_sum
 from pydeform.cpu.roi.boxes import find_boxes
 from pydeform.cpu.roi.copies import (
     Channels,
@@ -41,6 +41,7 @@ from pydeform.cpu.roi.lists import (
     list_slopes,
     lists_of,
     masked_scale,
+    products_of,
     scale_of,
     span_of_cell,
 )
@@ -116,17 +117,8 @@ def _mean_of_bin(
         if until > done:
             list_pixels(bin_, done, until, here, g)
         pixels, index = block_pixels(channels, row, until - done, here, image, g, p)
-        weighted_sum(
-            target,
-            pixels,
-            index,
-            here.products,
-            until - done,
-            row.width,
-            row.width * image.itemsize // VECTOR_BYTES,
-            scale if until == bin_.listed else one,
-            more,
-        )
+        listed, vectors = Pixels(pixels, index, here.products, until - done, row.width), vectors_of(pixels, row.width)
+        weighted_sum(target, listed, vectors, scale if until == bin_.listed else one, more)
         done, more = until, True
 
 
@@ -192,7 +184,7 @@ def _add_to_image(
                             here.products,
                             until - done,
                             row.width,
-                            row.width * scratch.grads.itemsize // VECTOR_BYTES,
+                            vectors_of(at(scratch.grads, (0,)), row.width),
                             scale,
                         )
         left -= count
@@ -241,16 +233,8 @@ def _dots_of_bin(
         for block in range(len(blocks)):
             row = blocks[block]
             pixels, index = block_pixels(channels, row, until - done, here, image, g, p)
-            dots = weighted_dots(
-                at(copy, (grad_place(bin_, channels.cls, row, g, p),)),
-                pixels,
-                index,
-                here.products,
-                advance(here.products, LISTED),
-                advance(here.products, 2 * LISTED),
-                until - done,
-                row.width,
-                row.width * image.itemsize // VECTOR_BYTES,
-            )
+            grad = at(copy, (grad_place(bin_, channels.cls, row, g, p),))
+            listed = Pixels(pixels, index, products_of(here), until - done, row.width)
+            dots = weighted_dots(grad, listed, vectors_of(pixels, row.width))
             value, along_y, along_x = value + dots[0], along_y + dots[1], along_x + dots[2]
     return value, along_y, along_x

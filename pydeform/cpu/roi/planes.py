@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform.cpu.core.bands import BAND, band_dots, band_scatter, band_sum
+from pydeform.cpu.core.bands import BAND, Band, band_dots, band_scatter, band_sum
 from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
 from pydeform.cpu.core.planes import gather, gather_band
 from pydeform.cpu.core.simd import advance, at
-from pydeform.cpu.core.weighted import plane_scatter, plane_weighted_dots, plane_weighted_sum
+from pydeform.cpu.core.weighted import Pixels, plane_scatter, plane_weighted_dots, plane_weighted_sum
 from pydeform.cpu.roi.boxes import find_boxes
 from pydeform.cpu.roi.copies import Channels, input_channel
 from pydeform.cpu.roi.lists import (
@@ -28,6 +28,7 @@ from pydeform.cpu.roi.lists import (
     list_slopes,
     lists_of,
     masked_scale,
+    products_of,
     scale_of,
     span_of_cell,
 )
@@ -135,16 +136,13 @@ def _axis(slot: int, here: Any) -> tuple[Any, Any, Any, int]:
 
 
 @inline_always
-def _rows_of(
-    b: int, channel: int, x: int, columns: int, bin_: Any, here: Any, input: Any, g: Any, p: Any
-) -> tuple[Any, Any, int, int]:
-    """What `band_sum` needs: a pointer to a bin's columns from x on, the rows to read there, how far rows are apart,
-    and how many pixels there are from the pointer to the end."""
+def _band_of(b: int, channel: int, x: int, columns: int, bin_: Any, here: Any, input: Any, g: Any, p: Any) -> Band:
+    """A bin's columns from x on."""
     rows, _, _, count = _axis(bin_.sy, here)
     if p.gathers:
         gather_band(here.reader, b, channel, rows, count, x, columns, BAND)
-        return here.reader.pixels, here.reader.own, BAND, count * BAND
-    return at(input, (b, channel, x)), rows, g.in_w, g.in_h * g.in_w - x
+        return Band(here.reader.pixels, here.reader.own, count, BAND, count * BAND, columns)
+    return Band(at(input, (b, channel, x)), rows, count, g.in_w, g.in_h * g.in_w - x, columns)
 
 
 @inline_always
@@ -162,13 +160,13 @@ def _mean_of_bin(bin_: Any, channels: Any, output: Any, here: Any, input: Any, m
     scale, one = masked_scale(bin_, here, mask, g, p), output.dtype.type(1)
     is_band = _is_run(bin_, here)
     x, x_weights, _, columns = _axis(bin_.sx, here)
-    _, y_weights, _, count = _axis(bin_.sy, here)
+    _, y_weights, _, _ = _axis(bin_.sy, here)
     for c in range(p.per_class):
         total, channel = output.dtype.type(0), input_channel(channels, c, g, p)
         for k in range(0, columns if is_band else 0, BAND):
             width = min(BAND, columns - k)
-            source, rows, row, room = _rows_of(b, channel, np.int64(x[k]), width, bin_, here, input, g, p)
-            total += band_sum(source, rows, y_weights, count, row, room, advance(x_weights, k), width)
+            band = _band_of(b, channel, np.int64(x[k]), width, bin_, here, input, g, p)
+            total += band_sum(band, y_weights, advance(x_weights, k))
         output[r, first + c, i] = total * scale
     for done in range(0, 0 if is_band else bin_.listed, LISTED):
         stop = min(done + LISTED, bin_.listed)
@@ -177,7 +175,7 @@ def _mean_of_bin(bin_: Any, channels: Any, output: Any, here: Any, input: Any, m
         for c in range(p.per_class):
             pixels, index = _listed_of(b, input_channel(channels, c, g, p), stop - done, here, input, g, p)
             target = at(output, (r, first + c, i))
-            plane_weighted_sum(target, pixels, index, here.products, stop - done, 1, 1, factor, done > 0)
+            plane_weighted_sum(target, Pixels(pixels, index, here.products, stop - done, 1), 1, factor, done > 0)
 
 
 @inline_always
@@ -192,8 +190,8 @@ def _add_to_planes(bin_: Any, channels: Any, grads: Any, here: Any, mask: Any, g
         channel = input_channel(channels, c, g, p)
         for k in range(0, columns if is_band else 0, BAND):
             target, room = at(grads.input, (b, channel, np.int64(x[k]))), g.in_h * g.in_w - x[k]
-            grad, width = grads.output[r, first + c, i] * scale, min(BAND, columns - k)
-            band_scatter(target, rows, y_weights, count, g.in_w, room, advance(x_weights, k), width, grad)
+            band = Band(target, rows, count, g.in_w, room, min(BAND, columns - k))
+            band_scatter(band, y_weights, advance(x_weights, k), grads.output[r, first + c, i] * scale)
     for done in range(0, 0 if is_band else bin_.listed, LISTED):
         stop = min(done + LISTED, bin_.listed)
         list_pixels(bin_, done, stop, here, g)
@@ -212,14 +210,13 @@ def _dots_of_bin(
     value = along_y = along_x = grad_output.dtype.type(0)
     is_band = _is_run(bin_, here)
     x, x_weights, x_slopes, columns = _axis(bin_.sx, here)
-    _, y_weights, y_slopes, count = _axis(bin_.sy, here)
+    _, y_weights, y_slopes, _ = _axis(bin_.sy, here)
     for c in range(p.per_class):
         grad, channel = grad_output[r, first + c, i], input_channel(channels, c, g, p)
         for k in range(0, columns if is_band else 0, BAND):
             width = min(BAND, columns - k)
-            source, rows, row, room = _rows_of(b, channel, np.int64(x[k]), width, bin_, here, input, g, p)
-            weights, slopes = advance(x_weights, k), advance(x_slopes, k)
-            dots = band_dots(source, rows, y_weights, y_slopes, count, row, room, weights, slopes, width)
+            band = _band_of(b, channel, np.int64(x[k]), width, bin_, here, input, g, p)
+            dots = band_dots(band, y_weights, y_slopes, advance(x_weights, k), advance(x_slopes, k))
             value, along_y, along_x = value + dots[0] * grad, along_y + dots[1] * grad, along_x + dots[2] * grad
     for done in range(0, 0 if is_band else bin_.listed, LISTED):
         stop = min(done + LISTED, bin_.listed)
@@ -227,16 +224,7 @@ def _dots_of_bin(
         list_slopes(bin_, done, stop, here)
         for c in range(p.per_class):
             pixels, index = _listed_of(b, input_channel(channels, c, g, p), stop - done, here, input, g, p)
-            dots = plane_weighted_dots(
-                at(grad_output, (r, first + c, i)),
-                pixels,
-                index,
-                here.products,
-                advance(here.products, LISTED),
-                advance(here.products, 2 * LISTED),
-                stop - done,
-                1,
-                1,
-            )
+            listed = Pixels(pixels, index, products_of(here), stop - done, 1)
+            dots = plane_weighted_dots(at(grad_output, (r, first + c, i)), listed, 1)
             value, along_y, along_x = value + dots[0], along_y + dots[1], along_x + dots[2]
     return value, along_y, along_x

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pydeform._geometry import BOUNDARIES
+from pydeform.cpu.core.blend import sum_values
 from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.pair_products import put
-from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at, column, sum_values, times
+from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at, column, times
 from pydeform.cpu.core.sizes import round_up, volume
 from pydeform.cpu.core.vector import convert, floor, lanes_of, load, load_beside, load_first, select, store
 

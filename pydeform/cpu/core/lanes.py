@@ -1,0 +1,148 @@
+"""Vectors of numbers in LLVM's instructions, as primitives emit them, and primitives that exist for any width of them.
+
+Widths are bytes: 16 for SSE and NEON, 32 for AVX2, 64 for AVX-512. Sums run in one fixed order at a given width, so a
+result depends on neither threads nor tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from pydeform.cpu.core.primitive import const, function_of, primitive
+from pydeform.cpu.core.simd import VECTOR_BYTES
+
+LANE = ir.IntType(32)
+BITS = ir.IntType(16)
+
+
+class BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
+
+def for_any_width(define: Callable[..., Any], *given: Any) -> Any:
+    """A primitive for this machine, where `define` takes the bytes of a vector and then what is given before the types;
+    `of_width` gives it for other machines, and for 0 with a single lane."""
+    made = primitive(define, VECTOR_BYTES, *given)
+    made.of_width = lambda vector_bytes: primitive(define, vector_bytes, *given)
+    return made
+
+
+def shuffle(builder: Any, low: Any, high: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(LANE, len(lanes)), lanes))
+
+
+def in_lanes(builder: Any, number: Any, lanes: int) -> Any:
+    undefined = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
+    one = builder.insert_element(undefined, number, ir.Constant(LANE, 0))
+    return shuffle(builder, one, undefined, [0] * lanes)
+
+
+def transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """As many vectors as each has lanes: lane j of row i becomes lane i of row j, halves of ever smaller squares."""
+    rows, n = list(rows), len(rows)
+    half = n // 2
+    while half:
+        low = [j if not j & half else n + j - half for j in range(n)]
+        high = [j + half if not j & half else n + j for j in range(n)]
+        for i in range(n):
+            if not i & half:
+                pair = rows[i], rows[i + half]
+                rows[i], rows[i + half] = (shuffle(builder, *pair, lanes) for lanes in (low, high))
+        half //= 2
+    return rows
+
+
+class Vectors:
+    """Emits loads, stores and arithmetic on vectors of one element type."""
+
+    def __init__(self, builder: Any, element: Any, vector_bytes: int) -> None:
+        self.builder = builder
+        self.element = ir.FloatType() if element == types.float32 else ir.DoubleType()
+        self.itemsize = element.bitwidth // 8
+        self.lanes = max(vector_bytes // self.itemsize, 1)
+        self.type = ir.VectorType(self.element, self.lanes)
+        self.zero = ir.Constant(self.type, [0.0] * self.lanes)
+
+    def offset(self, pointer: Any, elements: Any) -> Any:
+        return self.builder.gep(pointer, [elements])
+
+    def _as_vector(self, pointer: Any) -> Any:
+        return self.builder.bitcast(pointer, self.type.as_pointer())
+
+    def load(self, pointer: Any) -> Any:
+        value = self.builder.load(self._as_vector(pointer))
+        value.align = self.itemsize
+        return value
+
+    def store(self, value: Any, pointer: Any) -> None:
+        """The numbers, or what is left of them in bfloat16 where the pointer is one to 16 bits."""
+        if pointer.type.pointee == BITS:
+            narrow = self.rounded(value)
+            self.builder.store(narrow, self.builder.bitcast(pointer, narrow.type.as_pointer())).align = 2
+            return
+        self.builder.store(value, self._as_vector(pointer)).align = self.itemsize
+
+    def rounded(self, value: Any) -> Any:
+        """float32 as the bits of bfloat16."""
+        narrow = self.builder.fptrunc(value, ir.VectorType(BFloat(), self.lanes))
+        return self.builder.bitcast(narrow, ir.VectorType(BITS, self.lanes))
+
+    def splat(self, number: Any) -> Any:
+        return in_lanes(self.builder, number, self.lanes)
+
+    def load_splat(self, pointer: Any, i: Any) -> Any:
+        """pointer[i] in every lane."""
+        return self.splat(self.builder.load(self.offset(pointer, i)))
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        """x * y + z, fused where the machine can."""
+        return self.call("fmuladd", [x, y, z])
+
+    def sum(self, vector: Any) -> Any:
+        """Sum of the lanes, halves first."""
+        width = self.lanes
+        while width > 1:
+            half = width // 2
+            undefined = ir.Constant(vector.type, ir.Undefined)
+            low = shuffle(self.builder, vector, undefined, list(range(half)))
+            high = shuffle(self.builder, vector, undefined, list(range(half, width)))
+            vector, width = self.builder.fadd(low, high), half
+        return self.builder.extract_element(vector, ir.Constant(LANE, 0))
+
+    def first_lanes(self, count: Any) -> Any:
+        """Mask that is true in the first `count` lanes, which is compared in integers of the lanes' own width."""
+        integer = ir.IntType(8 * self.itemsize)
+        lanes = ir.Constant(ir.VectorType(integer, self.lanes), list(range(self.lanes)))
+        most = self.builder.select(self.builder.icmp_signed("<", count, const(self.lanes)), count, const(self.lanes))
+        narrow = most if integer.width == 64 else self.builder.trunc(most, integer)
+        return self.builder.icmp_signed("<", lanes, in_lanes(self.builder, narrow, self.lanes))
+
+    def masked_load(self, pointer: Any, mask: Any) -> Any:
+        arguments = [self._as_vector(pointer), ir.Constant(LANE, self.itemsize), mask, self.zero]
+        return self.call("masked.load", arguments, more=f".p0{self._suffix()}")
+
+    def masked_store(self, value: Any, pointer: Any, mask: Any) -> None:
+        arguments = [value, self._as_vector(pointer), ir.Constant(LANE, self.itemsize), mask]
+        self.call("masked.store", arguments, ir.VoidType(), f".p0{self._suffix()}")
+
+    def _suffix(self) -> str:
+        return f"v{self.lanes}f{8 * self.itemsize}"
+
+    def call(self, name: str, arguments: list[Any], result: Any = None, more: str = "") -> Any:
+        """LLVM's function of this name; its result is a vector, unless another type is given."""
+        kinds = [argument.type for argument in arguments]
+        full = f"llvm.{name}.{self._suffix()}{more}"
+        return self.builder.call(function_of(self.builder, full, result or self.type, kinds), arguments)

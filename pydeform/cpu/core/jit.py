@@ -228,7 +228,9 @@ class Kernel:
         return sum(self.call.stats.cache_misses.values())
 
     def _say_compiling(self) -> None:
-        if self.call.stats.cache_misses.keys() - self.call.overloads:  # not loading, nor waiting for another kernel
+        # Looked at as they are now: another thread, which compiles, adds to them.
+        misses, ready = tuple(self.call.stats.cache_misses), tuple(self.call.overloads)
+        if set(misses) - set(ready):  # not loading, nor waiting for another kernel
             where = cache_directory()
             kept = f"kept in {where}" if where else "not kept: no writable cache folder"
             say_once(f"compiling kernels for this machine ({kept})")

@@ -198,3 +198,12 @@ def test_a_convolution_loads_numba_and_nothing_foreign():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_collecting_tests_imports_no_cupy():
+    """What is imported then would hold the real one, also in tests on the emulated device."""
+    names = sorted(f"tests.{path.stem}" for path in ROOT.glob("tests/test_*.py"))
+    program = f"import importlib, sys\nfor name in {names}:\n    importlib.import_module(name)\n"
+    program += "    assert 'cupy' not in sys.modules, name\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

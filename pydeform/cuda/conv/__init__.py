@@ -27,15 +27,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import cupy
-
 from pydeform._geometry import ConvArrays
-from pydeform.cuda.conv import backward_tiles, direct, forward_tiles, plan
-from pydeform.cuda.core.copies import contiguous
+from pydeform.cuda.conv import plan
 from pydeform.cuda.core.source import Code
+
+# What needs CuPy is imported where it is called: `plan` is asked where there is none.
 
 
 def forward(arrays: Any, g: Any, *, allow_tf32: bool = False) -> Any:
+    import cupy
+
+    from pydeform.cuda.conv import direct, forward_tiles
+    from pydeform.cuda.core.copies import contiguous
+
     offset = arrays.offset
     plan.check_size(_operator(offset, g), g)
     code, reads = _code(offset, g), plan.PLAIN if offset is None else plan.DEFORMED
@@ -52,6 +56,11 @@ def forward(arrays: Any, g: Any, *, allow_tf32: bool = False) -> Any:
 def backward(
     grad_output: Any, arrays: Any, g: Any, needs: Any, *, deterministic: bool = False, allow_tf32: bool = False
 ) -> dict[str, Any]:
+    import cupy
+
+    from pydeform.cuda.conv import backward_tiles, direct
+    from pydeform.cuda.core.copies import contiguous
+
     plan.check_size(f"{_operator(arrays.offset, g)}_backward", g)
     code = _code(arrays.offset, g)
     with arrays.input.device:

@@ -204,9 +204,9 @@ def launches(cupy, monkeypatch):
 
     seen = []
 
-    def forward(input, *arguments, **options):
+    def forward(arrays, *arguments, **options):
         seen.append((cupy.cuda.get_current_stream().ptr, cupy.cuda.Device().id))
-        return input.copy()
+        return arrays.input.copy()
 
     monkeypatch.setattr(conv, "forward", forward)
     return seen
@@ -307,7 +307,7 @@ def test_memory_for_torchs_stream_is_allocated_on_it(torch, cupy, monkeypatch):
     monkeypatch.setattr(
         cupy, "empty", lambda *a, **k: seen.append(cupy.cuda.get_current_stream().ptr) or empty(*a, **k)
     )
-    monkeypatch.setattr(conv, "forward", lambda input, *_, **__: cupy.empty(input.shape, input.dtype))
+    monkeypatch.setattr(conv, "forward", lambda arrays, *_, **__: cupy.empty(arrays.input.shape, arrays.input.dtype))
     pydeform.conv2d(**arrays(Tensor))
     assert seen == [OTHER_STREAM]
 
@@ -318,10 +318,10 @@ def test_memory_for_torchs_stream_is_torchs(torch, cupy, monkeypatch):
 
     inside = []
 
-    def forward(input, *_, **__):
+    def forward(arrays, *_, **__):
         temporary, nothing = cupy.empty(8, np.float32), cupy.empty((0, 3), np.float32)
         inside.append((temporary.data.ptr in torch.memory.blocks, nothing.data.ptr, len(torch.memory.blocks)))
-        return cupy.ones(input.shape, input.dtype)
+        return cupy.ones(arrays.input.shape, arrays.input.dtype)
 
     monkeypatch.setattr(conv, "forward", forward)
     for number in (0, 1):
@@ -354,7 +354,7 @@ def test_no_memory_of_torch_when_kinds_are_mixed(torch, cupy, monkeypatch):
     """The result is in the order of both streams then, which is not for torch to know; on one stream it is."""
     from pydeform.cuda import conv
 
-    monkeypatch.setattr(conv, "forward", lambda input, *_, **__: cupy.ones(input.shape, input.dtype))
+    monkeypatch.setattr(conv, "forward", lambda arrays, *_, **__: cupy.ones(arrays.input.shape, arrays.input.dtype))
     mixed = arrays(Tensor, weight=cupy.ones((2, 2, 1, 1), np.float32))
     with cupy.cuda.Stream():
         pydeform.conv2d(**mixed)
@@ -368,7 +368,7 @@ def test_an_error_leaves_cupys_allocator(torch, cupy, monkeypatch):
     from pydeform.cuda import conv
 
     monkeypatch.setattr(torch.cuda, "caching_allocator_alloc", lambda *_: 1 / 0)
-    monkeypatch.setattr(conv, "forward", lambda input, *_, **__: cupy.empty(input.shape, input.dtype))
+    monkeypatch.setattr(conv, "forward", lambda arrays, *_, **__: cupy.empty(arrays.input.shape, arrays.input.dtype))
     with pytest.raises(ZeroDivisionError):
         pydeform.conv2d(**arrays(Tensor))
     assert cupy.ones(3).get().tolist() == [1, 1, 1]

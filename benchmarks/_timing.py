@@ -69,21 +69,24 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def time_problems(about: str | None, name: str, bench: ModuleType, problems: Iterable[str]) -> int:
+def time_problems(
+    about: str | None, name: str, bench: ModuleType, problems: Iterable[str], *, may_force_avx2: bool = False
+) -> int:
     """The command line of a benchmark that is nothing but problems: its `run` and `report` for each number of threads.
 
-    A whole run goes to benchmarks/results/<device>/<name>.json.
+    A whole run goes to benchmarks/results/<device>/<name>.json. `may_force_avx2`: all peers let themselves be told.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", default=",".join(problems), type=bench.problem_names)
     parser.add_argument("--threads", default="1,2", help="numbers of threads to measure with")
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9, and the most threads only")
-    parser.add_argument("--avx2", action="store_true", help="no wider vectors")
+    if may_force_avx2:
+        parser.add_argument("--avx2", action="store_true", help="no wider vectors")
     parser.add_argument("--output", type=Path, help=f"default: benchmarks/results/<device>/{name}.json")
     options = parser.parse_args()
     threads = [int(count) for count in options.threads.split(",")]
     threads, rounds = (threads[-1:], 3) if options.quick else (threads, 9)
-    if options.avx2:
+    if may_force_avx2 and options.avx2:
         force_avx2()
 
     speed: dict[str, Any] = {}

@@ -3,6 +3,7 @@
     python benchmarks/bench_conv.py                       all problems on 1 and 2 threads
     python benchmarks/bench_conv.py --quick               fewer rounds, the most threads only
     python benchmarks/bench_conv.py --problems 1-D,3-D --threads 2
+    python benchmarks/bench_conv.py --avx2                no wider vectors, on either side
 
 Times are milliseconds, median/minimum. How they are taken: pydeform/bench/timing.py. What is run: its neighbour
 conv.py. Results of a partial run go to a file only where --output names one.
@@ -17,4 +18,4 @@ import _timing
 from pydeform.bench import conv as bench
 
 if __name__ == "__main__":
-    sys.exit(_timing.time_problems(__doc__, "conv", bench, bench.SHAPES))
+    sys.exit(_timing.time_problems(__doc__, "conv", bench, bench.SHAPES, may_force_avx2=True))

@@ -5,6 +5,7 @@
 // the output, has fewer than 2^31 pixels; I is the type for places in whole arrays.
 #pragma once
 #include "conv/places.cuh"
+#include "core/sums.cuh"
 
 constexpr int DIRECT_THREADS = 256;
 constexpr int DIRECT_BLOCKS = 2;  // on a multiprocessor: left to itself, ptxas spills in order to fit in four
@@ -275,13 +276,4 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
   }
   sum = direct_block_sum(sum);
   if (threadIdx.x == 0) grad_bias[blockIdx.x] = from_float<T>(sum);
-}
-
-// Rounds the sums of eq. 5 to the type of the result.
-// Owner: one thread per element.
-template <class T, class I>
-__global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
-    convert(const Compute<T>* __restrict__ sums, T* __restrict__ result, I count) {
-  const I i = (I)blockIdx.x * DIRECT_THREADS + threadIdx.x;
-  if (i < count) result[i] = from_float<T>(sums[i]);
 }

@@ -19,6 +19,7 @@ from pydeform.cuda.core.launch import geometry, kernel, launch
 from pydeform.cuda.core.numbers import C_TYPES, ceil_div, compute_dtype, index_type, integer, own_types
 from pydeform.cuda.core.sizes import WORKSPACE
 from pydeform.cuda.core.source import Code
+from pydeform.cuda.core.sums import convert
 
 THREADS = 256
 TILE = 128  # output pixels at least, where an image is taken in parts
@@ -180,13 +181,6 @@ class _Data(NamedTuple):
             ),
         )
         self.offset_sums.add(grad_offset, tap0)
-
-
-def convert(code: Code, sums: Any, result: Any) -> None:
-    """Sums, rounded to the type of the result."""
-    index = index_type(result.size)
-    expression = f"convert<{C_TYPES[result.dtype.name]}, {index}>"
-    _launch(code, expression, result.size, (sums, result, integer(index, result.size)))
 
 
 def chunks(g: Any, itemsize: int, workspace: int) -> Iterator[tuple[int, int, int, int]]:

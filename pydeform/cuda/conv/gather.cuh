@@ -10,10 +10,10 @@
 // image, of the input or the output, has fewer than 2^31 pixels; I is the type for places in whole arrays.
 #pragma once
 #include "conv/places.cuh"
+#include "core/sums.cuh"
 
 constexpr int GATHER_THREADS = 256;
 constexpr int GATHER_BLOCKS = 2;  // on a multiprocessor: left to itself, ptxas spills in order to fit in four
-constexpr int SHORT_BIN = 32;     // samples: longer bins are not sorted by insertion, whose time is quadratic
 constexpr int LANE_CHANNELS = 4;  // sums that a lane has at a time
 
 // Of an image, row by row: one more than pixels on each axis.
@@ -84,51 +84,6 @@ __global__ void __launch_bounds__(GATHER_THREADS)
   int id;
   const I bin = bin_of<T, I>(i, id, {offset, nullptr}, g, first, count, tap0, taps);
   if (bin >= 0) ids[starts[bin] + atomicAdd(counts + bin + 1, -1) - 1] = id;
-}
-
-PYDEFORM_DEVICE void insertion_sort(int* ids, int n) {
-  for (int i = 1; i < n; i++) {
-    const int id = ids[i];
-    int j = i;
-    for (; j > 0 && ids[j - 1] > id; j--) ids[j] = ids[j - 1];
-    ids[j] = id;
-  }
-}
-
-// In place and never quadratic, for offsets that send many samples to one point.
-PYDEFORM_DEVICE void heap_sort(int* ids, int n) {
-  for (int unheaped = n / 2, length = n; length > 1;) {
-    int id;
-    if (unheaped > 0) {
-      id = ids[--unheaped];
-    } else {  // the largest moves behind the heap
-      id = ids[--length];
-      ids[length] = ids[0];
-    }
-    int hole = unheaped;
-    for (int child; (child = 2 * hole + 1) < length; hole = child) {
-      if (child + 1 < length && ids[child + 1] > ids[child]) child++;
-      if (ids[child] <= id) break;
-      ids[hole] = ids[child];
-    }
-    ids[hole] = id;
-  }
-}
-
-// The order of the sums of eq. 5.
-// Owner: one thread per bin. Reads and writes the ids of its bin, to ascending order.
-template <class I>
-__global__ void __launch_bounds__(GATHER_THREADS)
-    sort_bins(const I* __restrict__ starts, int* __restrict__ ids, I bins) {
-  const I bin = (I)blockIdx.x * GATHER_THREADS + threadIdx.x;
-  if (bin >= bins) return;
-  const I start = starts[bin];
-  const int n = (int)(starts[bin + 1] - start);
-  if (n <= SHORT_BIN) {
-    insertion_sort(ids + start, n);
-  } else {
-    heap_sort(ids + start, n);
-  }
 }
 
 // Eq. 5: accumulator (N, P, channels) += sum of mask * corner weight * columns (taps, count, channels).

@@ -12,6 +12,7 @@ from pydeform.cuda.conv.plan import pixels
 from pydeform.cuda.core.launch import geometry, kernel, launch
 from pydeform.cuda.core.numbers import C_TYPES, ceil_div, index_type, own_types
 from pydeform.cuda.core.source import Code
+from pydeform.cuda.core.sums import sort_bins
 
 THREADS = 256
 
@@ -47,7 +48,7 @@ def accumulate(
     starts = cupy.cumsum(counts, dtype=integer)
     ids = cupy.empty((samples,), np.int32)
     _launch(code, f"fill_bins<{types}>", samples, (offset, counts, starts, ids, *chunk))
-    _launch(code, f"sort_bins<{index}>", bins, (starts, ids, integer(bins)))
+    sort_bins(code, starts, ids, bins, index)
     data = offset if mask is None else mask
     _launch(
         code,

@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from pydeform._gather_geometry import GatherGeometry
 from pydeform._geometry import ConvGeometry
 from pydeform._roi_geometry import RoiGeometry
 
@@ -31,6 +32,8 @@ def source(code: Code) -> str:
     """CUDA C++; compilers report errors under the names and lines of our files."""
     if code.file == "roi":
         text = struct("RoiGeometry", RoiGeometry)
+    elif code.file == "gather":
+        text = f"constexpr int AXES = {code.axes};\n" + struct("GatherGeometry", GatherGeometry)
     else:
         text = f"constexpr int AXES = {code.axes};\nconstexpr bool ACTIVE = {str(code.active).lower()};\n"
         text += struct("Geometry", ConvGeometry, code.axes)
@@ -39,24 +42,28 @@ def source(code: Code) -> str:
 
 class Field(typing.NamedTuple):
     kind: str  # in C
-    is_array: bool  # a number for each axis
+    is_array: bool
+    length: int  # of an array; 0: a number for each axis
 
 
 def c_fields(geometry: Any) -> dict[str, Field]:
     """Of a NamedTuple, in their order: its floats are double."""
     hints = typing.get_type_hints(geometry)
-    return {
-        field: Field("double" if hints[field] is float else "int", typing.get_origin(hints[field]) is tuple)
-        for field in geometry._fields
-    }
+    return {field: _field(hints[field]) for field in geometry._fields}
+
+
+def _field(hint: Any) -> Field:
+    is_array = typing.get_origin(hint) is tuple
+    numbers = typing.get_args(hint) if is_array else (hint,)
+    return Field("double" if numbers[0] is float else "int", is_array, is_array * (len(numbers) - (... in numbers) * 2))
 
 
 def struct(name: str, geometry: Any, axes: int = 0) -> str:
     """A NamedTuple as a C struct, its fields in their order."""
     fields = c_fields(geometry)
     lines = [
-        f"  {kind} {', '.join(field + is_array * f'[{axes}]' for field in names)};\n"
-        for (kind, is_array), names in itertools.groupby(fields, fields.__getitem__)
+        f"  {kind} {', '.join(field + is_array * f'[{length or axes}]' for field in names)};\n"
+        for (kind, is_array, length), names in itertools.groupby(fields, fields.__getitem__)
     ]
     return f"struct {name} {{\n{''.join(lines)}}};\n"
 

@@ -16,22 +16,13 @@ constexpr int BEFORE = 2;     // points that do not count come before those that
 constexpr int AFTER = 4;      // points that do not count come after those that do
 constexpr int BACKWARDS = 8;  // the last point has the lowest coordinate
 
-// A product that is never fused with an addition: all kernels, and the CPU, put a point on the same side of a border.
-PYDEFORM_DEVICE float times(float a, float b) { return __fmul_rn(a, b); }
-PYDEFORM_DEVICE double times(double a, double b) { return __dmul_rn(a, b); }
 PYDEFORM_DEVICE float round_up(float v) { return ceilf(v); }
 PYDEFORM_DEVICE double round_up(double v) { return ceil(v); }
 PYDEFORM_DEVICE float round_nearest(float v) { return roundf(v); }  // halves away from zero
 PYDEFORM_DEVICE double round_nearest(double v) { return round(v); }
 template <class A> PYDEFORM_DEVICE A magnitude(A v) { return v < 0 ? -v : v; }
 template <class A> PYDEFORM_DEVICE bool is_finite(A v) { return v - v == 0; }
-template <class A> PYDEFORM_DEVICE A not_a_number() { return (A)__uint_as_float(0x7fc00000u); }
 template <class A> PYDEFORM_DEVICE A epsilon() { return sizeof(A) == 8 ? (A)0x1p-52 : (A)0x1p-23; }
-
-// v between 0 and limit, rounded down. NaN gives 0.
-template <class A> PYDEFORM_DEVICE int clamped(A v, int limit) {
-  return v >= (A)limit ? limit : v > 0 ? min((int)v, limit) : 0;
-}
 
 // One axis of a box, eq. 1.
 template <class A> struct Extent {

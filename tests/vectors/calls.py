@@ -23,7 +23,8 @@ def outside_api(vector: Vector) -> str:
         return "MXNet's ROIAlign can be position-sensitive without the half pixel"
     if vector.args.get("mode") == "max" and "onnx_op" in vector.args:
         return "ONNX's largest of single weighted pixels"
-    if vector.meta.get("semantics", {}).get("border", "").startswith("clamp"):
+    border = vector.meta.get("semantics", {}).get("border", "")
+    if vector.meta["operator"] == "deform_conv1d" and border.startswith("clamp"):
         return "dc1d clamps positions to the padded signal"
     if vector.args.get("softmax"):
         return "DCNv4's kernel can take the softmax itself"

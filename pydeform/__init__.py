@@ -7,11 +7,16 @@ from pydeform.ops.analysis import effective_dilation, sampling_locations
 from pydeform.ops.conv1d import Conv1dGrads, conv1d, conv1d_backward
 from pydeform.ops.conv2d import Conv2dGrads, conv2d, conv2d_backward
 from pydeform.ops.conv3d import Conv3dGrads, conv3d, conv3d_backward
+from pydeform.ops.dcnv3 import Dcnv3Grads, dcnv3, dcnv3_backward
+from pydeform.ops.dcnv4 import Dcnv4Grads, dcnv4, dcnv4_backward
+from pydeform.ops.deform_aggregation import DeformAggregationGrads, deform_aggregation, deform_aggregation_backward
 from pydeform.ops.deform_conv1d import DeformConv1dGrads, deform_conv1d, deform_conv1d_backward
 from pydeform.ops.deform_conv2d import DeformConv2dGrads, deform_conv2d, deform_conv2d_backward
 from pydeform.ops.deform_conv3d import DeformConv3dGrads, deform_conv3d, deform_conv3d_backward
 from pydeform.ops.deform_psroi_pool import DeformPsroiPoolGrads, deform_psroi_pool, deform_psroi_pool_backward
 from pydeform.ops.deform_roi_pool import DeformRoiPoolGrads, deform_roi_pool, deform_roi_pool_backward
+from pydeform.ops.ms_deform_attn import MsDeformAttnGrads, ms_deform_attn, ms_deform_attn_backward
+from pydeform.ops.ms_deform_attn_fused import MsDeformAttnFusedGrads, ms_deform_attn_fused, ms_deform_attn_fused_backward
 from pydeform.ops.ps_roi_align import PsRoiAlignGrads, ps_roi_align, ps_roi_align_backward
 from pydeform.ops.ps_roi_pool import PsRoiPoolGrads, ps_roi_pool, ps_roi_pool_backward
 from pydeform.ops.roi_align import RoiAlignGrads, roi_align, roi_align_backward
@@ -22,11 +27,16 @@ __all__ = [
     "Conv1dGrads",
     "Conv2dGrads",
     "Conv3dGrads",
+    "Dcnv3Grads",
+    "Dcnv4Grads",
+    "DeformAggregationGrads",
     "DeformConv1dGrads",
     "DeformConv2dGrads",
     "DeformConv3dGrads",
     "DeformPsroiPoolGrads",
     "DeformRoiPoolGrads",
+    "MsDeformAttnFusedGrads",
+    "MsDeformAttnGrads",
     "PsRoiAlignGrads",
     "PsRoiPoolGrads",
     "RoiAlignGrads",
@@ -40,6 +50,12 @@ __all__ = [
     "conv2d_backward",
     "conv3d",
     "conv3d_backward",
+    "dcnv3",
+    "dcnv3_backward",
+    "dcnv4",
+    "dcnv4_backward",
+    "deform_aggregation",
+    "deform_aggregation_backward",
     "deform_conv1d",
     "deform_conv1d_backward",
     "deform_conv2d",
@@ -52,6 +68,10 @@ __all__ = [
     "deform_roi_pool_backward",
     "effective_dilation",
     "get_num_threads",
+    "ms_deform_attn",
+    "ms_deform_attn_backward",
+    "ms_deform_attn_fused",
+    "ms_deform_attn_fused_backward",
     "num_threads",
     "ps_roi_align",
     "ps_roi_align_backward",

@@ -26,5 +26,9 @@ Padding = Size | Sequence[Int | Sequence[Int]] | Literal["same"]  # also (before
 Boundary = Literal["torchvision", "dcnv2", "dcnv1"]
 Mode = Literal["avg", "max"]
 Convention = Literal["torchvision", "rfcn"]
+Method = Literal["bilinear", "discrete"]
+
+SpatialShapes = AnyArray | Sequence[Any]  # rows (h, w) of ints, nested for cameras
+Points = Sequence[Int] | None  # of each level
 
 Needs = Collection[str] | None

@@ -5,16 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 from pydeform import _backend, _checks, _interop
+from pydeform._gather_geometry import GatherArrays
 from pydeform._geometry import ConvArrays
 from pydeform._roi_geometry import RoiArrays
 from pydeform._types import Needs
 
 # What a family's `forward(arrays, g, **options)` and `backward(grad_output, arrays, g, needs, **options)` take in both
 # backends.
-ARRAYS: dict[str, Any] = {"conv": ConvArrays, "roi": RoiArrays}
+ARRAYS: dict[str, Any] = {"conv": ConvArrays, "roi": RoiArrays, "gather": GatherArrays}
 # What an operator calls otherwise, as its paper or the system that it follows does.
-CALLED = {"trans": "offset", "positions": "offset"}
-COORDINATES = ("boxes", "offset", "trans", "positions")  # may be float32 beside data of half types
+CALLED: dict[str, dict[str, str]] = {
+    "conv": {"positions": "offset"},
+    "roi": {"trans": "offset"},
+    "gather": {
+        "input": "value",
+        "features": "value",
+        "sampling_locations": "locations",
+        "sampling_offsets": "locations",
+        "offset": "locations",
+        "offset_mask": "locations",
+        "attention_weights": "weights",
+        "attention_logits": "weights",
+        "mask": "weights",
+        "reference_points": "reference",
+    },
+}
+# May be float32 beside data of half types.
+COORDINATES = (
+    "boxes",
+    "offset",
+    "trans",
+    "positions",
+    "sampling_locations",
+    "sampling_offsets",
+    "reference_points",
+)
 
 
 def check_arrays(op: str, arrays: dict[str, Any], *needed: str) -> None:
@@ -40,14 +65,15 @@ def backward(
     twin = _backend.backend_for(op, family, arrays)
     forwards = {name: array for name, array in arrays.items() if name != "grad_output"}
     wanted = _checks.needed(op, needs, {name: array for name, array in forwards.items() if name != "boxes"})
-    renamed = frozenset(CALLED.get(name, name) for name in wanted)
+    called = CALLED[family]
+    renamed = frozenset(called.get(name, name) for name in wanted)
     with back:
         grads = twin.backward(arrays["grad_output"], _of_family(family, forwards), g, renamed, **options)
         found = {name: None if grad is None else back(grad) for name, grad in grads.items()}
-    return {name: found.get(CALLED.get(name, name)) for name in forwards}
+    return {name: found.get(called.get(name, name)) for name in forwards}
 
 
 def _of_family(family: str, arrays: dict[str, Any]) -> Any:
     """None for those that the operator does not have."""
-    renamed = {CALLED.get(name, name): array for name, array in arrays.items()}
+    renamed = {CALLED[family].get(name, name): array for name, array in arrays.items()}
     return ARRAYS[family](*map(renamed.get, ARRAYS[family]._fields))

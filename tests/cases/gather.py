@@ -334,7 +334,7 @@ def solve_oracle(problem: Problem) -> tuple[np.ndarray, dict[str, Any]]:
     """Output and gradients."""
     forward, backward = (getattr(reference, problem.operator + end) for end in ("", "_backward"))
     arguments = {**problem.arrays, **problem.options}
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         return forward(**arguments), backward(problem.grad_output, **arguments)
 
 

@@ -116,7 +116,7 @@ def ms_deform_attn(
     output = np.zeros((batch, queries, heads, value.shape[3]))
     terms = _attention_terms(shapes, levels, locations, weights, method)
     gather(output, _maps_of_levels(value, shapes), terms, _sampler(method, kink))
-    return output.reshape(batch, queries, -1)
+    return output.reshape(batch, queries, heads * value.shape[3])
 
 
 def ms_deform_attn_backward(
@@ -281,7 +281,7 @@ def deform_aggregation(features, spatial_shapes, sampling_locations, weights):
     output = np.zeros((batch, anchors, groups, features.shape[2] // groups))
     terms = _aggregation_terms(spatial_shapes, locations, weights)
     gather(output, _maps_of_cameras(features, spatial_shapes, groups), terms, bilinear)
-    return output.reshape(batch, anchors, -1)
+    return output.reshape(batch, anchors, features.shape[2])
 
 
 def deform_aggregation_backward(grad_output, features, spatial_shapes, sampling_locations, weights):
@@ -291,7 +291,7 @@ def deform_aggregation_backward(grad_output, features, spatial_shapes, sampling_
     grads |= {"sampling_locations": np.zeros_like(locations), "weights": np.zeros_like(weights)}
     maps, grad_maps = (_maps_of_cameras(a, spatial_shapes, groups) for a in (features, grads["features"]))
     terms = _aggregation_terms(spatial_shapes, locations, weights)
-    grad_output = grad_output.reshape(batch, anchors, groups, -1)
+    grad_output = grad_output.reshape(batch, anchors, groups, features.shape[2] // groups)
     for key, grad_y, grad_x, grad_weight in scatter(grad_output, maps, grad_maps, terms, bilinear):
         *place, camera, scale, _ = key
         height, width = spatial_shapes[camera][scale]
@@ -366,7 +366,8 @@ def unpack(offset_mask, *, kernel_size=3, groups=1, remove_center=False, **_):
     points = math.prod(_pair(kernel_size)) - remove_center
     leading = offset_mask.shape[:3]
     rows = offset_mask[..., : groups * points * 3].reshape(*leading, groups, points * 3)
-    return rows[..., : points * 2].reshape(*leading, -1), rows[..., points * 2 :].reshape(*leading, -1)
+    offset, mask = rows[..., : points * 2], rows[..., points * 2 :]
+    return offset.reshape(*leading, groups * points * 2), mask.reshape(*leading, groups * points)
 
 
 def pack(offset, mask, groups):

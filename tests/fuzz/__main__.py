@@ -128,7 +128,7 @@ def take_way(backend: str, operator: str) -> None:
             from pydeform.cuda.core import sizes
 
             sizes.DIRECT_CHANNELS = most_channels
-    conftest._tolerance = conftest.tolerance_of(backend, "roi" not in operator)
+    conftest._tolerance = conftest.tolerance_of(backend, "conv" in operator)
 
 
 def report(outcome: Outcome) -> None:

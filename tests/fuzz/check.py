@@ -74,7 +74,7 @@ def rounded_terms(problem: Problem) -> dict[str, Any]:
     """What may be lost where each sample is rounded to a half type before it is multiplied: half a unit in the last
     place of each term, however little the terms leave of each other, and of the sum."""
     half = problem.dtype
-    if "roi" in problem.operator or conftest._tolerance[half] == conftest.TOLERANCE[half]:
+    if "conv" not in problem.operator or conftest._tolerance[half] == conftest.TOLERANCE[half]:
         return {}
     arrays = {name: a if a is None or name in COORDINATES else abs(a) for name, a in problem.arrays.items()}
     terms = oracle(problem._replace(arrays=arrays, grad_output=abs(problem.grad_output)))
@@ -159,11 +159,12 @@ def _otherwise(rng: np.random.Generator) -> Iterator[None]:
     """Several threads however small the problem, and memory full of NaN, of zeros or of anything."""
     from pydeform.cpu.conv import plan as conv_plan
     from pydeform.cpu.core import memory
+    from pydeform.cpu.gather import plan as gather_plan
     from pydeform.cpu.roi import plan as roi_plan
 
     places = ((memory, "np", _Poisoned([0xFF, 0, None][rng.integers(3)], rng)),)
     places += ((memory.Workspace, "take", lambda workspace: memory.workspace(*workspace._parts)),)  # no spare one
-    places += tuple((module, "SERIAL_FLOPS", 0) for module in (conv_plan, roi_plan))
+    places += tuple((module, "SERIAL_FLOPS", 0) for module in (conv_plan, gather_plan, roi_plan))
     before = [getattr(module, name) for module, name, _ in places]
     for module, name, value in places:
         setattr(module, name, value)

@@ -28,7 +28,7 @@ def copy_vectors(vector_bytes: int, out: Any, source: Any, vectors: Any) -> Any:
     return types.void(out, source, vectors), emit
 
 
-def _blended(v: Vectors, weights: list[Any], values: list[Any]) -> Any:
+def blended(v: Vectors, weights: list[Any], values: list[Any]) -> Any:
     total = v.builder.fmul(weights[0], values[0])
     for w, value in zip(weights[1:], values[1:], strict=True):
         total = v.fma(w, value, total)
@@ -45,7 +45,7 @@ def blend(vector_bytes: int, out: Any, image: Any, corners: Any, weights: Any, v
 
         def body(i: Any, _: list[Any]) -> list[Any]:
             c = builder.mul(i, const(v.lanes))
-            v.store(_blended(v, factors, [v.load(v.offset(start, c)) for start in starts]), v.offset(out_, c))
+            v.store(blended(v, factors, [v.load(v.offset(start, c)) for start in starts]), v.offset(out_, c))
             return []
 
         loop(builder, vectors_, [], body)
@@ -76,19 +76,19 @@ def _define_blend_dots(
         def step(c: Any, dots: list[Any], load: Any, store: Any) -> list[Any]:
             g = v.load(v.offset(grad_, c))
             values = [load(v.offset(source, c)) for source in sources]
-            v.store(_blended(v, factors, values), v.offset(out_, c))
+            v.store(blended(v, factors, values), v.offset(out_, c))
             if scatters:  # one corner after the other: several may be the same pixel
                 for w, target in zip(factors, targets, strict=True):
                     pointer = v.offset(target, c)
                     store(v.fma(w, g, load(pointer)), pointer)
             return [v.fma(g, value, dot) for value, dot in zip(values, dots, strict=True)]
 
-        return [v.sum(dot) for dot in _all_channels(v, channels_, [v.zero] * len(sources), step)]
+        return [v.sum(dot) for dot in all_channels(v, channels_, [v.zero] * len(sources), step)]
 
     return weights(out, grad, image, grad_image, corners, weights, channels), emit
 
 
-def _all_channels(v: Vectors, count: Any, sums: list[Any], step: Callable[..., list[Any]]) -> list[Any]:
+def all_channels(v: Vectors, count: Any, sums: list[Any], step: Callable[..., list[Any]]) -> list[Any]:
     """sums = step(c, sums, load, store) for each vector of channels from c on, the last of which is masked: the lanes
     beyond belong to another block and another thread. There, gradients may be infinite: 0 times that is NaN, and stays
     out of the sums."""

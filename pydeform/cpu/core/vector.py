@@ -24,7 +24,7 @@ from numba.core.imputils import lower_builtin, lower_cast
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import models, register_model
 
-from pydeform.cpu.core.lanes import Vectors, in_lanes
+from pydeform.cpu.core.lanes import Vectors, in_lanes, shuffle
 from pydeform.cpu.core.primitive import const, merged, primitive
 from pydeform.cpu.core.simd import VECTOR_BYTES
 
@@ -357,3 +357,16 @@ def from_lane(vector: Any, lane: Any) -> Any:
         return in_lanes(builder, builder.extract_element(value, lane_), vector.lanes)
 
     return vector(vector, lane), emit
+
+
+def _lanes_of_pair(numbers: Callable[[int], list[int]]) -> Any:
+    """Some lanes of two vectors of n lanes, where 0 is the first lane of one and n the first of the other."""
+
+    @primitive
+    def function(x: Any, y: Any) -> Any:
+        return x(x, x), lambda builder, x_, y_: shuffle(builder, x_, y_, numbers(x.lanes))
+
+    return function
+
+
+evens, odds = (_lanes_of_pair(lambda n, first=first: list(range(first, 2 * n, 2))) for first in (0, 1))

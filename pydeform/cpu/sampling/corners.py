@@ -18,7 +18,8 @@ from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.pair_products import put
 from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at, column, times
 from pydeform.cpu.core.sizes import round_up, volume
-from pydeform.cpu.core.vector import convert, floor, lanes_of, load, load_beside, load_first, select, store
+from pydeform.cpu.core.vector import convert, lanes_of, load, load_beside, load_first, select, store
+from pydeform.cpu.sampling.axes import axis_corners
 
 DCNV2, DCNV1 = BOUNDARIES.index("dcnv2"), BOUNDARIES.index("dcnv1")
 OUTSIDE = -1  # in the place of a pixel's number
@@ -157,13 +158,7 @@ def _name_corners(offset: Any, mask: Any, axis: int, tap: int, count: int, sampl
     for i in range(0, count, lanes_of(mask)):
         p = load_first(advance(offset, i), count - i)
         p = convert(load_beside(advance(base, i), p) + move, mask) + p
-        is_inside = (p >= low) & (p < size)  # not of NaN
-        within = select(is_inside, p, low)
-        at_first = floor(within)
-        first = convert(at_first, base)
-        second = select(first < last, first + 1, last)
-        has_first, has_second = is_inside & (first >= 0), is_inside & (second >= 0) & (second < size)
-        share = select(p == p, within - at_first, np.nan)
+        first, second, has_first, has_second, share = axis_corners(p, low, size, size, last, base)
         store(share, advance(cell, i))
         corners, weights = advance(samples.corners, i), advance(samples.weights, i)
         if axis == 0:

@@ -1,0 +1,44 @@
+"""Sums of weighted samples (docs/math/gather.md, eq. 2). A unit of work is some queries of an image, whose outputs it
+owns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydeform.cpu.core.gathered import sum_samples
+from pydeform.cpu.core.jit import Kernel, inline
+from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
+from pydeform.cpu.core.simd import at
+from pydeform.cpu.gather.places import Tile, clear_nothing, corners_of, entry_of, locate, make_weights, weights_of
+
+
+@Kernel
+def gather(thread: int, counters: Any, given: Any, output: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
+    call_helpers(thread, counters)
+    clear_nothing(thread, scratch)
+    tiles = -(-g.queries // p.queries)
+    units = g.batch * tiles
+    unit = claim(counters, 0)
+    while unit < units:
+        image = unit // tiles
+        query = (unit - image * tiles) * p.queries
+        tile = Tile(thread, image, query, min(p.queries, g.queries - query), 0, g.location_groups)
+        locate(tile, given, scratch, tables, g, p)
+        if given.reference is not None:
+            make_weights(tile, given, scratch, g)
+        _sum_tile(tile, given, output, scratch, g, p)
+        finish(counters, 0)
+        unit = claim(counters, 0)
+    wait_for(counters, 0, units)
+    let_helpers_go(thread, counters)
+
+
+@inline
+def _sum_tile(tile: Any, given: Any, output: Any, scratch: Any, g: Any, p: Any) -> None:
+    for query in range(tile.queries):
+        for group in range(g.groups):
+            entry = entry_of(tile, query, group if tile.groups > 1 else 0, g)
+            weights, channel = weights_of(tile, query, group, entry, given, scratch, g), group * g.channels
+            corners = corners_of(entry, channel, tile, given.value, 0, scratch, p)
+            out = at(output, (tile.image, tile.query + query, channel))
+            sum_samples(out, corners, weights, p.weight_step, g.samples, g.channels)

@@ -1,0 +1,240 @@
+"""Where the samples of some queries read: from a caller's numbers to corners and their shares (eq. 1), and from raw
+offsets and logits to such numbers and to weights (eq. 6)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pydeform._gather_geometry import BILINEAR_INSIDE
+from pydeform.cpu.core.gathered import Corners, rows_of
+from pydeform.cpu.core.jit import inline, inline_always
+from pydeform.cpu.core.simd import advance, at
+from pydeform.cpu.core.vector import (
+    convert,
+    evens,
+    lanes_of,
+    load,
+    load_beside,
+    load_first,
+    odds,
+    select,
+    splat,
+    store,
+)
+from pydeform.cpu.sampling.axes import axis_corners
+
+OUTSIDE = -1  # in the place of a pixel's number
+
+
+class Tile(NamedTuple):
+    """Some queries of an image with some groups, and the thread that has their entries in its tables."""
+
+    thread: int
+    image: int
+    query: int
+    queries: int
+    group: int
+    groups: int  # as many as have places of their own, or one of them
+
+
+@inline_always
+def entry_of(tile: Any, query: int, group: int, g: Any) -> int:
+    """The first of a query and group, both counted from the tile's first."""
+    return (query * tile.groups + group) * g.samples
+
+
+@inline_always
+def corners_of(entry: int, channel: int, tile: Any, image: Any, outside: int, scratch: Any, p: Any) -> Any:
+    """Those of the samples from an entry on, in an image (image, pixel, all channels) from a channel on. `outside`: the
+    row of `nothing` that is read, 0, or written to, 1."""
+    return Corners(
+        at(image, (tile.image, 0, channel)),
+        at(scratch.nothing, (tile.thread, outside, 0)),
+        rows_of(at(scratch.pixels, (tile.thread, 0, entry)), p.row, p.axes),
+        rows_of(at(scratch.shares, (tile.thread, 0, entry)), p.row, p.axes),
+        image.shape[2],
+    )
+
+
+@inline
+def clear_nothing(thread: int, scratch: Any) -> None:
+    for c in range(scratch.nothing.shape[2]):
+        scratch.nothing[thread, 0, c] = 0
+
+
+@inline
+def locate(tile: Any, given: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
+    """Fills the tables of the tile's entries. No index is formed from a number that is not known to be in range."""
+    numbers = at(scratch.numbers, (tile.thread, 0))
+    if given.reference is not None:
+        _add_references(tile, given.locations, given.reference, numbers, tables, g)
+    elif p.is_direct and tile.groups == g.location_groups:
+        numbers = at(given.locations, (tile.image, tile.query * g.number_steps[1]))
+    else:
+        _bring_together(tile, given.locations, numbers, tables.number, g)
+    _lay_kernels(tile, at(scratch.bases, (tile.thread, 0, 0)), g, p)
+    if p.discrete is None:
+        _name_corners(tile, numbers, scratch, tables, g, p)
+    else:
+        _name_pixels(tile, numbers, scratch, tables, g)
+
+
+@inline
+def _bring_together(tile: Any, locations: Any, numbers: Any, places: Any, g: Any) -> None:
+    entry = 0
+    for q in range(tile.query, tile.query + tile.queries):
+        for group in range(tile.group, tile.group + tile.groups):
+            source = at(locations, (tile.image, q * g.number_steps[1] + group * g.number_steps[2]))
+            for s in range(g.samples):
+                numbers[2 * entry] = source[places[s]]
+                numbers[2 * entry + 1] = source[places[s] + 1]
+                entry += 1
+
+
+@inline_always
+def reference_at(reference: Any, tile: Any, query: int, level: int, g: Any) -> Any:
+    """Pointer to the point or box of a query and level."""
+    return at(reference, (tile.image, (query * g.reference_levels + level) * g.reference_numbers))
+
+
+@inline_always
+def reach_of(box: Any, axis: int, divisor: Any, g: Any) -> Any:
+    """How far a raw offset of 1 goes along an axis (0: x), as a location."""
+    one = type(divisor)(1)
+    if g.reference_numbers == 4:
+        return one / divisor * box[2 + axis] * type(divisor)(g.offset_scale)
+    return one / divisor
+
+
+@inline
+def _add_references(tile: Any, offsets: Any, reference: Any, numbers: Any, tables: Any, g: Any) -> None:
+    """Eq. 6: locations of raw offsets."""
+    scale, entry = type(numbers[0])(g.offset_scale), 0
+    for q in range(tile.query, tile.query + tile.queries):
+        for group in range(tile.group, tile.group + tile.groups):
+            source = at(offsets, (tile.image, q * g.number_steps[1] + group * g.number_steps[2]))
+            for s in range(g.samples):
+                box = reference_at(reference, tile, q, tables.level[s], g)
+                for axis in range(2):
+                    part = source[2 * s + axis] / tables.divisor[1 - axis, s]
+                    if g.reference_numbers == 4:
+                        part = part * box[2 + axis] * scale
+                    numbers[2 * entry + axis] = box[axis] + part
+                entry += 1
+
+
+@inline
+def _lay_kernels(tile: Any, bases: Any, g: Any, p: Any) -> None:
+    """bases[axis][entry]: where the number 0 of a sample without a shift reads."""
+    real, of_query, entry = type(bases[0]), tile.groups * g.samples, 0
+    for q in range(tile.query, tile.query + tile.queries):
+        y = q // g.out_w
+        base_y = real(g.start[0] + g.stride[0] * y) - real(g.back[0])
+        base_x = real(g.start[1] + g.stride[1] * (q - y * g.out_w)) - real(g.back[1])
+        for i in range(entry, entry + of_query):
+            bases[i] = base_y
+        for i in range(entry, entry + of_query):
+            bases[p.row + i] = base_x
+        entry += of_query
+
+
+@inline_always
+def _coordinates(numbers: Any, axis: int, i: int, thread: int, scratch: Any, tables: Any) -> Any:
+    """Eq. 1 for a vector of entries."""
+    base = load(at(scratch.bases, (thread, axis, i)))
+    return base + (load(at(tables.shift, (axis, i))) + numbers) * load(at(tables.scale, (axis, i)))
+
+
+@inline
+def _name_corners(tile: Any, numbers: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
+    """Samples between pixels, of which those outside the map count as zeros."""
+    thread, count, lanes = tile.thread, tile.queries * tile.groups * g.samples, lanes_of(numbers)
+    # -1 itself is outside, with derivative 0.
+    low = np.nextafter(type(numbers[0])(-1), type(numbers[0])(0))
+    pixels, shares = at(scratch.pixels, (thread, 0, 0)), at(scratch.shares, (thread, 0, 0))
+    for i in range(0, count, lanes):
+        one = load_first(advance(numbers, 2 * i), 2 * (count - i))
+        two = load_first(advance(numbers, 2 * i + lanes), 2 * (count - i) - lanes)
+        at_x, at_y = evens(one, two), odds(one, two)
+        height = load_beside(at(tables.size, (0, i)), one)
+        width = load_beside(at(tables.size, (1, i)), one)
+        start = load_beside(at(tables.first_pixel, (i,)), one)
+        y = _coordinates(at_y, 0, i, thread, scratch, tables)
+        x = _coordinates(at_x, 1, i, thread, scratch, tables)
+        top, bottom, has_top, has_bottom, down = axis_corners(y, low, convert(height, numbers), height, height, pixels)
+        left, right, has_left, has_right, along = axis_corners(x, low, convert(width, numbers), width, width, pixels)
+        if g.rule == BILINEAR_INSIDE:
+            is_seen = (at_x > 0) & (at_x < 1) & (at_y > 0) & (at_y < 1)
+            has_top, has_bottom = has_top & is_seen, has_bottom & is_seen
+        top, bottom = start + top * width, start + bottom * width
+        place = advance(pixels, i)
+        store(select(has_top & has_left, top + left, OUTSIDE), place)
+        store(select(has_top & has_right, top + right, OUTSIDE), advance(place, p.row))
+        store(select(has_bottom & has_left, bottom + left, OUTSIDE), advance(place, 2 * p.row))
+        store(select(has_bottom & has_right, bottom + right, OUTSIDE), advance(place, 3 * p.row))
+        share = advance(shares, i)
+        store((1 - down) * (1 - along), share)
+        store((1 - down) * along, advance(share, p.row))
+        store(down * (1 - along), advance(share, 2 * p.row))
+        store(down * along, advance(share, 3 * p.row))
+        is_known = down + along == down + along
+        store(select(is_known, down, np.nan), at(scratch.cells, (thread, 0, i)))
+        store(select(is_known, along, np.nan), at(scratch.cells, (thread, 1, i)))
+
+
+@inline
+def _name_pixels(tile: Any, numbers: Any, scratch: Any, tables: Any, g: Any) -> None:
+    """Samples that are the pixel which they lie in, or the nearest one of the map."""
+    thread, count, lanes = tile.thread, tile.queries * tile.groups * g.samples, lanes_of(numbers)
+    pixels = at(scratch.pixels, (thread, 0, 0))
+    for i in range(0, count, lanes):
+        one = load_first(advance(numbers, 2 * i), 2 * (count - i))
+        two = load_first(advance(numbers, 2 * i + lanes), 2 * (count - i) - lanes)
+        y = _coordinates(odds(one, two), 0, i, thread, scratch, tables)
+        x = _coordinates(evens(one, two), 1, i, thread, scratch, tables)
+        height = load_beside(at(tables.size, (0, i)), one)
+        width = load_beside(at(tables.size, (1, i)), one)
+        start = load_beside(at(tables.first_pixel, (i,)), one)
+        pixel = start + _nearest(y, height, pixels, numbers) * width + _nearest(x, width, pixels, numbers)
+        is_known = (x == x) & (y == y)
+        store(select(is_known, pixel, OUTSIDE), advance(pixels, i))
+        store(select(is_known, splat(1, x), np.nan), at(scratch.shares, (thread, 0, i)))
+
+
+@inline_always
+def _nearest(p: Any, size: Any, integer: Any, real: Any) -> Any:
+    end = convert(size, real)
+    is_inside = (p >= 0) & (p < end)
+    return select(is_inside, convert(select(is_inside, p, 0), integer), select(p >= end, size - 1, 0))
+
+
+@inline
+def make_weights(tile: Any, given: Any, scratch: Any, g: Any) -> None:
+    """Eq. 6: the softmax over the samples of each query and group."""
+    weights = at(scratch.weights, (tile.thread, 0))
+    for q in range(tile.queries):
+        for group in range(tile.groups):
+            place = (tile.query + q) * g.weight_steps[1] + (tile.group + group) * g.weight_steps[2]
+            logits = at(given.weights, (tile.image, place))
+            target = advance(weights, entry_of(tile, q, group, g))
+            largest = logits[0]
+            for s in range(1, g.samples):
+                if logits[s] > largest or logits[s] != logits[s]:
+                    largest = logits[s]
+            total = type(largest)(0)
+            for s in range(g.samples):
+                target[s] = np.exp(logits[s] - largest)
+                total += target[s]
+            for s in range(g.samples):
+                target[s] /= total
+
+
+@inline_always
+def weights_of(tile: Any, query: int, group: int, entry: int, given: Any, scratch: Any, g: Any) -> Any:
+    """Pointer to the weights of a query of the tile and a group of the image, `weight_step` apart."""
+    if given.reference is not None:
+        return at(scratch.weights, (tile.thread, entry))
+    place = g.first_weight + (tile.query + query) * g.weight_steps[1] + group * g.weight_steps[2]
+    return at(given.weights, (tile.image, place))

@@ -1,0 +1,152 @@
+"""How the queries of a call are cut up, and the memory and tables that its kernels work with."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pydeform._gather_geometry import DISCRETE, Gather
+from pydeform.cpu.core import parallel
+from pydeform.cpu.core.memory import Workspace, contiguous
+from pydeform.cpu.core.simd import VECTOR_BYTES
+from pydeform.cpu.core.sizes import SERIAL_FLOPS, round_up
+
+TILE = 512  # samples that are located together, about: their tables stay in the first-level cache
+UNITS_OF_THREAD = 8  # so that none waits long for the last
+LOCATING = 32  # what locating a sample costs, in multiply-adds
+
+
+class Given(NamedTuple):
+    """What a caller gave, in the kernels' shapes; `reference` is None where locations and weights are given."""
+
+    value: Any  # (image, pixel, all channels)
+    locations: Any  # (image, number)
+    weights: Any  # likewise, or the same array
+    reference: Any
+
+
+class Scratch(NamedTuple):
+    """A call's own memory, each thread's. An entry is a sample of a query and group; tables have a row for each corner
+    or axis (y, x)."""
+
+    numbers: Any  # x and y of each entry, side by side
+    bases: Any  # where the kernel begins, for each entry and axis
+    pixels: Any  # corners
+    shares: Any
+    cells: Any  # the place within the cell
+    dots: Any  # of the output's gradient with the corners
+    weights: Any  # of entries, made or brought together here
+    values: Any  # gradients of the weights,
+    moves: Any  # and of the numbers x and y
+    nothing: Any  # a row of zeros, and one to write to, for all that is outside
+
+
+class Tables(NamedTuple):
+    """What is known of the sample of each entry, over and over again; rows are of y and x."""
+
+    shift: Any
+    scale: Any
+    size: Any
+    first_pixel: Any
+    number: Any  # of a sample: where its x lies
+    level: Any  # of a sample: that of its reference point
+    divisor: Any  # of a sample and its axis
+
+
+class Plan(NamedTuple):
+    axes: tuple[int, ...]  # of a cell; none where a sample is one pixel
+    discrete: Any  # None: samples lie between pixels
+    queries: int  # of a tile
+    row: int  # entries of a row in the tables
+    weight_step: int  # from the weight of one sample to the next
+    is_direct: int  # the numbers of a tile lie side by side already
+    blocks: int  # into which the channels of a group are divided for the gradient of the value, and their size
+    block: int
+
+
+class Prepared(NamedTuple):
+    key: str  # of the types of a kernel's arguments
+    threads: int
+    workspace: Workspace
+    tables: Tables
+    plan: Plan
+
+
+def threads_for(g: Any, products: int, units: int) -> int:
+    samples = g.batch * g.queries * g.groups * g.samples
+    flops = products * samples * (8 * g.channels + LOCATING)
+    return 1 if flops < SERIAL_FLOPS else parallel.threads_for(units)
+
+
+@functools.lru_cache(maxsize=64)
+def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, threads: int) -> Prepared:
+    g, samples = gather
+    lanes = VECTOR_BYTES // dtype.itemsize
+    is_discrete = g.rule == DISCRETE
+    of_query = g.location_groups * g.samples
+    fair = -(-g.batch * g.queries // (UNITS_OF_THREAD * threads))
+    queries = max(1, min(TILE // of_query, g.queries, fair))
+    row = round_up(queries * of_query, lanes)
+    corners = 1 if is_discrete else 4
+    blocks = min(-(-2 * threads // max(g.batch * g.groups, 1)), -(-g.channels // lanes)) if threads > 1 else 1
+    block = round_up(-(-g.channels // blocks), lanes)
+    integer = np.dtype(np.int32)
+    workspace = Workspace(
+        ((threads, 2 * row + lanes), dtype),
+        ((threads, 2, row), dtype),
+        ((threads, corners, row), integer),
+        ((threads, corners, row), dtype),
+        ((threads, 2, row), dtype),
+        ((threads, corners, row * needs_dots), dtype),
+        ((threads, row), dtype),
+        ((threads, row * needs_dots), dtype),
+        ((threads, 2, row * needs_dots), dtype),
+        ((threads, 2, round_up(g.channels, lanes)), dtype),
+    )
+    packed = g.number_steps == g.weight_steps
+    plan = Plan(
+        axes=() if is_discrete else (0, 0),
+        discrete=1 if is_discrete else None,
+        queries=queries,
+        row=row,
+        weight_step=g.groups if g.location_groups < g.groups else 1,
+        is_direct=int(not has_reference and not packed and g.number_steps[1] == 2 * of_query),
+        blocks=-(-g.channels // block),
+        block=block,
+    )
+    key = dtype.char + "d" * is_discrete + "r" * has_reference
+    return Prepared(key, threads, workspace, _tables(samples, row, dtype, g.reference_levels), plan)
+
+
+def _tables(samples: Any, row: int, dtype: Any, reference_levels: int) -> Tables:
+    times = -(-row // len(samples.level))
+
+    def over(numbers: Any, kind: Any) -> Any:
+        return np.ascontiguousarray(np.tile(numbers, times)[..., :row], kind)
+
+    return Tables(
+        over(samples.shift, dtype),
+        over(samples.scale, dtype),
+        over(samples.size, np.int32),
+        over(samples.first_pixel, np.int32),
+        samples.number.astype(np.int64),
+        samples.level * (reference_levels > 1),
+        samples.divisor.astype(dtype),
+    )
+
+
+def given_arrays(arrays: Any, g: Any, dtype: Any) -> Given:
+    value, locations, weights, reference = arrays
+    locations = contiguous(locations, dtype, (g.batch, g.number_steps[0]))
+    return Given(
+        contiguous(value, dtype, (g.batch, g.pixels, g.groups * g.channels)),
+        locations,
+        locations if weights is None else contiguous(weights, dtype, (g.batch, g.weight_steps[0])),
+        None if reference is None else contiguous(reference, dtype, (g.batch, _reference_numbers(g))),
+    )
+
+
+def _reference_numbers(g: Any) -> int:
+    return int(g.queries * g.reference_levels * g.reference_numbers)

@@ -37,11 +37,10 @@ def number_gradients(given: Given, grad_output: Any, grad_locations: Any, grad_w
     value, locations = given.arrays.value, given.arrays.locations
     wide = bytes_of_load(n, value, grad_output)
     owners, samples = (places, n.samples // places * n.groups) if places else (n.groups, n.samples)
-    items = n.batch * n.queries * owners
-    team = team_of(n, wide // value.dtype.itemsize, items, samples, device().processors)
+    team = team_of(n, wide // value.dtype.itemsize, n.queries * owners, samples, device().processors)
     launch_items(
         f"number_gradients<{given.types(grad_output)}, {wide}{own_types(value, locations)}>",
-        items,
+        n.batch * n.queries * owners,
         team,
         (
             *(grad_output, value, locations, given.weights, given.table),
@@ -56,7 +55,7 @@ def fused_gradients(given: Given, grad_output: Any, grad_offsets: Any, grad_logi
     n, (value, offsets, logits, reference) = given.g.numbers, given.arrays
     wide = bytes_of_load(n, value, grad_output)
     queries = n.batch * n.queries
-    team = team_of(n, wide // value.dtype.itemsize, queries * n.groups, n.samples, device().processors)
+    team = team_of(n, wide // value.dtype.itemsize, n.queries * n.groups, n.samples, device().processors)
     of_query = n.reference_levels * n.reference_numbers
     sums = compute_dtype(value.dtype).itemsize
     row = n.samples * (1 if grad_reference is None else 3) * sums

@@ -56,9 +56,8 @@ def launch_teams(name: str, given: Given, data: Any, results: Any) -> None:
     if results.dtype != data.dtype:  # sums, which are new and begin where every load can
         wide = bytes_of_load(n, data)
     per_load = wide // data.dtype.itemsize
-    groups = n.batch * n.queries * n.groups
-    team = team_of(n, per_load, groups, n.samples, device().processors)
-    items = groups * ceil_div(n.channels, team.lanes * per_load)
+    team = team_of(n, per_load, n.queries * n.groups, n.samples, device().processors)
+    items = n.batch * n.queries * n.groups * ceil_div(n.channels, team.lanes * per_load)
     own = own_types(given.arrays.value, given.arrays.locations, given.arrays.reference)
     launch_items(
         f"{name}<{given.types(data, results)}, {wide}{own}>",

@@ -56,11 +56,14 @@ def bytes_of_load(g: GatherGeometry, *arrays: Any) -> int:
     return max(multiple, int(arrays[0].dtype.itemsize))
 
 
-def team_of(g: GatherGeometry, per_load: int, items: int, samples: int, processors: int) -> Team:
-    """Lanes for the channels of a group, and more for its samples while the items are too few for the device."""
+def team_of(g: GatherGeometry, per_load: int, owners: int, samples: int, processors: int) -> Team:
+    """Lanes for the channels of a group, and more for its samples where the owners of an image are few for the device.
+
+    How many images there are does not matter, so that an image's sums have one order in every batch.
+    """
     lanes = min(32, 1 << (ceil_div(g.channels, per_load) - 1).bit_length())
     team = lanes
-    while team < min(32, samples) and items * team < 32 * WARPS_SHARED * processors:
+    while team < min(32, samples) and owners * team < 32 * WARPS_SHARED * processors:
         team *= 2
     return Team(lanes, team)
 

@@ -6,13 +6,13 @@ import ast
 import functools
 import re
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import pytest
 
 import pydeform
-from pydeform import _geometry, _roi_geometry
+from pydeform import _gather_geometry, _geometry, _roi_geometry
 from pydeform.cpu.core import jit, memory
 from pydeform.cpu.core.simd import at
 from pydeform.cpu.sampling.corners import Samples, locate_tap, sample_tables, samples_of, tile_origins
@@ -24,6 +24,7 @@ PACKAGE = Path(pydeform.__file__).parent
 FAMILIES = {
     "conv": ("conv1d", "conv2d", "conv3d", "deform_conv1d", "deform_conv2d", "deform_conv3d", "active_conv2d"),
     "roi": ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool"),
+    "gather": ("ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation", "dcnv3", "dcnv4"),
 }
 
 
@@ -44,8 +45,9 @@ def test_operators_are_known():
 
 def test_kernels_name_whose_they_are():
     """So that who looks for an operator finds them."""
-    head = (PACKAGE / "cuda" / "conv" / "conv.cu").read_text(encoding="utf-8").partition("#include")[0]
-    assert set(FAMILIES["conv"]) <= set(re.findall(r"\w+", head))
+    for family, members in FAMILIES.items():
+        head = (PACKAGE / "cuda" / family / f"{family}.cu").read_text(encoding="utf-8").partition("#include")[0]
+        assert set(members) <= set(re.findall(r"\w+", head))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,24 +86,29 @@ def test_a_file_in_every_folder(family):
     [
         *((Code("conv", axes), "Geometry", _geometry.ConvGeometry) for axes in (1, 2, 3)),
         (Code("roi"), "RoiGeometry", _roi_geometry.RoiGeometry),
+        (Code("gather"), "GatherGeometry", _gather_geometry.GatherGeometry),
     ],
     ids=str,
 )
 def test_same_geometry(code, name, geometry):
     """Kernels take the struct that is made from the fields of the geometry, in their order."""
     declaration = source(code).partition(f"struct {name} {{\n")[2].partition("};")[0]
-    array, fields = f"[{code.axes}]", {}
+    fields = []
     for line in declaration.splitlines():
         kind, _, names = line.strip().rstrip(";").partition(" ")
-        number = {"int": int, "double": float}[kind]
-        for field in names.split(", "):
-            fields[field.removesuffix(array)] = tuple[number, ...] if field.endswith(array) else number
-    assert list(fields.items()) == list(get_type_hints(geometry).items())
+        fields += [(kind, *re.fullmatch(r"(\w+)(?:\[(\d)\])?", name).groups()) for name in names.split(", ")]
+    kinds, wanted = {int: "int", float: "double"}, []
+    for name, hint in get_type_hints(geometry).items():
+        numbers = get_args(hint) or (hint,)
+        length = code.axes if ... in numbers else len(numbers)
+        assert len(set(numbers) - {...}) == 1
+        wanted.append((kinds[numbers[0]], name, str(length) if get_args(hint) else None))
+    assert fields == wanted
 
 
 def test_same_border_rules():
     """The kernels number them as the geometry does."""
-    text = (PACKAGE / "cuda" / "sampling" / "corners.cuh").read_text(encoding="utf-8")
+    text = (PACKAGE / "cuda" / "sampling" / "axes.cuh").read_text(encoding="utf-8")
     for rule in ("dcnv2", "dcnv1"):
         assert f"{rule.upper()} = {_geometry.BOUNDARIES.index(rule)}" in text
     assert _geometry.BOUNDARIES[0] == "torchvision"
@@ -285,3 +292,15 @@ def test_same_numbers_of_roi_kernels(emulated):  # else what is imported here wo
         f"ROI_THREADS = {roi.THREADS}",
     ):
         assert f"constexpr int {constants}" in text, constants
+
+
+@needs_emulation
+def test_same_numbers_of_gather_kernels(emulated):
+    """What launches and kernels of the operators that gather must agree on."""
+    from pydeform.cuda.gather import plan
+
+    text = "".join(path.read_text(encoding="utf-8") for path in (PACKAGE / "cuda" / "gather").glob("*.cuh"))
+    rules = ("BILINEAR", "BILINEAR_INSIDE", "DISCRETE")
+    assert ", ".join(f"{rule} = {getattr(_gather_geometry, rule)}" for rule in rules) in text
+    for constant in (f"constexpr int GATHER_THREADS = {plan.THREADS};", f"unsigned w[{plan.WORDS}];"):
+        assert constant in text, constant

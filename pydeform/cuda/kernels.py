@@ -16,7 +16,10 @@ EVERY = ("75", "80", "90", "90a")
 OUTPUTS = (256, 64, 128)  # of a group: for each there is a width of tile
 
 
-CODES = (Code("conv"), Code("conv", 1), Code("conv", 3), Code("conv", 2, active=True), Code("roi"))
+CODES = (
+    *(Code("conv"), Code("conv", 1), Code("conv", 3), Code("conv", 2, active=True)),
+    *(Code("roi"), Code("gather")),
+)
 
 
 class Instance(NamedTuple):
@@ -30,12 +33,14 @@ def instances(code: Code) -> list[Instance]:
     """Kernels that are launched: the widest tiles for every architecture, the narrower ones for one.
 
     What tells them apart from others is asked in two dimensions, where all are listed. Of the rest there is what needs
-    most registers in three, a sample in one, and what an offset of all pixels changes. The RoI operators have the
-    convolutions' copies, which are not listed again.
+    most registers in three, a sample in one, and what an offset of all pixels changes. What other families have of the
+    convolutions' kernels, copies and sums, is not listed again.
     """
     found: dict[str, tuple[set[str], int]] = {}
     if code.file == "roi":
         expressions = _roi()
+    elif code.file == "gather":
+        expressions = _gather()
     elif code.active:
         expressions = _of_active()
     else:
@@ -181,6 +186,36 @@ def _roi() -> Iterator[tuple[str, tuple[str, ...], int]]:
     for c in ("f16", "double"):
         for name in ("pool_bins<{}, long long>", "bin_gradients<{}, long long>", "input_gradient<{}, long long, 0>"):
             yield name.format(c), EVERY[-1:], 255 if c == "double" else 128
+
+
+def _gather() -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Nothing in them depends on the architecture but how halves are rounded, so the main ones stand for all on each.
+    Forward four blocks of 256 threads shall fit, backward two; narrower loads need fewer registers."""
+    newest = EVERY[-1:]
+    yield "fill_table", newest, 64
+    for dtype, c in C_TYPES.items():
+        wide = dtype == "float64"
+        for name, registers in (("gather_samples", 64), ("scatter_samples", 64), ("number_gradients", 96)):
+            yield f"{name}<{c}, int, 16>", EVERY, 2 * registers if wide else registers
+        yield f"fused_gradients<{c}, int, 16>", EVERY, 160 if wide else 128
+        for name in ("count_points", "fill_cells", "softmax_sums", "gather_cells"):
+            yield f"{name}<{c}, int>", newest, 128 if wide else 80
+    # Channels that do not fill 16 bytes.
+    for c, sizes in (("f16", (8, 4, 2)), ("bf16", (2,)), ("float", (8, 4)), ("double", (8,))):
+        for size in sizes:
+            for name in ("gather_samples", "scatter_samples", "number_gradients", "fused_gradients"):
+                yield f"{name}<{c}, int, {size}>", newest, 128
+    # Places in float32 beside a half type, and more numbers than an int counts.
+    for name in ("gather_samples", "scatter_samples", "fused_gradients"):
+        yield f"{name}<f16, int, 16, float, float>", newest, 128
+        yield f"{name}<bf16, int, 16, float>", newest, 128
+        yield f"{name}<double, long long, 16>", newest, 168
+        yield f"{name}<f16, long long, 16>", newest, 128
+    yield "number_gradients<bf16, int, 16, float>", newest, 96
+    for index in ("int", "long long"):
+        yield f"gather_cells<bf16, {index}, float, float>", newest, 96
+        yield f"count_points<bf16, {index}, float, float>", newest, 96
+    yield "gather_cells<double, long long>", newest, 128
 
 
 def _budget(product: Product) -> int:

@@ -6,7 +6,7 @@ Maps are read as they lie, nothing is copied, and nothing waits for the device. 
 Which problem takes which way, and why:
 
 - all forwards (`launches.launch_teams`, `gather_samples`): a team of lanes has the channels of one group of a query,
-  each lane up to 16 bytes of them. Each locates one sample, so that this is done once for all channels, and passes it on
+  each lane up to 16 bytes of them. Each locates one sample, which so is done once for all channels, and passes it on
 - fewer queries than the device has room for (`plan.team_of`): several times as many lanes, which share the samples
 - channels or arrays whose alignment does not allow 16 bytes (`plan.bytes_of_load`): narrower loads
 - the value's gradient (`gradients.value_gradient`): added by atomics, the fastest, of half types in float32; for who
@@ -34,41 +34,43 @@ from pydeform.cuda.gather.plan import check_size
 OPERATORS = "gathering operators"  # whose errors these are
 
 
-def forward(arrays: Any, g: Any) -> Any:
-    check_size(OPERATORS, g)
-    n = g.numbers
+def forward(arrays: Any, gathering: Any) -> Any:
+    check_size(OPERATORS, gathering)
+    g = gathering.numbers
     with arrays.value.device:
         given = GatherArrays(*contiguous(*arrays))
-        output = cupy.empty((n.batch, n.queries, n.groups * n.channels), given.value.dtype)
+        output = cupy.empty((g.batch, g.queries, g.groups * g.channels), given.value.dtype)
         if output.size:
-            launch_teams("gather_samples", Given(given, g, table_of(g, output.dtype)), given.value, output)
+            launch_teams(
+                "gather_samples", Given(given, gathering, table_of(gathering, output.dtype)), given.value, output
+            )
         return output
 
 
 def backward(
-    grad_output: Any, arrays: Any, g: Any, needs: Any, *, deterministic: bool = False, **_options: bool
+    grad_output: Any, arrays: Any, gathering: Any, needs: Any, *, deterministic: bool = False, **_options: bool
 ) -> dict[str, Any]:
-    check_size(OPERATORS, g)
-    if g.numbers.rule == DISCRETE:
+    check_size(OPERATORS, gathering)
+    if gathering.numbers.rule == DISCRETE:
         needs = needs - {"locations", "reference"}
     with arrays.value.device:
         grad_output, *rest = contiguous(grad_output, *arrays)
         given = GatherArrays(*rest)
-        packed = given.weights is None
-        # Not all numbers have an owner: pixels that nobody reads, what fills up a packed row, any without queries.
+        packed = given.weights is None  # and something behind each row, which has no owner
+        make = cupy.zeros_like if packed or not grad_output.size else cupy.empty_like
         grads = {
-            name: cupy.zeros_like(array) if name in needs and array is not None else None
+            name: make(array) if name in needs and name != "value" and array is not None else None
             for name, array in given._asdict().items()
         }
-        if not any(grad is not None for grad in grads.values()):
+        own = Given(given, gathering, table_of(gathering, given.value.dtype))
+        if "value" in needs:
+            grads["value"] = value_gradient(own, grad_output, deterministic=deterministic)
+        locations, reference = grads["locations"], grads["reference"]
+        weights = locations if packed else grads["weights"]
+        if not grad_output.size or locations is weights is reference is None:
             return grads
-        own = Given(given, g, table_of(g, given.value.dtype))
-        if grads["value"] is not None:
-            value_gradient(own, grad_output, grads["value"], deterministic=deterministic)
-        numbers = [grads["locations"], grads["locations"] if packed else grads["weights"]]
-        if grad_output.size and given.reference is not None:
-            if any(grad is not None for grad in (*numbers, grads["reference"])):
-                fused_gradients(own, grad_output, *numbers, grads["reference"])
-        elif grad_output.size and any(grad is not None for grad in numbers):
-            number_gradients(own, grad_output, *numbers)
+        if given.reference is None:
+            number_gradients(own, grad_output, locations, weights)
+        else:
+            fused_gradients(own, grad_output, locations, weights, reference)
         return grads

@@ -2,7 +2,7 @@
 //
 // As conv/gather.cuh does: samples are sorted by counting into bins, one for each image, places of a group, and cell
 // between pixels of a map; each bin is then sorted by the samples' numbers, and a pixel adds what the four cells around it
-// hold in that order. A chunk has the `count` queries from `first` on, of all images; sample s of its query q is number
+// hold in that order. A chunk has `queries` queries from `first` on, of all images; sample s of its query q is number
 // q * samples + s, below 2^31.
 #pragma once
 #include "core/sums.cuh"
@@ -11,8 +11,8 @@
 constexpr int CELL_CHANNELS = 4;  // sums that a lane has at a time
 
 struct Chunk {
-  int first, count;  // queries
-  int cells;         // of an image
+  int first, queries;
+  int cells;  // of an image
   PYDEFORM_DEVICE int first_image(const GatherGeometry& g) const { return first / g.queries; }
 };
 
@@ -20,7 +20,7 @@ struct Chunk {
 template <class T, class I, class TReference, class TLocation>
 PYDEFORM_DEVICE I bin_of_sample(I i, int& id, const Samples<T, I, TLocation, TReference>& samples, const Chunk& chunk) {
   const GatherGeometry& g = samples.g;
-  const I of_group = (I)chunk.count * g.samples;
+  const I of_group = (I)chunk.queries * g.samples;
   const int group = (int)(i / of_group);
   id = (int)(i - group * of_group);
   const int q = id / g.samples;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(GATHER_THREADS)
                  const SampleRow<Compute<T>>* __restrict__ table, int* __restrict__ counts, GatherGeometry g,
                  Chunk chunk) {
   const I i = (I)blockIdx.x * GATHER_THREADS + threadIdx.x;
-  if (i >= (I)g.location_groups * chunk.count * g.samples) return;
+  if (i >= (I)g.location_groups * chunk.queries * g.samples) return;
   int id;
   const I bin =
       bin_of_sample(i, id, Samples<T, I, TLocation, TReference>{locations, nullptr, reference, table, g}, chunk);
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(GATHER_THREADS)
                const SampleRow<Compute<T>>* __restrict__ table, int* __restrict__ counts, const I* __restrict__ starts,
                int* __restrict__ ids, GatherGeometry g, Chunk chunk) {
   const I i = (I)blockIdx.x * GATHER_THREADS + threadIdx.x;
-  if (i >= (I)g.location_groups * chunk.count * g.samples) return;
+  if (i >= (I)g.location_groups * chunk.queries * g.samples) return;
   int id;
   const I bin =
       bin_of_sample(i, id, Samples<T, I, TLocation, TReference>{locations, nullptr, reference, table, g}, chunk);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(GATHER_THREADS)
     softmax_sums(const T* __restrict__ logits, const SampleRow<Compute<T>>* __restrict__ table,
                  Softmax<Compute<T>>* __restrict__ sums, GatherGeometry g, Chunk chunk) {
   const I i = (I)blockIdx.x * GATHER_THREADS + threadIdx.x;
-  const I some = min(i, (I)chunk.count * g.groups - 1);
+  const I some = min(i, (I)chunk.queries * g.groups - 1);
   const Samples<T, I, T, T> samples{nullptr, logits, nullptr, table, g};
   const Softmax<Compute<T>> found = samples.softmax(chunk.first + some / g.groups, (int)(some % g.groups), 0, 1);
   if (i == some) sums[i] = found;

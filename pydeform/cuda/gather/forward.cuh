@@ -6,6 +6,9 @@
 #pragma once
 #include "gather/points.cuh"
 
+// On a multiprocessor.
+template <class T, class I> constexpr int FORWARD_BLOCKS = sizeof(T) == 8 || sizeof(I) == 8 ? 2 : 4;
+
 // What one team works on: a run of channels of a group of a query.
 template <class T, class I, int BYTES> struct Run {
   static constexpr int V = NUMBERS<T, BYTES>;
@@ -48,7 +51,7 @@ PYDEFORM_DEVICE void for_each_sample(const AllSamples& samples, const AnyQuery& 
 // Eq. 2: output (N*Lq, groups*channels).
 // Owner: a team of lanes has a run of channels of one group of one query.
 template <class T, class I, int BYTES, class TLocation = T, class TReference = T>
-__global__ void __launch_bounds__(GATHER_THREADS, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(GATHER_THREADS, FORWARD_BLOCKS<T, I>)
     gather_samples(const T* __restrict__ value, const TLocation* __restrict__ locations, const T* __restrict__ weights,
                    const TReference* __restrict__ reference, const SampleRow<Compute<T>>* __restrict__ table,
                    T* __restrict__ output, GatherGeometry g, Team team) {
@@ -88,7 +91,7 @@ __global__ void __launch_bounds__(GATHER_THREADS, sizeof(T) == 8 ? 2 : 4)
 // Eq. 5: sums (N, S, groups, channels) += weight * share of the corner * grad_output, by atomics.
 // Owner: a team of lanes has a run of channels of one group of one query.
 template <class T, class I, int BYTES, class TLocation = T, class TReference = T>
-__global__ void __launch_bounds__(GATHER_THREADS, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(GATHER_THREADS, FORWARD_BLOCKS<T, I>)
     scatter_samples(const T* __restrict__ grad_output, const TLocation* __restrict__ locations,
                     const T* __restrict__ weights, const TReference* __restrict__ reference,
                     const SampleRow<Compute<T>>* __restrict__ table, Compute<T>* __restrict__ sums, GatherGeometry g,

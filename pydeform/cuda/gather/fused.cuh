@@ -48,7 +48,7 @@ PYDEFORM_DEVICE void add_rows(const FusedRows<A>& kept, const AllSamples& sample
 // Owner: a block has `queries` queries with all groups, a team of lanes one group of one; and the gradients of their
 // reference points, which are sums over all groups.
 template <class T, class I, int BYTES, class TLocation = T, class TReference = T>
-__global__ void __launch_bounds__(GATHER_THREADS, 2)
+__global__ void __launch_bounds__(GATHER_THREADS, sizeof(T) == 8 ? 1 : 2)
     fused_gradients(const T* __restrict__ grad_output, const T* __restrict__ value,
                     const TLocation* __restrict__ offsets, const T* __restrict__ logits,
                     const TReference* __restrict__ reference, const SampleRow<Compute<T>>* __restrict__ table,

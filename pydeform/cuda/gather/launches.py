@@ -20,12 +20,12 @@ class Given(NamedTuple):
     """A call's arrays, contiguous, and what goes with them to every kernel."""
 
     arrays: GatherArrays
-    g: Gather
+    gathering: Gather
     table: Any
 
     @property
     def numbers(self) -> Any:
-        return geometry(self.g.numbers)
+        return geometry(self.gathering.numbers)
 
     @property
     def weights(self) -> Any:
@@ -39,9 +39,9 @@ class Given(NamedTuple):
         return f"{C_TYPES[value.dtype.name]}, {index}"
 
 
-def table_of(g: Gather, data: Any) -> Any:
+def table_of(gathering: Gather, data: Any) -> Any:
     """The samples' rows on the device, as of the current stream."""
-    pieces, words = words_of(g.samples, compute_dtype(data))
+    pieces, words = words_of(gathering.samples, compute_dtype(data))
     table = cupy.empty((words,), np.uint32)
     for place, piece in enumerate(pieces):
         part = table[place * WORDS : (place + 1) * WORDS]
@@ -51,13 +51,13 @@ def table_of(g: Gather, data: Any) -> Any:
 
 def launch_teams(name: str, given: Given, data: Any, results: Any) -> None:
     """`gather_samples` from the value, or `scatter_samples` from the output's gradient, whichever `data` is."""
-    n = given.g.numbers
-    wide = bytes_of_load(n, data, results)
+    g = given.gathering.numbers
+    wide = bytes_of_load(g, data, results)
     if results.dtype != data.dtype:  # sums, which are new and begin where every load can
-        wide = bytes_of_load(n, data)
+        wide = bytes_of_load(g, data)
     per_load = wide // data.dtype.itemsize
-    team = team_of(n, per_load, n.queries * n.groups, n.samples, device().processors)
-    items = n.batch * n.queries * n.groups * ceil_div(n.channels, team.lanes * per_load)
+    team = team_of(g, per_load, g.queries * g.groups, g.samples, device().processors)
+    items = g.batch * g.queries * g.groups * ceil_div(g.channels, team.lanes * per_load)
     own = own_types(given.arrays.value, given.arrays.locations, given.arrays.reference)
     launch_items(
         f"{name}<{given.types(data, results)}, {wide}{own}>",

@@ -11,11 +11,12 @@ import numpy as np
 from pydeform import _checks
 from pydeform._gather_geometry import Gather, GatherGeometry, SampleTable
 from pydeform.cuda.core import sizes
-from pydeform.cuda.core.numbers import ceil_div
+from pydeform.cuda.core.numbers import ceil_div, round_up
 
 THREADS = 256
 WARPS_SHARED = 24  # of a multiprocessor: with fewer, lanes that share an item take some of its samples each
 MOST_COLUMNS = 2**27 - 1  # of a map: a point holds them together with four bits
+DEFAULT_SHARED = 48 << 10  # bytes of shared memory that a block has without asking
 WORDS = 896  # of `struct TableWords`
 
 
@@ -30,20 +31,21 @@ class Chunk(NamedTuple):
     """`struct Chunk` of gather/cells.cuh."""
 
     first: int
-    count: int
+    queries: int
     cells: int
 
 
-def check_size(op: str, g: Gather) -> None:
+@functools.lru_cache(maxsize=256)
+def check_size(op: str, gathering: Gather) -> None:
     """Pixels and samples of one image are counted in an int, those of all images in whatever they need."""
-    n = g.numbers
-    sizes.check_fields(op, n)
+    g = gathering.numbers
+    sizes.check_fields(op, g)
     limits = {
-        "pixels of an image, with a row and a column more of each map": (cells_of(g), sizes.MOST_CELLS),
-        "queries in all images": (n.batch * n.queries, _checks.MOST),
-        "numbers in an image's locations": (n.number_steps[0], _checks.MOST),
-        "weights in an image": (n.weight_steps[0], _checks.MOST),
-        "columns in a map": (int(g.samples.size[1].max()), MOST_COLUMNS),
+        "pixels of an image, with a row and a column more of each map": (cells_of(gathering.samples), sizes.MOST_CELLS),
+        "queries in all images": (g.batch * g.queries, _checks.MOST),
+        "numbers in an image's locations": (g.number_steps[0], _checks.MOST),
+        "weights in an image": (g.weight_steps[0], _checks.MOST),
+        "columns in a map": (int(gathering.samples.size[1].max()), MOST_COLUMNS),
     }
     for what, (count, most) in limits.items():
         if count > most:
@@ -68,19 +70,51 @@ def team_of(g: GatherGeometry, per_load: int, owners: int, samples: int, process
     return Team(lanes, team)
 
 
-def places_of(g: Gather) -> int:
-    """Places of a query that several samples, or several groups, share: of each follow equally many samples."""
-    number = g.samples.number
-    places = len(np.unique(number))
-    if places == g.numbers.samples and g.numbers.location_groups == g.numbers.groups:
+@functools.lru_cache(maxsize=256)
+def places_of(table: SampleTable, shared: bool) -> int:
+    """Places of a query that several samples, or several groups (`shared`), have; equally many follow one another."""
+    samples, places = len(table.number), len(np.unique(table.number))
+    if places == samples and not shared:
         return 0
-    assert np.array_equal(number, np.repeat(number[:: g.numbers.samples // places], g.numbers.samples // places))
+    assert np.array_equal(table.number, np.repeat(table.number[:: samples // places], samples // places))
     return places
+
+
+class Rows(NamedTuple):
+    """How a block of `fused_gradients` takes rows, each a query and group."""
+
+    threads: int
+    team: Team
+    queries: int
+    shared: int  # bytes of shared memory
+
+
+def rows_of(g: GatherGeometry, team: Team, of_sample: int, sums: int) -> Rows:
+    """`of_sample`: bytes that stay of each sample of a row; `sums`: of each number of a query's reference points.
+
+    Fewer rows at a time where they have many samples; still fewer, some groups of a query, where a query's do not fit.
+    """
+
+    def shared(threads: int, team: Team, queries: int) -> int:
+        return threads // team.team * g.samples * of_sample + queries * g.reference_levels * g.reference_numbers * sums
+
+    threads = THREADS
+    while shared(threads, team, 1) > DEFAULT_SHARED and threads > 32:
+        threads //= 2
+    while shared(threads, team, 1) > DEFAULT_SHARED and team.team < 32:
+        team = Team(team.lanes, 2 * team.team)
+    queries = max(1, threads // team.team // g.groups)
+    if queries == 1:  # no more rows than a query has
+        threads = min(threads, round_up(g.groups * team.team, 32))
+    while queries > 1 and shared(threads, team, queries) > DEFAULT_SHARED:
+        queries -= 1
+    return Rows(threads, team, queries, shared(threads, team, queries))
 
 
 # The table ------------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=256)
 def maps_of(table: SampleTable) -> tuple[np.ndarray, ...]:
     """The level, size, first pixel and first cell of each map, in the order of their pixels."""
     level, which = np.unique(table.level, return_index=True)
@@ -89,9 +123,9 @@ def maps_of(table: SampleTable) -> tuple[np.ndarray, ...]:
     return level, size, table.first_pixel[which], np.concatenate([[0], cells])
 
 
-def cells_of(g: Gather) -> int:
+def cells_of(table: SampleTable) -> int:
     """Between the pixels of an image's maps, and around them."""
-    return int(maps_of(g.samples)[3][-1])
+    return int(maps_of(table)[3][-1])
 
 
 def row_type(dtype: Any) -> np.dtype:

@@ -104,7 +104,7 @@ class Backend(NamedTuple):
         return a if a is None or self.on_cpu else a.get()
 
 
-# Parts of the names of tests of operators that gather, which CUDA does not have yet.
+# Parts of the names of tests of operators that gather: on CUDA they go one way, however many channels there are.
 GATHER = ("attn", "aggregation", "dcnv", "properties_gather", "vectors_gather", "errors_gather")
 KINDS = ("cpu", "cuda", "emulated")
 WAYS = {"_direct": 1 << 30, "_tiles": 1}  # fewest channels of a group that go through tiles
@@ -145,8 +145,8 @@ def pytest_report_header() -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        kinds = ("cpu",) if any(part in metafunc.module.__name__ for part in GATHER) else _kinds()
-        names = [kind + way for kind in kinds for way in ([""] if kind == "cpu" else WAYS)]
+        gathers = any(part in metafunc.module.__name__ for part in GATHER)
+        names = [kind + way for kind in _kinds() for way in ([""] if kind == "cpu" or gathers else WAYS)]
         metafunc.parametrize("backend", [Backend(name) for name in names], ids=names, scope="session")
 
 

@@ -20,16 +20,19 @@ PYDEFORM_DEVICE void dots_of_team(Compute<T> (&own_dot)[CORNERS], const Point<Co
     const Point<A> point = own.of_lane(k, team.lanes);
     const I channel0 = (I)__shfl_sync(0xffffffffu, group, k, team.lanes) * g.channels;
     A dot[CORNERS] = {};
-    if (point.reads()) {
-      for (int channel = team.chunk() * V; channel < g.channels; channel += team.lanes * V) {
-        const Words<BYTES> grad = load_words<BYTES>(from.grad + channel0 + channel);
-        Words<BYTES> words[CORNERS];
-        load_corners(words, from.image + channel0 + channel, point, pitch);
+    for (int channel = team.chunk() * V; channel < g.channels; channel += team.lanes * V) {
+      const Words<BYTES> grad = load_words<BYTES>(from.grad + channel0 + channel);
+      if (!point.reads()) {  // a gradient that is not finite makes NaN of the zeros outside
 #pragma unroll
-        for (int c = 0; c < CORNERS; c++)
-#pragma unroll
-          for (int e = 0; e < V; e++) dot[c] += number_in<T, BYTES>(grad, e) * number_in<T, BYTES>(words[c], e);
+        for (int e = 0; e < V; e++) dot[0] += 0 * number_in<T, BYTES>(grad, e);
+        continue;
       }
+      Words<BYTES> words[CORNERS];
+      load_corners(words, from.image + channel0 + channel, point, pitch);
+#pragma unroll
+      for (int c = 0; c < CORNERS; c++)
+#pragma unroll
+        for (int e = 0; e < V; e++) dot[c] += number_in<T, BYTES>(grad, e) * number_in<T, BYTES>(words[c], e);
     }
 #pragma unroll
     for (int c = 0; c < CORNERS; c++) {

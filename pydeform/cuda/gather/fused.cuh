@@ -33,7 +33,7 @@ PYDEFORM_DEVICE void add_rows(const FusedRows<A>& kept, const AllSamples& sample
         const SampleRow<A>& sample = samples.table[s];
         if (g.reference_levels > 1 && sample.level != level) continue;
         A part = kept.of_locations[((row - first_row) * g.samples + s) * 2 + axis];
-        if (number >= 2) {  // of the box's size
+        if (number >= 2 && part != 0) {  // of the box's size; an infinite offset leads outside
           const I place = samples.number_place(first_query + q, row - q * g.groups, sample) + 1 - axis;
           part *= to_float(samples.locations[place]) / sample.divisor[axis] * (A)g.offset_scale;
         }

@@ -195,8 +195,10 @@ def _gather() -> Iterator[tuple[str, tuple[str, ...], int]]:
     yield "fill_table", newest, 64
     for dtype, c in C_TYPES.items():
         wide = dtype == "float64"
-        for name, registers in (("gather_samples", 64), ("scatter_samples", 64), ("number_gradients", 96)):
-            yield f"{name}<{c}, int, 16>", EVERY, 2 * registers if wide else registers
+        adds = {"double": 8, "float": 16}.get(c, 8)
+        yield f"gather_samples<{c}, int, 16>", EVERY, 128 if wide else 64
+        yield f"scatter_samples<{c}, int, {adds}>", EVERY, 128 if wide else 64
+        yield f"number_gradients<{c}, int, 16>", EVERY, 168 if wide else 128
         yield f"fused_gradients<{c}, int, 16>", EVERY, 160 if wide else 128
         for name in ("count_points", "fill_cells", "softmax_sums", "gather_cells"):
             yield f"{name}<{c}, int>", newest, 128 if wide else 80
@@ -204,13 +206,13 @@ def _gather() -> Iterator[tuple[str, tuple[str, ...], int]]:
     for c, sizes in (("f16", (8, 4, 2)), ("bf16", (2,)), ("float", (8, 4)), ("double", (8,))):
         for size in sizes:
             for name in ("gather_samples", "scatter_samples", "number_gradients", "fused_gradients"):
-                yield f"{name}<{c}, int, {size}>", newest, 128
+                yield f"{name}<{c}, int, {size}>", newest, 128 if c != "double" else 168
     # Places in float32 beside a half type, and more numbers than an int counts.
-    for name in ("gather_samples", "scatter_samples", "fused_gradients"):
-        yield f"{name}<f16, int, 16, float, float>", newest, 128
-        yield f"{name}<bf16, int, 16, float>", newest, 128
-        yield f"{name}<double, long long, 16>", newest, 168
-        yield f"{name}<f16, long long, 16>", newest, 128
+    for name, wide in (("gather_samples", 16), ("scatter_samples", 8), ("fused_gradients", 16)):
+        yield f"{name}<f16, int, {wide}, float, float>", newest, 128
+        yield f"{name}<bf16, int, {wide}, float>", newest, 128
+        yield f"{name}<double, long long, {wide}>", newest, 168
+        yield f"{name}<f16, long long, {wide}>", newest, 128
     yield "number_gradients<bf16, int, 16, float>", newest, 96
     for index in ("int", "long long"):
         yield f"gather_cells<bf16, {index}, float, float>", newest, 96

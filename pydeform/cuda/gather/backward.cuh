@@ -8,36 +8,67 @@ template <class T> struct Channels {
   const T *image, *grad;
 };
 
-// Dots of grad_output with the four corners of each lane's own point, which is in channels of `group`. Samples go around
-// in the same way as forward, so `lanes` neighbours have each its own.
+// A lane's part of the dots of grad_output with the four corners of a point, which is in channels of `group`.
+template <class T, class I, int BYTES>
+PYDEFORM_DEVICE void dots_of_lane(Compute<T> (&dot)[CORNERS], const Point<Compute<T>>& point, int group,
+                                  const Channels<T>& from, const Team& team, const GatherGeometry& g) {
+  constexpr int V = NUMBERS<T, BYTES>;
+  const I pitch = (I)g.groups * g.channels, channel0 = (I)group * g.channels;
+#pragma unroll
+  for (int c = 0; c < CORNERS; c++) dot[c] = 0;
+  for (int channel = team.chunk() * V; channel < g.channels; channel += team.lanes * V) {
+    const Words<BYTES> grad = load_words<BYTES>(from.grad + channel0 + channel);
+    if (!point.reads()) {  // a gradient that is not finite makes NaN of the zeros outside
+#pragma unroll
+      for (int e = 0; e < V; e++) dot[0] += 0 * number_in<T, BYTES>(grad, e);
+      continue;
+    }
+    Words<BYTES> words[CORNERS];
+    load_corners(words, from.image + channel0 + channel, point, pitch);
+#pragma unroll
+    for (int c = 0; c < CORNERS; c++)
+#pragma unroll
+      for (int e = 0; e < V; e++) dot[c] += number_in<T, BYTES>(grad, e) * number_in<T, BYTES>(words[c], e);
+  }
+}
+
+// Of two samples a lane keeps one and gives the other to the lane `step` further, which has this one.
+template <class A>
+PYDEFORM_DEVICE void share_dots(A (&dot)[CORNERS], const A (&first)[CORNERS], const A (&second)[CORNERS], int step) {
+  const bool keeps_second = threadIdx.x & step;
+#pragma unroll
+  for (int c = 0; c < CORNERS; c++)
+    dot[c] =
+        (keeps_second ? second[c] : first[c]) + __shfl_xor_sync(0xffffffffu, keeps_second ? first[c] : second[c], step);
+}
+
+// All of the dots of each lane's own point. Points go around in the same way as forward; where there are lanes enough,
+// four of them at a time, whose dots then need a third of the exchanges.
 template <class T, class I, int BYTES>
 PYDEFORM_DEVICE void dots_of_team(Compute<T> (&own_dot)[CORNERS], const Point<Compute<T>>& own, int group, int count,
                                   const Channels<T>& from, const Team& team, const GatherGeometry& g) {
   using A = Compute<T>;
-  constexpr int V = NUMBERS<T, BYTES>;
-  const I pitch = (I)g.groups * g.channels;
-  for (int k = 0; k < team.lanes && k < count; k++) {
-    const Point<A> point = own.of_lane(k, team.lanes);
-    const I channel0 = (I)__shfl_sync(0xffffffffu, group, k, team.lanes) * g.channels;
-    A dot[CORNERS] = {};
-    for (int channel = team.chunk() * V; channel < g.channels; channel += team.lanes * V) {
-      const Words<BYTES> grad = load_words<BYTES>(from.grad + channel0 + channel);
-      if (!point.reads()) {  // a gradient that is not finite makes NaN of the zeros outside
+  const bool by_four = team.lanes >= 4;
+  for (int k = 0; k < team.lanes && k < count; k += by_four ? 4 : 1) {
+    A dot[CORNERS];
+    if (by_four) {
+      A part[4][CORNERS], half[2][CORNERS];
 #pragma unroll
-        for (int e = 0; e < V; e++) dot[0] += 0 * number_in<T, BYTES>(grad, e);
-        continue;
-      }
-      Words<BYTES> words[CORNERS];
-      load_corners(words, from.image + channel0 + channel, point, pitch);
-#pragma unroll
-      for (int c = 0; c < CORNERS; c++)
-#pragma unroll
-        for (int e = 0; e < V; e++) dot[c] += number_in<T, BYTES>(grad, e) * number_in<T, BYTES>(words[c], e);
+      for (int j = 0; j < 4; j++)
+        dots_of_lane<T, I, BYTES>(part[j], own.of_lane(k + j, team.lanes),
+                                  __shfl_sync(0xffffffffu, group, k + j, team.lanes), from, team, g);
+      share_dots(half[0], part[0], part[2], 2);
+      share_dots(half[1], part[1], part[3], 2);
+      share_dots(dot, half[0], half[1], 1);
+    } else {
+      dots_of_lane<T, I, BYTES>(dot, own.of_lane(k, team.lanes), __shfl_sync(0xffffffffu, group, k, team.lanes), from,
+                                team, g);
     }
+    const bool mine = by_four ? team.chunk() / 4 == k / 4 : team.chunk() == k;
 #pragma unroll
     for (int c = 0; c < CORNERS; c++) {
-      team.add_up(dot[c], 1, team.lanes);
-      if (team.chunk() == k) own_dot[c] = dot[c];
+      team.add_up(dot[c], by_four ? 4 : 1, team.lanes);
+      if (mine) own_dot[c] = dot[c];
     }
   }
 }

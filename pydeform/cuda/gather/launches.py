@@ -51,11 +51,12 @@ def table_of(gathering: Gather, data: Any) -> Any:
 
 def launch_teams(name: str, given: Given, data: Any, results: Any) -> None:
     """`gather_samples` from the value, or `scatter_samples` from the output's gradient, whichever `data` is."""
-    g = given.gathering.numbers
-    wide = bytes_of_load(g, data, results)
-    if results.dtype != data.dtype:  # sums, which are new and begin where every load can
-        wide = bytes_of_load(g, data)
-    per_load = wide // data.dtype.itemsize
+    g, itemsize = given.gathering.numbers, data.dtype.itemsize
+    if name == "scatter_samples":  # a lane's sums fill what is added at once, 16 bytes of float32, so that lanes adjoin
+        wide = min(bytes_of_load(g, data), 8 if itemsize == 8 else 4 * itemsize)
+    else:
+        wide = bytes_of_load(g, data, results)
+    per_load = wide // itemsize
     team = team_of(g, per_load, g.queries * g.groups, g.samples, device().processors)
     items = g.batch * g.queries * g.groups * ceil_div(g.channels, team.lanes * per_load)
     own = own_types(given.arrays.value, given.arrays.locations, given.arrays.reference)

@@ -39,6 +39,6 @@ def _sum_tile(tile: Any, given: Any, output: Any, scratch: Any, g: Any, p: Any) 
         for group in range(g.groups):
             entry = entry_of(tile, query, group if tile.groups > 1 else 0, g)
             weights, channel = weights_of(tile, query, group, entry, given, scratch, g), group * g.channels
-            corners = corners_of(entry, channel, tile, given.value, 0, scratch, p)
+            corners = corners_of(entry, channel, tile, given.value, 0, scratch)
             out = at(output, (tile.image, tile.query + query, channel))
-            sum_samples(out, corners, weights, p.weight_step, g.samples, g.channels)
+            sum_samples(out, corners, p.axes, weights, p.weight_step, g.samples, g.channels)

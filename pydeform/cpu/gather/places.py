@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pydeform._gather_geometry import BILINEAR_INSIDE
-from pydeform.cpu.core.gathered import Corners, rows_of
+from pydeform.cpu.core.gathered import Corners, place_in
 from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.simd import advance, at
 from pydeform.cpu.core.vector import (
@@ -46,14 +46,15 @@ def entry_of(tile: Any, query: int, group: int, g: Any) -> int:
 
 
 @inline_always
-def corners_of(entry: int, channel: int, tile: Any, image: Any, outside: int, scratch: Any, p: Any) -> Any:
+def corners_of(entry: int, channel: int, tile: Any, image: Any, outside: int, scratch: Any) -> Any:
     """Those of the samples from an entry on, in an image (image, pixel, all channels) from a channel on. `outside`: the
     row of `nothing` that is read, 0, or written to, 1."""
     return Corners(
         at(image, (tile.image, 0, channel)),
         at(scratch.nothing, (tile.thread, outside, 0)),
-        rows_of(at(scratch.pixels, (tile.thread, 0, entry)), p.row, p.axes),
-        rows_of(at(scratch.shares, (tile.thread, 0, entry)), p.row, p.axes),
+        at(scratch.pixels, (tile.thread, 0)),
+        at(scratch.shares, (tile.thread, 0)),
+        entry,
         image.shape[2],
     )
 
@@ -153,7 +154,7 @@ def _name_corners(tile: Any, numbers: Any, scratch: Any, tables: Any, g: Any, p:
     thread, count, lanes = tile.thread, tile.queries * tile.groups * g.samples, lanes_of(numbers)
     # -1 itself is outside, with derivative 0.
     low = np.nextafter(type(numbers[0])(-1), type(numbers[0])(0))
-    pixels, shares = at(scratch.pixels, (thread, 0, 0)), at(scratch.shares, (thread, 0, 0))
+    pixels, shares = at(scratch.pixels, (thread, 0)), at(scratch.shares, (thread, 0))
     for i in range(0, count, lanes):
         one = load_first(advance(numbers, 2 * i), 2 * (count - i))
         two = load_first(advance(numbers, 2 * i + lanes), 2 * (count - i) - lanes)
@@ -169,16 +170,16 @@ def _name_corners(tile: Any, numbers: Any, scratch: Any, tables: Any, g: Any, p:
             is_seen = (at_x > 0) & (at_x < 1) & (at_y > 0) & (at_y < 1)
             has_top, has_bottom = has_top & is_seen, has_bottom & is_seen
         top, bottom = start + top * width, start + bottom * width
-        place = advance(pixels, i)
-        store(select(has_top & has_left, top + left, OUTSIDE), place)
-        store(select(has_top & has_right, top + right, OUTSIDE), advance(place, p.row))
-        store(select(has_bottom & has_left, bottom + left, OUTSIDE), advance(place, 2 * p.row))
-        store(select(has_bottom & has_right, bottom + right, OUTSIDE), advance(place, 3 * p.row))
-        share = advance(shares, i)
+        place = place_in(i, numbers, p.axes)
+        pixel, share = advance(pixels, place), advance(shares, place)
+        store(select(has_top & has_left, top + left, OUTSIDE), pixel)
+        store(select(has_top & has_right, top + right, OUTSIDE), advance(pixel, lanes))
+        store(select(has_bottom & has_left, bottom + left, OUTSIDE), advance(pixel, 2 * lanes))
+        store(select(has_bottom & has_right, bottom + right, OUTSIDE), advance(pixel, 3 * lanes))
         store((1 - down) * (1 - along), share)
-        store((1 - down) * along, advance(share, p.row))
-        store(down * (1 - along), advance(share, 2 * p.row))
-        store(down * along, advance(share, 3 * p.row))
+        store((1 - down) * along, advance(share, lanes))
+        store(down * (1 - along), advance(share, 2 * lanes))
+        store(down * along, advance(share, 3 * lanes))
         is_known = down + along == down + along
         store(select(is_known, down, np.nan), at(scratch.cells, (thread, 0, i)))
         store(select(is_known, along, np.nan), at(scratch.cells, (thread, 1, i)))
@@ -188,7 +189,7 @@ def _name_corners(tile: Any, numbers: Any, scratch: Any, tables: Any, g: Any, p:
 def _name_pixels(tile: Any, numbers: Any, scratch: Any, tables: Any, g: Any) -> None:
     """Samples that are the pixel which they lie in, or the nearest one of the map."""
     thread, count, lanes = tile.thread, tile.queries * tile.groups * g.samples, lanes_of(numbers)
-    pixels = at(scratch.pixels, (thread, 0, 0))
+    pixels = at(scratch.pixels, (thread, 0))
     for i in range(0, count, lanes):
         one = load_first(advance(numbers, 2 * i), 2 * (count - i))
         two = load_first(advance(numbers, 2 * i + lanes), 2 * (count - i) - lanes)
@@ -200,7 +201,7 @@ def _name_pixels(tile: Any, numbers: Any, scratch: Any, tables: Any, g: Any) -> 
         pixel = start + _nearest(y, height, pixels, numbers) * width + _nearest(x, width, pixels, numbers)
         is_known = (x == x) & (y == y)
         store(select(is_known, pixel, OUTSIDE), advance(pixels, i))
-        store(select(is_known, splat(1, x), np.nan), at(scratch.shares, (thread, 0, i)))
+        store(select(is_known, splat(1, x), np.nan), at(scratch.shares, (thread, i)))
 
 
 @inline_always

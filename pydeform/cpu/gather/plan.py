@@ -28,8 +28,8 @@ class Given(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """A call's own memory, each thread's. An entry is a sample of a query and group; tables have a row for each corner
-    or axis (y, x)."""
+    """A call's own memory, each thread's. An entry is a sample of a query and group; what there is for each corner lies
+    as `place_in` says, what there is for each axis (y, x) in rows."""
 
     numbers: Any  # x and y of each entry, side by side
     bases: Any  # where the kernel begins, for each entry and axis
@@ -96,10 +96,10 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, 
     workspace = Workspace(
         ((threads, 2 * row + lanes), dtype),
         ((threads, 2, row), dtype),
-        ((threads, corners, row), integer),
-        ((threads, corners, row), dtype),
+        ((threads, corners * row), integer),
+        ((threads, corners * row), dtype),
         ((threads, 2, row), dtype),
-        ((threads, corners, row * needs_dots), dtype),
+        ((threads, corners * row * needs_dots), dtype),
         ((threads, row), dtype),
         ((threads, row * needs_dots), dtype),
         ((threads, 2, row * needs_dots), dtype),

@@ -1,8 +1,6 @@
 """Sums over a list of samples, each a few corners with shares of them: forward, its transpose, and dots.
 
-A corner whose pixel's number is negative is outside the image: it is read from, or written to, `nothing` instead, a row
-of zeros or of numbers that nobody reads. Only the last vector of channels is masked: what lies beyond belongs to another
-group, and to another thread.
+Only the last vector of channels is masked: what lies beyond belongs to another group, and to another thread.
 """
 
 from __future__ import annotations
@@ -23,12 +21,10 @@ AT_ONCE = (4, 2, 1)  # vectors of sums in registers
 class Corners(NamedTuple):
     """Samples, one after the other, from an entry of their tables on (`place_in`)."""
 
-    image: Any  # channel 0 of pixel 0
-    nothing: Any
-    pixels: Any
+    starts: Any  # addresses of a pixel's first channel
     shares: Any
     entry: int
-    stride: int  # numbers from one pixel to the next
+    channel: int  # the first that is meant
 
 
 def _lanes(number: Any) -> int:
@@ -37,6 +33,11 @@ def _lanes(number: Any) -> int:
 
 def _corners(axes: Any) -> int:
     return int(2 ** len(axes))
+
+
+@primitive
+def address_of(pointer: Any) -> Any:
+    return types.int64(pointer), lambda builder, pointer_: builder.ptrtoint(pointer_, INT)
 
 
 @primitive
@@ -56,13 +57,10 @@ def _place(builder: Any, entry: Any, lanes: int, corners: int) -> Any:
 
 
 def _starts(v: Vectors, samples: Corners, place: Any, step: int, corners: int) -> list[Any]:
-    """Pointers to channel 0 of the corners of the sample at a place of the tables."""
-    builder, starts = v.builder, []
-    for k in range(corners):
-        pixel = builder.sext(builder.load(v.offset(samples.pixels, _beyond(v, place, k * step))), INT)
-        inside = v.offset(samples.image, builder.mul(pixel, samples.stride))
-        starts.append(builder.select(builder.icmp_signed("<", pixel, const(0)), samples.nothing, inside))
-    return starts
+    """Pointers to the first channel of the sample at a place of the tables."""
+    builder, pointer = v.builder, v.element.as_pointer()
+    addresses = (builder.load(v.offset(samples.starts, _beyond(v, place, k * step))) for k in range(corners))
+    return [v.offset(builder.inttoptr(address, pointer), samples.channel) for address in addresses]
 
 
 def _shares(v: Vectors, samples: Corners, place: Any, step: int, corners: int) -> list[Any]:

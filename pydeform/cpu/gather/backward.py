@@ -75,13 +75,13 @@ def _scatter_group(
     some = p.queries * g.location_groups
     for query in range(0, g.queries, some):
         tile = Tile(thread, image, query, min(some, g.queries - query), place, 1)
-        locate(tile, given, scratch, tables, g, p)
+        locate(tile, grads.value, 1, given, scratch, tables, g, p)
         if given.reference is not None:
             make_weights(tile, given, scratch, g)
         for q in range(tile.queries):
             entry = entry_of(tile, q, 0, g)
             weights = weights_of(tile, q, group, entry, given, scratch, g)
-            corners = corners_of(entry, first, tile, grads.value, 1, scratch)
+            corners = corners_of(entry, first, thread, scratch)
             grad = at(grads.output, (image, query + q, first))
             scatter_samples(grad, corners, p.axes, weights, p.weight_step, g.samples, channels)
 
@@ -89,14 +89,14 @@ def _scatter_group(
 @inline
 def _dots_of_tile(tile: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     """Eq. 3 and 4, and of them eq. 6."""
-    locate(tile, given, scratch, tables, g, p)
+    locate(tile, given.value, 0, given, scratch, tables, g, p)
     if given.reference is not None:
         make_weights(tile, given, scratch, g)
     for first in range(0, g.groups, tile.groups):  # groups that share their places, one after the other
         for query in range(tile.queries):
             for i in range(tile.groups):
                 entry, channel = entry_of(tile, query, i, g), (first + i) * g.channels
-                corners = corners_of(entry, channel, tile, given.value, 0, scratch)
+                corners = corners_of(entry, channel, tile.thread, scratch)
                 dots = at(scratch.dots, (tile.thread, 0))
                 grad = at(grads.output, (tile.image, tile.query + query, channel))
                 corner_dots(dots, grad, corners, p.axes, g.samples, g.channels)

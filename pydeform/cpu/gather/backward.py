@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform.cpu.core.gathered import corner_dots, rows_of, scatter_samples
+from pydeform.cpu.core.gathered import corner_dots, place_in, scatter_samples
 from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
 from pydeform.cpu.core.simd import advance, at
@@ -75,31 +75,31 @@ def _scatter_group(
     some = p.queries * g.location_groups
     for query in range(0, g.queries, some):
         tile = Tile(thread, image, query, min(some, g.queries - query), place, 1)
-        locate(tile, given, scratch, tables, g, p)
+        locate(tile, grads.value, 1, given, scratch, tables, g, p)
         if given.reference is not None:
             make_weights(tile, given, scratch, g)
         for q in range(tile.queries):
             entry = entry_of(tile, q, 0, g)
             weights = weights_of(tile, q, group, entry, given, scratch, g)
-            corners = corners_of(entry, first, tile, grads.value, 1, scratch, p)
+            corners = corners_of(entry, first, thread, scratch)
             grad = at(grads.output, (image, query + q, first))
-            scatter_samples(grad, corners, weights, p.weight_step, g.samples, channels)
+            scatter_samples(grad, corners, p.axes, weights, p.weight_step, g.samples, channels)
 
 
 @inline
 def _dots_of_tile(tile: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     """Eq. 3 and 4, and of them eq. 6."""
-    locate(tile, given, scratch, tables, g, p)
+    locate(tile, given.value, 0, given, scratch, tables, g, p)
     if given.reference is not None:
         make_weights(tile, given, scratch, g)
     for first in range(0, g.groups, tile.groups):  # groups that share their places, one after the other
         for query in range(tile.queries):
             for i in range(tile.groups):
                 entry, channel = entry_of(tile, query, i, g), (first + i) * g.channels
-                corners = corners_of(entry, channel, tile, given.value, 0, scratch, p)
-                dots = rows_of(at(scratch.dots, (tile.thread, 0, entry)), p.row, p.axes)
+                corners = corners_of(entry, channel, tile.thread, scratch)
+                dots = at(scratch.dots, (tile.thread, 0))
                 grad = at(grads.output, (tile.image, tile.query + query, channel))
-                corner_dots(dots, grad, corners, g.samples, g.channels)
+                corner_dots(dots, grad, corners, p.axes, g.samples, g.channels)
                 if given.reference is None:
                     _bring_weights(tile, query, first + i, entry, given, scratch, g, p)
         _blend_dots(tile, first > 0, scratch, tables, g, p)
@@ -123,12 +123,14 @@ def _bring_weights(tile: Any, query: int, group: int, entry: int, given: Any, sc
 def _blend_dots(tile: Any, add: bool, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     """values = gradients of the weights; moves[axis] (+)= gradients of the numbers y and x."""
     thread, count = tile.thread, tile.queries * tile.groups * g.samples
-    for i in range(0, count, lanes_of(at(scratch.values, (thread, 0)))):
-        values, dots = at(scratch.values, (thread, i)), at(scratch.dots, (thread, 0, i))
+    lanes = lanes_of(at(scratch.values, (thread, 0)))
+    for i in range(0, count, lanes):
+        values = at(scratch.values, (thread, i))
+        dots = at(scratch.dots, (thread, place_in(i, values, p.axes)))
         if p.discrete is None:
             down, along = load(at(scratch.cells, (thread, 0, i))), load(at(scratch.cells, (thread, 1, i)))
-            one, two = load(dots), load(advance(dots, p.row))
-            three, four = load(advance(dots, 2 * p.row)), load(advance(dots, 3 * p.row))
+            one, two = load(dots), load(advance(dots, lanes))
+            three, four = load(advance(dots, 2 * lanes)), load(advance(dots, 3 * lanes))
             top, bottom = (1 - along) * one + along * two, (1 - along) * three + along * four
             store((1 - down) * top + down * bottom, values)
             by_y, by_x = bottom - top, (1 - down) * (two - one) + down * (four - three)
@@ -141,7 +143,7 @@ def _blend_dots(tile: Any, add: bool, scratch: Any, tables: Any, g: Any, p: Any)
             store(by_y, to_y)
             store(by_x, to_x)
         else:
-            store(load(at(scratch.shares, (thread, 0, i))) * load(dots), values)
+            store(load(at(scratch.shares, (thread, i))) * load(dots), values)
 
 
 @inline

@@ -5,12 +5,13 @@ Only the last vector of channels is masked: what lies beyond belongs to another 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from numba import types
 
-from pydeform.cpu.core.blend import all_channels, blended
+from pydeform.cpu.core.blend import blended
 from pydeform.cpu.core.lanes import Vectors, for_any_width
 from pydeform.cpu.core.primitive import INT, const, loop, primitive
 from pydeform.cpu.core.simd import VECTOR_BYTES
@@ -159,25 +160,36 @@ def scatter_samples(
 
 @for_any_width
 def corner_dots(vector_bytes: int, dots: Any, grad: Any, corners: Any, axes: Any, count: Any, channels: Any) -> Any:
-    """In a table `dots`, for each corner of each sample: sum_c grad[c] * corner[c]."""
+    """dots[k] of each sample, side by side, = sum_c grad[c] * corner_k[c]."""
     shape = _lanes(grad.dtype), _corners(axes)
 
     def emit(builder: Any, dots_: Any, grad_: Any, corners_: Any, _axes: Any, count_: Any, channels_: Any) -> None:
         v, samples = Vectors(builder, grad.dtype, vector_bytes), Corners(*corners_)
 
-        def dot(i: Any, _: list[Any]) -> list[Any]:
-            at = _place(builder, builder.add(samples.entry, i), *shape)
-            starts = _starts(v, samples, at, *shape)
-
-            def add(c: Any, sums: list[Any], load: Any, _store: Any) -> list[Any]:
-                g = load(v.offset(grad_, c))
-                values = [load(v.offset(start, c)) for start in starts]
-                return [v.fma(g, value, total) for value, total in zip(values, sums, strict=True)]
-
-            for k, total in enumerate(all_channels(v, channels_, [v.zero] * len(starts), add)):
-                builder.store(v.sum(total), v.offset(dots_, _beyond(v, at, k * shape[0])))
+        def clear(i: Any, _: list[Any]) -> list[Any]:
+            builder.store(v.element(0), v.offset(dots_, i))
             return []
 
-        loop(builder, count_, [], dot)
+        def run(places: list[Any], load: Any, _store: Any) -> None:
+            grads = [load(v.offset(grad_, place)) for place in places]
+
+            def dot(i: Any, _: list[Any]) -> list[Any]:
+                at = _place(builder, builder.add(samples.entry, i), *shape)
+                starts = _starts(v, samples, at, *shape)
+                sums = []
+                for start in starts:
+                    products = [(g, load(v.offset(start, place))) for g, place in zip(grads, places, strict=True)]
+                    sums.append(functools.reduce(lambda s, pair: v.fma(*pair, s), products, v.zero))
+                total = v.sum_each(sums)
+                target = builder.bitcast(v.offset(dots_, builder.mul(i, const(shape[1]))), total.type.as_pointer())
+                before = builder.load(target)
+                before.align = v.itemsize
+                builder.store(builder.fadd(before, total), target).align = v.itemsize
+                return []
+
+            loop(builder, count_, [], dot)
+
+        loop(builder, builder.mul(count_, const(shape[1])), [], clear)
+        _in_runs(v, channels_, run)
 
     return types.void(dots, grad, corners, axes, count, channels), emit

@@ -62,8 +62,9 @@ class Plan(NamedTuple):
     row: int  # entries of a row in the tables
     weight_step: int  # from the weight of one sample to the next
     is_direct: int  # the numbers of a tile lie side by side already
-    blocks: int  # into which the channels of a group are divided for the gradient of the value, and their size
-    block: int
+    groups: int  # whose channels one thread takes together for the gradient of the value,
+    blocks: int  # or into how many blocks those of a group are divided,
+    block: int  # and their size
 
 
 class Prepared(NamedTuple):
@@ -90,7 +91,8 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, 
     queries = max(1, min(TILE // of_query, g.queries, fair))
     row = round_up(queries * of_query, lanes)
     corners = 1 if is_discrete else 4
-    blocks = min(-(-2 * threads // max(g.batch * g.groups, 1)), -(-g.channels // lanes)) if threads > 1 else 1
+    parts = -(-threads // g.batch)  # of an image, for the gradient of the value
+    blocks = min(-(-parts // g.groups), -(-g.channels // lanes))
     block = round_up(-(-g.channels // blocks), lanes)
     workspace = Workspace(
         ((threads, 2 * row + lanes), dtype),
@@ -112,6 +114,7 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, 
         row=row,
         weight_step=g.groups if g.location_groups < g.groups else 1,
         is_direct=int(not has_reference and not packed and g.number_steps[1] == 2 * of_query),
+        groups=max(1, g.groups // parts),
         blocks=-(-g.channels // block),
         block=block,
     )

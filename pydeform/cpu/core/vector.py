@@ -364,7 +364,10 @@ def _lanes_of_pair(numbers: Callable[[int], list[int]]) -> Any:
 
     @primitive
     def function(x: Any, y: Any) -> Any:
-        return x(x, y), lambda builder, *pair: shuffle(builder, *pair, numbers(x.lanes))
+        def emit(builder: Any, x_: Any, y_: Any) -> Any:
+            return shuffle(builder, x_, y_, numbers(x.lanes))
+
+        return x(x, y), emit
 
     return function
 

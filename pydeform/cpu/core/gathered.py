@@ -113,9 +113,7 @@ def sum_samples(
                 at = _place(builder, builder.add(samples.entry, i), *shape)
                 starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
                 w = v.load_splat(weights_, builder.mul(i, step_))
-                values = (
-                    blended(v, shares, [load(v.offset(start, place)) for start in starts]) for place in places
-                )
+                values = (blended(v, shares, [load(v.offset(start, place)) for start in starts]) for place in places)
                 return [v.fma(w, value, total) for value, total in zip(values, sums, strict=True)]
 
             for place, total in zip(places, loop(builder, count_, [v.zero] * len(places), add), strict=True):
@@ -179,7 +177,7 @@ def corner_dots(vector_bytes: int, dots: Any, grad: Any, corners: Any, axes: Any
                 sums = []
                 for start in starts:
                     products = [(g, load(v.offset(start, place))) for g, place in zip(grads, places, strict=True)]
-                    sums.append(functools.reduce(lambda s, pair: v.fma(*pair, s), products, v.zero))
+                    sums.append(functools.reduce(lambda total, pair: v.fma(pair[0], pair[1], total), products, v.zero))
                 total = v.sum_each(sums)
                 target = builder.bitcast(v.offset(dots_, builder.mul(i, const(shape[1]))), total.type.as_pointer())
                 before = builder.load(target)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pydeform.cpu.core.gathered import corner_dots, scatter_samples
 from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for

@@ -21,11 +21,17 @@ class TestDcnv4(GatherTests):
     arguments = f"input, offset_mask, {ARGUMENTS}"
 
     def places(self, problem):
-        """Of each group the offsets alone, with both numbers of a point."""
+        return self.parts(problem)[0]
+
+    def factors(self, problem):
+        return self.parts(problem)[1]
+
+    def parts(self, problem):
+        """Which numbers are offsets, which are masks."""
         options = {name: problem.options[name] for name in ("kernel_size", "groups", "remove_center")}
-        offset, mask = reference.unpack(problem.arrays["offset_mask"], **options)
-        is_offset = reference.pack(np.ones_like(offset), np.zeros_like(mask), options["groups"])
-        return is_offset.astype(bool)
+        offset, mask = map(np.ones_like, reference.unpack(problem.arrays["offset_mask"], **options))
+        pairs = (offset, 0 * mask), (0 * offset, mask)
+        return [reference.pack(*pair, options["groups"]).astype(bool) for pair in pairs]
 
 
 @pytest.mark.parametrize("name", ["kernel_3", "kernel_5", "scale_2", "one_pixel"])

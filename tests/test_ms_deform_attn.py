@@ -115,15 +115,6 @@ def test_discrete_nan_is_nan(backend, dtype):
     assert_results(problem, both(backend, problem), want, dtype)
 
 
-def test_discrete_gradcheck(backend):
-    """Of what has a gradient."""
-    problem = make(OPERATOR, "discrete_ragged")
-    forward, backward, arguments = checked(backend, problem)
-    names = ("value", "attention_weights")
-    report = gradcheck(forward, backward, arguments, wrt=names, elements=12)
-    assert tuple(report.checked) == names
-
-
 # How sizes and points are given -------------------------------------------------------------------------------------
 
 

@@ -141,7 +141,7 @@ def _fused(case: Attention, rng: np.random.Generator, draw: Draw) -> tuple[dict[
     per_level, numbers = case.references
     shape = (case.batch, case.queries, len(case.shapes) if per_level else 1)
     references = rng.integers(0, 5, (*shape, 2)) / 4
-    locations = arrays["sampling_locations"].reshape(*case.leading, -1, 2)
+    locations = arrays["sampling_locations"].reshape(*case.leading, len(case.levels), 2)
     of_point = np.array(case.levels) if per_level else np.zeros(len(case.levels), int)
     away = locations - references[:, :, None, of_point]
     if numbers == 4:

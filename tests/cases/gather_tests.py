@@ -203,6 +203,30 @@ class GatherTests:
             everything = [*results, *problem.numbers.values()]
             assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(everything, 2))
 
+    @each_dtype
+    def test_tensors_give_the_numbers_of_arrays(self, first, dtype):
+        torch = pytest.importorskip("torch", reason="torch is not installed")
+        problem = self.make(first, dtype)
+
+        def tensor(a: Any) -> Any:
+            if a.dtype.kind == "f":
+                return torch.from_numpy(a)
+            return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+
+        def same(got: Any, want: Any) -> None:
+            assert type(got) is torch.Tensor and str(got.dtype) == f"torch.{dtype}"
+            numbers = got.view(torch.int16).numpy().view(want.dtype) if got.dtype is torch.bfloat16 else got.numpy()
+            assert_same_bits(numbers, want)
+
+        forward, backward = getattr(pydeform, self.operator), getattr(pydeform, f"{self.operator}_backward")
+        rest = problem.options | {n: a for n, a in problem.arrays.items() if n == "spatial_shapes"}
+        theirs = {name: tensor(a) for name, a in problem.numbers.items()} | rest
+        ours = {**problem.arrays, **problem.options}
+        same(forward(**theirs), forward(**ours))
+        grads = backward(tensor(problem.grad_output), **theirs)
+        for got, want in zip(grads, backward(problem.grad_output, **ours), strict=True):
+            same(got, want)
+
     # The same bits
 
     @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
@@ -237,9 +261,12 @@ class GatherTests:
     # What is not finite
 
     def places(self, problem: Problem) -> np.ndarray:
-        """A mask of what says where samples are, along the last axis: all of it but dcnv4's masks and rest."""
-        shape = problem.arrays[problem.place].shape
-        return np.ones(shape, bool)
+        """A mask of what says where samples are, in its argument."""
+        return np.ones(problem.arrays[problem.place].shape, bool)
+
+    def factors(self, problem: Problem) -> np.ndarray:
+        """A mask of what samples are multiplied by, in the last argument."""
+        return np.ones(list(problem.numbers.values())[-1].shape, bool)
 
     @each_dtype
     def test_places_that_are_not_finite(self, backend, chosen, dtype):
@@ -275,31 +302,42 @@ class GatherTests:
         assert np.isfinite(results[1][problem.data]).all()  # does not depend on the data
         assert np.isfinite(grads[problem.data]).all()
 
-    @pytest.mark.parametrize("value", NOT_FINITE[:2], ids=str)
-    def test_one_number_of_grad_output(self, backend, chosen, value):
+    @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+    @pytest.mark.parametrize("value", NOT_FINITE, ids=str)
+    @pytest.mark.parametrize("argument", ["data", "factor", "grad_output"])
+    def test_one_number_that_is_not_finite(self, backend, chosen, argument, value):
+        """It reaches what the equations say and no more; outside, a weight multiplies a sample of 0."""
         problem = self.make(chosen)
-        grad_output = problem.grad_output.copy()
-        grad_output.flat[grad_output.size // 3] = value
-        problem = problem._replace(grad_output=grad_output)
-        output, grads = both(backend, problem)
-        want, want_grads = solve_oracle(problem)
-        assert_close(output, want, "float64")
-        for name, grad in want_grads.items():
-            if grad is not None:  # a sum of infinite terms may be NaN where they are added up in another order
-                finite = np.isfinite(grad)
-                np.testing.assert_array_equal(np.isfinite(grads[name]), finite, err_msg=name)
-                assert_close(np.where(finite, grads[name], 0), np.where(finite, grad, 0), "float64", name)
+        for part in (0.1, 0.5, 0.9):
+            if argument == "grad_output":
+                spoilt = problem._replace(grad_output=problem.grad_output.copy())
+                array, spots = spoilt.grad_output, np.arange(spoilt.grad_output.size)
+            else:
+                name = problem.data if argument == "data" else tuple(problem.numbers)[-1]
+                spoilt = problem.replaced(**{name: problem.arrays[name].copy()})
+                array = spoilt.arrays[name]
+                spots = np.arange(array.size) if argument == "data" else np.flatnonzero(self.factors(problem))
+            array.flat[spots[int(part * len(spots))]] = value
+            output, grads = both(backend, spoilt)
+            want, want_grads = solve_oracle(spoilt)
+            for name, expect in {"output": want, **want_grads}.items():
+                if expect is not None:  # a sum of infinite terms may be NaN where they are added up in another order
+                    got, finite = output if name == "output" else grads[name], np.isfinite(expect)
+                    np.testing.assert_array_equal(np.isfinite(got), finite, err_msg=name)
+                    assert_close(np.where(finite, got, 0), np.where(finite, expect, 0), "float64", name)
 
     # Differences
 
     def test_gradcheck(self, backend, chosen):
+        """Of all that has a gradient."""
         problem = self.make(chosen)
-        if problem.options.get("method") == "discrete":
-            pytest.skip("places have no gradient here: see the class of the operator")
         forward, backward, arguments = checked(backend, problem)
-        kinks = {name: stay for name in (*PLACES, "offset_mask") if name in arguments}
-        report = gradcheck(forward, backward, arguments, kinks=kinks, kink_margin=0.002, elements=8, directions=1)
-        assert set(report.checked) == set(arguments)
+        wrt = [name for name, grad in expected(self.operator, chosen)[1].items() if grad is not None]
+        options: dict[str, Any] = {"kinks": {name: stay for name in wrt if name in (*PLACES, "offset_mask")}}
+        report = gradcheck(
+            forward, backward, arguments, wrt=wrt, kink_margin=0.002, elements=8, directions=1, **options
+        )
+        assert list(report.checked) == wrt
         assert not any(report.kinked.values())
 
 

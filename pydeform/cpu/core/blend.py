@@ -83,12 +83,12 @@ def _define_blend_dots(
                     store(v.fma(w, g, load(pointer)), pointer)
             return [v.fma(g, value, dot) for value, dot in zip(values, dots, strict=True)]
 
-        return [v.sum(dot) for dot in all_channels(v, channels_, [v.zero] * len(sources), step)]
+        return [v.sum(dot) for dot in _all_channels(v, channels_, [v.zero] * len(sources), step)]
 
     return weights(out, grad, image, grad_image, corners, weights, channels), emit
 
 
-def all_channels(v: Vectors, count: Any, sums: list[Any], step: Callable[..., list[Any]]) -> list[Any]:
+def _all_channels(v: Vectors, count: Any, sums: list[Any], step: Callable[..., list[Any]]) -> list[Any]:
     """sums = step(c, sums, load, store) for each vector of channels from c on, the last of which is masked: the lanes
     beyond belong to another block and another thread. There, gradients may be infinite: 0 times that is NaN, and stays
     out of the sums."""

@@ -1,58 +1,75 @@
 """Sums over a list of samples, each a few corners with shares of them: forward, its transpose, and dots.
 
-A corner whose pixel's number is negative is outside the image: it is read from, or written to, `nothing` instead, a row
-of zeros or of numbers that nobody reads. Only the last vector of channels is masked: what lies beyond belongs to another
-group, and to another thread.
+Only the last vector of channels is masked: what lies beyond belongs to another group, and to another thread.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from numba import types
 
-from pydeform.cpu.core.blend import all_channels, blended
+from pydeform.cpu.core.blend import blended
 from pydeform.cpu.core.lanes import Vectors, for_any_width
 from pydeform.cpu.core.primitive import INT, const, loop, primitive
+from pydeform.cpu.core.simd import VECTOR_BYTES
 
 AT_ONCE = (4, 2, 1)  # vectors of sums in registers
 
 
 class Corners(NamedTuple):
-    """Samples, one after the other. Sample i has corner k at pixel pixels[k][i], with the share shares[k][i]."""
+    """Samples, one after the other, from an entry of their tables on (`place_in`)."""
 
-    image: Any  # channel 0 of pixel 0
-    nothing: Any
-    pixels: Any  # a tuple of pointers, one for each corner
+    starts: Any  # addresses of a pixel's first channel
     shares: Any
-    stride: int  # numbers from one pixel to the next
+    entry: int
+    channel: int  # the first that is meant
+
+
+def _lanes(number: Any) -> int:
+    return 8 * VECTOR_BYTES // int(number.bitwidth)
+
+
+def _corners(axes: Any) -> int:
+    return int(2 ** len(axes))
 
 
 @primitive
-def rows_of(pointer: Any, row: Any, axes: Any) -> Any:
-    """Pointers to the rows of a table, one for each corner of a cell with an axis for each item of `axes`, a tuple."""
-    count = 2 ** len(axes)
-
-    def emit(builder: Any, pointer_: Any, row_: Any, _axes: Any) -> Any:
-        return [builder.gep(pointer_, [builder.mul(row_, const(k))]) for k in range(count)]
-
-    return types.UniTuple(pointer, count)(pointer, row, axes), emit
+def address_of(pointer: Any) -> Any:
+    return types.int64(pointer), lambda builder, pointer_: builder.ptrtoint(pointer_, INT)
 
 
-def _places(v: Vectors, corners: Corners, i: Any) -> list[Any]:
-    """Pointers to channel 0 of the corners of sample i."""
-    builder, places = v.builder, []
-    for pixels in corners.pixels:
-        pixel = builder.sext(builder.load(v.offset(pixels, i)), INT)
-        inside = v.offset(corners.image, builder.mul(pixel, corners.stride))
-        is_outside = builder.icmp_signed("<", pixel, const(0))
-        places.append(builder.select(is_outside, corners.nothing, inside))
-    return places
+@primitive
+def place_in(entry: Any, like: Any, axes: Any) -> Any:
+    """Where a table has the first corner of an entry; the others follow `lanes_of(like)` apart, since a vector of
+    entries has its corners side by side. `axes`: a tuple with an item for each axis of a cell."""
+
+    def emit(builder: Any, entry_: Any, _like: Any, _axes: Any) -> Any:
+        return _place(builder, entry_, _lanes(like.dtype), _corners(axes))
+
+    return types.int64(entry, like, axes), emit
 
 
-def _shares(v: Vectors, corners: Corners, i: Any) -> list[Any]:
-    return [v.load_splat(shares, i) for shares in corners.shares]
+def _place(builder: Any, entry: Any, lanes: int, corners: int) -> Any:
+    lane = builder.and_(entry, const(lanes - 1))
+    return builder.add(builder.mul(builder.sub(entry, lane), const(corners)), lane)
+
+
+def _starts(v: Vectors, samples: Corners, place: Any, step: int, corners: int) -> list[Any]:
+    """Pointers to the first channel of the sample at a place of the tables."""
+    builder, pointer = v.builder, v.element.as_pointer()
+    addresses = (builder.load(v.offset(samples.starts, _beyond(v, place, k * step))) for k in range(corners))
+    return [v.offset(builder.inttoptr(address, pointer), samples.channel) for address in addresses]
+
+
+def _shares(v: Vectors, samples: Corners, place: Any, step: int, corners: int) -> list[Any]:
+    return [v.load_splat(samples.shares, _beyond(v, place, k * step)) for k in range(corners)]
+
+
+def _beyond(v: Vectors, place: Any, number: int) -> Any:
+    return v.builder.add(place, const(number))
 
 
 def _in_runs(v: Vectors, channels: Any, body: Callable[[list[Any], Any, Any], None]) -> None:
@@ -82,20 +99,21 @@ def _in_runs(v: Vectors, channels: Any, body: Callable[[list[Any], Any, Any], No
 
 @for_any_width
 def sum_samples(
-    vector_bytes: int, out: Any, corners: Any, weights: Any, step: Any, count: Any, channels: Any
+    vector_bytes: int, out: Any, corners: Any, axes: Any, weights: Any, step: Any, count: Any, channels: Any
 ) -> Any:
     """out[c] = sum_i weights[i * step] * sample_i[c]."""
+    shape = _lanes(out.dtype), _corners(axes)
 
-    def emit(builder: Any, out_: Any, corners_: Any, weights_: Any, step_: Any, count_: Any, channels_: Any) -> None:
+    def emit(builder: Any, out_: Any, corners_: Any, _axes: Any, weights_: Any, *rest: Any) -> None:
+        step_, count_, channels_ = rest
         v, samples = Vectors(builder, out.dtype, vector_bytes), Corners(*corners_)
 
         def run(places: list[Any], load: Any, store: Any) -> None:
             def add(i: Any, sums: list[Any]) -> list[Any]:
-                starts, shares = _places(v, samples, i), _shares(v, samples, i)
+                at = _place(builder, builder.add(samples.entry, i), *shape)
+                starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
                 w = v.load_splat(weights_, builder.mul(i, step_))
-                values = (
-                    blended(v, shares, [load(v.offset(start, place)) for start in starts]) for place in places
-                )
+                values = (blended(v, shares, [load(v.offset(start, place)) for start in starts]) for place in places)
                 return [v.fma(w, value, total) for value, total in zip(values, sums, strict=True)]
 
             for place, total in zip(places, loop(builder, count_, [v.zero] * len(places), add), strict=True):
@@ -103,16 +121,18 @@ def sum_samples(
 
         _in_runs(v, channels_, run)
 
-    return types.void(out, corners, weights, step, count, channels), emit
+    return types.void(out, corners, axes, weights, step, count, channels), emit
 
 
 @for_any_width
 def scatter_samples(
-    vector_bytes: int, grad: Any, corners: Any, weights: Any, step: Any, count: Any, channels: Any
+    vector_bytes: int, grad: Any, corners: Any, axes: Any, weights: Any, step: Any, count: Any, channels: Any
 ) -> Any:
     """The transpose: sample_i[c] += weights[i * step] * grad[c], onto each corner by its share, one after the other."""
+    shape = _lanes(grad.dtype), _corners(axes)
 
-    def emit(builder: Any, grad_: Any, corners_: Any, weights_: Any, step_: Any, count_: Any, channels_: Any) -> None:
+    def emit(builder: Any, grad_: Any, corners_: Any, _axes: Any, weights_: Any, *rest: Any) -> None:
+        step_, count_, channels_ = rest
         v, samples = Vectors(builder, grad.dtype, vector_bytes), Corners(*corners_)
 
         def run(places: list[Any], load: Any, store: Any) -> None:
@@ -121,7 +141,9 @@ def scatter_samples(
             def add(i: Any, _: list[Any]) -> list[Any]:
                 w = v.load_splat(weights_, builder.mul(i, step_))
                 weighted = [builder.fmul(w, g) for g in grads]
-                for start, share in zip(_places(v, samples, i), _shares(v, samples, i), strict=True):
+                at = _place(builder, builder.add(samples.entry, i), *shape)
+                starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
+                for start, share in zip(starts, shares, strict=True):
                     for place, g in zip(places, weighted, strict=True):
                         target = v.offset(start, place)
                         store(v.fma(share, g, load(target)), target)
@@ -131,28 +153,41 @@ def scatter_samples(
 
         _in_runs(v, channels_, run)
 
-    return types.void(grad, corners, weights, step, count, channels), emit
+    return types.void(grad, corners, axes, weights, step, count, channels), emit
 
 
 @for_any_width
-def corner_dots(vector_bytes: int, dots: Any, grad: Any, corners: Any, count: Any, channels: Any) -> Any:
-    """dots[k][i] = sum_c grad[c] * corner k of sample i [c]."""
+def corner_dots(vector_bytes: int, dots: Any, grad: Any, corners: Any, axes: Any, count: Any, channels: Any) -> Any:
+    """dots[k] of each sample, side by side, = sum_c grad[c] * corner_k[c]."""
+    shape = _lanes(grad.dtype), _corners(axes)
 
-    def emit(builder: Any, dots_: Any, grad_: Any, corners_: Any, count_: Any, channels_: Any) -> None:
+    def emit(builder: Any, dots_: Any, grad_: Any, corners_: Any, _axes: Any, count_: Any, channels_: Any) -> None:
         v, samples = Vectors(builder, grad.dtype, vector_bytes), Corners(*corners_)
 
-        def dot(i: Any, _: list[Any]) -> list[Any]:
-            starts = _places(v, samples, i)
-
-            def add(c: Any, sums: list[Any], load: Any, _store: Any) -> list[Any]:
-                g = load(v.offset(grad_, c))
-                values = [load(v.offset(start, c)) for start in starts]
-                return [v.fma(g, value, total) for value, total in zip(values, sums, strict=True)]
-
-            for total, pointer in zip(all_channels(v, channels_, [v.zero] * len(starts), add), dots_, strict=True):
-                builder.store(v.sum(total), v.offset(pointer, i))
+        def clear(i: Any, _: list[Any]) -> list[Any]:
+            builder.store(v.element(0), v.offset(dots_, i))
             return []
 
-        loop(builder, count_, [], dot)
+        def run(places: list[Any], load: Any, _store: Any) -> None:
+            grads = [load(v.offset(grad_, place)) for place in places]
 
-    return types.void(dots, grad, corners, count, channels), emit
+            def dot(i: Any, _: list[Any]) -> list[Any]:
+                at = _place(builder, builder.add(samples.entry, i), *shape)
+                starts = _starts(v, samples, at, *shape)
+                sums = []
+                for start in starts:
+                    products = [(g, load(v.offset(start, place))) for g, place in zip(grads, places, strict=True)]
+                    sums.append(functools.reduce(lambda total, pair: v.fma(pair[0], pair[1], total), products, v.zero))
+                total = v.sum_each(sums)
+                target = builder.bitcast(v.offset(dots_, builder.mul(i, const(shape[1]))), total.type.as_pointer())
+                before = builder.load(target)
+                before.align = v.itemsize
+                builder.store(builder.fadd(before, total), target).align = v.itemsize
+                return []
+
+            loop(builder, count_, [], dot)
+
+        loop(builder, builder.mul(count_, const(shape[1])), [], clear)
+        _in_runs(v, channels_, run)
+
+    return types.void(dots, grad, corners, axes, count, channels), emit

@@ -6,6 +6,7 @@ result depends on neither threads nor tiles.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,29 @@ class Vectors:
             high = shuffle(self.builder, vector, undefined, list(range(half, width)))
             vector, width = self.builder.fadd(low, high), half
         return self.builder.extract_element(vector, ir.Constant(LANE, 0))
+
+    def sum_each(self, vectors: list[Any]) -> Any:
+        """The sums of the lanes of some vectors, a power of two of them, side by side: the bits of `sum`."""
+        width = self.lanes  # of the lanes that each has left
+        while len(vectors) > 1 and width > 1:
+            width //= 2
+            vectors = [self._folded(*pair, width) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
+        if width == 1:
+            return functools.reduce(self._joined, vectors[1:], vectors[0])
+        (total,) = vectors
+        while width > 1:
+            width //= 2
+            total = self._folded(total, total, width, 1)
+        return total
+
+    def _joined(self, low: Any, high: Any) -> Any:
+        return shuffle(self.builder, low, high, list(range(low.type.count + high.type.count)))
+
+    def _folded(self, low: Any, high: Any, width: int, times: int = 2) -> Any:
+        """Of runs of 2*width lanes the first halves plus the second halves; of one vector, or of two as one."""
+        starts = range(0, times * low.type.count, 2 * width)
+        halves = ([start + half + i for start in starts for i in range(width)] for half in (0, width))
+        return self.builder.fadd(*(shuffle(self.builder, low, high, lanes) for lanes in halves))
 
     def first_lanes(self, count: Any) -> Any:
         """Mask that is true in the first `count` lanes, which is compared in integers of the lanes' own width."""

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from pydeform.cpu.core.gathered import corner_dots, rows_of, scatter_samples
+from pydeform.cpu.core.gathered import corner_dots, scatter_samples
 from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
 from pydeform.cpu.core.simd import advance, at
-from pydeform.cpu.core.vector import lanes_of, load, store
+from pydeform.cpu.core.vector import evens, lanes_of, load, odds, store
 from pydeform.cpu.gather.places import (
     Tile,
     clear_nothing,
@@ -46,13 +44,13 @@ def gather_backward(
     call_helpers(thread, counters)
     clear_nothing(thread, scratch)
     tiles = -(-g.queries // p.queries)
-    scattering = g.batch * g.groups * p.blocks * (grads.value.size > 0)
+    parts = -(-g.groups // p.groups) * p.blocks  # of an image's channels
+    scattering = g.batch * parts * (grads.value.size > 0)
     units = scattering + g.batch * tiles * (grads.weights.size > 0)
     unit = claim(counters, 0)
     while unit < units:
         if unit < scattering:
-            part, block = unit // p.blocks, unit % p.blocks
-            _scatter_group(thread, part // g.groups, part % g.groups, block, given, grads, scratch, tables, g, p)
+            _scatter(thread, unit // parts, unit % parts, given, grads, scratch, tables, g, p)
         else:
             image = (unit - scattering) // tiles
             query = (unit - scattering - image * tiles) * p.queries
@@ -65,41 +63,43 @@ def gather_backward(
 
 
 @inline
-def _scatter_group(
-    thread: int, image: int, group: int, block: int, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any
+def _scatter(
+    thread: int, image: int, part: int, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any
 ) -> None:
-    """Eq. 5 for a block of a group's channels."""
-    place = group if g.location_groups > 1 else 0
-    first = group * g.channels + block * p.block
-    channels = min(p.block, g.channels - block * p.block)
-    some = p.queries * g.location_groups
-    for query in range(0, g.queries, some):
-        tile = Tile(thread, image, query, min(some, g.queries - query), place, 1)
-        locate(tile, given, scratch, tables, g, p)
+    """Eq. 5 for some groups, or a block of the channels of one."""
+    first_group, block = part // p.blocks * p.groups, part % p.blocks * p.block
+    groups, channels = min(p.groups, g.groups - first_group), min(p.block, g.channels - block)
+    of_place = g.location_groups // g.groups  # 0: all groups have the same
+    apart = groups if of_place else 1
+    queries = p.queries * g.location_groups // apart
+    for query in range(0, g.queries, queries):
+        tile = Tile(thread, image, query, min(queries, g.queries - query), first_group * of_place, apart)
+        locate(tile, grads.value, 1, given, scratch, tables, g, p)
         if given.reference is not None:
             make_weights(tile, given, scratch, g)
         for q in range(tile.queries):
-            entry = entry_of(tile, q, 0, g)
-            weights = weights_of(tile, q, group, entry, given, scratch, g)
-            corners = corners_of(entry, first, tile, grads.value, 1, scratch, p)
-            grad = at(grads.output, (image, query + q, first))
-            scatter_samples(grad, corners, weights, p.weight_step, g.samples, channels)
+            for i in range(groups):
+                entry, channel = entry_of(tile, q, i * of_place, g), (first_group + i) * g.channels + block
+                weights = weights_of(tile, q, first_group + i, entry, given, scratch, g)
+                grad = at(grads.output, (image, query + q, channel))
+                corners = corners_of(entry, channel, thread, scratch)
+                scatter_samples(grad, corners, p.axes, weights, p.weight_step, g.samples, channels)
 
 
 @inline
 def _dots_of_tile(tile: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     """Eq. 3 and 4, and of them eq. 6."""
-    locate(tile, given, scratch, tables, g, p)
+    locate(tile, given.value, 0, given, scratch, tables, g, p)
     if given.reference is not None:
         make_weights(tile, given, scratch, g)
     for first in range(0, g.groups, tile.groups):  # groups that share their places, one after the other
         for query in range(tile.queries):
             for i in range(tile.groups):
                 entry, channel = entry_of(tile, query, i, g), (first + i) * g.channels
-                corners = corners_of(entry, channel, tile, given.value, 0, scratch, p)
-                dots = rows_of(at(scratch.dots, (tile.thread, 0, entry)), p.row, p.axes)
+                corners = corners_of(entry, channel, tile.thread, scratch)
+                dots = at(scratch.dots, (tile.thread, entry * (1 << len(p.axes))))
                 grad = at(grads.output, (tile.image, tile.query + query, channel))
-                corner_dots(dots, grad, corners, g.samples, g.channels)
+                corner_dots(dots, grad, corners, p.axes, g.samples, g.channels)
                 if given.reference is None:
                     _bring_weights(tile, query, first + i, entry, given, scratch, g, p)
         _blend_dots(tile, first > 0, scratch, tables, g, p)
@@ -123,12 +123,16 @@ def _bring_weights(tile: Any, query: int, group: int, entry: int, given: Any, sc
 def _blend_dots(tile: Any, add: bool, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     """values = gradients of the weights; moves[axis] (+)= gradients of the numbers y and x."""
     thread, count = tile.thread, tile.queries * tile.groups * g.samples
-    for i in range(0, count, lanes_of(at(scratch.values, (thread, 0)))):
-        values, dots = at(scratch.values, (thread, i)), at(scratch.dots, (thread, 0, i))
+    lanes = lanes_of(at(scratch.values, (thread, 0)))
+    for i in range(0, count, lanes):
+        values = at(scratch.values, (thread, i))
+        dots = at(scratch.dots, (thread, i * (1 << len(p.axes))))
         if p.discrete is None:
             down, along = load(at(scratch.cells, (thread, 0, i))), load(at(scratch.cells, (thread, 1, i)))
-            one, two = load(dots), load(advance(dots, p.row))
-            three, four = load(advance(dots, 2 * p.row)), load(advance(dots, 3 * p.row))
+            one, two = load(dots), load(advance(dots, lanes))
+            three, four = load(advance(dots, 2 * lanes)), load(advance(dots, 3 * lanes))
+            one, two, three, four = evens(one, two), odds(one, two), evens(three, four), odds(three, four)
+            one, two, three, four = evens(one, three), evens(two, four), odds(one, three), odds(two, four)
             top, bottom = (1 - along) * one + along * two, (1 - along) * three + along * four
             store((1 - down) * top + down * bottom, values)
             by_y, by_x = bottom - top, (1 - down) * (two - one) + down * (four - three)
@@ -141,7 +145,7 @@ def _blend_dots(tile: Any, add: bool, scratch: Any, tables: Any, g: Any, p: Any)
             store(by_y, to_y)
             store(by_x, to_x)
         else:
-            store(load(at(scratch.shares, (thread, 0, i))) * load(dots), values)
+            store(load(at(scratch.shares, (thread, i))) * load(dots), values)
 
 
 @inline

@@ -23,7 +23,7 @@ def gather(thread: int, counters: Any, given: Any, output: Any, scratch: Any, ta
         image = unit // tiles
         query = (unit - image * tiles) * p.queries
         tile = Tile(thread, image, query, min(p.queries, g.queries - query), 0, g.location_groups)
-        locate(tile, given, scratch, tables, g, p)
+        locate(tile, given.value, 0, given, scratch, tables, g, p)
         if given.reference is not None:
             make_weights(tile, given, scratch, g)
         _sum_tile(tile, given, output, scratch, g, p)
@@ -39,6 +39,6 @@ def _sum_tile(tile: Any, given: Any, output: Any, scratch: Any, g: Any, p: Any) 
         for group in range(g.groups):
             entry = entry_of(tile, query, group if tile.groups > 1 else 0, g)
             weights, channel = weights_of(tile, query, group, entry, given, scratch, g), group * g.channels
-            corners = corners_of(entry, channel, tile, given.value, 0, scratch, p)
+            corners = corners_of(entry, channel, tile.thread, scratch)
             out = at(output, (tile.image, tile.query + query, channel))
-            sum_samples(out, corners, weights, p.weight_step, g.samples, g.channels)
+            sum_samples(out, corners, p.axes, weights, p.weight_step, g.samples, g.channels)

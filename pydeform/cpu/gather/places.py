@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pydeform._gather_geometry import BILINEAR_INSIDE
-from pydeform.cpu.core.gathered import Corners, rows_of
+from pydeform.cpu.core.gathered import Corners, address_of, place_in
 from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.simd import advance, at
 from pydeform.cpu.core.vector import (
@@ -25,8 +25,6 @@ from pydeform.cpu.core.vector import (
 )
 from pydeform.cpu.sampling.axes import axis_corners
 
-OUTSIDE = -1  # in the place of a pixel's number
-
 
 class Tile(NamedTuple):
     """Some queries of an image with some groups, and the thread that has their entries in its tables."""
@@ -39,6 +37,14 @@ class Tile(NamedTuple):
     groups: int  # as many as have places of their own, or one of them
 
 
+class Maps(NamedTuple):
+    """Where the maps of an image lie, in bytes."""
+
+    start: int
+    pixel: int  # from one pixel to the next
+    nothing: int  # in the place of a pixel that is outside
+
+
 @inline_always
 def entry_of(tile: Any, query: int, group: int, g: Any) -> int:
     """The first of a query and group, both counted from the tile's first."""
@@ -46,16 +52,9 @@ def entry_of(tile: Any, query: int, group: int, g: Any) -> int:
 
 
 @inline_always
-def corners_of(entry: int, channel: int, tile: Any, image: Any, outside: int, scratch: Any, p: Any) -> Any:
-    """Those of the samples from an entry on, in an image (image, pixel, all channels) from a channel on. `outside`: the
-    row of `nothing` that is read, 0, or written to, 1."""
-    return Corners(
-        at(image, (tile.image, 0, channel)),
-        at(scratch.nothing, (tile.thread, outside, 0)),
-        rows_of(at(scratch.pixels, (tile.thread, 0, entry)), p.row, p.axes),
-        rows_of(at(scratch.shares, (tile.thread, 0, entry)), p.row, p.axes),
-        image.shape[2],
-    )
+def corners_of(entry: int, channel: int, thread: int, scratch: Any) -> Any:
+    """Those of the samples from an entry on, in the maps that were located in, from a channel on."""
+    return Corners(at(scratch.starts, (thread, 0)), at(scratch.shares, (thread, 0)), entry, channel)
 
 
 @inline
@@ -65,8 +64,14 @@ def clear_nothing(thread: int, scratch: Any) -> None:
 
 
 @inline
-def locate(tile: Any, given: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
-    """Fills the tables of the tile's entries. No index is formed from a number that is not known to be in range."""
+def locate(tile: Any, image: Any, nothing: int, given: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
+    """Fills the tables of the tile's entries. `image`: (image, pixel, all channels); corners outside are in a row of
+    `nothing`: 0 to read, 1 to write to. No address is formed from a number that is not known to be in range."""
+    maps = Maps(
+        address_of(at(image, (tile.image, 0, 0))),
+        address_of(at(image, (0, 1, 0))) - address_of(at(image, (0, 0, 0))),
+        address_of(at(scratch.nothing, (tile.thread, nothing, 0))),
+    )
     numbers = at(scratch.numbers, (tile.thread, 0))
     if given.reference is not None:
         _add_references(tile, given.locations, given.reference, numbers, tables, g)
@@ -76,9 +81,9 @@ def locate(tile: Any, given: Any, scratch: Any, tables: Any, g: Any, p: Any) -> 
         _bring_together(tile, given.locations, numbers, tables.number, g)
     _lay_kernels(tile, at(scratch.bases, (tile.thread, 0, 0)), g, p)
     if p.discrete is None:
-        _name_corners(tile, numbers, scratch, tables, g, p)
+        _name_corners(tile, numbers, maps, scratch, tables, g, p)
     else:
-        _name_pixels(tile, numbers, scratch, tables, g)
+        _name_pixels(tile, numbers, maps, scratch, tables, g)
 
 
 @inline
@@ -148,12 +153,12 @@ def _coordinates(numbers: Any, axis: int, i: int, thread: int, scratch: Any, tab
 
 
 @inline
-def _name_corners(tile: Any, numbers: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
+def _name_corners(tile: Any, numbers: Any, maps: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     """Samples between pixels, of which those outside the map count as zeros."""
     thread, count, lanes = tile.thread, tile.queries * tile.groups * g.samples, lanes_of(numbers)
     # -1 itself is outside, with derivative 0.
     low = np.nextafter(type(numbers[0])(-1), type(numbers[0])(0))
-    pixels, shares = at(scratch.pixels, (thread, 0, 0)), at(scratch.shares, (thread, 0, 0))
+    starts, shares, integer = at(scratch.starts, (thread, 0)), at(scratch.shares, (thread, 0)), at(tables.size, (0, 0))
     for i in range(0, count, lanes):
         one = load_first(advance(numbers, 2 * i), 2 * (count - i))
         two = load_first(advance(numbers, 2 * i + lanes), 2 * (count - i) - lanes)
@@ -163,32 +168,34 @@ def _name_corners(tile: Any, numbers: Any, scratch: Any, tables: Any, g: Any, p:
         start = load_beside(at(tables.first_pixel, (i,)), one)
         y = _coordinates(at_y, 0, i, thread, scratch, tables)
         x = _coordinates(at_x, 1, i, thread, scratch, tables)
-        top, bottom, has_top, has_bottom, down = axis_corners(y, low, convert(height, numbers), height, height, pixels)
-        left, right, has_left, has_right, along = axis_corners(x, low, convert(width, numbers), width, width, pixels)
+        top, bottom, has_top, has_bottom, down = axis_corners(y, low, convert(height, numbers), height, height, integer)
+        left, right, has_left, has_right, along = axis_corners(x, low, convert(width, numbers), width, width, integer)
         if g.rule == BILINEAR_INSIDE:
             is_seen = (at_x > 0) & (at_x < 1) & (at_y > 0) & (at_y < 1)
             has_top, has_bottom = has_top & is_seen, has_bottom & is_seen
-        top, bottom = start + top * width, start + bottom * width
-        place = advance(pixels, i)
-        store(select(has_top & has_left, top + left, OUTSIDE), place)
-        store(select(has_top & has_right, top + right, OUTSIDE), advance(place, p.row))
-        store(select(has_bottom & has_left, bottom + left, OUTSIDE), advance(place, 2 * p.row))
-        store(select(has_bottom & has_right, bottom + right, OUTSIDE), advance(place, 3 * p.row))
-        share = advance(shares, i)
+        place = place_in(i, numbers, p.axes)
+        corner, share = advance(starts, place), advance(shares, place)
+        top = convert(start + top * width, corner) * maps.pixel + maps.start
+        bottom = convert(start + bottom * width, corner) * maps.pixel + maps.start
+        left, right = convert(left, corner) * maps.pixel, convert(right, corner) * maps.pixel
+        store(select(has_top & has_left, top + left, maps.nothing), corner)
+        store(select(has_top & has_right, top + right, maps.nothing), advance(corner, lanes))
+        store(select(has_bottom & has_left, bottom + left, maps.nothing), advance(corner, 2 * lanes))
+        store(select(has_bottom & has_right, bottom + right, maps.nothing), advance(corner, 3 * lanes))
         store((1 - down) * (1 - along), share)
-        store((1 - down) * along, advance(share, p.row))
-        store(down * (1 - along), advance(share, 2 * p.row))
-        store(down * along, advance(share, 3 * p.row))
+        store((1 - down) * along, advance(share, lanes))
+        store(down * (1 - along), advance(share, 2 * lanes))
+        store(down * along, advance(share, 3 * lanes))
         is_known = down + along == down + along
         store(select(is_known, down, np.nan), at(scratch.cells, (thread, 0, i)))
         store(select(is_known, along, np.nan), at(scratch.cells, (thread, 1, i)))
 
 
 @inline
-def _name_pixels(tile: Any, numbers: Any, scratch: Any, tables: Any, g: Any) -> None:
+def _name_pixels(tile: Any, numbers: Any, maps: Any, scratch: Any, tables: Any, g: Any) -> None:
     """Samples that are the pixel which they lie in, or the nearest one of the map."""
     thread, count, lanes = tile.thread, tile.queries * tile.groups * g.samples, lanes_of(numbers)
-    pixels = at(scratch.pixels, (thread, 0, 0))
+    starts, integer = at(scratch.starts, (thread, 0)), at(tables.size, (0, 0))
     for i in range(0, count, lanes):
         one = load_first(advance(numbers, 2 * i), 2 * (count - i))
         two = load_first(advance(numbers, 2 * i + lanes), 2 * (count - i) - lanes)
@@ -197,10 +204,11 @@ def _name_pixels(tile: Any, numbers: Any, scratch: Any, tables: Any, g: Any) -> 
         height = load_beside(at(tables.size, (0, i)), one)
         width = load_beside(at(tables.size, (1, i)), one)
         start = load_beside(at(tables.first_pixel, (i,)), one)
-        pixel = start + _nearest(y, height, pixels, numbers) * width + _nearest(x, width, pixels, numbers)
+        pixel = start + _nearest(y, height, integer, numbers) * width + _nearest(x, width, integer, numbers)
         is_known = (x == x) & (y == y)
-        store(select(is_known, pixel, OUTSIDE), advance(pixels, i))
-        store(select(is_known, splat(1, x), np.nan), at(scratch.shares, (thread, 0, i)))
+        corner = advance(starts, i)
+        store(select(is_known, convert(pixel, corner) * maps.pixel + maps.start, maps.nothing), corner)
+        store(select(is_known, splat(1, x), np.nan), at(scratch.shares, (thread, i)))
 
 
 @inline_always

@@ -28,13 +28,13 @@ class Given(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """A call's own memory, each thread's. An entry is a sample of a query and group; tables have a row for each corner
-    or axis (y, x)."""
+    """A call's own memory, each thread's. An entry is a sample of a query and group; what there is for each corner lies
+    as `place_in` says, what there is for each axis (y, x) in rows."""
 
     numbers: Any  # x and y of each entry, side by side
     bases: Any  # where the kernel begins, for each entry and axis
-    pixels: Any  # corners
-    shares: Any
+    starts: Any  # of corners: addresses of their first channel,
+    shares: Any  # and shares
     cells: Any  # the place within the cell
     dots: Any  # of the output's gradient with the corners
     weights: Any  # of entries, made or brought together here
@@ -62,8 +62,9 @@ class Plan(NamedTuple):
     row: int  # entries of a row in the tables
     weight_step: int  # from the weight of one sample to the next
     is_direct: int  # the numbers of a tile lie side by side already
-    blocks: int  # into which the channels of a group are divided for the gradient of the value, and their size
-    block: int
+    groups: int  # whose channels one thread takes together for the gradient of the value,
+    blocks: int  # or into how many blocks those of a group are divided,
+    block: int  # and their size
 
 
 class Prepared(NamedTuple):
@@ -90,20 +91,20 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, 
     queries = max(1, min(TILE // of_query, g.queries, fair))
     row = round_up(queries * of_query, lanes)
     corners = 1 if is_discrete else 4
-    blocks = min(-(-2 * threads // max(g.batch * g.groups, 1)), -(-g.channels // lanes)) if threads > 1 else 1
+    parts = -(-threads // g.batch)  # of an image, for the gradient of the value
+    blocks = min(-(-parts // g.groups), -(-g.channels // lanes))
     block = round_up(-(-g.channels // blocks), lanes)
-    integer = np.dtype(np.int32)
     workspace = Workspace(
         ((threads, 2 * row + lanes), dtype),
         ((threads, 2, row), dtype),
-        ((threads, corners, row), integer),
-        ((threads, corners, row), dtype),
+        ((threads, corners * row), np.dtype(np.int64)),
+        ((threads, corners * row), dtype),
         ((threads, 2, row), dtype),
-        ((threads, corners, row * needs_dots), dtype),
+        ((threads, corners * row * needs_dots), dtype),
         ((threads, row), dtype),
         ((threads, row * needs_dots), dtype),
         ((threads, 2, row * needs_dots), dtype),
-        ((threads, 2, round_up(g.channels, lanes)), dtype),
+        ((threads, 2, round_up(g.groups * g.channels, lanes)), dtype),
     )
     packed = g.number_steps == g.weight_steps
     plan = Plan(
@@ -113,6 +114,7 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, 
         row=row,
         weight_step=g.groups if g.location_groups < g.groups else 1,
         is_direct=int(not has_reference and not packed and g.number_steps[1] == 2 * of_query),
+        groups=max(1, g.groups // parts),
         blocks=-(-g.channels // block),
         block=block,
     )

@@ -181,7 +181,9 @@ struct Team {
 template <int BYTES, class T, class A, class I>
 PYDEFORM_DEVICE void load_corners(Words<BYTES> (&words)[CORNERS], const T* __restrict__ channel, const Point<A>& point,
                                   I pitch) {
+  const T* const upper = channel + point.place * pitch;
+  const T* const rows[2] = {upper, upper + (point.corners >> 4) * pitch};
 #pragma unroll
   for (int k = 0; k < CORNERS; k++)
-    words[k] = point.reads(k) ? load_words<BYTES>(channel + point.pixel(k) * pitch) : Words<BYTES>{};
+    words[k] = point.reads(k) ? load_words<BYTES>(rows[is_far(k, 0)] + is_far(k, 1) * pitch) : Words<BYTES>{};
 }

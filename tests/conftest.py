@@ -169,6 +169,23 @@ def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
+def sizes_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of the arrays that are made on the device from now on."""
+    import cupy
+
+    taken: list[int] = []
+    for name in ("empty", "zeros", "empty_like", "zeros_like"):
+        make_array = getattr(cupy, name)
+
+        def record(*args: Any, make_array: Any = make_array, **kwargs: Any) -> Any:
+            array = make_array(*args, **kwargs)
+            taken.append(array.size)
+            return array
+
+        monkeypatch.setattr(cupy, name, record)
+    return taken
+
+
 @pytest.fixture(autouse=True)
 def _on_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test's backend needs around it."""

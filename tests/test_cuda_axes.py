@@ -15,7 +15,7 @@ import pytest
 
 from pydeform._geometry import BOUNDARIES, ConvArrays
 from tests.cases.axes import GRADS, Case, expected, make, oracle
-from tests.conftest import assert_same_bits, needs_emulation
+from tests.conftest import assert_same_bits, needs_emulation, sizes_taken
 from tests.test_cuda_convolution import EMULATED, assert_near
 from tests.test_cuda_convolution import on as emulated_device
 
@@ -289,18 +289,7 @@ def test_images_at_a_time_add_up(emulated, monkeypatch, copies):
 
 def test_nothing_has_the_size_of_all_offsets(emulated, way, monkeypatch):
     """A number for each block of pixels is the most that is made for the gradient of the positions."""
-    import cupy
-
-    taken: list[int] = []
-    for name in ("empty", "zeros", "empty_like", "zeros_like"):
-        make_array = getattr(cupy, name)
-
-        def record(*args: Any, make_array: Any = make_array, **kwargs: Any) -> Any:
-            array = make_array(*args, **kwargs)
-            taken.append(array.size)
-            return array
-
-        monkeypatch.setattr(cupy, name, record)
+    taken = sizes_taken(monkeypatch)
     case = ACTIVE._replace(in_channels=3, in_size=(20, 30), out_channels=1, stride=(1, 1), offset_groups=1)
     arrays = make(case)
     pixels, offsets = case.batch * math.prod(case.geometry.out_size), arrays["offset"].size

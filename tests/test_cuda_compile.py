@@ -41,7 +41,7 @@ def sample():
 SAMPLE = sample()
 # Templates that carry a family's work, forward and backward: by tiles, or by warps.
 MAIN = {CONV: ("forward<", "backward_weight<"), ROI: ("pool_bins<", "input_gradient<")}
-MAIN |= {GATHER: ("gather_samples<", "scatter_samples<", "number_gradients<", "fused_gradients<")}
+MAIN[GATHER] = ("gather_samples<", "number_gradients<")
 CORES = ThreadPoolExecutor(os.cpu_count())
 
 needs_nvrtc = pytest.mark.skipif(not TOOLKITS, reason=f"none of {', '.join(nvrtc.WHEELS)} is installed")

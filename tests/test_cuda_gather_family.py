@@ -31,7 +31,7 @@ from tests.cases.gather import (
     solve_oracle,
 )
 from tests.cases.gather_tests import assert_results, assert_same_results
-from tests.conftest import Backend, needs_emulation
+from tests.conftest import Backend, needs_emulation, sizes_taken
 from tests.cuda_emulation import device
 from tests.test_cuda_convolution import on
 
@@ -349,22 +349,12 @@ def test_a_table_in_pieces_arrives():
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_nothing_has_the_size_of_all_locations(monkeypatch, dtype, deterministic):
     """From raw offsets and logits; sorted bins come within bounds of their own."""
-    import cupy
-
     from pydeform.cuda.gather import gradients
 
     case = Attention(((2, 2), (1, 2)), (4, 4), 3, 1, 2, 40, references=(True, 4))
-    problem, taken = make("ms_deform_attn_fused", case, dtype), []
+    problem = make("ms_deform_attn_fused", case, dtype)
     monkeypatch.setattr(gradients, "WORKSPACE", 1 << 10)
-    for name in ("empty", "zeros", "empty_like", "zeros_like"):
-        make_array = getattr(cupy, name)
-
-        def record(*args: Any, make_array: Any = make_array, **kwargs: Any) -> Any:
-            array = make_array(*args, **kwargs)
-            taken.append(array.size)
-            return array
-
-        monkeypatch.setattr(cupy, name, record)
+    taken = sizes_taken(monkeypatch)
     output = run(EMULATED, problem)
     run_backward(EMULATED, problem, needs=("value", "reference_points"), deterministic=deterministic)
     weights = problem.arrays["attention_logits"].size

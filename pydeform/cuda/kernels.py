@@ -189,34 +189,32 @@ def _roi() -> Iterator[tuple[str, tuple[str, ...], int]]:
 
 
 def _gather() -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """Nothing in them depends on the architecture but how halves are rounded, so the main ones stand for all on each.
-    Forward four blocks of 256 threads shall fit, backward two; narrower loads need fewer registers."""
+    """Nothing in them depends on the architecture but how halves are rounded and sums are added, so the two main ones
+    stand for all on each. Forward four blocks of 256 threads shall fit, backward two."""
     newest = EVERY[-1:]
     yield "fill_table", newest, 64
     for dtype, c in C_TYPES.items():
-        wide = dtype == "float64"
-        adds = {"double": 8, "float": 16}.get(c, 8)
+        wide, half = dtype == "float64", c in ("f16", "bf16")
         yield f"gather_samples<{c}, int, 16>", EVERY, 128 if wide else 64
-        yield f"scatter_samples<{c}, int, {adds}>", EVERY, 128 if wide else 64
         yield f"number_gradients<{c}, int, 16>", EVERY, 168 if wide else 128
-        yield f"fused_gradients<{c}, int, 16>", EVERY, 160 if wide else 128
+        some = EVERY if c == "f16" else newest
+        yield f"scatter_samples<{c}, int, {8 if wide or half else 16}>", some, 128 if wide else 64
+        yield f"fused_gradients<{c}, int, 16>", some, 168 if wide else 128
         for name in ("count_points", "fill_cells", "softmax_sums", "gather_cells"):
             yield f"{name}<{c}, int>", newest, 128 if wide else 80
     # Channels that do not fill 16 bytes.
-    for c, sizes in (("f16", (8, 4, 2)), ("bf16", (2,)), ("float", (8, 4)), ("double", (8,))):
-        for size in sizes:
-            for name in ("gather_samples", "scatter_samples", "number_gradients", "fused_gradients"):
-                yield f"{name}<{c}, int, {size}>", newest, 128 if c != "double" else 168
+    for types in ("f16, int, 8", "f16, int, 2", "bf16, int, 4", "float, int, 8", "float, int, 4", "double, int, 8"):
+        for name in ("gather_samples", "number_gradients", "fused_gradients"):
+            yield f"{name}<{types}>", newest, 168 if types.startswith("double") else 128
     # Places in float32 beside a half type, and more numbers than an int counts.
-    for name, wide in (("gather_samples", 16), ("scatter_samples", 8), ("fused_gradients", 16)):
-        yield f"{name}<f16, int, {wide}, float, float>", newest, 128
-        yield f"{name}<bf16, int, {wide}, float>", newest, 128
-        yield f"{name}<double, long long, {wide}>", newest, 168
-        yield f"{name}<f16, long long, {wide}>", newest, 128
-    yield "number_gradients<bf16, int, 16, float>", newest, 96
-    for index in ("int", "long long"):
-        yield f"gather_cells<bf16, {index}, float, float>", newest, 96
-        yield f"count_points<bf16, {index}, float, float>", newest, 96
+    for name, size in (("gather_samples", 16), ("scatter_samples", 8), ("fused_gradients", 16)):
+        yield f"{name}<f16, int, {size}, float, float>", newest, 128
+        yield f"{name}<bf16, int, {size}, float>", newest, 128
+        yield f"{name}<double, long long, {size}>", newest, 168
+        yield f"{name}<f16, long long, {size}>", newest, 128
+    yield "number_gradients<bf16, int, 16, float>", newest, 128
+    for name, index in (("gather_cells", "int"), ("fill_cells", "int"), ("gather_cells", "long long")):
+        yield f"{name}<bf16, {index}, float, float>", newest, 96
     yield "gather_cells<double, long long>", newest, 128
 
 

@@ -61,28 +61,28 @@ __global__ void __launch_bounds__(GATHER_THREADS, FORWARD_BLOCKS<T, I>)
   const Query<A, I> query(run.query, g);
   const I pitch = (I)g.groups * g.channels;
   const T* const image = value + (I)query.image * g.pixels * pitch + run.in_query;
+  const Samples<T, I, TLocation, TReference> samples{locations, weights, reference, table, g};
   A sum[V] = {};
-  for_each_sample<A>(Samples<T, I, TLocation, TReference>{locations, weights, reference, table, g}, query, run.group,
-                     team, [&](const Point<A>& point) {
-                       if (!point.reads()) {
-                         const A nothing =
-                             point.weight * (0 * point.within[0]);  // NaN for NaN, and for an infinite weight
+  const auto add = [&](const Point<A>& point) {
+    if (!point.reads()) {
+      const A nothing = point.weight * (0 * point.within[0]);  // NaN for NaN, and for an infinite weight
 #pragma unroll
-                         for (int e = 0; e < V; e++) sum[e] += nothing;
-                         return;
-                       }
-                       Words<BYTES> words[CORNERS];
-                       load_corners(words, image, point, pitch);
-                       A w[CORNERS];
-                       corner_weights(w, point.within, (A)1);
+      for (int e = 0; e < V; e++) sum[e] += nothing;
+      return;
+    }
+    Words<BYTES> words[CORNERS];
+    load_corners(words, image, point, pitch);
+    A w[CORNERS];
+    corner_weights(w, point.within, (A)1);
 #pragma unroll
-                       for (int e = 0; e < V; e++) {
-                         A blend = w[0] * number_in<T, BYTES>(words[0], e);
+    for (int e = 0; e < V; e++) {
+      A blend = w[0] * number_in<T, BYTES>(words[0], e);
 #pragma unroll
-                         for (int k = 1; k < CORNERS; k++) blend += w[k] * number_in<T, BYTES>(words[k], e);
-                         sum[e] += point.weight * blend;
-                       }
-                     });
+      for (int k = 1; k < CORNERS; k++) blend += w[k] * number_in<T, BYTES>(words[k], e);
+      sum[e] += point.weight * blend;  // not in the shares, of which an infinite weight would make NaN
+    }
+  };
+  for_each_sample<A>(samples, query, run.group, team, add);
 #pragma unroll
   for (int e = 0; e < V; e++) team.add_up(sum[e], team.lanes, team.team);
   if (run.exists && team.lane() < team.lanes) store_numbers<T, BYTES>(output + run.query * pitch + run.in_query, sum);
@@ -103,18 +103,19 @@ __global__ void __launch_bounds__(GATHER_THREADS, FORWARD_BLOCKS<T, I>)
   const I pitch = (I)g.groups * g.channels;
   A* const image = sums + (I)query.image * g.pixels * pitch + run.in_query;
   const Words<BYTES> grad = load_words<BYTES>(grad_output + run.query * pitch + run.in_query);
-  for_each_sample<A>(Samples<T, I, TLocation, TReference>{locations, weights, reference, table, g}, query, run.group,
-                     team, [&](const Point<A>& point) {
-                       if (!run.exists) return;
-                       A w[CORNERS];
-                       corner_weights(w, point.within, point.weight);
+  const Samples<T, I, TLocation, TReference> samples{locations, weights, reference, table, g};
+  const auto add = [&](const Point<A>& point) {
+    if (!run.exists) return;
+    A w[CORNERS];
+    corner_weights(w, point.within, point.weight);
 #pragma unroll
-                       for (int k = 0; k < CORNERS; k++) {
-                         if (!point.reads(k)) continue;
-                         A part[V];
+    for (int k = 0; k < CORNERS; k++) {
+      if (!point.reads(k)) continue;
+      A part[V];
 #pragma unroll
-                         for (int e = 0; e < V; e++) part[e] = w[k] * number_in<T, BYTES>(grad, e);
-                         add_numbers(image + point.pixel(k) * pitch, part);
-                       }
-                     });
+      for (int e = 0; e < V; e++) part[e] = w[k] * number_in<T, BYTES>(grad, e);
+      add_numbers(image + point.pixel(k) * pitch, part);
+    }
+  };
+  for_each_sample<A>(samples, query, run.group, team, add);
 }

@@ -69,7 +69,7 @@ class Aggregation(NamedTuple):
         return f"deform_aggregation: {views}, {self.anchors} anchors, {self.points} points, {self.channels} channels"
 
 
-SHAPES: dict[str, Attention | Dcn | Aggregation] = {
+SHAPES: dict[str, Any] = {
     "rf-detr": Attention(1300, ((48, 48),), 16, 16, 2),
     "rf-detr keypoints": Attention(22100, ((48, 48),), 16, 16, 2),
     "rt-detr": Attention(300, ((80, 80), (40, 40), (20, 20)), 8, 32, 4),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 
 from tests.cases.gather import Aggregation, make, run, run_backward, solve_oracle
 from tests.cases.gather_tests import PlacedTests, assert_results, both, each_dtype
@@ -46,6 +47,21 @@ def test_nan_is_nan_wherever_the_other_coordinate_is(backend, dtype):
     assert np.isnan(grads["sampling_locations"].astype(float)).all()
     assert np.isnan(grads["weights"].astype(float)).all()
     assert not grads["features"].any()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("weight", [math.nan, math.inf], ids=str)
+def test_a_point_outside_has_no_part_whatever_its_weight(backend, groups, weight):
+    """Neither in the output nor in any gradient."""
+    problem = make(OPERATOR, Aggregation((((4, 4), (2, 2)), ((2, 4), (1, 1))), groups, 3, 1, 2, 4))
+    places = np.full(problem.arrays["sampling_locations"].shape, 0.375)
+    places[0, 0, 1, 0], places[0, 1, 2, 1] = (1.5, 0.5), (0.5, 0.0)
+    weights = problem.arrays["weights"].copy()
+    weights[0, 0, 1, 0] = weights[0, 1, 2, 1] = weight
+    problem = problem.replaced(sampling_locations=places, weights=weights)
+    output, grads = want = solve_oracle(problem)
+    assert np.isfinite(output).all() and all(np.isfinite(grad).all() for grad in grads.values())
+    assert_results(problem, both(backend, problem), want, "float64")
 
 
 def test_sizes_as_an_array(backend):

@@ -126,7 +126,7 @@ def test_oracle_vector(name):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_oracle_by_differences(operator):
-    for name in FEW[operator][:2]:
+    for name in FEW[operator][1:3] if "dcnv" not in operator else FEW[operator][1:2]:
         problem = make(operator, name)
         forward, backward = (getattr(reference, operator + end) for end in ("", "_backward"))
         rest = {**problem.options, **{n: a for n, a in problem.arrays.items() if n == "spatial_shapes"}}

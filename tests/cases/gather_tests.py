@@ -306,7 +306,7 @@ class GatherTests:
     @pytest.mark.parametrize("value", NOT_FINITE, ids=str)
     @pytest.mark.parametrize("argument", ["data", "factor", "grad_output"])
     def test_one_number_that_is_not_finite(self, backend, chosen, argument, value):
-        """It reaches what the equations say and no more; outside, a weight multiplies a sample of 0."""
+        """It reaches what the equations say and no more; off the map a weight multiplies a sample of 0."""
         problem = self.make(chosen)
         for part in (0.1, 0.5, 0.9):
             if argument == "grad_output":

@@ -315,15 +315,15 @@ def _maps_of_cameras(features, spatial_shapes, groups):
 
 
 def _aggregation_terms(spatial_shapes, locations, weights):
-    """A point outside the picture of a camera is none, also where pixels at its border would reach it."""
+    """A point outside the picture of a camera is none: it has no term, whatever its weight, even where pixels at the
+    border would reach it."""
     for key in np.ndindex(*weights.shape):
         b, anchor, point, camera, scale, g = key
         height, width = spatial_shapes[camera][scale]
         x, y = locations[b, anchor, point, camera]
-        y_pixel, x_pixel = y * height - 0.5, x * width - 0.5
-        if not (math.isnan(x) or math.isnan(y)) and not (0 < x < 1 and 0 < y < 1):
-            y_pixel = x_pixel = -math.inf
-        yield Term(key, (b, anchor, g), (b, camera, scale, g), y_pixel, x_pixel, weights[key])
+        if math.isnan(x) or math.isnan(y) or (0 < x < 1 and 0 < y < 1):
+            place = y * height - 0.5, x * width - 0.5
+            yield Term(key, (b, anchor, g), (b, camera, scale, g), *place, weights[key])
 
 
 # DCNv3, DCNv4 --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ PYDEFORM_DEVICE void dots_of_lane(Compute<T> (&dot)[CORNERS], const Point<Comput
   const I pitch = (I)g.groups * g.channels, channel0 = (I)group * g.channels;
 #pragma unroll
   for (int c = 0; c < CORNERS; c++) dot[c] = 0;
+  if (!point.exists()) return;
   for (int channel = team.chunk() * V; channel < g.channels; channel += team.lanes * V) {
     const Words<BYTES> grad = load_words<BYTES>(from.grad + channel0 + channel);
     if (!point.reads()) {  // a gradient that is not finite makes NaN of the zeros outside
@@ -102,8 +103,7 @@ __global__ void __launch_bounds__(GATHER_THREADS, 2)
     SampleRow<A> row;
     if (exists) {
       row = table[places ? owner * own_samples + s : s];
-      point = samples.at(query, group, row);
-      point.weight = samples.given_weight(number, group, row);
+      point = samples.point(query, group, row, Softmax<A>{0, 0});
     }
     A dot[CORNERS] = {}, gradient, along[2];
     dots_of_team<T, I, BYTES>(dot, point, exists ? group : 0, count - first, channels, team, g);

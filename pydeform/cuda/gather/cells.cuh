@@ -112,10 +112,10 @@ __global__ void __launch_bounds__(GATHER_THREADS, 2)
           const int id = ids[start + lane], q = id / g.samples;
           const Query<A, I> query((I)chunk.first + q, g);
           const SampleRow<A> row = table[id - q * g.samples];
-          const Point<A> point = samples.at(query, group, row);
-          A weight = samples.given_weight(query.number, group, row), w[CORNERS];
-          if (softmax) weight = softmax[(I)q * g.groups + group](weight);
-          corner_weights(w, point.within, weight);
+          const Point<A> point =
+              samples.point(query, group, row, softmax ? softmax[(I)q * g.groups + group] : Softmax<A>{0, 0});
+          A w[CORNERS];
+          corner_weights(w, point.within, point.weight);
 #pragma unroll
           for (int k = 0; k < CORNERS; k++)
             if (point.reads(k) && point.pixel(k) == p) factor = w[k];

@@ -41,8 +41,7 @@ PYDEFORM_DEVICE void for_each_sample(const AllSamples& samples, const AnyQuery& 
     Point<A> own = no_point<A>();
     if (first + team.lane() < g.samples) {
       const SampleRow<A> row = samples.table[first + team.lane()];
-      own = samples.at(query, group, row);
-      own.weight = softmax(samples.given_weight(query.number, group, row));
+      own = samples.point(query, group, row, softmax);
     }
     for (int k = 0; k < team.lanes && first + k < g.samples; k++) use(own.of_lane(k, team.lanes));
   }

@@ -78,8 +78,7 @@ __global__ void __launch_bounds__(GATHER_THREADS, sizeof(T) == 8 ? 1 : 2)
       SampleRow<A> sample;
       if (exists) {
         sample = table[s];
-        point = samples.at(query, group, sample);
-        point.weight = softmax(samples.given_weight(query.number, group, sample));
+        point = samples.point(query, group, sample, softmax);
       }
       A dot[CORNERS] = {}, gradient, along[2];
       dots_of_team<T, I, BYTES>(dot, point, group, g.samples - first, channels, team, g);

@@ -31,11 +31,12 @@ __global__ void __launch_bounds__(GATHER_THREADS)
 // The pixels that a sample reads, before any is read.
 template <class A> struct Point {
   int place;    // in its image, of the corner that is near on both axes, should the map have it
-  int corners;  // a bit for each one that it has, and above these the width of the map
+  int corners;  // a bit for each one that it has, and above these the width of the map; 0: this is no point of a sum
   A within[2];  // place in the cell along each axis, from 0 to 1; all NaN where a coordinate is
   A weight;
   int cell;  // among those of its image; only where some corner is read
 
+  PYDEFORM_DEVICE bool exists() const { return corners; }
   PYDEFORM_DEVICE bool reads() const { return corners & 15; }
   PYDEFORM_DEVICE bool reads(int corner) const { return corners >> corner & 1; }
   PYDEFORM_DEVICE int pixel(int corner) const { return place + is_far(corner, 0) * (corners >> 4) + is_far(corner, 1); }
@@ -56,12 +57,11 @@ template <class A> PYDEFORM_DEVICE Point<A> no_point() { return {0, 0, {0, 0}, 0
 
 // No index is formed from a coordinate that is not known to be in range. NaN reads nothing, and an infinite coordinate is
 // outside, but to the discrete rule, which takes the last pixel on its side.
-template <class A>
-PYDEFORM_DEVICE Point<A> point_at(const A (&at)[2], bool counts, A weight, const SampleRow<A>& row, int rule) {
+template <class A> PYDEFORM_DEVICE Point<A> point_at(const A (&at)[2], bool counts, const SampleRow<A>& row, int rule) {
   const A lowest = lowest_coordinate<A>(DCNV2);
   const bool broken = at[0] != at[0] || at[1] != at[1];
   Point<A> p;
-  p.weight = weight;
+  p.weight = 0;
   int near[2];
   if (rule == DISCRETE) {
     near[0] = clamped(at[0], row.size[0] - 1);
@@ -69,8 +69,7 @@ PYDEFORM_DEVICE Point<A> point_at(const A (&at)[2], bool counts, A weight, const
     p.within[0] = p.within[1] = broken ? not_a_number<A>() : (A)0;
     p.corners = broken ? 0 : 1;
   } else {
-    const bool inside =
-        counts && !broken && in_range(at[0], lowest, row.size[0]) && in_range(at[1], lowest, row.size[1]);
+    const bool inside = counts && in_range(at[0], lowest, row.size[0]) && in_range(at[1], lowest, row.size[1]);
     const AxisCorners<A> y = axis_corners(inside ? at[0] : lowest, row.size[0], DCNV2);
     const AxisCorners<A> x = axis_corners(inside ? at[1] : lowest, row.size[1], DCNV2);
     near[0] = y.pixel[0];
@@ -81,7 +80,7 @@ PYDEFORM_DEVICE Point<A> point_at(const A (&at)[2], bool counts, A weight, const
 #pragma unroll
     for (int k = 0; k < CORNERS; k++) p.corners |= (inside && y.exists[is_far(k, 0)] && x.exists[is_far(k, 1)]) << k;
   }
-  p.corners |= row.size[1] << 4;
+  p.corners = counts || broken ? p.corners | row.size[1] << 4 : 0;
   p.place = row.first_pixel + near[0] * row.size[1] + near[1];
   p.cell = row.first_cell + (near[0] + 1) * (row.size[1] + 1) + near[1] + 1;
   return p;
@@ -149,7 +148,13 @@ template <class T, class I, class TLocation, class TReference> struct Samples {
       counts = counts && (g.rule != BILINEAR_INSIDE || (number > 0 && number < 1));
       at[a] = query.base[a] + times(row.shift[a] + number, row.scale[a]);
     }
-    return point_at(at, counts, (A)0, row, g.rule);
+    return point_at(at, counts, row, g.rule);
+  }
+  PYDEFORM_DEVICE Point<A> point(const Query<A, I>& query, int group, const SampleRow<A>& row,
+                                 const Softmax<A>& softmax) const {
+    Point<A> p = at(query, group, row);
+    if (p.exists()) p.weight = softmax(given_weight(query.number, group, row));
+    return p;
   }
 
   // By the lanes of a team together, `team` of them.

@@ -304,6 +304,9 @@ def exercise(few: bool = False) -> None:
     for h, w in () if few else ((9, 7), (36, 41)):
         for dtype in dtypes:
             exercise_roi(lambda a, dtype=dtype: cupy.asarray(a.astype(dtype)), rng, h, w)
+    for channels in () if few else (32, 3):
+        for dtype in dtypes:
+            exercise_gather(lambda a, dtype=dtype: cupy.asarray(a.astype(dtype)), rng, channels)
     cupy.cuda.Device().synchronize()
     print("every kernel ran")
 
@@ -349,6 +352,31 @@ def exercise_axes(send: Any, rng: Any, c: int, o: int) -> None:
     pydeform.active_conv2d(x, positions, weight, bias, padding=1)
     for deterministic in (False, True):
         pydeform.active_conv2d_backward(y, x, positions, weight, bias, padding=1, deterministic=deterministic)
+
+
+def exercise_gather(send: Any, rng: Any, channels: int) -> None:
+    """Attention, aggregation, DCNv3 and DCNv4, in groups of so many channels, with places far and near."""
+    import pydeform
+
+    def array(*shape: int) -> Any:
+        return send(rng.standard_normal(shape))
+
+    groups, shapes, points = 3, ((5, 7), (3, 2)), 4
+    value, y, weights = array(2, 41, groups, channels), array(2, 9, groups * channels), array(2, 9, groups, 2, points)
+    places, boxes = array(2, 9, groups, 2, points, 2), array(2, 9, 2, 4)
+    image, out = array(2, 6, 5, groups * channels), array(2, 6, 5, groups * channels)
+    seen, shared = send(rng.uniform(0, 1, (2, 9, points, 2, 2))), array(2, 9, points, 2, 1, groups)
+    for name, grad, arrays, options in (
+        ("ms_deform_attn", y, (value, shapes, places, weights), {}),
+        ("ms_deform_attn", y, (value, shapes, places, weights), {"method": "discrete"}),
+        ("ms_deform_attn_fused", y, (value, shapes, boxes, places, weights), {}),
+        ("deform_aggregation", y, (array(2, 41, groups * channels), ((shapes[0],), (shapes[1],)), seen, shared), {}),
+        ("dcnv3", out, (image, array(2, 6, 5, groups * 18), array(2, 6, 5, groups * 9)), {"groups": groups}),
+        ("dcnv4", out, (image, array(2, 6, 5, 88)), {"groups": groups}),
+    ):
+        getattr(pydeform, name)(*arrays, **options)
+        for deterministic in (False, True):
+            getattr(pydeform, f"{name}_backward")(grad, *arrays, **options, deterministic=deterministic)
 
 
 def exercise_roi(send: Any, rng: Any, h: int, w: int) -> None:

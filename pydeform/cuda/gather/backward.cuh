@@ -3,22 +3,32 @@
 #pragma once
 #include "gather/points.cuh"
 
-// Pointers to a lane's channels: of the first group in the image, and in the query's row of grad_output.
-template <class T> struct Channels {
+// The channels of an image and of a query's row of grad_output; and of the latter what a lane has of one group, if that
+// is no more than one load. `group` -1: an owner has many.
+template <class T, int BYTES> struct Channels {
   const T *image, *grad;
+  int kept_group;
+  Words<BYTES> kept;
+  PYDEFORM_DEVICE Channels(const T* image, const T* grad, int group, const Team& team, const GatherGeometry& g)
+      : image(image), grad(grad), kept_group(-1), kept() {
+    const int channel = team.chunk() * NUMBERS<T, BYTES>;
+    if (group < 0 || team.lanes * NUMBERS<T, BYTES> < g.channels || channel >= g.channels) return;
+    kept_group = group;
+    kept = load_words<BYTES>(grad + group * g.channels + channel);
+  }
 };
 
 // A lane's part of the dots of grad_output with the four corners of a point, which is in channels of `group`.
 template <class T, class I, int BYTES>
 PYDEFORM_DEVICE void dots_of_lane(Compute<T> (&dot)[CORNERS], const Point<Compute<T>>& point, int group,
-                                  const Channels<T>& from, const Team& team, const GatherGeometry& g) {
+                                  const Channels<T, BYTES>& from, const Team& team, const GatherGeometry& g) {
   constexpr int V = NUMBERS<T, BYTES>;
   const I pitch = (I)g.groups * g.channels, channel0 = (I)group * g.channels;
 #pragma unroll
   for (int c = 0; c < CORNERS; c++) dot[c] = 0;
   if (!point.exists()) return;
   for (int channel = team.chunk() * V; channel < g.channels; channel += team.lanes * V) {
-    const Words<BYTES> grad = load_words<BYTES>(from.grad + channel0 + channel);
+    const Words<BYTES> grad = group == from.kept_group ? from.kept : load_words<BYTES>(from.grad + channel0 + channel);
     if (!point.reads()) {  // a gradient that is not finite makes NaN of the zeros outside
 #pragma unroll
       for (int e = 0; e < V; e++) dot[0] += 0 * number_in<T, BYTES>(grad, e);
@@ -47,7 +57,7 @@ PYDEFORM_DEVICE void share_dots(A (&dot)[CORNERS], const A (&first)[CORNERS], co
 // four of them at a time, whose dots then need a third of the exchanges.
 template <class T, class I, int BYTES>
 PYDEFORM_DEVICE void dots_of_team(Compute<T> (&own_dot)[CORNERS], const Point<Compute<T>>& own, int group, int count,
-                                  const Channels<T>& from, const Team& team, const GatherGeometry& g) {
+                                  const Channels<T, BYTES>& from, const Team& team, const GatherGeometry& g) {
   using A = Compute<T>;
   const bool by_four = team.lanes >= 4;
   for (int k = 0; k < team.lanes && k < count; k += by_four ? 4 : 1) {
@@ -93,7 +103,8 @@ __global__ void __launch_bounds__(GATHER_THREADS, 2)
   const Samples<T, I, TLocation, T> samples{locations, weights, nullptr, table, g};
   const Query<A, I> query(number, g);
   const I pitch = (I)g.groups * g.channels;
-  const Channels<T> channels{value + (I)query.image * g.pixels * pitch, grad_output + number * pitch};
+  const Channels<T, BYTES> channels(value + (I)query.image * g.pixels * pitch, grad_output + number * pitch,
+                                    places ? -1 : owner, team, g);
   A total[2] = {};
   for (int first = 0; first < count; first += team.team) {
     const int i = first + team.lane();

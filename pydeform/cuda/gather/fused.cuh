@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(GATHER_THREADS, sizeof(T) == 8 ? 1 : 2)
     const bool mine = first_row + own_row < own_queries * g.groups;
     const int row = mine ? first_row + own_row : first_row, q = row / g.groups, group = row - q * g.groups;
     const Query<A, I> query(first_query + q, g);
-    const Channels<T> channels{value + (I)query.image * g.pixels * pitch, grad_output + query.number * pitch};
+    const Channels<T, BYTES> channels(value + (I)query.image * g.pixels * pitch, grad_output + query.number * pitch,
+                                      group, team, g);
     const Softmax<A> softmax = samples.softmax(query.number, group, team.lane(), team.team);
     A mean = 0;  // of the weights' gradients, weighted
     for (int first = 0; first < g.samples; first += team.team) {

@@ -7,6 +7,7 @@ import pytest
 from numba import njit
 
 from pydeform.cpu.core.gathered import Corners, address_of, place_in
+from pydeform.cpu.core.jit import inline
 from pydeform.cpu.core.simd import VECTOR_BYTES, at
 from tests.codegen import primitives
 
@@ -82,7 +83,7 @@ def runs(width):
     p = WIDTHS[width]
     sum_samples, scatter_samples, corner_dots = p.sum_samples, p.scatter_samples, p.corner_dots
 
-    @njit
+    @inline
     def corners(starts, table, listed):
         if listed is None:
             return Corners(at(starts, (0,)), at(table, (0,)), ENTRY, 1, None)

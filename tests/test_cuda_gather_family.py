@@ -430,5 +430,28 @@ def test_channels_are_read_and_written_in_whole_sectors(operator, dtype, channel
     assert all(requests.values()) and requests["read"] > 50
 
 
+def test_points_that_no_camera_sees_are_not_read():
+    """Most are such: neither pixels nor gradients are loaded for them, and lanes do not go through them."""
+    problem = make("deform_aggregation", Aggregation((((4, 4), (2, 2)), ((4, 2), (1, 1))), 2, 32, 1, 8, 8), "float16")
+
+    def requests(places: np.ndarray) -> tuple[int, int]:
+        with device.settings(check=True, profile=True) as counted:
+            moved = problem.replaced(sampling_locations=places)
+            run(EMULATED, moved)
+            run_backward(EMULATED, moved, needs=("sampling_locations", "weights"))
+        found = counted.counters().items()
+        return tuple(
+            sum(count.requests for (line, kind, _), count in found if line.startswith("core/words") and kind == which)
+            for which in ("read", "write")
+        )
+
+    inside = np.full_like(problem.arrays["sampling_locations"], 0.5)
+    outside, one = np.full_like(inside, 1.5), np.full_like(inside, 1.5)
+    one[:, :, 0, 0] = 0.5
+    (all_reads, writes), (few_reads, _), none = requests(inside), requests(one), requests(outside)
+    assert none == (0, writes) and writes > 0
+    assert 0 < few_reads < all_reads / 3
+
+
 def test_every_operator_has_cases_here():
     assert set(OPERATORS) == set(CASES) == {operator for operator, _ in LARGE.values()} | {"ms_deform_attn"}

@@ -53,14 +53,16 @@ PYDEFORM_DEVICE void share_dots(A (&dot)[CORNERS], const A (&first)[CORNERS], co
         (keeps_second ? second[c] : first[c]) + __shfl_xor_sync(0xffffffffu, keeps_second ? first[c] : second[c], step);
 }
 
-// All of the dots of each lane's own point. Points go around in the same way as forward; where there are lanes enough,
+// All of the dots of each lane's own point, into zeros. Points go around in the same way as forward; where there are lanes enough,
 // four of them at a time, whose dots then need a third of the exchanges.
 template <class T, class I, int BYTES>
-PYDEFORM_DEVICE void dots_of_team(Compute<T> (&own_dot)[CORNERS], const Point<Compute<T>>& own, int group, int count,
+PYDEFORM_DEVICE void dots_of_team(Compute<T> (&own_dot)[CORNERS], const Point<Compute<T>>& own, int group,
                                   const Channels<T, BYTES>& from, const Team& team, const GatherGeometry& g) {
   using A = Compute<T>;
   const bool by_four = team.lanes >= 4;
-  for (int k = 0; k < team.lanes && k < count; k += by_four ? 4 : 1) {
+  const unsigned due = team.due(own.exists());
+  for (int k = 0; k < team.lanes && due >> k; k += by_four ? 4 : 1) {
+    if (!(due >> k & (by_four ? 15 : 1))) continue;
     A dot[CORNERS];
     if (by_four) {
       A part[4][CORNERS], half[2][CORNERS];
@@ -107,7 +109,7 @@ __global__ void __launch_bounds__(GATHER_THREADS, 2)
                                     places ? -1 : owner, team, g);
   A total[2] = {};
   for (int first = 0; first < count; first += team.team) {
-    const int i = first + team.lane();
+    const int i = first + team.own();
     const bool exists = item < items && i < count;
     const int s = i / spread, group = places ? i - s * spread : owner;
     Point<A> point = no_point<A>();
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(GATHER_THREADS, 2)
       point = samples.point(query, group, row, Softmax<A>{0, 0});
     }
     A dot[CORNERS] = {}, gradient, along[2];
-    dots_of_team<T, I, BYTES>(dot, point, exists ? group : 0, count - first, channels, team, g);
+    dots_of_team<T, I, BYTES>(dot, point, exists ? group : 0, channels, team, g);
     if (!exists) continue;
     dots_of_corners(dot, point.within, gradient, along);
     if (grad_weights) grad_weights[samples.weight_place(number, group, row)] = from_float<T>(gradient);

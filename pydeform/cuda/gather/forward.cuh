@@ -39,11 +39,11 @@ PYDEFORM_DEVICE void for_each_sample(const AllSamples& samples, const AnyQuery& 
   const Softmax<A> softmax = samples.softmax(query.number, group, team.lane(), team.team);
   for (int first = 0; first < g.samples; first += team.team) {
     Point<A> own = no_point<A>();
-    if (first + team.lane() < g.samples) {
-      const SampleRow<A> row = samples.table[first + team.lane()];
+    if (first + team.own() < g.samples) {
+      const SampleRow<A> row = samples.table[first + team.own()];
       own = samples.point(query, group, row, softmax);
     }
-    for (int k = 0; k < team.lanes && first + k < g.samples; k++) use(own.of_lane(k, team.lanes));
+    for (unsigned due = team.due(own.exists()); due; due &= due - 1) use(own.of_lane(__ffs(due) - 1, team.lanes));
   }
 }
 

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(GATHER_THREADS, sizeof(T) == 8 ? 1 : 2)
     const Softmax<A> softmax = samples.softmax(query.number, group, team.lane(), team.team);
     A mean = 0;  // of the weights' gradients, weighted
     for (int first = 0; first < g.samples; first += team.team) {
-      const int s = first + team.lane();
+      const int s = first + team.own();
       const bool exists = mine && s < g.samples;
       Point<A> point = no_point<A>();
       SampleRow<A> sample;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(GATHER_THREADS, sizeof(T) == 8 ? 1 : 2)
         point = samples.point(query, group, sample, softmax);
       }
       A dot[CORNERS] = {}, gradient, along[2];
-      dots_of_team<T, I, BYTES>(dot, point, group, g.samples - first, channels, team, g);
+      dots_of_team<T, I, BYTES>(dot, point, group, channels, team, g);
       if (!exists) continue;
       dots_of_corners(dot, point.within, gradient, along);
       const int slot = own_row * g.samples + s;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(GATHER_THREADS, sizeof(T) == 8 ? 1 : 2)
     }
     team.add_up(mean, 1, team.team);
     if (mine && grad_logits) {
-      for (int s = team.lane(); s < g.samples; s += team.team) {
+      for (int s = team.own(); s < g.samples; s += team.team) {
         const I place = samples.weight_place(query.number, group, table[s]);
         const A weight = softmax(to_float(logits[place]));
         grad_logits[place] = from_float<T>(weight * (kept.of_weights[own_row * g.samples + s] - mean));

@@ -177,6 +177,15 @@ struct Team {
   PYDEFORM_DEVICE int lane() const { return threadIdx.x % team; }
   PYDEFORM_DEVICE int chunk() const { return threadIdx.x % lanes; }
   PYDEFORM_DEVICE int in_block() const { return threadIdx.x / team; }
+  // Which of `team` samples the lane locates: those that are used at once follow one another, so that neighbours that do
+  // not count, as the scales of a camera, leave as many steps as they can.
+  PYDEFORM_DEVICE int own() const { return chunk() * (team / lanes) + lane() / lanes; }
+  // A bit for each step in which some lane of the warp has a point to use. All of a warp call it.
+  PYDEFORM_DEVICE unsigned due(bool exists) const {
+    unsigned live = __ballot_sync(0xffffffffu, exists);
+    for (int step = lanes; step < 32; step *= 2) live |= live >> step;
+    return live & 0xffffffffu >> (32 - lanes);
+  }
   template <class A> PYDEFORM_DEVICE void add_up(A& sum, int from, int below) const {
     for (int step = from; step < below; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   }

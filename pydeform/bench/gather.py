@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
 import pydeform
@@ -195,7 +194,6 @@ def grid_sample_call(p: Problem, threads: int) -> Call:
     return {Attention: attention, Dcn: dcn, Aggregation: aggregation}[type(p.shape)]
 
 
-@numba.njit(fastmath=True, nogil=True)  # type: ignore[untyped-decorator]
 def _loop(value: Any, levels: Any, where: Any, weights: Any, output: Any) -> None:
     """What one writes in an afternoon: thirty lines, one thread."""
     half, one = np.float32(0.5), np.float32(1)
@@ -225,19 +223,23 @@ def _loop(value: Any, levels: Any, where: Any, weights: Any, output: Any) -> Non
                 start += height * width
 
 
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    compiled: Callable[..., None] = importlib.import_module("numba").njit(fastmath=True, nogil=True)(function)
+    return compiled
+
+
 def loop_call(p: Problem) -> Call:
     value, where, weights = p.arrays.values()
-    levels, shape = np.array(p.shape.levels), (where.shape[1], *value.shape[2:])
+    levels, shape, loop = np.array(p.shape.levels), (where.shape[1], *value.shape[2:]), _compiled(_loop)
 
     def call() -> Any:
         output = np.empty(shape, np.float32)
-        _loop(value, levels, where, weights, output)
+        loop(value, levels, where, weights, output)
         return output.reshape(1, shape[0], -1)
 
     return call
 
 
-@numba.njit(fastmath=True, nogil=True)  # type: ignore[untyped-decorator]
 def _add_up(features: Any, starts: Any, pixels: Any, output: Any) -> None:
     for a in range(output.shape[0]):
         total = output[a]
@@ -263,10 +265,10 @@ def reading_call(p: Problem) -> Call:
     listed = np.concatenate(found)
     listed = listed[np.argsort(listed[:, 0], kind="stable")]
     starts, pixels = np.searchsorted(listed[:, 0], np.arange(where.shape[1] + 1)), np.ascontiguousarray(listed[:, 1:])
-    output = np.empty((where.shape[1], features.shape[-1]), np.float32)
+    output, add_up = np.empty((where.shape[1], features.shape[-1]), np.float32), _compiled(_add_up)
 
     def call() -> Any:
-        _add_up(features[0], starts, pixels, output)
+        add_up(features[0], starts, pixels, output)
         return output
 
     return call

@@ -16,7 +16,11 @@ from pydeform.ops.deform_conv3d import DeformConv3dGrads, deform_conv3d, deform_
 from pydeform.ops.deform_psroi_pool import DeformPsroiPoolGrads, deform_psroi_pool, deform_psroi_pool_backward
 from pydeform.ops.deform_roi_pool import DeformRoiPoolGrads, deform_roi_pool, deform_roi_pool_backward
 from pydeform.ops.ms_deform_attn import MsDeformAttnGrads, ms_deform_attn, ms_deform_attn_backward
-from pydeform.ops.ms_deform_attn_fused import MsDeformAttnFusedGrads, ms_deform_attn_fused, ms_deform_attn_fused_backward
+from pydeform.ops.ms_deform_attn_fused import (
+    MsDeformAttnFusedGrads,
+    ms_deform_attn_fused,
+    ms_deform_attn_fused_backward,
+)
 from pydeform.ops.ps_roi_align import PsRoiAlignGrads, ps_roi_align, ps_roi_align_backward
 from pydeform.ops.ps_roi_pool import PsRoiPoolGrads, ps_roi_pool, ps_roi_pool_backward
 from pydeform.ops.roi_align import RoiAlignGrads, roi_align, roi_align_backward

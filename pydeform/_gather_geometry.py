@@ -3,10 +3,10 @@
 A query sums, for each group of channels (a head), weighted samples of the maps of one image. All operators of the
 family are that: they differ in where the numbers of a sample lie, and in how these become pixels. Both are here:
 
-    pixel = start + stride * query - back + (shift + number) * scale          along each axis, query in the output's grid
+    pixel = start + stride * query - back + (shift + number) * scale          along each axis of the queries' grid
 
-where `start` to `back` are of the geometry, and `shift` and `scale` of the sample (`SampleTable`). Both backends compute
-it in this order, `start + stride * query` in integers.
+where `start` to `back` are of the geometry, and `shift` and `scale` of the sample (`SampleTable`). Both backends
+compute it in this order, `start + stride * query` in integers.
 """
 
 from __future__ import annotations
@@ -237,7 +237,13 @@ def aggregation_geometry(op: str, arrays: dict[str, Any], spatial_shapes: Any) -
 
 @functools.lru_cache(maxsize=256)
 def _aggregation(
-    op: str, itemsize: int, levels: tuple[tuple[int, int], ...], cameras: int, features: Any, locations: Any, weights: Any
+    op: str,
+    itemsize: int,
+    levels: tuple[tuple[int, int], ...],
+    cameras: int,
+    features: Any,
+    locations: Any,
+    weights: Any,
 ) -> Gather:
     """Of shapes."""
     scales = len(levels) // cameras

@@ -76,6 +76,8 @@ def problem(operator: str, channels: int = 2) -> Problem:
     """Small, with no two sizes alike, and no sampling point within 1/8 of a kink. `channels` of each of two groups."""
     if "roi" in operator:
         return _roi_problem(operator, channels)
+    if operator in GATHER:
+        return _gather_problem(operator, channels)
     rng = np.random.default_rng(7)
 
     def eighths(*shape: int) -> Any:
@@ -112,7 +114,10 @@ def problems(operator: str) -> Iterator[Problem]:
     """Those that together go every way: few and many channels of a group, or one, and few samples of a large image."""
     for channels in CHANNELS:
         yield problem(operator, channels)
-    if "roi" not in operator:
+    if operator in ("ms_deform_attn", "ms_deform_attn_fused"):
+        p = problem(operator)
+        yield p._replace(options={**p.options, "method": "discrete"})
+    elif "roi" not in operator and operator not in GATHER:
         yield from (
             depthwise := _depthwise(problem(operator)),
             _few_samples(problem(operator), _axes(operator)),
@@ -134,6 +139,44 @@ def _few_samples(p: Problem, axes: int) -> Problem:
     arrays = {name: array[first] if name in ("offset", "mask") else array for name, array in p.arrays.items()}
     arrays["input"] = np.tile(arrays["input"], (1, 1, *[5 if axes > 1 else 10] * axes))
     return Problem(arrays, {**p.options, "stride": 100}, p.grad_output[first])
+
+
+GATHER = ("ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation", "dcnv3", "dcnv4")
+
+
+def _gather_problem(operator: str, channels: int) -> Problem:
+    """`channels` of each of two groups. Two maps of 4 and 8 pixels an axis, or two cameras with such scales."""
+    rng = np.random.default_rng(9)
+
+    def eighths(*shape: int) -> Any:
+        return rng.integers(-8, 9, shape) / 8
+
+    def locations(*shape: int) -> Any:  # between the pixels of both maps, some of them outside
+        return (2 * rng.integers(-1, 17, (*shape, 2)) + 1) / 32
+
+    if operator.startswith("dcn"):
+        offset = rng.integers(-2, 3, (2, 3, 3, 24)) + rng.integers(1, 8, (2, 3, 3, 24)) / 8
+        mask = rng.integers(0, 9, (2, 3, 3, 12)) / 8
+        arrays = {"input": eighths(2, 5, 6, 2 * channels), "offset": offset, "mask": mask}
+        if operator == "dcnv4":
+            groups = [part for k in range(2) for part in (offset[..., 12 * k :][..., :12], mask[..., 6 * k :][..., :6])]
+            arrays = {"input": arrays["input"], "offset_mask": np.concatenate([*groups, np.zeros((2, 3, 3, 4))], -1)}
+        options: dict[str, Any] = {"kernel_size": (2, 3), "stride": (2, 2), "groups": 2, "padding": ((1, 0), 1)}
+        return Problem(arrays, options, eighths(2, 3, 3, 2 * channels))
+    levels = ((4, 8), (8, 4))
+    if operator == "deform_aggregation":
+        features = {"features": eighths(2, 128, 2 * channels), "sampling_locations": locations(2, 5, 3, 2)}
+        weights = eighths(2, 5, 3, 2, 2, 2)
+        return Problem({**features, "weights": weights}, {"spatial_shapes": (levels,) * 2}, eighths(2, 5, 2 * channels))
+    options = {"spatial_shapes": levels, "points": (3, 2)}
+    weights = eighths(2, 6, 2, 5)
+    if operator == "ms_deform_attn":
+        more = {"sampling_locations": locations(2, 6, 2, 5), "attention_weights": weights}
+    else:
+        offsets = rng.integers(-2, 2, (2, 6, 2, 5, 2)) + 0.5
+        points = (2 * rng.integers(0, 8, (2, 6, 1, 2)) + 1) / 16
+        more = {"reference_points": points, "sampling_offsets": offsets, "attention_logits": weights}
+    return Problem({"value": eighths(2, 64, 2, channels), **more}, options, eighths(2, 6, 2 * channels))
 
 
 # Four boxes of 2 x 4 pixels of the input, inside and across its borders, times two for a spatial_scale of 1/2. Those of
@@ -258,7 +301,8 @@ def _check_numbers(operator: str, backend: Backend, dtype: str) -> None:
     for p in problems(operator):
         got, want = run(operator, p, backend, DTYPES[dtype]), run(operator, p, CPU, np.float64)
         for name, expected in want.items():
-            where = f"{dtype}, input {p.arrays['input'].shape}"
+            first = next(iter(p.arrays))
+            where = f"{dtype}, {first} {p.arrays[first].shape}"
             _compare(where, got, {name: expected}, 0, TOLERANCE[dtype] * abs(expected).max())
 
 

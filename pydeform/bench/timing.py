@@ -28,7 +28,8 @@ from pydeform._version import __version__
 
 PAUSE = 0.06  # seconds; OpenBLAS's threads spin for about 30 ms
 BLOCK = 0.12  # seconds of timed calls in one block
-FEWEST, MOST = 2, 60  # timed calls in one block
+FEWEST, FEW, MOST = 2, 5, 60  # timed calls in one block; cold ones take longer to prepare
+COLD_BYTES = 1 << 26
 LIBRARIES = ("numpy", "numba", "llvmlite", "onnxruntime", "openvino", "torch", "torchvision", "scipy")
 
 
@@ -41,9 +42,14 @@ class Timing(NamedTuple):
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], rounds: int, progress: Callable[[str], None] | None = None
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    progress: Callable[[str], None] | None = None,
+    *,
+    cold: bool = False,
 ) -> dict[str, Timing]:
-    """The timing of each candidate; the first call of each, which may compile, is not counted."""
+    """The timing of each candidate; the first call of each, which may compile, is not counted. `cold`: a block is a few
+    calls, before each of which the caches are filled with other memory."""
     for call in candidates.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -51,7 +57,7 @@ def interleaved(
         for name, call in candidates.items():
             if progress is not None:
                 progress(f"round {number + 1}/{rounds}, {name}")
-            seconds[name] += _block(call)
+            seconds[name] += _cold_block(call) if cold else _block(call)
     return {name: Timing(float(np.median(s)), min(s), len(s)) for name, s in seconds.items()}
 
 
@@ -61,6 +67,17 @@ def _block(call: Callable[[], object]) -> list[float]:
         return [_timed(call) for _ in range(FEWEST - 1)]
     seconds: list[float] = []
     while len(seconds) < FEWEST or (sum(seconds) < BLOCK and len(seconds) < MOST):
+        seconds.append(_timed(call))
+    return seconds
+
+
+def _cold_block(call: Callable[[], object]) -> list[float]:
+    other = np.zeros(COLD_BYTES // 8)
+    time.sleep(PAUSE)
+    call()
+    seconds: list[float] = []
+    while len(seconds) < FEWEST or (sum(seconds) < BLOCK and len(seconds) < FEW):
+        other += 1
         seconds.append(_timed(call))
     return seconds
 

@@ -37,7 +37,7 @@ def dcnv3(
     """Sum weighted samples of a kernel whose points are moved by offsets, in channels last.
 
         output[b, oy, ox, c] = sum over p of mask[b, oy, ox, g*P + p] * input[b, c](y, x)
-        y = oy*stride - pad + r + (p_y*dilation - r + dy) * offset_scale        x likewise        r = dilation*(k - 1) // 2
+        y = oy*stride - pad + r + (p_y*dilation - r + dy) * offset_scale      x likewise      r = dilation*(k - 1) // 2
 
     where g is the group of channel c, (p_y, p_x) are the row and column of point p in the kernel,
     (dx, dy) = offset[b, oy, ox, (g*P + p)*2 + (0, 1)], and input(y, x) is bilinear between pixel centres, which lie at
@@ -46,8 +46,8 @@ def dcnv3(
     Parameters
     ----------
     input : array (N, H, W, C), float64, float32, float16 or bfloat16, as every other array
-    offset : array (N, out_h, out_w, groups*P*2) of (x, y), in input pixels; P = kernel_h*kernel_w points. Beside float16
-        or bfloat16 it may be float32
+    offset : array (N, out_h, out_w, groups*P*2) of (x, y), in input pixels; P = kernel_h*kernel_w points. Beside
+        float16 or bfloat16 it may be float32
     mask : array (N, out_h, out_w, groups*P); used as given, without a softmax
     kernel_size, stride, dilation : int, or (vertical, horizontal)
     padding : int, (vertical, horizontal), a (before, after) pair for each, or "same"

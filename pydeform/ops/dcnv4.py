@@ -85,7 +85,8 @@ def dcnv4_backward(
     Parameters
     ----------
     grad_output : array (N, out_h, out_w, C), the gradient of the forward's result
-    input, offset_mask, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center : exactly the forward's
+    input, offset_mask, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center : exactly the
+        forward's
     needs, deterministic : as in `ms_deform_attn_backward`
 
     Returns   Dcnv4Grads, of the kind, device and dtype of `grad_output`

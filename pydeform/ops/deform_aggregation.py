@@ -36,10 +36,10 @@ def deform_aggregation(
 
     Parameters
     ----------
-    features : array (B, S, C), float64, float32, float16 or bfloat16, as every other array. Maps follow one another along
-        the second axis, scale by scale of each camera, each row by row
-    spatial_shapes : (cameras, scales, 2), rows (h, w): a nested tuple, or an array; S is the sum of h*w. Sizes may differ
-        from camera to camera
+    features : array (B, S, C), float64, float32, float16 or bfloat16, as every other array. Maps follow one another
+        along the second axis, scale by scale of each camera, each row by row
+    spatial_shapes : (cameras, scales, 2), rows (h, w): a nested tuple, or an array; S is the sum of h*w. Sizes may
+        differ from camera to camera
     sampling_locations : array (B, anchors, points, cameras, 2) of (x, y) from 0 to 1, the same for all scales. Beside
         float16 or bfloat16 it may be float32
     weights : array (B, anchors, points, cameras, scales, groups); groups divide C

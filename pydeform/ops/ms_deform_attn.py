@@ -51,13 +51,14 @@ def ms_deform_attn(
         zero. With `points`: (N, Lq, heads, sum(points), 2). Beside float16 or bfloat16 it may be float32
     attention_weights : array (N, Lq, heads, L, P), or (N, Lq, heads, sum(points)); used as given, without a softmax
     points : points of each level, where they differ, say (3, 6, 3); all points of a head then follow one another
-    method : "bilinear", or "discrete" (RT-DETRv2's): the pixel trunc(location * size + 1/2), or the nearest in the level
+    method : "bilinear", or "discrete" (RT-DETRv2's): the pixel trunc(location * size + 1/2), or the nearest of the
+        level
 
     Returns   array (N, Lq, heads*channels) of the kind, device and dtype of `value`
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     NaN in a location gives NaN. An infinite one is outside and gives 0; "discrete" reads the nearest pixel. The
-              same bits on every run and, on the CPU, for any number of threads. Memory beyond the result: some 100 kB
-              for each thread.
+    Notes     NaN in a location gives NaN. An infinite one is outside and gives 0; "discrete" reads the nearest pixel.
+              The same bits on every run and, on the CPU, for any number of threads. Memory beyond the result: some
+              100 kB for each thread.
     Source    arXiv:2010.04159 eq. 3; arXiv:2407.17140 for "discrete". Deformable-DETR's and transformers' operator.
     Example
     >>> import numpy as np
@@ -95,12 +96,12 @@ def ms_deform_attn_backward(
     needs : names of the gradients to compute; None computes all
     deterministic : the same bits on every run, on CUDA too; the CPU always has them
 
-    Returns   MsDeformAttnGrads, of the kind, device and dtype of `grad_output`; that of sampling_locations has the dtype
-              of `sampling_locations`
+    Returns   MsDeformAttnGrads, of the kind, device and dtype of `grad_output`; that of sampling_locations has the
+              dtype of `sampling_locations`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     At a kink, where a sample lies on a row or column of pixels, the gradient of its location is the derivative
-              from the right; one pixel before the first, where the forward starts to see the map, it is 0, as in the
-              authors' kernels. NaN in a location gives NaN there and in the weight's gradient.
+    Notes     At a kink, where a sample lies on a row or column of pixels, the gradient of its location is the
+              derivative from the right; one pixel before the first, where the forward starts to see the map, it is 0,
+              as in the authors' kernels. NaN in a location gives NaN there and in the weight's gradient.
     Source    docs/math/gather.md
     Example
     >>> import numpy as np

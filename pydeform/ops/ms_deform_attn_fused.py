@@ -12,8 +12,8 @@ NAMES = "sampling_offsets", "attention_logits"
 
 
 class MsDeformAttnFusedGrads(NamedTuple):
-    """What `ms_deform_attn_fused_backward` returns; with method "discrete" `reference_points` and `sampling_offsets` have
-    no gradient and are None.
+    """What `ms_deform_attn_fused_backward` returns; with method "discrete" `reference_points` and `sampling_offsets`
+    have no gradient and are None.
 
     >>> from pydeform import MsDeformAttnFusedGrads
     >>> MsDeformAttnFusedGrads._fields
@@ -51,9 +51,9 @@ def ms_deform_attn_fused(
     value, spatial_shapes, points, method : as in `ms_deform_attn`
     reference_points : array (N, Lq, 1 or L, 2 or 4), from 0 to 1: points (x, y), or boxes (cx, cy, w, h); one for all
         levels, or one for each
-    sampling_offsets : array (N, Lq, heads, L, P, 2) of (x, y): in pixels of the level beside points, in parts of the box
-        beside boxes. With `points`: (N, Lq, heads, sum(points), 2). Beside float16 or bfloat16 data reference_points and
-        sampling_offsets may be float32
+    sampling_offsets : array (N, Lq, heads, L, P, 2) of (x, y): in pixels of the level beside points, in parts of the
+        box beside boxes. With `points`: (N, Lq, heads, sum(points), 2). Beside float16 or bfloat16 data
+        reference_points and sampling_offsets may be float32
     attention_logits : array (N, Lq, heads, L, P), or (N, Lq, heads, sum(points))
     offset_scale : of offsets beside boxes; Deformable-DETR, RT-DETR, D-FINE and RF-DETR have 0.5
 

@@ -26,6 +26,7 @@ class Corners(NamedTuple):
     shares: Any
     entry: int
     channel: int  # the first that is meant
+    listed: Any  # the numbers of those samples that are meant; None: all
 
 
 def _lanes(number: Any) -> int:
@@ -50,6 +51,17 @@ def place_in(entry: Any, like: Any, axes: Any) -> Any:
         return _place(builder, entry_, _lanes(like.dtype), _corners(axes))
 
     return types.int64(entry, like, axes), emit
+
+
+def _number(v: Vectors, samples: Corners, i: Any) -> Any:
+    """That of the sample which comes as the i-th."""
+    return i if samples.listed is None else v.builder.load(v.offset(samples.listed, i))
+
+
+def _opened(corners: Any, values: list[Any]) -> Corners:
+    """`values` are those of a Corners of the type `corners`."""
+    samples = Corners(*values)
+    return samples._replace(listed=None) if corners[Corners._fields.index("listed")] == types.none else samples
 
 
 def _place(builder: Any, entry: Any, lanes: int, corners: int) -> Any:
@@ -106,16 +118,15 @@ def sum_samples(
 
     def emit(builder: Any, out_: Any, corners_: Any, _axes: Any, weights_: Any, *rest: Any) -> None:
         step_, count_, channels_ = rest
-        v, samples = Vectors(builder, out.dtype, vector_bytes), Corners(*corners_)
+        v, samples = Vectors(builder, out.dtype, vector_bytes), _opened(corners, corners_)
 
         def run(places: list[Any], load: Any, store: Any) -> None:
             def add(i: Any, sums: list[Any]) -> list[Any]:
-                at = _place(builder, builder.add(samples.entry, i), *shape)
+                number = _number(v, samples, i)
+                at = _place(builder, builder.add(samples.entry, number), *shape)
                 starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
-                w = v.load_splat(weights_, builder.mul(i, step_))
-                values = (
-                    blended(v, shares, [load(v.offset(start, place)) for start in starts]) for place in places
-                )
+                w = v.load_splat(weights_, builder.mul(number, step_))
+                values = (blended(v, shares, [load(v.offset(start, place)) for start in starts]) for place in places)
                 return [v.fma(w, value, total) for value, total in zip(values, sums, strict=True)]
 
             for place, total in zip(places, loop(builder, count_, [v.zero] * len(places), add), strict=True):
@@ -135,15 +146,16 @@ def scatter_samples(
 
     def emit(builder: Any, grad_: Any, corners_: Any, _axes: Any, weights_: Any, *rest: Any) -> None:
         step_, count_, channels_ = rest
-        v, samples = Vectors(builder, grad.dtype, vector_bytes), Corners(*corners_)
+        v, samples = Vectors(builder, grad.dtype, vector_bytes), _opened(corners, corners_)
 
         def run(places: list[Any], load: Any, store: Any) -> None:
             grads = [load(v.offset(grad_, place)) for place in places]
 
             def add(i: Any, _: list[Any]) -> list[Any]:
-                w = v.load_splat(weights_, builder.mul(i, step_))
+                number = _number(v, samples, i)
+                w = v.load_splat(weights_, builder.mul(number, step_))
                 weighted = [builder.fmul(w, g) for g in grads]
-                at = _place(builder, builder.add(samples.entry, i), *shape)
+                at = _place(builder, builder.add(samples.entry, number), *shape)
                 starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
                 for start, share in zip(starts, shares, strict=True):
                     for place, g in zip(places, weighted, strict=True):
@@ -160,28 +172,25 @@ def scatter_samples(
 
 @for_any_width
 def corner_dots(vector_bytes: int, dots: Any, grad: Any, corners: Any, axes: Any, count: Any, channels: Any) -> Any:
-    """dots[k] of each sample, side by side, = sum_c grad[c] * corner_k[c]."""
+    """dots[k] of each sample, side by side, += sum_c grad[c] * corner_k[c]."""
     shape = _lanes(grad.dtype), _corners(axes)
 
     def emit(builder: Any, dots_: Any, grad_: Any, corners_: Any, _axes: Any, count_: Any, channels_: Any) -> None:
-        v, samples = Vectors(builder, grad.dtype, vector_bytes), Corners(*corners_)
-
-        def clear(i: Any, _: list[Any]) -> list[Any]:
-            builder.store(v.element(0), v.offset(dots_, i))
-            return []
+        v, samples = Vectors(builder, grad.dtype, vector_bytes), _opened(corners, corners_)
 
         def run(places: list[Any], load: Any, _store: Any) -> None:
             grads = [load(v.offset(grad_, place)) for place in places]
 
             def dot(i: Any, _: list[Any]) -> list[Any]:
-                at = _place(builder, builder.add(samples.entry, i), *shape)
+                number = _number(v, samples, i)
+                at = _place(builder, builder.add(samples.entry, number), *shape)
                 starts = _starts(v, samples, at, *shape)
                 sums = []
                 for start in starts:
                     products = [(g, load(v.offset(start, place))) for g, place in zip(grads, places, strict=True)]
-                    sums.append(functools.reduce(lambda s, pair: v.fma(*pair, s), products, v.zero))
+                    sums.append(functools.reduce(lambda total, pair: v.fma(pair[0], pair[1], total), products, v.zero))
                 total = v.sum_each(sums)
-                target = builder.bitcast(v.offset(dots_, builder.mul(i, const(shape[1]))), total.type.as_pointer())
+                target = builder.bitcast(v.offset(dots_, builder.mul(number, const(shape[1]))), total.type.as_pointer())
                 before = builder.load(target)
                 before.align = v.itemsize
                 builder.store(builder.fadd(before, total), target).align = v.itemsize
@@ -189,7 +198,6 @@ def corner_dots(vector_bytes: int, dots: Any, grad: Any, corners: Any, axes: Any
 
             loop(builder, count_, [], dot)
 
-        loop(builder, builder.mul(count_, const(shape[1])), [], clear)
         _in_runs(v, channels_, run)
 
     return types.void(dots, grad, corners, axes, count, channels), emit

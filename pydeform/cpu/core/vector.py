@@ -364,9 +364,13 @@ def _lanes_of_pair(numbers: Callable[[int], list[int]]) -> Any:
 
     @primitive
     def function(x: Any, y: Any) -> Any:
-        return x(x, x), lambda builder, x_, y_: shuffle(builder, x_, y_, numbers(x.lanes))
+        def emit(builder: Any, x_: Any, y_: Any) -> Any:
+            return shuffle(builder, x_, y_, numbers(x.lanes))
+
+        return x(x, y), emit
 
     return function
 
 
-evens, odds = (_lanes_of_pair(lambda n, first=first: list(range(first, 2 * n, 2))) for first in (0, 1))
+evens = _lanes_of_pair(lambda n: list(range(0, 2 * n, 2)))
+odds = _lanes_of_pair(lambda n: list(range(1, 2 * n, 2)))

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pydeform.cpu.core.gathered import corner_dots, scatter_samples
 from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
@@ -21,6 +19,7 @@ from pydeform.cpu.gather.places import (
     clear_nothing,
     corners_of,
     entry_of,
+    list_seen,
     locate,
     make_weights,
     reach_of,
@@ -80,12 +79,13 @@ def _scatter(
         if given.reference is not None:
             make_weights(tile, given, scratch, g)
         for q in range(tile.queries):
+            count = list_seen(tile, q, 1, scratch, g, p)
             for i in range(groups):
                 entry, channel = entry_of(tile, q, i * of_place, g), (first_group + i) * g.channels + block
                 weights = weights_of(tile, q, first_group + i, entry, given, scratch, g)
                 grad = at(grads.output, (image, query + q, channel))
-                corners = corners_of(entry, channel, thread, scratch)
-                scatter_samples(grad, corners, p.axes, weights, p.weight_step, g.samples, channels)
+                corners = corners_of(entry, channel, thread, scratch, p)
+                scatter_samples(grad, corners, p.axes, weights, p.weight_step, count, channels)
 
 
 @inline
@@ -95,13 +95,16 @@ def _dots_of_tile(tile: Any, given: Any, grads: Any, scratch: Any, tables: Any, 
     if given.reference is not None:
         make_weights(tile, given, scratch, g)
     for first in range(0, g.groups, tile.groups):  # groups that share their places, one after the other
+        for i in range(tile.queries * tile.groups * g.samples << len(p.axes)):
+            scratch.dots[tile.thread, i] = 0
         for query in range(tile.queries):
+            count = list_seen(tile, query, 0, scratch, g, p)
             for i in range(tile.groups):
                 entry, channel = entry_of(tile, query, i, g), (first + i) * g.channels
-                corners = corners_of(entry, channel, tile.thread, scratch)
+                corners = corners_of(entry, channel, tile.thread, scratch, p)
                 dots = at(scratch.dots, (tile.thread, entry * (1 << len(p.axes))))
                 grad = at(grads.output, (tile.image, tile.query + query, channel))
-                corner_dots(dots, grad, corners, p.axes, g.samples, g.channels)
+                corner_dots(dots, grad, corners, p.axes, count, g.channels)
                 if given.reference is None:
                     _bring_weights(tile, query, first + i, entry, given, scratch, g, p)
         _blend_dots(tile, first > 0, scratch, tables, g, p)

@@ -9,7 +9,16 @@ from pydeform.cpu.core.gathered import sum_samples
 from pydeform.cpu.core.jit import Kernel, inline
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
 from pydeform.cpu.core.simd import at
-from pydeform.cpu.gather.places import Tile, clear_nothing, corners_of, entry_of, locate, make_weights, weights_of
+from pydeform.cpu.gather.places import (
+    Tile,
+    clear_nothing,
+    corners_of,
+    entry_of,
+    list_seen,
+    locate,
+    make_weights,
+    weights_of,
+)
 
 
 @Kernel
@@ -36,9 +45,10 @@ def gather(thread: int, counters: Any, given: Any, output: Any, scratch: Any, ta
 @inline
 def _sum_tile(tile: Any, given: Any, output: Any, scratch: Any, g: Any, p: Any) -> None:
     for query in range(tile.queries):
+        count = list_seen(tile, query, 0, scratch, g, p)
         for group in range(g.groups):
             entry = entry_of(tile, query, group if tile.groups > 1 else 0, g)
             weights, channel = weights_of(tile, query, group, entry, given, scratch, g), group * g.channels
-            corners = corners_of(entry, channel, tile.thread, scratch)
+            corners = corners_of(entry, channel, tile.thread, scratch, p)
             out = at(output, (tile.image, tile.query + query, channel))
-            sum_samples(out, corners, p.axes, weights, p.weight_step, g.samples, g.channels)
+            sum_samples(out, corners, p.axes, weights, p.weight_step, count, g.channels)

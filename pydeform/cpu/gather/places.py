@@ -52,9 +52,31 @@ def entry_of(tile: Any, query: int, group: int, g: Any) -> int:
 
 
 @inline_always
-def corners_of(entry: int, channel: int, thread: int, scratch: Any) -> Any:
+def corners_of(entry: int, channel: int, thread: int, scratch: Any, p: Any) -> Any:
     """Those of the samples from an entry on, in the maps that were located in, from a channel on."""
-    return Corners(at(scratch.starts, (thread, 0)), at(scratch.shares, (thread, 0)), entry, channel)
+    starts, shares = at(scratch.starts, (thread, 0)), at(scratch.shares, (thread, 0))
+    if p.lists is None:
+        return Corners(starts, shares, entry, channel, None)
+    return Corners(starts, shares, entry, channel, at(scratch.listed, (thread, 0)))
+
+
+@inline
+def list_seen(tile: Any, query: int, nothing: int, scratch: Any, g: Any, p: Any) -> int:
+    """Lists the samples of a query that read a pixel, or NaN, for all groups, which share them; how many there are."""
+    if p.lists is None:
+        return g.samples
+    outside, lanes = address_of(at(scratch.nothing, (tile.thread, nothing, 0))), lanes_of(at(scratch.shares, (0, 0)))
+    starts, shares = at(scratch.starts, (tile.thread, 0)), at(scratch.shares, (tile.thread, 0))
+    count, entry = 0, entry_of(tile, query, 0, g)
+    for s in range(g.samples):
+        place = place_in(entry + s, shares, p.axes)
+        is_seen = shares[place] != shares[place]
+        for k in range(1 << len(p.axes)):
+            is_seen |= starts[place + k * lanes] != outside
+        if is_seen:
+            scratch.listed[tile.thread, count] = s
+            count += 1
+    return count
 
 
 @inline

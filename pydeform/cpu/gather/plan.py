@@ -40,6 +40,7 @@ class Scratch(NamedTuple):
     weights: Any  # of entries, made or brought together here
     values: Any  # gradients of the weights,
     moves: Any  # and of the numbers x and y
+    listed: Any  # samples of a query that read a pixel
     nothing: Any  # a row of zeros, and one to write to, for all that is outside
 
 
@@ -58,6 +59,7 @@ class Tables(NamedTuple):
 class Plan(NamedTuple):
     axes: tuple[int, ...]  # of a cell; none where a sample is one pixel
     discrete: Any  # None: samples lie between pixels
+    lists: Any  # None: all samples are summed; else those that read a pixel, listed once for all groups
     queries: int  # of a tile
     row: int  # entries of a row in the tables
     weight_step: int  # from the weight of one sample to the next
@@ -85,7 +87,7 @@ def threads_for(g: Any, products: int, units: int) -> int:
 def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, threads: int) -> Prepared:
     g, samples = gather
     lanes = VECTOR_BYTES // dtype.itemsize
-    is_discrete = g.rule == DISCRETE
+    is_discrete, is_shared = g.rule == DISCRETE, g.location_groups < g.groups
     of_query = g.location_groups * g.samples
     fair = -(-g.batch * g.queries // (UNITS_OF_THREAD * threads))
     queries = max(1, min(TILE // of_query, g.queries, fair))
@@ -104,21 +106,23 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, 
         ((threads, row), dtype),
         ((threads, row * needs_dots), dtype),
         ((threads, 2, row * needs_dots), dtype),
+        ((threads, g.samples * is_shared), np.dtype(np.int64)),
         ((threads, 2, round_up(g.groups * g.channels, lanes)), dtype),
     )
     packed = g.number_steps == g.weight_steps
     plan = Plan(
         axes=() if is_discrete else (0, 0),
         discrete=1 if is_discrete else None,
+        lists=1 if is_shared else None,
         queries=queries,
         row=row,
-        weight_step=g.groups if g.location_groups < g.groups else 1,
+        weight_step=g.groups if is_shared else 1,
         is_direct=int(not has_reference and not packed and g.number_steps[1] == 2 * of_query),
         groups=max(1, g.groups // parts),
         blocks=-(-g.channels // block),
         block=block,
     )
-    key = dtype.char + "d" * is_discrete + "r" * has_reference
+    key = dtype.char + "d" * is_discrete + "r" * has_reference + "l" * is_shared
     return Prepared(key, threads, workspace, _tables(samples, row, dtype, g.reference_levels), plan)
 
 

@@ -1,0 +1,62 @@
+"""The benchmark of the operators that gather samples: what it times computes the same thing."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pydeform.bench import gather as bench
+from pydeform.bench import timing
+
+SMALL = {
+    "rf-detr": bench.Attention(7, ((5, 4),), 2, 3, 2),
+    "encoder": bench.Attention(26, ((4, 5), (2, 3)), 2, 8, 3, True),
+    "sparse4d": bench.Aggregation(4, 3, 2, ((6, 5), (3, 4)), 8, 2),
+    "dcnv3 7": bench.Dcn("dcnv3", 5, 32),
+    "dcnv4 7": bench.Dcn("dcnv4", 6, 16),
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", SMALL)
+    monkeypatch.setattr(timing, "BLOCK", 0)
+    monkeypatch.setattr(timing, "COLD_BYTES", 8)
+    monkeypatch.setattr(timing, "PAUSE", 0)
+    monkeypatch.setattr(timing, "busy_elsewhere", lambda: 0.0)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_others_compute_the_same(name):
+    p = bench.problem(SMALL[name])
+    others = [bench.loop_call(p)] if isinstance(p.shape, bench.Attention) else []
+    if bench.installed("torch"):
+        others.append(bench.grid_sample_call(p, 1))
+    for other in others:
+        np.testing.assert_allclose(other(), p.forward(), rtol=1e-3, atol=1e-5)
+
+
+def test_reading_reads_the_pixels_of_all_samples():
+    """With a unit vector in each pixel the operator gives the shares of the pixels that it reads."""
+    p = bench.problem(SMALL["sparse4d"])
+    features, _, weights = p.arrays.values()
+    unit = np.eye(features.shape[1], dtype=np.float32)[None]
+    p = p._replace(arrays={**p.arrays, "features": unit, "weights": np.ones_like(weights)})
+    read, shares = bench.reading_call(p)(), p.forward()[0]
+    assert read.sum() > 0 and (shares[read == 0] == 0).all()
+
+
+def test_a_run(small, capsys):
+    assert bench.main(["--threads", "1", "--rounds", "1", "--problems", "rf-detr,sparse4d"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(results) == ["rf-detr", "sparse4d"]
+    table = bench.report(results).splitlines()
+    assert len(table) == 3 and "ours/loop" in table[0]
+    assert bench.ratios(results["sparse4d"]["times"])["ours/reading"] > 0
+
+
+def test_what_computes_something_else_is_not_timed(small, monkeypatch):
+    made = bench.loop_call
+    monkeypatch.setattr(bench, "loop_call", lambda p: lambda: made(p)() + 1)
+    with pytest.raises(SystemExit, match="rf-detr: loop differs"):
+        bench.measure("rf-detr", 1, 1)

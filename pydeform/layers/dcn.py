@@ -310,15 +310,15 @@ _CDF = np.array([math.erfc(-n / _NODES / math.sqrt(2)) / 2 for n in range(-_FART
 
 def _normal_cdf(xp: ModuleType, x: Any) -> Any:
     """To 1e-12: Taylor's series around the nearest node. NumPy has no erf."""
-    near = xp.fmax(xp.fmin(x, _FARTHEST), -_FARTHEST)  # of NaN some number: an index
-    node = xp.rint(near * _NODES)
-    c = node / _NODES
+    near = xp.minimum(xp.maximum(xp.where(x == x, x, 0), -_FARTHEST), _FARTHEST)  # of NaN some number: an index
+    node = (near * _NODES + (_FARTHEST * _NODES + 0.5)).astype(np.int64)
+    c = node.astype(x.dtype) / _NODES - _FARTHEST
     d, square = near - c, c * c
     # the n-th derivative of the density is itself times a Hermite polynomial
     series = (square - 6) * square + 3
     series = c * (3 - square) / 24 + d / 120 * series
     series = d * (1 + d * (-c / 2 + d * ((square - 1) / 6 + d * series)))
-    at_node = xp.asarray(_CDF.astype(x.dtype))[node.astype(np.int64) + _FARTHEST * _NODES]
+    at_node = xp.asarray(_CDF.astype(x.dtype))[node]
     return at_node + _normal_density(xp, c) * series
 
 

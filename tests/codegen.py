@@ -17,7 +17,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 
-from pydeform.cpu.core import blend, jit, layout, product, weighted
+from pydeform.cpu.core import blend, gathered, jit, layout, product, weighted
 
 
 class Processor(NamedTuple):
@@ -62,7 +62,7 @@ class Loop(NamedTuple):
 
 def primitives(vector_bytes: int, rows: int | None = None) -> SimpleNamespace:
     """Those that exist for vectors of any width, 0: of one lane; `multiply_tile` with other rows than it has."""
-    modules = (blend, layout, weighted)
+    modules = (blend, gathered, layout, weighted)
     found = {name: value for module in modules for name, value in vars(module).items() if hasattr(value, "of_width")}
     made = SimpleNamespace(
         vector_bytes=vector_bytes, **{name: value.of_width(vector_bytes) for name, value in found.items()}

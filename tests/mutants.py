@@ -44,9 +44,10 @@ AREAS = {
         "pydeform/cpu/**/*.py",
         "cpu",
         "cpu_kernels simd simd_pairs simd_roi conv2d deform_conv2d conv1d conv3d deform_conv1d deform_conv3d "
-        "active_conv2d roi threads roi_limits not_finite properties properties_axes properties_roi vectors "
-        "vectors_axes vectors_roi cost half waits coordinates kernel_cache cpu_memory layers_kinds runtime background "
-        "twins imports",
+        "active_conv2d roi dcnv3 dcnv4 ms_deform_attn ms_deform_attn_fused deform_aggregation threads roi_limits "
+        "not_finite properties properties_axes properties_roi properties_gather vectors vectors_axes vectors_roi "
+        "vectors_gather cost half waits coordinates kernel_cache cpu_memory layers_kinds runtime background twins "
+        "imports",
     ),
     "cuda": Area(
         "pydeform/cuda/**/*.py pydeform/cuda/**/*.cu*",
@@ -59,10 +60,11 @@ AREAS = {
     "rest": Area(
         "pydeform/*.py pydeform/ops/*.py pydeform/layers/*.py pydeform/testing/*.py",
         "cpu,emulated",
-        "errors errors_axes errors_roi options analysis optim losses runtime cli viz imports house types testing "
-        "layers layers_roi layers_kinds layers_files interop interop_cuda half conv2d deform_conv2d conv1d conv3d "
-        "deform_conv1d deform_conv3d active_conv2d roi not_finite vectors vectors_axes vectors_roi coordinates cost "
-        "background demo",
+        "errors errors_axes errors_roi errors_gather options analysis optim losses runtime cli viz imports house types "
+        "testing layers layers_roi layers_kinds layers_files interop interop_cuda half conv2d deform_conv2d conv1d "
+        "conv3d deform_conv1d deform_conv3d active_conv2d roi dcnv3 dcnv4 ms_deform_attn ms_deform_attn_fused "
+        "deform_aggregation not_finite vectors vectors_axes vectors_roi vectors_gather coordinates cost background "
+        "demo",
     ),
 }
 SWAPS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+"} | {

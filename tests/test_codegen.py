@@ -35,6 +35,8 @@ def arguments_of(name: str, real: Any, lanes: int) -> tuple[list[Any], dict[int,
     p = types.CPointer(real)
     corners = [types.UniTuple(NUMBER, 4), types.UniTuple(real, 4)]
     pixels = types.Tuple((p, INDEX, p, NUMBER, NUMBER))
+    samples = types.Tuple((types.CPointer(NUMBER), p, NUMBER, NUMBER, types.CPointer(NUMBER)))
+    cell = types.UniTuple(NUMBER, 2)
     panel = product.panel_vectors(lanes * real.bitwidth // 8) * lanes
     return {
         "multiply_wide": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 208, 2: 1, 4: panel}),
@@ -56,6 +58,9 @@ def arguments_of(name: str, real: Any, lanes: int) -> tuple[list[Any], dict[int,
         "weighted_sum": ([p, pixels, NUMBER, real, FLAG], {}),
         "weighted_dots": ([p, types.Tuple((p, INDEX, types.UniTuple(p, 3), NUMBER, NUMBER)), NUMBER], {}),
         "scatter": ([p, p, INDEX, p, NUMBER, NUMBER, NUMBER, real], {}),
+        "sum_samples": ([p, samples, cell, p, NUMBER, NUMBER, NUMBER], {}),
+        "scatter_samples": ([p, samples, cell, p, NUMBER, NUMBER, NUMBER], {}),
+        "corner_dots": ([p, p, samples, cell, NUMBER, NUMBER], {}),
         "largest_pixel": ([p, INDEX, pixels, NUMBER, NUMBER, FLAG], {}),
         "largest_point": ([p, INDEX, pixels, NUMBER, NUMBER, FLAG], {}),
     }[name]
@@ -77,6 +82,9 @@ PRIMITIVES = (
     "weighted_sum",
     "weighted_dots",
     "scatter",
+    "sum_samples",
+    "scatter_samples",
+    "corner_dots",
     "largest_pixel",
     "largest_point",
 )
@@ -93,8 +101,10 @@ LOADS = {
     "blend_dots": 0.72,
 }
 LOADS |= {"blend_dots_scatter": 0.82, "weighted_sum": 1.13, "weighted_dots": 1.1, "scatter": 1.13}
-# A loop that runs once at most, on processors of 2008.
+LOADS |= {"sum_samples": 1.34, "scatter_samples": 1.34, "corner_dots": 1.13}
+# Processors of 2008, in which a multiply-add takes one more register.
 STACK_STORES = {("weighted_sum", "nehalem", 32): 1}
+STACK_STORES |= {(name, "nehalem", bits): 4 for name in ("sum_samples", "corner_dots") for bits in (32, 64)}
 
 
 @functools.cache

@@ -314,7 +314,7 @@ def needs_errors(names: str) -> list[tuple[dict[str, Any], type[Exception], str]
             f"needs must be a tuple of names from {names}, got repeat('input')",
         ),
         ({"needs": (["input"],)}, ValueError, f"needs must name gradients among {names}, got ['input']"),
-        ({"needs": ("input", "grad")}, ValueError, f"needs must name gradients among {names}, got 'grad'"),
+        ({"needs": (names.split(", ")[0], "grad")}, ValueError, f"needs must name gradients among {names}, got 'grad'"),
     ]
 
 

@@ -111,7 +111,7 @@ def run_here(backend: str, seed: int, count: int) -> int:
 
     for number in range(seed, seed + count):
         rng = np.random.default_rng(number)
-        problem = problems.draw(rng, tuple(problems.MAKERS))
+        problem = problems.draw(rng, problems.ON_CUDA if backend == "emulated" else tuple(problems.MAKERS))
         print(f"problem {number} {backend} {problem.operator} {problem.dtype} {problem.kind}", flush=True)
         way = str(rng.choice(list(conftest.WAYS))) if backend == "emulated" else ""
         take_way(backend + way, problem.operator)
@@ -128,7 +128,7 @@ def take_way(backend: str, operator: str) -> None:
             from pydeform.cuda.core import sizes
 
             sizes.DIRECT_CHANNELS = most_channels
-    conftest._tolerance = conftest.tolerance_of(backend, "roi" not in operator)
+    conftest._tolerance = conftest.tolerance_of(backend, "conv" in operator)
 
 
 def report(outcome: Outcome) -> None:

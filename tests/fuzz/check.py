@@ -10,9 +10,11 @@ import numpy as np
 
 import pydeform
 from tests import conftest
+from tests.cases import gather
 from tests.cases.conv import AXES, solve_oracle
 from tests.fuzz.problems import COORDINATES, Problem
 from tests.reference import deform_conv2d, roi
+from tests.reference import gather as gather_reference
 from tests.reference.deform_conv import offset_of_positions
 from tests.test_deform_conv2d import LAYOUTS, Guard
 
@@ -49,7 +51,7 @@ def compare(problem: Problem, results: dict[str, Any]) -> None:
     """With the oracle, in all that it can tell of this problem."""
     if "output" in problem.beyond_oracle:
         return
-    roundings = rounded_terms(problem) | rounded_sums(problem)
+    roundings = rounded_terms(problem) | rounded_sums(problem) | rounded_softmax(problem)
     for name, want in oracle(problem).items():
         if want is None:
             assert results[name] is None, f"{name} should be None"
@@ -74,7 +76,7 @@ def rounded_terms(problem: Problem) -> dict[str, Any]:
     """What may be lost where each sample is rounded to a half type before it is multiplied: half a unit in the last
     place of each term, however little the terms leave of each other, and of the sum."""
     half = problem.dtype
-    if "roi" in problem.operator or conftest._tolerance[half] == conftest.TOLERANCE[half]:
+    if "conv" not in problem.operator or conftest._tolerance[half] == conftest.TOLERANCE[half]:
         return {}
     arrays = {name: a if a is None or name in COORDINATES else abs(a) for name, a in problem.arrays.items()}
     terms = oracle(problem._replace(arrays=arrays, grad_output=abs(problem.grad_output)))
@@ -96,12 +98,33 @@ def rounded_sums(problem: Problem) -> dict[str, Any]:
         return {"positions": 2.0**-20 * abs(terms).sum(axis=(0, 2, 3))}
 
 
+def rounded_softmax(problem: Problem) -> dict[str, Any]:
+    """What may be lost where weights that are no short numbers multiply terms that may leave little."""
+    if problem.operator != "ms_deform_attn_fused" or not problem.grad_output.size:
+        return {}
+    unit = 2.0**-49 if problem.dtype == "float64" else 2.0**-20
+    a = {name: np.asarray(array).astype(np.float64) for name, array in problem.arrays.items()}
+    value, grad = abs(a["value"]).max(), abs(problem.grad_output.astype(np.float64)).max()
+    of_dot = unit * a["value"].shape[3] * grad * value
+    longest = max(max(size) for size in problem.options["spatial_shapes"])
+    offsets = abs(a["sampling_offsets"])
+    reach = offsets[offsets < 1000].max(initial=1)  # others lead outside
+    count = a["attention_logits"][0, 0].size
+    return {
+        "output": unit * value,
+        "value": unit * grad * a["value"].shape[2] * a["attention_logits"].size,
+        "attention_logits": of_dot,
+        "sampling_offsets": 2 * of_dot * longest,
+        "reference_points": 2 * of_dot * longest * reach * count,
+    }
+
+
 def _assert_close(got: Any, want: Any, problem: Problem, name: str, slack: Any) -> None:
     dtype = (problem.grad_output if name == "output" else problem.arrays[name]).dtype.name
     if np.any(slack) and got.dtype.name == dtype:
         with np.errstate(all="ignore"):
             wrong = ~(abs(got - want) <= slack)
-        got = np.where(wrong, got, want).astype(got.dtype)
+        want = np.where(wrong, want, got.astype(np.float64))
     if dtype != problem.dtype and got.dtype.name == dtype:  # coordinates in float32, beside data that is rounded more
         got, dtype = got.astype(problem.grad_output.dtype), problem.dtype
     conftest.assert_close(got, want, dtype, name)
@@ -119,7 +142,8 @@ def oracle(problem: Problem) -> dict[str, Any]:
         if problem.operator in AXES:
             output, grads = solve_oracle(problem.operator, arrays, options, grad_output)
             return {"output": output, **grads}
-        forward, backward = (getattr(roi, name) for name in (problem.operator, f"{problem.operator}_backward"))
+        reference = gather_reference if problem.operator in gather.OPERATORS else roi
+        forward, backward = (getattr(reference, name) for name in (problem.operator, f"{problem.operator}_backward"))
         return {"output": forward(**arrays, **options), **backward(grad_output, **arrays, **options)}
 
 
@@ -159,11 +183,12 @@ def _otherwise(rng: np.random.Generator) -> Iterator[None]:
     """Several threads however small the problem, and memory full of NaN, of zeros or of anything."""
     from pydeform.cpu.conv import plan as conv_plan
     from pydeform.cpu.core import memory
+    from pydeform.cpu.gather import plan as gather_plan
     from pydeform.cpu.roi import plan as roi_plan
 
     places = ((memory, "np", _Poisoned([0xFF, 0, None][rng.integers(3)], rng)),)
     places += ((memory.Workspace, "take", lambda workspace: memory.workspace(*workspace._parts)),)  # no spare one
-    places += tuple((module, "SERIAL_FLOPS", 0) for module in (conv_plan, roi_plan))
+    places += tuple((module, "SERIAL_FLOPS", 0) for module in (conv_plan, gather_plan, roi_plan))
     before = [getattr(module, name) for module, name, _ in places]
     for module, name, value in places:
         setattr(module, name, value)

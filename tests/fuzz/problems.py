@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tests.cases import gather
 from tests.cases.conv import AXES, kind_of
 from tests.cases.deform_conv2d import dtype_of
 from tests.test_roi import Variant
@@ -20,7 +21,7 @@ from tests.test_roi import problem as roi_problem
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 HALF_TYPES = ("float16", "bfloat16")
-COORDINATES = ("offset", "positions", "boxes", "trans")  # which may be float32 beside half types
+COORDINATES = ("positions", "boxes", "trans", *gather.PLACES)  # which may be float32 beside half types
 
 
 class Problem(NamedTuple):
@@ -261,6 +262,81 @@ def _hostile(rng: np.random.Generator, count: int, dtype: str) -> Any:
     return _signed(rng, np.where(rng.random(count) < 0.5, 2.0**exponents, special))
 
 
+# Operators that gather -----------------------------------------------------------------------------------------------
+
+
+def _gather_case(rng: np.random.Generator, operator: str, exact: bool) -> Any:
+    """Of at most some hundred samples. `exact`: places on pixels are exact in each dtype."""
+    few, channels = (1, 2, 3), _some(rng, 1, 2, 3, 9, 17)
+
+    def size() -> tuple[int, int]:
+        lengths = (1, 2, 4, 8) if exact else (1, 2, 3, 5, 7, 9)
+        return _some(rng, *lengths), _some(rng, *lengths)
+
+    if operator == "deform_aggregation":
+        cameras, scales = _some(rng, *few), _some(rng, 1, 2)
+        shapes = tuple(tuple(size() for _ in range(scales)) for _ in range(cameras))
+        sizes = [_some(rng, *few) for _ in range(3)]
+        return gather.Aggregation(shapes, sizes[0], channels, _some(rng, 0, 1, 2), *sizes[1:])
+    if operator.startswith("dcnv"):
+        kernel, dilation = (_some(rng, *few), _some(rng, *few)), (_some(rng, 1, 2), _some(rng, 1, 2))
+        pads = tuple((int(a), int(b)) for a, b in rng.integers(0, 3, (2, 2)))
+        least = [max(1, d * (k - 1) + 1 - sum(pad)) for d, k, pad in zip(dilation, kernel, pads, strict=True)]
+        return gather.Dcn(
+            (least[0] + int(rng.integers(0, 3)), least[1] + int(rng.integers(0, 3))),
+            *(_some(rng, *few), channels, kernel, (_some(rng, 1, 2), _some(rng, 1, 2)), pads, dilation),
+            offset_scale=_some(rng, 1.0, 1.0, 0.5, 2.0) if exact else float(rng.uniform(-2, 2)),
+            remove_center=kernel == (3, 3) and _some(rng, True, False),
+            batch=_some(rng, 0, 1, 2),
+        )
+    counts, levels = (1, 2, 4) if exact else (1, 2, 3, 6), _some(rng, *few)
+    flat = _some(rng, True, False)
+    points = tuple(_some(rng, *counts) for _ in range(levels))
+    return gather.Attention(
+        tuple(size() for _ in range(levels)),
+        points if flat else points[:1] * levels,
+        *(_some(rng, *few), channels, _some(rng, 0, 1, 2), _some(rng, 0, 1, 2, 4), flat),
+        method=_some(rng, "bilinear", "bilinear", "discrete"),
+        references=(_some(rng, True, False), _some(rng, 2, 4)),
+        offset_scale=_some(rng, 0.5, 0.5, 0.25),
+    )
+
+
+def _gather(rng: np.random.Generator, operator: str) -> Problem:
+    kind = _some(rng, "exact", "exact", "far", "ulp", "real")
+    dtype = "float64" if kind in ("ulp", "real") else _some(rng, *DTYPES)
+    case = _gather_case(rng, operator, exact=kind != "real")
+    draw = gather.halves if kind != "real" else gather.between_pixels
+    made = gather.make(operator, case, "float64", draw, int(rng.integers(1 << 30)))
+    arrays, options = dict(made.numbers), dict(made.options)
+    if "spatial_shapes" in made.arrays:
+        options["spatial_shapes"] = made.arrays["spatial_shapes"]
+    arrays = _cast(rng, arrays, dtype)
+    place = made.place
+    if operator == "dcnv4":
+        _move_packed(rng, arrays["offset_mask"], case, kind, dtype)
+    else:
+        _move(rng, arrays[place], kind, arrays[place].dtype.name)
+    return Problem(operator, arrays, made.grad_output.astype(dtype_of(dtype)), options, dtype, kind)
+
+
+def _move(rng: np.random.Generator, places: Any, kind: str, dtype: str) -> None:
+    """In place: anywhere, one rounding away, or some of them far."""
+    if kind == "real":
+        places += rng.uniform(-0.3, 0.3, places.shape)
+    elif kind == "ulp":
+        places[...] = np.nextafter(places, rng.choice([-np.inf, np.inf], places.shape))
+    elif kind == "far":
+        _place(rng, places, lambda count: _far(rng, count, dtype))
+
+
+def _move_packed(rng: np.random.Generator, packed: Any, case: Any, kind: str, dtype: str) -> None:
+    """The offsets of each group alone."""
+    for group in range(case.groups):
+        first = group * case.points * 3
+        _move(rng, packed[..., first : first + 2 * case.points], kind, dtype)
+
+
 MAKERS: dict[str, Callable[[np.random.Generator, str], Problem]] = {
     **dict.fromkeys(AXES, _convolution),
     "roi_pool": _roi,
@@ -269,4 +345,6 @@ MAKERS: dict[str, Callable[[np.random.Generator, str], Problem]] = {
     "ps_roi_align": _roi,
     "deform_roi_pool": _roi,
     "deform_psroi_pool": _roi,
+    **dict.fromkeys(gather.OPERATORS, _gather),
 }
+ON_CUDA = tuple(name for name in MAKERS if name not in gather.OPERATORS)

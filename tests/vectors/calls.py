@@ -12,14 +12,22 @@ from tests.vectors import Vector
 PARAMETERS = {"x": "input", "data": "input", "trans": "trans", "mask": "mask", "offset_true": "offset"}
 
 
+GATHER = ("dcnv3", "dcnv4", "ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation")
+# Running sums of what is in spatial_shapes.
+DERIVED = ("level_start_index", "scale_start_index")
+
+
 def outside_api(vector: Vector) -> str:
     """Why pydeform has no such operator; empty: it has."""
     if vector.meta["operator"] == "ps_roi_align" and vector.args.get("aligned") is False:
         return "MXNet's ROIAlign can be position-sensitive without the half pixel"
     if vector.args.get("mode") == "max" and "onnx_op" in vector.args:
         return "ONNX's largest of single weighted pixels"
-    if vector.meta.get("semantics", {}).get("border", "").startswith("clamp"):
+    border = vector.meta.get("semantics", {}).get("border", "")
+    if vector.meta["operator"] == "deform_conv1d" and border.startswith("clamp"):
         return "dc1d clamps positions to the padded signal"
+    if vector.args.get("softmax"):
+        return "DCNv4's kernel can take the softmax itself"
     return ""
 
 
@@ -56,6 +64,8 @@ class Call(NamedTuple):
 def call_of(vector: Vector) -> Call:
     if vector.meta["operator"].startswith("deform_conv"):
         return deform_conv_call(vector)
+    if vector.meta["operator"] in GATHER:
+        return gather_call(vector)
     inputs, args = dict(vector.inputs), vector.args
     options = {"spatial_scale": args.get("spatial_scale_effective", args["spatial_scale"])}
     if "onnx_op" in args:
@@ -96,6 +106,18 @@ def deform_conv_call(vector: Vector) -> Call:
     arrays = {PARAMETERS.get(name, name): array for name, array in vector.inputs.items()}
     grads = {PARAMETERS.get(name, name): grad for name, grad in vector.grads.items()}
     return Call(vector.meta["operator"], arrays, deform_conv_options(vector), grads)
+
+
+def gather_call(vector: Vector) -> Call:
+    args = vector.args
+    arrays = {PARAMETERS.get(name, name): array for name, array in vector.inputs.items() if name not in DERIVED}
+    grads = {PARAMETERS.get(name, name): grad for name, grad in vector.grads.items()}
+    options = {name: args[name] for name in ("points", "method", "offset_scale") if name in args}
+    if "kernel_h" in args:
+        pairs = {"kernel_size": "kernel", "stride": "stride", "padding": "pad", "dilation": "dilation"}
+        options |= {name: (args[f"{of}_h"], args[f"{of}_w"]) for name, of in pairs.items()}
+        options |= {"groups": args["group"], "remove_center": bool(args["remove_center"])}
+    return Call(vector.meta["operator"], arrays, options, grads)
 
 
 def psroi_pooling_call(

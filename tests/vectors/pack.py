@@ -24,6 +24,7 @@ ARCHIVES = {
         "deform_roi_pool",
         "deformable_psroi_pooling",
     ),
+    "gather": ("dcnv3", "dcnv4", "ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation"),
 }
 
 

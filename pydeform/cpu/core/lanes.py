@@ -6,7 +6,6 @@ result depends on neither threads nor tiles.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -129,8 +128,8 @@ class Vectors:
         while len(vectors) > 1 and width > 1:
             width //= 2
             vectors = [self._folded(*pair, width) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
-        if width == 1:
-            return functools.reduce(self._joined, vectors[1:], vectors[0])
+        while len(vectors) > 1:
+            vectors = [self._joined(*pair) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
         (total,) = vectors
         while width > 1:
             width //= 2

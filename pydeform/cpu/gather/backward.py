@@ -106,7 +106,7 @@ def _dots_of_tile(tile: Any, given: Any, grads: Any, scratch: Any, tables: Any, 
                 grad = at(grads.output, (tile.image, tile.query + query, channel))
                 corner_dots(dots, grad, corners, p.axes, count, g.channels)
                 if given.reference is None:
-                    _bring_weights(tile, query, first + i, entry, given, scratch, g, p)
+                    _bring_weights(tile, query, first + i, entry, count, given, scratch, g, p)
         _blend_dots(tile, first > 0, scratch, tables, g, p)
         _write_weights(tile, first, given, grads, scratch, g, p)
     if p.discrete is None:
@@ -117,11 +117,20 @@ def _dots_of_tile(tile: Any, given: Any, grads: Any, scratch: Any, tables: Any, 
 
 
 @inline_always
-def _bring_weights(tile: Any, query: int, group: int, entry: int, given: Any, scratch: Any, g: Any, p: Any) -> None:
+def _bring_weights(
+    tile: Any, query: int, group: int, entry: int, count: int, given: Any, scratch: Any, g: Any, p: Any
+) -> None:
     source = weights_of(tile, query, group, entry, given, scratch, g)
     target = at(scratch.weights, (tile.thread, entry))
-    for s in range(g.samples):
-        target[s] = source[s * p.weight_step]
+    if p.lists is None:
+        for s in range(g.samples):
+            target[s] = source[s * p.weight_step]
+    else:
+        for s in range(g.samples):
+            target[s] = 0  # a sample that nothing is read for has no part, whatever its weight
+        for i in range(count):
+            s = scratch.listed[tile.thread, i]
+            target[s] = source[s * p.weight_step]
 
 
 @inline
@@ -193,6 +202,12 @@ def _write_locations(tile: Any, grads: Any, scratch: Any, tables: Any, g: Any, p
                 entry += 1
 
 
+@inline_always
+def _part(move: Any, factor: Any) -> Any:
+    """Of a sample that does not move anything, which may be infinitely far away: 0."""
+    return move * factor if move != 0 else move
+
+
 @inline
 def _write_offsets(tile: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any) -> None:
     """Eq. 6: of raw offsets, and of the points or boxes that they start from, over all groups and samples in order."""
@@ -209,7 +224,8 @@ def _write_offsets(tile: Any, given: Any, grads: Any, scratch: Any, tables: Any,
                 for axis in range(2):
                     move = scratch.moves[tile.thread, 1 - axis, entry + s]
                     divisor = tables.divisor[1 - axis, s]
-                    target[2 * s + axis] = move * reach_of(box, axis, divisor, g)
+                    target[2 * s + axis] = _part(move, reach_of(box, axis, divisor, g))
                     to_box[axis] += move
                     if g.reference_numbers == 4:
-                        to_box[2 + axis] += move * (offsets[2 * s + axis] / divisor * type(move)(g.offset_scale))
+                        parts = offsets[2 * s + axis] / divisor * type(move)(g.offset_scale)
+                        to_box[2 + axis] += _part(move, parts)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform._gather_geometry import DISCRETE, Gather
+from pydeform._gather_geometry import BILINEAR_INSIDE, DISCRETE, Gather
 from pydeform.cpu.core import parallel
 from pydeform.cpu.core.memory import Workspace, contiguous
 from pydeform.cpu.core.simd import VECTOR_BYTES
@@ -87,7 +87,7 @@ def threads_for(g: Any, products: int, units: int) -> int:
 def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, threads: int) -> Prepared:
     g, samples = gather
     lanes = VECTOR_BYTES // dtype.itemsize
-    is_discrete, is_shared = g.rule == DISCRETE, g.location_groups < g.groups
+    is_discrete, is_seen = g.rule == DISCRETE, g.rule == BILINEAR_INSIDE
     of_query = g.location_groups * g.samples
     fair = -(-g.batch * g.queries // (UNITS_OF_THREAD * threads))
     queries = max(1, min(TILE // of_query, g.queries, fair))
@@ -106,23 +106,23 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, 
         ((threads, row), dtype),
         ((threads, row * needs_dots), dtype),
         ((threads, 2, row * needs_dots), dtype),
-        ((threads, g.samples * is_shared), np.dtype(np.int64)),
+        ((threads, g.samples * is_seen), np.dtype(np.int64)),
         ((threads, 2, round_up(g.groups * g.channels, lanes)), dtype),
     )
     packed = g.number_steps == g.weight_steps
     plan = Plan(
         axes=() if is_discrete else (0, 0),
         discrete=1 if is_discrete else None,
-        lists=1 if is_shared else None,
+        lists=1 if is_seen else None,
         queries=queries,
         row=row,
-        weight_step=g.groups if is_shared else 1,
+        weight_step=int(samples.weight[-1] // max(g.samples - 1, 1)) or 1,
         is_direct=int(not has_reference and not packed and g.number_steps[1] == 2 * of_query),
         groups=max(1, g.groups // parts),
         blocks=-(-g.channels // block),
         block=block,
     )
-    key = dtype.char + "d" * is_discrete + "r" * has_reference + "l" * is_shared
+    key = dtype.char + "d" * is_discrete + "r" * has_reference + "l" * is_seen
     return Prepared(key, threads, workspace, _tables(samples, row, dtype, g.reference_levels), plan)
 
 
@@ -139,7 +139,7 @@ def _tables(samples: Any, row: int, dtype: Any, reference_levels: int) -> Tables
         over(samples.first_pixel, np.int32),
         samples.number.astype(np.int64),
         samples.level * (reference_levels > 1),
-        samples.divisor.astype(dtype),
+        np.ascontiguousarray(samples.divisor, dtype),
     )
 
 

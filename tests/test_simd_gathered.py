@@ -1,0 +1,152 @@
+"""The primitives that sum, scatter and multiply samples by their corners' addresses, at every vector width."""
+
+import functools
+
+import numpy as np
+import pytest
+from numba import njit
+
+from pydeform.cpu.core.gathered import Corners, address_of, place_in
+from pydeform.cpu.core.jit import inline
+from pydeform.cpu.core.simd import VECTOR_BYTES, at
+from tests.codegen import primitives
+
+WIDTHS = {width: primitives(width) for width in (0, 16, 32, 64)}
+TOLERANCE = {"float32": 1e-5, "float64": 1e-13}
+SAMPLES, PIXELS, ENTRY = 21, 5, 3  # of the tables' entries the first three are others
+
+
+@njit
+def first(array):
+    return address_of(at(array, (0, 0)))
+
+
+@njit
+def place(entry, like, axes):
+    return place_in(entry, at(like, (0, 0)), axes)
+
+
+class Problem:
+    """Samples in the tables as the kernels write them; their channels 1 to channels + 1 are meant."""
+
+    def __init__(self, dtype, axes, channels, listed):
+        rng = np.random.default_rng(channels)
+        self.axes, self.channels, self.corners = axes, channels, 2 ** len(axes)
+        self.image = rng.standard_normal((PIXELS, channels + 3)).astype(dtype)
+        self.pixels = rng.integers(0, PIXELS, (self.corners, SAMPLES))
+        self.shares = rng.standard_normal((self.corners, SAMPLES)).astype(dtype)
+        self.weights = rng.standard_normal((SAMPLES, 2)).astype(dtype)
+        self.listed = np.array([0, 4, 17, 20]) if listed else None
+        lanes = VECTOR_BYTES // dtype.itemsize
+        row = -(-(SAMPLES + ENTRY) // lanes) * lanes
+        self.starts, self.table = np.zeros(self.corners * row, np.int64), np.full(self.corners * row, np.nan, dtype)
+        for s in range(SAMPLES):
+            for k in range(self.corners):
+                to = place(ENTRY + s, self.image, axes) + k * lanes
+                self.starts[to] = first(self.image) + self.image.strides[0] * self.pixels[k, s]
+                self.table[to] = self.shares[k, s]
+
+    @property
+    def numbers(self):
+        return np.arange(SAMPLES) if self.listed is None else self.listed
+
+    def arguments(self):
+        return self.starts, self.table, self.axes, self.listed, self.numbers.size, self.channels
+
+    def samples(self):
+        """(sample, channel), in float64."""
+        found = np.zeros((self.numbers.size, self.channels))
+        for i, s in enumerate(self.numbers):
+            for k in range(self.corners):
+                found[i] += float(self.shares[k, s]) * self.image[self.pixels[k, s], 1 : 1 + self.channels]
+        return found
+
+
+@pytest.fixture(params=WIDTHS, ids="{}-byte".format)
+def width(request):
+    return request.param
+
+
+@pytest.fixture(params=("float32", "float64"))
+def dtype(request):
+    return np.dtype(request.param)
+
+
+@pytest.fixture(params=[((), False, 5), ((0, 0), False, 1), ((0, 0), True, 40), ((0, 0), False, 131), ((), True, 70)])
+def problem(request, dtype):
+    axes, listed, channels = request.param
+    return Problem(dtype, axes, channels, listed)
+
+
+@functools.cache
+def runs(width):
+    p = WIDTHS[width]
+    sum_samples, scatter_samples, corner_dots = p.sum_samples, p.scatter_samples, p.corner_dots
+
+    @inline
+    def corners(starts, table, listed):
+        if listed is None:
+            return Corners(at(starts, (0,)), at(table, (0,)), ENTRY, 1, None)
+        return Corners(at(starts, (0,)), at(table, (0,)), ENTRY, 1, at(listed, (0,)))
+
+    @njit
+    def sums(out, weights, starts, table, axes, listed, count, channels):
+        sum_samples(at(out, (1,)), corners(starts, table, listed), axes, at(weights, (0, 0)), 2, count, channels)
+
+    @njit
+    def scatters(grad, weights, starts, table, axes, listed, count, channels):
+        scatter_samples(at(grad, (1,)), corners(starts, table, listed), axes, at(weights, (0, 0)), 2, count, channels)
+
+    @njit
+    def dots(out, grad, starts, table, axes, listed, count, channels):
+        corner_dots(at(out, (0,)), at(grad, (1,)), corners(starts, table, listed), axes, count, channels)
+
+    return sums, scatters, dots
+
+
+def close(got, want, dtype):
+    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE[dtype.name] * max(1, np.abs(want).max()))
+
+
+def test_sums(width, dtype, problem):
+    out = np.full(problem.channels + 2, 7, dtype)
+    runs(width)[0](out, problem.weights, *problem.arguments())
+    assert out[0] == out[-1] == 7  # those of other groups
+    close(out[1:-1], problem.weights[problem.numbers, 0].astype(float) @ problem.samples(), dtype)
+
+
+def test_scattered_sums(width, dtype, problem):
+    grad = np.arange(problem.channels + 2).astype(dtype) % 5 - 2
+    before = problem.image.astype(float)
+    for s in problem.numbers:
+        for k in range(problem.corners):
+            scale = float(problem.weights[s, 0]) * float(problem.shares[k, s])
+            before[problem.pixels[k, s], 1 : 1 + problem.channels] += scale * grad[1:-1]
+    beside = problem.image[:, [0, -2, -1]].copy()
+    runs(width)[1](grad, problem.weights, *problem.arguments())
+    assert (problem.image[:, [0, -2, -1]] == beside).all()
+    close(problem.image, before, dtype)
+
+
+def test_dots(width, dtype, problem):
+    """They are added to what is there; those of samples that are not listed stay."""
+    grad = np.arange(problem.channels + 2).astype(dtype) % 5 - 2
+    out = np.full((SAMPLES, problem.corners), 0.5, dtype)
+    want = out.astype(float)
+    for s in problem.numbers:
+        pixels = problem.image[problem.pixels[:, s], 1 : 1 + problem.channels].astype(float)
+        want[s] += pixels @ grad[1:-1].astype(float)
+    runs(width)[2](out.reshape(-1), grad, *problem.arguments())
+    close(out, want, dtype)
+
+
+def test_what_lies_beyond_the_channels_is_not_read(width, dtype):
+    """An infinity there would be NaN, times 0."""
+    problem = Problem(dtype, (0, 0), 19, False)
+    problem.image[:, [0, -2, -1]] = np.inf
+    grad, out = np.ones(21, dtype), np.zeros((SAMPLES, 4), dtype)
+    grad[[0, -1]] = np.inf
+    total = np.zeros(21, dtype)
+    runs(width)[0](total, problem.weights, *problem.arguments())
+    runs(width)[2](out.reshape(-1), grad, *problem.arguments())
+    assert np.isfinite(out).all() and np.isfinite(total).all()

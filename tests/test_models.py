@@ -12,7 +12,16 @@ import pydeform
 from pydeform.layers import MSDeformAttn
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _transformers():
+    """Not when tests are collected: it takes seconds to import."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+def of_transformers(name):
+    return getattr(importlib.import_module("transformers"), name)
 
 
 class Attention(torch.autograd.Function):
@@ -57,22 +66,22 @@ WITH_NECK = {**DETECTOR, "d_model": 16, "encoder_hidden_dim": 16, "encoder_in_ch
 
 
 def rt_detr_v2(method="default"):
-    backbone = transformers.RTDetrResNetConfig(**STAGES, layer_type="basic", **OUT)
+    backbone = of_transformers("RTDetrResNetConfig")(**STAGES, layer_type="basic", **OUT)
     sizes = {"decoder_n_points": 3, "decoder_offset_scale": 0.7, "decoder_method": method}
-    return transformers.RTDetrV2Config(backbone_config=backbone, **WITH_NECK, **sizes)
+    return of_transformers("RTDetrV2Config")(backbone_config=backbone, **WITH_NECK, **sizes)
 
 
 def d_fine():
     four = {"stage_num_blocks": [1] * 4, "stage_num_of_layers": [1] * 4, "stage_mid_channels": [8] * 4}
     channels = {"stage_in_channels": [8, 8, 8, 12], "stage_out_channels": STAGES["hidden_sizes"]}
-    backbone = transformers.HGNetV2Config(**STAGES, stem_channels=[3, 8, 8], **four, **channels, **OUT)
-    return transformers.DFineConfig(backbone_config=backbone, **WITH_NECK, decoder_n_points=[3, 6, 3])
+    backbone = of_transformers("HGNetV2Config")(**STAGES, stem_channels=[3, 8, 8], **four, **channels, **OUT)
+    return of_transformers("DFineConfig")(backbone_config=backbone, **WITH_NECK, decoder_n_points=[3, 6, 3])
 
 
 def deformable_detr(two_stage=True):
-    backbone = transformers.ResNetConfig(**STAGES, layer_type="basic", **OUT)
+    backbone = of_transformers("ResNetConfig")(**STAGES, layer_type="basic", **OUT)
     refined = {"with_box_refine": two_stage, "two_stage": two_stage, "two_stage_num_proposals": 7}
-    return transformers.DeformableDetrConfig(
+    return of_transformers("DeformableDetrConfig")(
         backbone_config=backbone, use_timm_backbone=False, d_model=64, encoder_layers=2, **refined, **DETECTOR
     )
 
@@ -126,7 +135,7 @@ def close(got, want, tolerance, names):
 def test_detectors_with_our_attention(monkeypatch, name, config, head, dtype, tolerance):
     theirs = modeling(name)
     torch.manual_seed(0)
-    model = randomised(getattr(transformers, head)(config())).eval().to(getattr(torch, dtype))
+    model = randomised(of_transformers(head)(config())).eval().to(getattr(torch, dtype))
     pixels = torch.randn(2, 3, 128, 160).to(model.dtype)
     mask = torch.ones(2, 128, 160, dtype=torch.int64)
     mask[1, :, 130:] = 0  # the second picture is narrower
@@ -155,8 +164,8 @@ def attention_of(name):
     """A module and the layer of its kind."""
     theirs = modeling(name)
     if name == "deformable_detr":
-        config = transformers.DeformableDetrConfig(
-            backbone_config=transformers.ResNetConfig(), use_timm_backbone=False, d_model=16, num_feature_levels=3
+        config = of_transformers("DeformableDetrConfig")(
+            backbone_config=of_transformers("ResNetConfig")(), use_timm_backbone=False, d_model=16, num_feature_levels=3
         )
         module = theirs.DeformableDetrMultiscaleDeformableAttention(config, num_heads=4, n_points=2)
         return module, MSDeformAttn(16, 3, 4, 2, rng=0)
@@ -213,7 +222,7 @@ def test_the_layer_starts_as_theirs(name):
     """In a model, whose constructor sets what its modules start with."""
     configs = {"deformable_detr": deformable_detr, "rt_detr_v2": rt_detr_v2, "d_fine": d_fine}
     heads = {"deformable_detr": "DeformableDetrModel", "rt_detr_v2": "RTDetrV2Model", "d_fine": "DFineModel"}
-    model = getattr(transformers, heads[name])(configs[name]())
+    model = of_transformers(heads[name])(configs[name]())
     module = next(m for m in model.modules() if hasattr(m, "sampling_offsets"))
     theirs, layer = their_arrays(module), attention_of(name)[1]
     if name == "deformable_detr":

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from pydeform import _arrays, _checks, _gather_geometry
-from pydeform._types import SpatialShapes
 from pydeform.layers import _layer
 from pydeform.layers.linear import Linear
 from pydeform.ops.ms_deform_attn_fused import ms_deform_attn_fused, ms_deform_attn_fused_backward
@@ -102,7 +101,7 @@ class MSDeformAttn(_layer.Layer):
         query: Any,
         reference_points: Any,
         input: Any,
-        spatial_shapes: SpatialShapes,
+        spatial_shapes: Any,
         padding_mask: Any = None,
         *,
         train: bool = True,

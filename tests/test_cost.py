@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import pydeform
+from pydeform import _selfcheck
 from pydeform._geometry import ConvGeometry
 from pydeform.cpu.conv import backward_kernel
 from pydeform.cpu.conv import backward_plan as conv_backward
@@ -33,7 +34,9 @@ CONVOLUTIONS |= dict.fromkeys(
     ("deform_conv1d", "deform_conv2d", "deform_conv3d"), ("input", "offset", "weight", "bias", "mask")
 )
 CONVOLUTIONS["active_conv2d"] = ("input", "positions", "weight", "bias")
-NAMES = {**CONVOLUTIONS, **OPERATORS}
+GATHER = {name: tuple(_selfcheck.problem(name).arrays) for name in _selfcheck.GATHER}
+NAMES = {**CONVOLUTIONS, **GATHER, **OPERATORS}
+IMAGES = ("input", "value", "features")
 SMALL, LARGE = (96, 100), (160, 200)  # both so large that a copy for a few results would be a waste
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -52,6 +55,7 @@ def _psroi(channels: int) -> dict[str, Any]:
 
 WORK = {
     **{name: Work(name, 4) for name in CONVOLUTIONS},
+    **{name: Work(name, 8) for name in GATHER},
     "roi_pool": Work("roi_pool", 32, {"output_size": 2}),
     "roi_pool 1": Work("roi_pool", 1, {"output_size": 2}),
     "roi_align": Work("roi_align", 32, {"output_size": 2}),
@@ -86,6 +90,8 @@ def _make(work: Work, size: tuple[int, ...], dtype: str) -> tuple[dict[str, Any]
         arrays["positions"] = _numbers(axes * taps)
         arrays = {name: arrays[name] for name in CONVOLUTIONS[work.operator]}
         grad_output = _numbers(1, 4, *out)
+    elif work.operator in GATHER:
+        arrays, grad_output, options = _gathered(work.operator, size)
     else:
         per_output = 4 if "ps" in work.operator else 1
         boxes = np.array([[0, 1, 2, 7, 6], [1, width - 9, height - 8, width - 2, height - 3]], float)
@@ -96,6 +102,26 @@ def _make(work: Work, size: tuple[int, ...], dtype: str) -> tuple[dict[str, Any]
             arrays |= {OPERATORS[work.operator][2]: _numbers(2, 2, 2, 2), "mask": _numbers(2, 1, 2, 2)}
         grad_output, options = _numbers(2, work.channels, 2, 2), work.options or {}
     return {name: a.astype(dtype_of(dtype)) for name, a in arrays.items()}, grad_output.astype(dtype_of(dtype)), options
+
+
+def _gathered(operator: str, size: tuple[int, int]) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:
+    """A few queries of one map."""
+    if operator.startswith("dcn"):
+        moves = {"offset": _numbers(1, 2, 2, 18), "mask": _numbers(1, 2, 2, 9)}
+        if operator == "dcnv4":
+            moves = {"offset_mask": _numbers(1, 2, 2, 32)}
+        options = {"stride": tuple(length - 3 for length in size), "padding": 0}
+        return {"input": _numbers(1, *size, 8), **moves}, _numbers(1, 2, 2, 8), options
+    if operator == "deform_aggregation":
+        arrays = {"features": _numbers(1, math.prod(size), 8), "sampling_locations": _numbers(1, 3, 2, 1, 2)}
+        arrays["weights"] = _numbers(1, 3, 2, 1, 1, 2)
+        return arrays, _numbers(1, 3, 8), {"spatial_shapes": ((size,),)}
+    where, names = (1, 3, 2, 1, 2), GATHER[operator][1:]
+    shapes = [where if name.startswith("attention") else (*where, 2) for name in names]
+    shapes = [(1, 3, 1, 4) if name == "reference_points" else s for name, s in zip(names, shapes, strict=True)]
+    arrays = {"value": _numbers(1, math.prod(size), 2, 4)}
+    arrays |= {name: _numbers(*shape) for name, shape in zip(names, shapes, strict=True)}
+    return arrays, _numbers(1, 3, 8), {"spatial_shapes": (size,)}
 
 
 def _calls(work: Work, size: tuple[int, int], dtype: str, send: Any = lambda a: a) -> Any:
@@ -125,7 +151,7 @@ def _beyond(taken: int, results: Any, fields: Any) -> int:
     for field, result in zip(fields, results, strict=True):
         if result is not None:
             taken -= result.nbytes
-            if field == "input" and result.dtype.itemsize == 2 and len(results) > 1:
+            if field in IMAGES and result.dtype.itemsize == 2 and len(results) > 1:
                 taken -= 2 * result.nbytes
     return taken
 
@@ -137,7 +163,7 @@ def test_every_operator_has_its_cost():
         notes = re.split(r"\n    (?=\w)", inspect.getdoc(getattr(pydeform, name)).replace("\n", "\n    "))
         (notes,) = [part for part in notes if part.startswith("Notes")]
         assert re.search(
-            r"Memory beyond the (result|gradients): .* whatever the size of the image", " ".join(notes.split())
+            r"Memory beyond the (result|gradients): .* whatever the size of the (image|maps)", " ".join(notes.split())
         )
 
 
@@ -168,12 +194,15 @@ def _count_device_memory(monkeypatch: Any) -> list[int]:
     return taken
 
 
-def _assert_no_growth(work: Work, dtype: str, send: Any, measure: Any) -> None:
+def _assert_no_growth(work: Work, dtype: str, send: Any, measure: Any, copies: bool = False) -> None:
+    """`copies`: maps that are gathered may have a copy in float32."""
+    copied = copies and work.operator in GATHER
+    room = 4096 + copied * 4 * 8 * (math.prod(LARGE) - math.prod(SMALL))
     small, large = (dict(_calls(work, size, dtype, send)) for size in (SMALL, LARGE))
     for what, call in small.items():
         fields = ("output",) if what == "forward" else NAMES[work.operator]
         before, after = (_beyond(*measure(one), fields) for one in (call, large[what]))
-        assert after < before + 4096, f"{what}: {before} bytes beside the results, {after} for a larger image"
+        assert after < before + room, f"{what}: {before} bytes beside the results, {after} for a larger image"
 
 
 @pytest.mark.parametrize("name", WORK)
@@ -181,7 +210,7 @@ def _assert_no_growth(work: Work, dtype: str, send: Any, measure: Any) -> None:
 def test_memory(backend, one_thread, monkeypatch, name, dtype):
     if backend.on_cpu:
         monkeypatch.setattr(roi_plan, "LIST_BYTES", 4096)  # else lists of a side of the image fit
-        _assert_no_growth(WORK[name], dtype, backend.array, _peak)
+        _assert_no_growth(WORK[name], dtype, backend.array, _peak, copies=dtype == "float16")
         return
     monkeypatch.setattr("pydeform.cuda.core.sizes.SMALL_COPY", 0)  # else the smaller image may be copied
     taken = _count_device_memory(monkeypatch)
@@ -199,7 +228,7 @@ def test_memory_for_strided_images(one_thread, monkeypatch, name):
     """And no copy of an image that kernels cannot read as it is. CUDA has to copy it."""
     monkeypatch.setattr(roi_plan, "LIST_BYTES", 4096)
     for dtype in ("float32", "bfloat16"):
-        _assert_no_growth(WORK[name], dtype, lambda a: np.asfortranarray(a) if a.size > 5000 else a, _peak)
+        _assert_no_growth(WORK[name], dtype, lambda a: np.asfortranarray(a) if a.size > 5000 else a, _peak, copies=True)
 
 
 @pytest.mark.parametrize("count", [0, 1, 100, 5000, 6000])

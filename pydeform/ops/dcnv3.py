@@ -58,7 +58,8 @@ def dcnv3(
     Returns   array (N, out_h, out_w, C) of the kind, device and dtype of `input`
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
     Notes     NaN in an offset gives NaN; an infinite one is outside and gives 0. The same bits on every run and, on the
-              CPU, for any number of threads. Memory beyond the result: some 100 kB for each thread.
+              CPU, for any number of threads. Memory beyond the result: as `ms_deform_attn`, whatever the size of the
+              maps.
     Source    arXiv:2211.05778 eq. 2; InternImage's ops_dcnv3
     Example
     >>> import numpy as np
@@ -103,7 +104,8 @@ def dcnv3_backward(
 
     Returns   Dcnv3Grads, of the kind, device and dtype of `grad_output`; that of offset has the dtype of `offset`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Kinks and NaN as in `ms_deform_attn_backward`.
+    Notes     Kinks and NaN as in `ms_deform_attn_backward`. Memory beyond the gradients: as there, whatever the size of
+              the maps.
     Source    docs/math/gather.md
     Example
     >>> import numpy as np

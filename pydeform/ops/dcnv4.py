@@ -46,7 +46,8 @@ def dcnv4(
 
     Returns   array (N, out_h, out_w, C) of the kind, device and dtype of `input`
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     As `dcnv3`. Any number of channels in a group, any kernel and stride.
+    Notes     As `dcnv3`. Memory beyond the result: as there, whatever the size of the maps. Any number of
+              channels in a group, any kernel and stride.
     Source    arXiv:2401.06197 section 3; DCNv4_op
     Example
     >>> import numpy as np
@@ -91,7 +92,8 @@ def dcnv4_backward(
 
     Returns   Dcnv4Grads, of the kind, device and dtype of `grad_output`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Kinks and NaN as in `ms_deform_attn_backward`. What is left at the end of a row has gradient 0.
+    Notes     Kinks and NaN as in `ms_deform_attn_backward`. Memory beyond the gradients: as there, whatever the size of
+              the maps. What is left at the end of a row has gradient 0.
     Source    docs/math/gather.md
     Example
     >>> import numpy as np

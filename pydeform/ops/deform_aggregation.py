@@ -47,8 +47,8 @@ def deform_aggregation(
     Returns   array (B, anchors, C) of the kind, device and dtype of `features`
     Raises    ValueError (a shape does not fit), TypeError (kind, dtype or device)
     Notes     NaN in a location gives NaN; an infinite one is not seen. Sums are in one order, so bits are the same on
-              every run and, on the CPU, for any number of threads. Memory beyond the result: some 100 kB for each
-              thread.
+              every run and, on the CPU, for any number of threads. Memory beyond the result: as `ms_deform_attn`,
+              whatever the size of the maps. What is not seen has no part in any gradient, whatever its weight.
     Source    arXiv:2311.11722 section 3.3; Sparse4D's deformable_aggregation_function
     Example
     >>> import numpy as np
@@ -86,7 +86,8 @@ def deform_aggregation_backward(
     Returns   DeformAggregationGrads, of the kind, device and dtype of `grad_output`; that of sampling_locations has the
               dtype of `sampling_locations`
     Raises    ValueError (a shape or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Kinks and NaN as in `ms_deform_attn_backward`.
+    Notes     Kinks and NaN as in `ms_deform_attn_backward`. Memory beyond the gradients: as there, whatever the size of
+              the maps.
     Source    docs/math/gather.md
     Example
     >>> import numpy as np

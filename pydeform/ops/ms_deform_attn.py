@@ -58,7 +58,8 @@ def ms_deform_attn(
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
     Notes     NaN in a location gives NaN. An infinite one is outside and gives 0; "discrete" reads the nearest pixel.
               The same bits on every run and, on the CPU, for any number of threads. Memory beyond the result: some
-              100 kB for each thread.
+              100 kB for each thread, whatever the size of the maps; on the CPU arrays of half types, and everywhere
+              those that are not contiguous, are copied.
     Source    arXiv:2010.04159 eq. 3; arXiv:2407.17140 for "discrete". Deformable-DETR's and transformers' operator.
     Example
     >>> import numpy as np
@@ -101,7 +102,9 @@ def ms_deform_attn_backward(
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
     Notes     At a kink, where a sample lies on a row or column of pixels, the gradient of its location is the
               derivative from the right; one pixel before the first, where the forward starts to see the map, it is 0,
-              as in the authors' kernels. NaN in a location gives NaN there and in the weight's gradient.
+              as in the authors' kernels. NaN in a location gives NaN there and in the weight's gradient. Memory beyond
+              the gradients: some 100 kB for each thread, whatever the size of the maps, and the copies of the forward;
+              on CUDA, if deterministic, some numbers for each sample.
     Source    docs/math/gather.md
     Example
     >>> import numpy as np

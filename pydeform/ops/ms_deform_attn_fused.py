@@ -59,7 +59,8 @@ def ms_deform_attn_fused(
 
     Returns   array (N, Lq, heads*channels) of the kind, device and dtype of `value`
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     As `ms_deform_attn`. A logit that is NaN, or infinite and positive, makes its query and head NaN.
+    Notes     As `ms_deform_attn`. Memory beyond the result: as there, whatever the size of the maps. A
+              logit that is NaN, or infinite and positive, makes its query and head NaN.
     Source    arXiv:2010.04159 section 4.1 and appendix A.3
     Example
     >>> import numpy as np
@@ -108,7 +109,8 @@ def ms_deform_attn_fused_backward(
     Returns   MsDeformAttnFusedGrads, of the kind, device and dtype of `grad_output`; those of reference_points and
               sampling_offsets have the dtypes of these
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Kinks and NaN as in `ms_deform_attn_backward`.
+    Notes     Kinks and NaN as in `ms_deform_attn_backward`. Memory beyond the gradients: as there, whatever the size of
+              the maps.
     Source    docs/math/gather.md
     Example
     >>> import numpy as np

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import ml_dtypes
@@ -15,6 +16,8 @@ from pydeform.layers import (
     Conv1d,
     Conv2d,
     Conv3d,
+    DCNv3,
+    DCNv4,
     DeformConv1d,
     DeformConv2d,
     DeformConv3d,
@@ -24,6 +27,7 @@ from pydeform.layers import (
     GlobalAvgPool2d,
     Linear,
     MaxPool2d,
+    MSDeformAttn,
     ReLU,
     RoIAlign,
     Sequential,
@@ -79,7 +83,11 @@ LAYERS = {
         lambda dtype: DeformPSRoIPool(3, 2, feature_channels=2, modulated=True, dtype=dtype),
         [IMAGE, (2, 2, 9, 10)],
     ),
+    "DCNv3": (lambda dtype: DCNv3(4, groups=2, rng=0, dtype=dtype), [(2, 5, 6, 4)]),
+    "DCNv4": (lambda dtype: DCNv4(4, groups=2, dw_kernel_size=3, rng=0, dtype=dtype), [(2, 5, 6, 4)]),
+    "MSDeformAttn": (lambda dtype: MSDeformAttn(4, 2, 2, 2, rng=0, dtype=dtype), [(2, 3, 4), (2, 3, 1, 2), (2, 16, 4)]),
 }
+LEVELS = (4, 3), (2, 2)  # of the last one
 
 
 def test_every_layer_is_in_the_table():
@@ -92,9 +100,21 @@ def normal(shape, dtype=np.float64, seed=1):
 
 
 def arguments(name, dtype, convert=lambda a: a):
-    """x, then boxes and features where the layer takes them."""
+    """x, then boxes and features where the layer takes them; or those of attention."""
     x, *rest = (convert(normal(shape, dtype, seed)) for seed, shape in enumerate(LAYERS[name][1], 1))
+    if name == "MSDeformAttn":
+        return x, *rest, LEVELS
     return (x, convert(BOXES.astype(dtype)), *rest) if "RoI" in name else (x,)
+
+
+def skip_without_kernels(backend, name):
+    if not backend.on_cpu and name in ("DCNv3", "DCNv4", "MSDeformAttn") and not find_spec("pydeform.cuda.gather"):
+        pytest.skip("not on CUDA yet")
+
+
+def names_of(name):
+    """What errors call the arrays among the arguments."""
+    return ("query", "reference_points", "input") if name == "MSDeformAttn" else ("x", "boxes", "features")
 
 
 def made(name, dtype):
@@ -138,6 +158,7 @@ def descend(backend, layer, inputs, steps=12):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_trains(backend, name, dtype):
+    skip_without_kernels(backend, name)
     layer = made(name, DTYPES[dtype])
     before = {key: param.copy() for key, param in layer.params.items()}
     if not backend.on_cpu:
@@ -219,16 +240,12 @@ def refused(op, name, kind):
 def test_other_kinds_are_refused(name, kind, dtype):
     layer, convert = made(name, DTYPES[dtype]), KINDS[kind][0]
     op = "Conv2d" if name == "Sequential" else name
-    x, *rest = arguments(name, DTYPES[dtype])
-    with refused(op, "x", kind):
-        layer(convert(x), *rest)
-    if rest:
-        with refused(op, "boxes", kind):
-            layer(x, convert(rest[0]), *rest[1:])
-    if len(rest) > 1 and kind != "None":
-        with refused(op, "features", kind):
-            layer(x, rest[0], convert(rest[1]))
-    y, backprop = layer(x, *rest)
+    given = arguments(name, DTYPES[dtype])
+    for place, (array, called) in enumerate(zip(given, names_of(name), strict=False)):
+        if (called, kind) != ("features", "None"):
+            with refused(op, called, kind):
+                layer(*given[:place], convert(array), *given[place + 1 :])
+    y, backprop = layer(*given)
     before = {key: grad.copy() for key, grad in layer.grads.items()}
     with refused("Sigmoid" if name == "Sequential" else name, "grad_y", kind):
         backprop(convert(y))
@@ -242,7 +259,8 @@ def test_other_dtypes_are_refused(name):
     op = "Conv2d" if name == "Sequential" else name
     for dtype in (np.int64, np.complex64, np.bool_, ">f4"):
         with pytest.raises(
-            TypeError, match=rf"^{op}: x must have (the dtype of the parameters|dtype float64), .* got "
+            TypeError,
+            match=rf"^{op}: {names_of(name)[0]} must have (the dtype of the parameters|dtype float64), .* got ",
         ):
             layer(np.ones(x.shape, dtype), *rest)
     y, backprop = layer(x, *rest)
@@ -255,10 +273,12 @@ def test_other_dtypes_are_refused(name):
 def test_devices_do_not_mix(backend, name):
     if backend.on_cpu:
         pytest.skip("one device only")
+    skip_without_kernels(backend, name)
     layer, (x, *rest) = made(name, np.float32), arguments(name, np.float32)
     op = "Conv2d" if name == "Sequential" else name
-    sent = [backend.array(a) for a in (x, *rest)]
-    text = rf'^{op}: x must be a {{}} array, as the parameters, got a {{}} array: call to\("{{}}"\) of the layer'
+    sent = [a if a is LEVELS else backend.array(a) for a in (x, *rest)]
+    text = rf"^{op}: {names_of(name)[0]} must be a {{}} array, as the parameters, got a {{}} array: call to"
+    text += r'\("{}"\) of the layer'
     if layer.params:
         with pytest.raises(TypeError, match=text.format("NumPy", "CuPy", "cuda")):
             layer(*sent)

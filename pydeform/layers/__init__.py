@@ -16,10 +16,12 @@ from pydeform.layers.active_conv2d import ActiveConv2d
 from pydeform.layers.conv1d import Conv1d
 from pydeform.layers.conv2d import Conv2d
 from pydeform.layers.conv3d import Conv3d
+from pydeform.layers.dcn import DCNv3, DCNv4
 from pydeform.layers.deform_conv1d import DeformConv1d
 from pydeform.layers.deform_conv2d import DeformConv2d
 from pydeform.layers.deform_conv3d import DeformConv3d
 from pydeform.layers.linear import Flatten, Linear
+from pydeform.layers.ms_deform_attn import MSDeformAttn
 from pydeform.layers.norm import BatchNorm2d
 from pydeform.layers.pooling import GlobalAvgPool2d, MaxPool2d
 from pydeform.layers.roi import DeformPSRoIPool, DeformRoIPool, RoIAlign
@@ -31,6 +33,8 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "DCNv3",
+    "DCNv4",
     "DeformConv1d",
     "DeformConv2d",
     "DeformConv3d",
@@ -40,6 +44,7 @@ __all__ = [
     "GlobalAvgPool2d",
     "Layer",
     "Linear",
+    "MSDeformAttn",
     "MaxPool2d",
     "ReLU",
     "RoIAlign",

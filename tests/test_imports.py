@@ -150,7 +150,16 @@ def test_headers_include_only_the_parts_below_them():
 def test_operators_import_only_the_parts_below_them():
     below = tuple(
         f"pydeform.{name}"
-        for name in ("ops", "_backend", "_checks", "_geometry", "_interop", "_roi_geometry", "_types")
+        for name in (
+            "ops",
+            "_backend",
+            "_checks",
+            "_gather_geometry",
+            "_geometry",
+            "_interop",
+            "_roi_geometry",
+            "_types",
+        )
     )
     assert_none([i for i in LIBRARY if i.lies_in("pydeform/ops/") and i.of("pydeform") and not i.of(*below)])
 

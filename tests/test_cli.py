@@ -59,7 +59,9 @@ def test_check(capsys):
     convs = {name: count for name, count in counts.items() if "conv" in name}
     for name, count in convs.items():
         assert f"{count} of `{name}`" in README
-    assert f"{sum(counts.values()) - sum(convs.values())} of the RoI operators" in README
+    gathered = sum(counts[name] for name in _selfcheck.GATHER)
+    assert f"{gathered} of attention, aggregation, DCNv3 and DCNv4" in README
+    assert f"{sum(counts.values()) - sum(convs.values()) - gathered} of the RoI operators" in README
 
 
 def spoil(monkeypatch, name, change):

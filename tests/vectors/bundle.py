@@ -15,7 +15,8 @@ from tests.vectors.pack import write
 
 # Small, and between them: of deform_conv2d every boundary rule, both versions, groups, offset groups, asymmetric
 # arguments, kinks, far samples, an image of one row, forward-only producers; of every RoI operator each system that has
-# it, borders, kinks, boxes upside down, adaptive sampling, masks, parts.
+# it, borders, kinks, boxes upside down, adaptive sampling, masks, parts; of attention, DCNv3, DCNv4 and aggregation both
+# methods, ragged points, points and boxes, an even kernel, a kernel without its middle, cameras of several sizes.
 BUNDLED = {
     "deform_conv2d": (
         "mmcv-cudasrc-v2__mix_small",
@@ -30,6 +31,18 @@ BUNDLED = {
         "deform_conv1d/torchvision-h1__border",
         "deform_conv1d/torchvision-h1__k5_s2_mask",
         "deform_conv3d/d3dnet-cudasrc__integer2",
+    ),
+    "gather": (
+        "dcnv3/internimage-cudasrc__border",
+        "dcnv3/internimage-pytorch__k4_d2_even",
+        "dcnv4/dcnv4-cudasrc__k3_s2_rc_scale05",
+        "deform_aggregation/sparse4d-cudasrc__cameras_differ",
+        "ms_deform_attn/deformable-detr-cudasrc__out_of_range",
+        "ms_deform_attn/transformers-rtdetrv2__discrete_far",
+        "ms_deform_attn/transformers-rtdetrv2__ragged142_inside",
+        "ms_deform_attn_fused/transformers-deformabledetr__point_far",
+        "ms_deform_attn_fused/transformers-dfine__box363",
+        "ms_deform_attn_fused/transformers-rtdetrv2__box_discrete_pixel",
     ),
     "roi": (
         "roi_pool/mxnet1.9.1-cpu__half",
@@ -60,7 +73,10 @@ def bundle(path):
         for name in names:
             vector, call = vectors[name], call_of(vectors[name])
             place = f"{call.operator}/{name.rpartition('/')[2]}"
-            entries = {f"in__{n}": array for n, array in call.arrays.items()}
+            arguments = dict(call.arrays)
+            if "spatial_shapes" in arguments:  # whose integers are no data
+                call.options["spatial_shapes"] = arguments.pop("spatial_shapes").astype(int).tolist()
+            entries = {f"in__{n}": array for n, array in arguments.items()}
             entries["out__output"] = vector.outputs["y"]
             if vector.grad_outputs:
                 entries["gout__output"] = vector.grad_outputs["y"]

@@ -15,8 +15,8 @@ from tests.vectors.pack import write
 
 # Small, and between them: of deform_conv2d every boundary rule, both versions, groups, offset groups, asymmetric
 # arguments, kinks, far samples, an image of one row, forward-only producers; of every RoI operator each system that has
-# it, borders, kinks, boxes upside down, adaptive sampling, masks, parts; of attention, DCNv3, DCNv4 and aggregation both
-# methods, ragged points, points and boxes, an even kernel, a kernel without its middle, cameras of several sizes.
+# it, borders, kinks, boxes upside down, adaptive sampling, masks, parts; of attention, DCNv3, DCNv4 and aggregation
+# both methods, ragged points, points and boxes, an even kernel, one without its middle, cameras of several sizes.
 BUNDLED = {
     "deform_conv2d": (
         "mmcv-cudasrc-v2__mix_small",

@@ -105,22 +105,22 @@ from pydeform.cpu.core import jit
 
 if sys.argv[1:]:
     sys.exit(cli.main(["warmup", *sys.argv[1:]]))
-assert cli.main(["warmup", "conv2d"]) == 0
+assert cli.main(["warmup", "dcnv4"]) == 0
 jit.Kernel._compile = lambda kernel, key, arguments: sys.exit(f"compiles {kernel.call}")
 for name in ("float32", "float64"):
-    for problem in _selfcheck.problems("conv2d"):
-        _selfcheck.run("conv2d", problem, _selfcheck.CPU, _selfcheck.DTYPES[name])
+    for problem in _selfcheck.problems("dcnv4"):
+        _selfcheck.run("dcnv4", problem, _selfcheck.CPU, _selfcheck.DTYPES[name])
 """
     for arguments, said in (
-        (["conv2d", "--dtype", "float32"], "cpu: 8 kernels compiled, 0 loaded"),
-        (["conv2d", "deform_conv2d", "--dtype", "float32"], "cpu: 8 kernels compiled, 8 loaded"),
-        ([], "cpu: 8 kernels compiled, 8 loaded"),
+        (["dcnv4", "--dtype", "float32"], "cpu: 2 kernels compiled, 0 loaded"),
+        (["dcnv4", "deform_aggregation", "--dtype", "float32"], "cpu: 2 kernels compiled, 2 loaded"),
+        ([], "cpu: 2 kernels compiled, 2 loaded"),
     ):
         environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
-        assert "warmup 1/" in done.stderr and "conv2d float32 forward" in done.stderr
+        assert "warmup 1/" in done.stderr and "dcnv4 float32 gather" in done.stderr
         assert "Warning" not in done.stderr
 
 

@@ -39,6 +39,7 @@ def sample():
 
 
 SAMPLE = sample()
+TURN = {instance: number for number, instance in enumerate(INSTANCES)}
 # Templates that carry a family's work, forward and backward: by tiles, or by warps.
 MAIN = {CONV: ("forward<", "backward_weight<"), ROI: ("pool_bins<", "input_gradient<")}
 MAIN[GATHER] = ("gather_samples<", "number_gradients<")
@@ -62,16 +63,21 @@ def faults(resources, remarks, budget):
 def architectures(toolkit, instance):
     """All that the instance names, and the newest that this toolkit knows, which also runs what is for sm_90.
 
-    Unless PYDEFORM_COMPILE_ALL is set, since the whole takes minutes, an older toolkit compiles a sample, for one
-    architecture each, which are taken in turns.
+    Unless PYDEFORM_COMPILE_ALL is set, since the whole takes minutes, the newest toolkit compiles only the first of
+    each template, type and kind of product that carry the work for all of them, and others for one; an older toolkit
+    compiles those that carry the work, and a third of the others, for one each. These are taken in turns.
     """
     listed = [name for name in instance.architectures if toolkit.supports(name)]
     if "90" in instance.architectures:
         listed.append(str(toolkit.architectures[-1]))
-    if toolkit is not TOOLKITS[-1] and not os.environ.get("PYDEFORM_COMPILE_ALL"):
-        turn = SAMPLE.get(instance)
-        return [] if turn is None else [listed[turn % len(listed)]]
-    return list(dict.fromkeys(listed))
+    listed = list(dict.fromkeys(listed))
+    if os.environ.get("PYDEFORM_COMPILE_ALL"):
+        return listed
+    carries = instance in SAMPLE and instance.expression.startswith(MAIN.get(instance.code, ()))
+    if toolkit is not TOOLKITS[-1]:
+        is_due = carries or (instance in SAMPLE and TURN[instance] % 3 == 0)
+        return [listed[SAMPLE[instance] % len(listed)]] if is_due else []
+    return listed if carries else [listed[TURN[instance] % len(listed)]]
 
 
 def faults_of(instance, toolkit, architecture):

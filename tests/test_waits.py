@@ -20,6 +20,7 @@ import pytest
 from numba import types
 
 import pydeform
+from pydeform import _selfcheck
 from pydeform.cpu.conv import backward_kernel as conv_backward
 from pydeform.cpu.core import memory, parallel
 from pydeform.cpu.core.jit import Kernel, inline
@@ -64,6 +65,17 @@ def as_it_is(variant: Any) -> Any:
     return variant
 
 
+def gather() -> None:
+    p = _selfcheck.problem("dcnv4", 20)
+    pydeform.dcnv4(**{name: array.astype(np.float32) for name, array in p.arrays.items()}, **p.options)
+
+
+def gather_backward() -> None:
+    p = _selfcheck.problem("dcnv4", 20)
+    arrays = {name: array.astype(np.float32) for name, array in p.arrays.items()}
+    pydeform.dcnv4_backward(p.grad_output.astype(np.float32), **arrays, **p.options)
+
+
 CROWD = [(0.625, 1.375, 4.875, 4.125), (-1.75, 2.25, 3.125, 7.375)] * 20  # boxes for which a copy of the image pays
 DENSE = Case(2, 80, 14, 15, 18, (3, 3), padding=((1, 1), (1, 1)), groups=1, offset_groups=1)
 DEPTHWISE = Case(2, 140, 16, 15, 140, (2, 2), groups=140, offset_groups=2)
@@ -80,6 +92,8 @@ PROBLEMS = {
     "few": ("_planes", functools.partial(pool, "roi_align_aligned", as_it_is)),
     "mean backward": ("_mean_backward", functools.partial(pool_backward, "deform_roi_pool", wide)),
     "largest backward": ("_largest_backward", functools.partial(pool_backward, "roi_pool", wide)),
+    "gather": ("gather", gather),
+    "gather backward": ("gather_backward", gather_backward),
     "few backward": ("_planes_backward", functools.partial(pool_backward, "deform_psroi_pool_parts", as_it_is)),
 }
 
@@ -221,6 +235,7 @@ def results_of(call: Call) -> dict[str, np.ndarray]:
 
 
 RESULTS = {"output", "grad_input", "grad_offset", "grad_moves", "grad_mask", "grad_weight", "grad_bias"}
+RESULTS |= {"grad_value", "grad_locations", "grad_weights"}
 
 
 @pytest.mark.parametrize("call", ["dense backward", "depthwise backward"], indirect=True)

@@ -1,5 +1,5 @@
 # make demo    watch a deformable network learn on real data
-# make test    lint, types, tests, a minute of fuzzing
+# make test    lint, types, tests, half a minute of fuzzing
 # make bench   time every operator against the peers that are installed
 # make fuzz    MINUTES=10: random problems of every operator against the float64 oracles, fresh seeds
 # make mutants SAMPLE=10: plant that many small faults in each part of the source and see whether the tests notice; long
@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/clang-format --dry-run --Werror pydeform/cuda/*/*.cu pydeform/cuda/*/*.cuh benchmarks/*.cu
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses=auto
-	$(BIN)/python -m tests.fuzz --minutes 1
+	$(BIN)/python -m tests.fuzz --minutes 0.5
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_deform_conv2d.py

@@ -562,6 +562,24 @@ def test_processes_that_write_the_same_kernels_at_once(tmp_path):
         assert loaded(kept_in(tmp_path, times_three, type))
 
 
+def test_processes_that_start_at_once_compile_each_kernel_once(tmp_path):
+    """Whoever comes second waits, and loads what the first has written."""
+    code = f"""{TINY}
+from pydeform.cpu.core.jit import Kernel
+import gc
+kernels = [k for k in gc.get_objects() if isinstance(k, Kernel)]
+print(sum(k.count_of_compiled() for k in kernels), sum(len(k._compiled) for k in kernels))
+"""
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "NUMBA_CACHE_DIR": str(tmp_path)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in "abc"
+    ]
+    lines = [process.communicate(timeout=300)[0].splitlines()[-1].split() for process in running]
+    assert [process.returncode for process in running] == [0] * 3
+    needed = {int(count) for _, count in lines}
+    assert needed == {sum(int(compiled) for compiled, _ in lines)} != {0}
+
+
 def test_a_compile_is_announced_and_later_processes_load_in_silence(tmp_path):
     cold = run_python(TINY, NUMBA_CACHE_DIR=str(tmp_path))
     assert cold.returncode == 0, cold.stderr

@@ -24,7 +24,7 @@ from numba.core.typing.typeof import typeof
 from numba.core.untyped_passes import DeadBranchPrune, InlineClosureLikes
 
 from pydeform import _background
-from pydeform.cpu.core.kernel_cache import KernelCache, cache_directory, say_once
+from pydeform.cpu.core.kernel_cache import KernelCache, cache_directory, compiled_once, say_once
 
 _background.hold_at_fork(global_compiler_lock, llvmlite.binding.ffi.lib._lock)
 
@@ -220,8 +220,10 @@ class Kernel:
         # Kernels of others (tests, say) are not kept: nobody would see an edit in their sources.
         if not self._compiled and folder is not None and function.__module__.startswith("pydeform."):
             self.call._cache = KernelCache(function, folder)
-        with global_compiler_lock, _collector_paused():  # under the lock that forks wait for
-            self._compiled[key] = self.call.compile(tuple(typeof(argument) for argument in arguments))
+        types = tuple(typeof(argument) for argument in arguments)
+        # Under the lock that forks wait for.
+        with global_compiler_lock, _collector_paused(), compiled_once(folder, f"{function.__qualname__} {types}"):
+            self._compiled[key] = self.call.compile(types)
 
     def count_of_compiled(self) -> int:
         """For how many types this process has compiled it, rather than loaded it."""

@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ import numpy as np
 from numba.core import caching, config, serialize
 from numba.core.compiler import CompileResult
 from numba.core.types.containers import BaseNamedTuple, BaseTuple
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _PACKAGE = Path(__file__).parents[2]
 # An import of this package from outside of cpu/: every file of cpu/ counts anyway.
@@ -170,6 +177,19 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
         place = hashlib.sha256(repr([*beside, self._closure]).encode()).hexdigest()
         identity = hashlib.sha256(repr([place, exact]).encode()).digest()
         return self._folder / f"{self._name.removeprefix('pydeform.cpu.')}-{place[:16]}.nbc", identity
+
+
+@contextlib.contextmanager
+def compiled_once(folder: Path | None, name: str) -> Iterator[None]:
+    """Other processes that want what is compiled meanwhile wait, and then find it in the folder. The system gives the
+    lock back when a process ends, however it ends; where it has no locks, each process compiles for itself."""
+    with contextlib.ExitStack() as stack:
+        if folder is not None and fcntl is not None:
+            with contextlib.suppress(OSError):
+                file = stack.enter_context(open(folder / "lock", "ab"))
+                # One byte of the file is one kernel's. A process holds one at a time: closing the file frees all.
+                fcntl.lockf(file, fcntl.LOCK_EX, 1, zlib.crc32(name.encode()))
+        yield
 
 
 def _read(path: Path, identity: bytes) -> Any:

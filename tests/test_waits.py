@@ -20,7 +20,6 @@ import pytest
 from numba import types
 
 import pydeform
-from pydeform import _selfcheck
 from pydeform.cpu.conv import backward_kernel as conv_backward
 from pydeform.cpu.core import memory, parallel
 from pydeform.cpu.core.jit import Kernel, inline
@@ -65,15 +64,19 @@ def as_it_is(variant: Any) -> Any:
     return variant
 
 
+def gathered() -> dict[str, Any]:
+    rng = np.random.default_rng(3)
+    arrays = {"input": rng.standard_normal((2, 30, 30, 64)), "offset_mask": rng.standard_normal((2, 30, 30, 112))}
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
 def gather() -> None:
-    p = _selfcheck.problem("dcnv4", 20)
-    pydeform.dcnv4(**{name: array.astype(np.float32) for name, array in p.arrays.items()}, **p.options)
+    pydeform.dcnv4(**gathered(), groups=4)
 
 
 def gather_backward() -> None:
-    p = _selfcheck.problem("dcnv4", 20)
-    arrays = {name: array.astype(np.float32) for name, array in p.arrays.items()}
-    pydeform.dcnv4_backward(p.grad_output.astype(np.float32), **arrays, **p.options)
+    arrays = gathered()
+    pydeform.dcnv4_backward(np.ones_like(arrays["input"]), **arrays, groups=4)
 
 
 CROWD = [(0.625, 1.375, 4.875, 4.125), (-1.75, 2.25, 3.125, 7.375)] * 20  # boxes for which a copy of the image pays

@@ -10,6 +10,12 @@ from pydeform._types import Needs
 from pydeform.ops import _call
 
 
+def shape_of(g: Gather) -> tuple[int, ...]:
+    """That of the result, where queries have no grid."""
+    n = g.numbers
+    return n.batch, n.queries, n.groups * n.channels
+
+
 def forward(op: str, arrays: dict[str, Any], back: _interop.Back, g: Gather, shape: tuple[int, ...]) -> Any:
     """The result in the operator's shape."""
     return _call.forward(op, "gather", arrays, back, g).reshape(shape)

@@ -62,7 +62,7 @@ def deform_aggregation(
     arrays = {"features": features, "sampling_locations": sampling_locations, "weights": weights}
     arrays, back = _interop.to_native(op, arrays)
     g = _geometry_of(op, arrays, spatial_shapes)
-    return _gather.forward(op, arrays, back, g, _shape(g))
+    return _gather.forward(op, arrays, back, g, _gather.shape_of(g))
 
 
 def deform_aggregation_backward(
@@ -107,15 +107,10 @@ def deform_aggregation_backward(
     arrays, back = _interop.to_native(op, arrays)
     g = _geometry_of(op, arrays, spatial_shapes)
     return DeformAggregationGrads(
-        **_gather.backward(op, arrays, back, g, "(B, anchors, C)", _shape(g), needs, deterministic)
+        **_gather.backward(op, arrays, back, g, "(B, anchors, C)", _gather.shape_of(g), needs, deterministic)
     )
 
 
 def _geometry_of(op: str, arrays: dict[str, Any], spatial_shapes: Any) -> _gather_geometry.Gather:
     _call.check_arrays(op, arrays, "features", "sampling_locations", "weights")
     return _gather_geometry.aggregation_geometry(op, arrays, spatial_shapes)
-
-
-def _shape(g: _gather_geometry.Gather) -> tuple[int, ...]:
-    n = g.numbers
-    return n.batch, n.queries, n.groups * n.channels

@@ -73,7 +73,7 @@ def ms_deform_attn(
     arrays = {"value": value, NAMES[0]: sampling_locations, NAMES[1]: attention_weights}
     arrays, back = _interop.to_native(op, arrays)
     g = _geometry_of(op, arrays, spatial_shapes, points, method)
-    return _gather.forward(op, arrays, back, g, _shape(g))
+    return _gather.forward(op, arrays, back, g, _gather.shape_of(g))
 
 
 def ms_deform_attn_backward(
@@ -124,7 +124,9 @@ def ms_deform_attn_backward(
     arrays, back = _interop.to_native(op, arrays)
     g = _geometry_of(op, arrays, spatial_shapes, points, method)
     formula = "(N, Lq, heads*channels)"
-    return MsDeformAttnGrads(**_gather.backward(op, arrays, back, g, formula, _shape(g), needs, deterministic))
+    return MsDeformAttnGrads(
+        **_gather.backward(op, arrays, back, g, formula, _gather.shape_of(g), needs, deterministic)
+    )
 
 
 def _geometry_of(
@@ -132,8 +134,3 @@ def _geometry_of(
 ) -> _gather_geometry.Gather:
     _call.check_arrays(op, arrays, "value", *NAMES)
     return _gather_geometry.attention_geometry(op, arrays, spatial_shapes, NAMES, points, method)
-
-
-def _shape(g: _gather_geometry.Gather) -> tuple[int, ...]:
-    n = g.numbers
-    return n.batch, n.queries, n.groups * n.channels

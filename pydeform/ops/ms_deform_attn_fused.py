@@ -80,7 +80,7 @@ def ms_deform_attn_fused(
     }
     arrays, back = _interop.to_native(op, arrays)
     g = _geometry_of(op, arrays, spatial_shapes, points, method, offset_scale)
-    return _gather.forward(op, arrays, back, g, _shape(g))
+    return _gather.forward(op, arrays, back, g, _gather.shape_of(g))
 
 
 def ms_deform_attn_fused_backward(
@@ -132,7 +132,9 @@ def ms_deform_attn_fused_backward(
     arrays, back = _interop.to_native(op, arrays)
     g = _geometry_of(op, arrays, spatial_shapes, points, method, offset_scale)
     formula = "(N, Lq, heads*channels)"
-    return MsDeformAttnFusedGrads(**_gather.backward(op, arrays, back, g, formula, _shape(g), needs, deterministic))
+    return MsDeformAttnFusedGrads(
+        **_gather.backward(op, arrays, back, g, formula, _gather.shape_of(g), needs, deterministic)
+    )
 
 
 def _geometry_of(
@@ -141,8 +143,3 @@ def _geometry_of(
     _call.check_arrays(op, arrays, "value", "reference_points", *NAMES)
     scale = _checks.number(op, "offset_scale", offset_scale, dtype=arrays["value"].dtype)
     return _gather_geometry.attention_geometry(op, arrays, spatial_shapes, NAMES, points, method, scale)
-
-
-def _shape(g: _gather_geometry.Gather) -> tuple[int, ...]:
-    n = g.numbers
-    return n.batch, n.queries, n.groups * n.channels

@@ -109,7 +109,6 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, 
         ((threads, g.samples * is_seen), np.dtype(np.int64)),
         ((threads, 2, round_up(g.groups * g.channels, lanes)), dtype),
     )
-    packed = g.number_steps == g.weight_steps
     plan = Plan(
         axes=() if is_discrete else (0, 0),
         discrete=1 if is_discrete else None,
@@ -117,7 +116,7 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, 
         queries=queries,
         row=row,
         weight_step=int(samples.weight[-1] // max(g.samples - 1, 1)) or 1,
-        is_direct=int(not has_reference and not packed and g.number_steps[1] == 2 * of_query),
+        is_direct=int(not has_reference and g.first_weight == 0 and g.number_steps[1] == 2 * of_query),
         groups=max(1, g.groups // parts),
         blocks=-(-g.channels // block),
         block=block,

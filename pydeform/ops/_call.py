@@ -7,12 +7,13 @@ from typing import Any
 from pydeform import _backend, _checks, _interop
 from pydeform._gather_geometry import GatherArrays
 from pydeform._geometry import ConvArrays
+from pydeform._grid_geometry import GridArrays
 from pydeform._roi_geometry import RoiArrays
 from pydeform._types import Needs
 
 # What a family's `forward(arrays, g, **options)` and `backward(grad_output, arrays, g, needs, **options)` take in both
 # backends.
-ARRAYS: dict[str, Any] = {"conv": ConvArrays, "roi": RoiArrays, "gather": GatherArrays}
+ARRAYS: dict[str, Any] = {"conv": ConvArrays, "roi": RoiArrays, "gather": GatherArrays, "grid": GridArrays}
 # What an operator calls otherwise, as its paper or the system that it follows does.
 CALLED: dict[str, dict[str, str]] = {
     "conv": {"positions": "offset"},
@@ -29,6 +30,7 @@ CALLED: dict[str, dict[str, str]] = {
         "mask": "weights",
         "reference_points": "reference",
     },
+    "grid": {"displacement": "grid"},
 }
 # May be float32 beside data of half types.
 COORDINATES = (
@@ -39,6 +41,9 @@ COORDINATES = (
     "sampling_locations",
     "sampling_offsets",
     "reference_points",
+    "grid",
+    "displacement",
+    "theta",
 )
 
 

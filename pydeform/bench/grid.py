@@ -54,7 +54,7 @@ class Problem(NamedTuple):
     grad_output: Any
 
     @property
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, Any]:
         return {"mode": self.shape.mode, "padding_mode": self.shape.padding_mode}
 
     def forward(self) -> Any:

@@ -194,7 +194,8 @@ class Vectors:
             half = list(range(start, start + lanes // 2))
             some, there = (shuffle(builder, vector, vector, half) for vector in (places, mask))
             halves.append(builder.bitcast(wide.gather(pointer, some, there), self.type))
-        return [shuffle(builder, *halves, list(range(first, 2 * lanes, 2))) for first in (0, 1)]
+        low, high = halves
+        return [shuffle(builder, low, high, list(range(first, 2 * lanes, 2))) for first in (0, 1)]
 
     def _suffix(self) -> str:
         return f"v{self.lanes}f{8 * self.itemsize}"

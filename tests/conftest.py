@@ -105,7 +105,7 @@ class Backend(NamedTuple):
 
 
 # Parts of the names of tests of operators that gather: on CUDA they go one way, however many channels there are.
-GATHER = ("attn", "aggregation", "dcnv", "properties_gather", "vectors_gather", "errors_gather")
+GATHER = ("attn", "aggregation", "dcnv", "grid", "warp", "properties_gather", "vectors_gather", "errors_gather")
 KINDS = ("cpu", "cuda", "emulated")
 WAYS = {"_direct": 1 << 30, "_tiles": 1}  # fewest channels of a group that go through tiles
 

@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(GRID_THREADS, 2)
     const T* const image = input + query.plane(c, g) * pixels;
     const A grad = to_float(grad_output[query.plane(c, g) * g.queries + query.own]);
 #pragma unroll
-    for (int k = 0; k < ALL_TAPS<MODE>; k++)
-      if (pixel[k] >= 0) dot[k] += grad * to_float(image[pixel[k]]);
+    for (int k = 0; k < ALL_TAPS<MODE>; k++)  // a gradient that is not finite makes NaN of the zeros outside
+      dot[k] += grad * (pixel[k] >= 0 ? to_float(image[pixel[k]]) : (A)0);
   }
 #pragma unroll
   for (int a = 0; a < AXES; a++) {

@@ -25,7 +25,7 @@ PYDEFORM_DEVICE double rest_of(double v, double divisor) { return fmod(v, diviso
 
 // The position that stands for `at` between mirrors at -back and at `span` beyond it. Each reflection turns the slope.
 template <class A> PYDEFORM_DEVICE A mirrored(A at, A back, A span, A& slope) {
-  if (is_infinite(at)) return not_a_number<A>();  // nothing is its mirror image
+  if (at != at || is_infinite(at)) return not_a_number<A>();  // nothing is infinity's mirror image
   if (span == 0) {
     slope = 0;
     return 0;

@@ -1,7 +1,7 @@
-"""Samples of images and volumes at given places, on CuPy arrays: grid_sample and warp, by the same kernels, which differ
-by the rules in their geometry.
+"""Images and volumes sampled at the points of a grid, on CuPy arrays: grid_sample and warp, by the same kernels, which
+differ by the rules in their geometry.
 
-Images are read as they lie, channels first, and nothing waits for the device.
+Images are read as they lie, channels first, and nothing waits for the device. Kernels cite docs/math/grid.md.
 
 Which problem takes which way, and why:
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import cupy
 
-from pydeform._grid_geometry import GridArrays
+from pydeform._grid_geometry import GridArrays, GridGeometry
 from pydeform.cuda.core.copies import contiguous
 from pydeform.cuda.grid.gradients import input_gradient
 from pydeform.cuda.grid.launches import launch_points, point_gradients
@@ -31,7 +31,7 @@ from pydeform.cuda.grid.plan import check_size
 OPERATORS = "sampling operators"  # whose errors these are
 
 
-def forward(arrays: Any, g: Any) -> Any:
+def forward(arrays: Any, g: GridGeometry) -> Any:
     check_size(OPERATORS, g)
     with arrays.input.device:
         given = GridArrays(*contiguous(*arrays))
@@ -42,7 +42,7 @@ def forward(arrays: Any, g: Any) -> Any:
 
 
 def backward(
-    grad_output: Any, arrays: Any, g: Any, needs: Any, *, deterministic: bool = False, **_options: bool
+    grad_output: Any, arrays: Any, g: GridGeometry, needs: Any, *, deterministic: bool = False, **_options: bool
 ) -> dict[str, Any]:
     check_size(OPERATORS, g)
     with arrays.input.device:

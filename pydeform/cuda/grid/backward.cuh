@@ -1,10 +1,10 @@
-// The grid's gradient, without atomics: every number has one owner, which sums in one order.
+// The grid's gradient (docs/math/grid.md, eq. 7), without atomics: every number has one owner, which sums in one order.
 #pragma once
 #include "grid/points.cuh"
 
-// grad_grid = sum of slope * (sum over channels of grad_output * pixel).
-// Owner: `slices` threads of a block have a query of an image, each of them every so many-th channel; the first one adds
-// up what they find.
+// Eq. 7: grad_grid = sum of slope * (sum over channels of grad_output * pixel).
+// Owner: `slices` threads of a block have a query of an image, each of them every so many-th channel; the first one
+// adds up what they find.
 template <class T, class I, int MODE, class TGrid = T>
 __global__ void __launch_bounds__(GRID_THREADS, 2)
     point_gradients(const T* __restrict__ grad_output, const T* __restrict__ input, const TGrid* __restrict__ grid,

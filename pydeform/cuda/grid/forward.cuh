@@ -1,7 +1,8 @@
-// Samples at the points of a grid, and the part of the input's gradient that each of them gives back, added in no order.
+// Samples at the points of a grid (docs/math/grid.md, eq. 5), and the part of the input's gradient that each of them
+// gives back (eq. 6), added in no order.
 //
-// Images are read as they lie, channels first: threads that are neighbours have queries that are, whose pixels mostly lie
-// together, too. A thread locates its query once for all channels that it has.
+// Images are read as they lie, channels first: threads that are neighbours have queries that are, whose pixels mostly
+// lie together, too. A thread locates its query once for all channels that it has.
 #pragma once
 #include "grid/points.cuh"
 
@@ -21,7 +22,7 @@ template <class A, int MODE> struct Reads {
   }
 };
 
-// output (N, C, queries) = sum of weight * pixel.
+// Eq. 5: output (N, C, queries) = sum of weight * pixel.
 // Owner: one thread per (image, query) and row of the launch grid, which has each so many-th channel.
 template <class T, class I, int MODE, class TGrid = T>
 __global__ void __launch_bounds__(GRID_THREADS, GRID_BLOCKS<T, I>)
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(GRID_THREADS, GRID_BLOCKS<T, I>)
   }
 }
 
-// sums (N, C, pixels) += weight * grad_output, by atomics.
+// Eq. 6: sums (N, C, pixels) += weight * grad_output, by atomics.
 // Owner: as above.
 template <class T, class I, int MODE, class TGrid = T>
 __global__ void __launch_bounds__(GRID_THREADS, GRID_BLOCKS<T, I>)

@@ -1,4 +1,4 @@
-"""The gradient of what is sampled: launches of grid/sorted.cuh, or of scatter_points."""
+"""The gradient of what is sampled (eq. 6): launches of grid/sorted.cuh, or of scatter_points."""
 
 from __future__ import annotations
 

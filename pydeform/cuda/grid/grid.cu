@@ -1,10 +1,10 @@
-// Kernels of grid_sample and warp. Where a number of the grid reads, and how much of each pixel, is at one place for all
-// kernels: grid/points.cuh.
+// Kernels of grid_sample and warp. Equations are those of docs/math/grid.md. Eq. 1 to 4, which pixels a query reads and
+// how much of each, are at one place for all kernels: grid/points.cuh.
 //
-// result                kernel
-// output                sample_points
-// gradient of grid      point_gradients
-// gradient of input     scatter_points, in no order; or count_taps, fill_taps, sort_bins and gather_taps
+// eq.            kernel
+// 5              sample_points
+// 6              scatter_points, in no order; or count_taps, fill_taps, sort_bins and gather_taps
+// 7              point_gradients
 //
 // An operator is its GridGeometry.
 #include "grid/forward.cuh"

@@ -29,6 +29,7 @@ def launch_points(name: str, arrays: GridArrays, g: GridGeometry, data: Any, res
 
 
 def point_gradients(arrays: GridArrays, g: GridGeometry, grad_output: Any, grad_grid: Any) -> None:
+    """Eq. 7."""
     input, grid = arrays
     index = index_type(grad_output.size, input.size, grid.size)
     slices = slices_of(g, device().processors)
@@ -46,6 +47,4 @@ def launch_threads(
 ) -> None:
     """So many threads, in so many rows of the launch grid."""
     count, rows = threads
-    launch(
-        kernel(code_of(g), expression), (ceil_div(count, THREADS), rows), THREADS, (*arrays, geometry(g), *numbers)
-    )
+    launch(kernel(code_of(g), expression), (ceil_div(count, THREADS), rows), THREADS, (*arrays, geometry(g), *numbers))

@@ -1,10 +1,10 @@
-// Where a query samples: along each axis some pixels, the taps, with their shares; it reads the product of the axes. The
-// twin of cpu/grid: the same operations in the same order, none fused, so that both backends put a point on the same side
-// of every pixel.
+// Where a query samples (docs/math/grid.md, eq. 1 to 5): along each axis some pixels, the taps, each with a weight; it
+// reads the product of the axes. The twin of cpu/grid/places.py: the same operations in the same order, none fused, so
+// that both backends put a point on the same side of every pixel.
 //
-// The struct GridGeometry stands before all headers: core/source.py. An image has fewer than 2^31 pixels, and fewer numbers
-// in the grid; I is the type for places in whole arrays. TGrid is the type of the grid: T, or float where T is a half type,
-// with the same Compute.
+// The struct GridGeometry stands before all headers: core/source.py. An image has fewer than 2^31 pixels, and fewer
+// numbers in the grid; I is the type for places in whole arrays. TGrid is the type of the grid: T, or float where T is
+// a half type, with the same Compute.
 #pragma once
 #include "sampling/axes.cuh"
 
@@ -13,7 +13,7 @@ constexpr int ZEROS = 0, BORDER = 1, REFLECTION = 2;   // and `padding`, as in _
 constexpr int GRID_THREADS = 256;
 
 template <int MODE> constexpr int TAP_BITS = MODE == NEAREST ? 0 : MODE == BILINEAR ? 1 : 2;
-template <int MODE> constexpr int TAPS = 1 << TAP_BITS<MODE>;              // along an axis,
+template <int MODE> constexpr int TAPS = 1 << TAP_BITS<MODE>;             // along an axis,
 template <int MODE> constexpr int ALL_TAPS = 1 << AXES * TAP_BITS<MODE>;  // and of a point
 
 PYDEFORM_DEVICE float round_even(float v) { return rintf(v); }
@@ -23,7 +23,8 @@ PYDEFORM_DEVICE double rest_of(double v, double divisor) { return fmod(v, diviso
 
 // One axis -----------------------------------------------------------------------------------------------------------
 
-// The position that stands for `at` between mirrors at -back and at `span` beyond it. Each reflection turns the slope.
+// Eq. 3: the position that stands for `at` between mirrors at -back and at `span` beyond it. Each reflection turns the
+// slope.
 template <class A> PYDEFORM_DEVICE A mirrored(A at, A back, A span, A& slope) {
   if (at != at || is_infinite(at)) return not_a_number<A>();  // nothing is infinity's mirror image
   if (span == 0) {
@@ -41,7 +42,7 @@ template <class A> PYDEFORM_DEVICE A mirrored(A at, A back, A span, A& slope) {
   return 2 * span - rest - back;
 }
 
-// The position that stands for one outside; where it does not move any more, the slope becomes 0.
+// Eq. 2: the position that stands for one outside; where it does not move any more, the slope becomes 0.
 template <class A> PYDEFORM_DEVICE A padded(A at, int axis, const GridGeometry& g, A& slope) {
   if (g.padding == ZEROS) return at;
   if (g.padding == REFLECTION) at = mirrored(at, (A)g.back, (A)g.span[axis], slope);
@@ -50,25 +51,26 @@ template <class A> PYDEFORM_DEVICE A padded(A at, int axis, const GridGeometry& 
   return at <= 0 ? (A)0 : at >= last ? last : at;
 }
 
-// The position of a number of the grid, and its derivative by that number. Bicubic pads each of its taps instead.
+// Eq. 1 to 3: the position of a number of the grid, and its derivative by that number. Bicubic pads its taps instead.
 template <class A> struct Source {
   A at, slope;
 };
-template <int MODE, class A>
-PYDEFORM_DEVICE Source<A> source_of(A number, A start, int axis, const GridGeometry& g) {
-  const A half = (A)g.half[axis];  // 0 in an image of one pixel: no infinity would be left
+template <int MODE, class A> PYDEFORM_DEVICE Source<A> source_of(A number, A start, int axis, const GridGeometry& g) {
+  const A half = (A)g.half[axis];  // 0 in an image of one pixel, where infinity would be lost
   const A pixel = start + (times(number + (A)g.shift, half) - (A)g.back);
   Source<A> source{is_infinite(number) ? number : pixel, half};
   if (MODE != BICUBIC) source.at = padded(source.at, axis, g, source.slope);
   return source;
 }
 
-// Cubic convolution with a = -3/4: weights of the pixels at -1, 0, 1 and 2 from `within`, 0 to 1, and their derivatives.
+// Eq. 4, cubic convolution with a = -3/4: the weight of a pixel by its distance, up to 1 and from 1 to 2; and its
+// derivative.
 template <class A> PYDEFORM_DEVICE A cubic_near(A d) { return ((A)1.25 * d - (A)2.25) * d * d + 1; }
 template <class A> PYDEFORM_DEVICE A cubic_far(A d) { return (((A)-0.75 * d + (A)3.75) * d - 6) * d + 3; }
 template <class A> PYDEFORM_DEVICE A cubic_near_slope(A d) { return ((A)3.75 * d - (A)4.5) * d; }
 template <class A> PYDEFORM_DEVICE A cubic_far_slope(A d) { return ((A)-2.25 * d + (A)7.5) * d - 6; }
 
+// Of the pixels at -1, 0, 1 and 2 from `within`, 0 to 1.
 template <class A> PYDEFORM_DEVICE void cubic_weights(A (&weight)[4], A within) {
   weight[0] = cubic_far(within + 1);
   weight[1] = cubic_near(within);
@@ -87,8 +89,9 @@ template <class A> PYDEFORM_DEVICE int pixel_at(A whole, int size) {
   return in_range(whole, (A)0, size) ? (int)whole : -1;
 }
 
+// Eq. 4.
 template <class A, int MODE> struct Taps {
-  int pixel[TAPS<MODE>];                      // -1: there is none
+  int pixel[TAPS<MODE>];                    // -1: there is none
   A weight[TAPS<MODE>], slope[TAPS<MODE>];  // slope: the weight's derivative by the number
 
   PYDEFORM_DEVICE void find(A number, A start, int axis, const GridGeometry& g) {
@@ -125,7 +128,7 @@ template <class A, int MODE> struct Taps {
 
 // All axes -----------------------------------------------------------------------------------------------------------
 
-// Taps of a point are numbered with the last axis the fastest.
+// Eq. 5. Taps of a point are numbered with the last axis the fastest.
 template <class A, int MODE> struct Point {
   Taps<A, MODE> along[AXES];
   A nothing;  // 0; NaN where a coordinate is: then no pixel is read

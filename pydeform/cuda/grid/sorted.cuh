@@ -1,17 +1,17 @@
-// The input's gradient without float atomics: each pixel gathers from the taps on it.
+// The input's gradient (docs/math/grid.md, eq. 6) without float atomics: each pixel gathers from the taps on it.
 //
 // As conv/gather.cuh and gather/cells.cuh do, but by pixels instead of cells, since padding takes the taps of a cell
 // anywhere: taps are sorted by counting into bins, one for each image and pixel; each bin is then sorted by the taps'
-// numbers, and a pixel adds what its bin holds in that order. A chunk has `count` queries from `first` on, of all images;
-// tap k of its query q is number q * ALL_TAPS + k, below 2^31. A pixel goes on with the sum that it has from the chunks
-// before, so that chunks change no bit.
+// numbers, and a pixel adds what its bin holds in that order. A chunk has `count` queries from `first` on, of all
+// images; tap k of its query q is number q * ALL_TAPS + k, below 2^31. A pixel goes on with the sum that it has from
+// the chunks before, so that chunks change no bit.
 #pragma once
 #include "core/sums.cuh"
 #include "grid/points.cuh"
 
 constexpr int GATHERED_CHANNELS = 4;  // sums that a thread has at a time
 
-// Taps of each bin: adds them to counts[bin + 1], so that running totals of counts are where bins start.
+// Taps of each bin, for eq. 6: adds them to counts[bin + 1], so that running totals of counts are where bins start.
 // Owner: one thread per query of the chunk.
 template <class T, class I, int MODE, class TGrid = T>
 __global__ void __launch_bounds__(GRID_THREADS)
@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(GRID_THREADS)
   }
 }
 
-// Numbers of taps into their bins, at any place that is left there: counts[bin + 1] goes down to 0. And their weights, by
-// their numbers.
+// Numbers of taps into their bins, for eq. 6, at any place that is left there: counts[bin + 1] goes down to 0. And
+// their weights, by their numbers.
 // Owner: as above.
 template <class T, class I, int MODE, class TGrid = T>
 __global__ void __launch_bounds__(GRID_THREADS)
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(GRID_THREADS)
   }
 }
 
-// sums (N, C, pixels) += sum of weight * grad_output.
+// Eq. 6: sums (N, C, pixels) += sum of weight * grad_output.
 // Owner: one thread per (image of the chunk, pixel) and row of the launch grid, which has some channels.
 template <class T, class I, int MODE>
 __global__ void __launch_bounds__(GRID_THREADS)

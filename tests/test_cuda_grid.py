@@ -21,6 +21,7 @@ from tests.cases.gather_tests import assert_results, assert_same_results
 from tests.cases.grid import CASES, FEW, Grid, Warp, every_mode
 from tests.conftest import Backend, assert_close, assert_same_bits, needs_emulation, sizes_taken
 from tests.cuda_emulation import device
+from tests.cuda_emulation.launch import Function
 from tests.test_cuda_convolution import on
 
 pytestmark = [needs_emulation, pytest.mark.usefixtures("emulated")]
@@ -142,9 +143,12 @@ def test_wide_indices_change_no_bit(monkeypatch, operator, name):
     want = both(problem, deterministic=True), both(problem)
     for module in ("grid.launches", "grid.gradients", "core.sums"):
         monkeypatch.setattr(f"pydeform.cuda.{module}.index_type", lambda *sizes: "long long")
+    launched, call = [], Function.__call__
+    monkeypatch.setattr(Function, "__call__", lambda self, *a, **k: launched.append(self.name) or call(self, *a, **k))
     with device.settings(check=True):
         assert_same_results(both(problem, deterministic=True), want[0])
         assert_same_results(both(problem), want[1])
+    assert len(launched) == 9 and all("long long" in name for name in launched)
 
 
 @each_few

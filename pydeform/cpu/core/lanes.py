@@ -162,12 +162,24 @@ class Vectors:
         self.call("masked.store", arguments, ir.VoidType(), f".p0{self._suffix()}")
 
     def gather(self, pointer: Any, places: Any, mask: Any) -> Any:
-        """pointer[places] where the mask is true, elsewhere zeros."""
+        """pointer[places], ints of 32 bits, where the mask is true; elsewhere zeros, and nothing is read."""
+        if self.lanes * self.itemsize == 32:
+            return self._gather_of_avx2(pointer, places, mask)
         # One pointer and many steps is what processors know, and what llvmlite does not.
         addresses = self.offset(pointer, const(0))
         addresses.indices, addresses.type = [places], ir.VectorType(pointer.type, self.lanes)
         arguments = [addresses, ir.Constant(LANE, self.itemsize), mask, self.zero]
         return self.call("masked.gather", arguments, more=f".v{self.lanes}p0f{8 * self.itemsize}")
+
+    def _gather_of_avx2(self, pointer: Any, places: Any, mask: Any) -> Any:
+        """LLVM takes this instruction for a slow one on all but a few processors, and makes a branch for each lane."""
+        builder, byte = self.builder, ir.IntType(8)
+        signs = builder.bitcast(builder.sext(mask, ir.VectorType(ir.IntType(8 * self.itemsize), self.lanes)), self.type)
+        name = f"llvm.x86.avx2.gather.d.p{'s' if self.itemsize == 4 else 'd'}.256"
+        start = builder.bitcast(pointer, byte.as_pointer())
+        arguments = [self.zero, start, places, signs, ir.Constant(byte, self.itemsize)]
+        kinds = [argument.type for argument in arguments]
+        return builder.call(function_of(builder, name, self.type, kinds), arguments)
 
     def _suffix(self) -> str:
         return f"v{self.lanes}f{8 * self.itemsize}"

@@ -3,6 +3,7 @@
 from pydeform._runtime import get_num_threads, num_threads, set_num_threads
 from pydeform._version import __version__
 from pydeform.ops.active_conv2d import ActiveConv2dGrads, active_conv2d, active_conv2d_backward
+from pydeform.ops.affine_grid import AffineGridGrads, affine_grid, affine_grid_backward
 from pydeform.ops.analysis import effective_dilation, sampling_locations
 from pydeform.ops.conv1d import Conv1dGrads, conv1d, conv1d_backward
 from pydeform.ops.conv2d import Conv2dGrads, conv2d, conv2d_backward
@@ -15,6 +16,7 @@ from pydeform.ops.deform_conv2d import DeformConv2dGrads, deform_conv2d, deform_
 from pydeform.ops.deform_conv3d import DeformConv3dGrads, deform_conv3d, deform_conv3d_backward
 from pydeform.ops.deform_psroi_pool import DeformPsroiPoolGrads, deform_psroi_pool, deform_psroi_pool_backward
 from pydeform.ops.deform_roi_pool import DeformRoiPoolGrads, deform_roi_pool, deform_roi_pool_backward
+from pydeform.ops.grid_sample import GridSampleGrads, grid_sample, grid_sample_backward
 from pydeform.ops.ms_deform_attn import MsDeformAttnGrads, ms_deform_attn, ms_deform_attn_backward
 from pydeform.ops.ms_deform_attn_fused import (
     MsDeformAttnFusedGrads,
@@ -25,9 +27,11 @@ from pydeform.ops.ps_roi_align import PsRoiAlignGrads, ps_roi_align, ps_roi_alig
 from pydeform.ops.ps_roi_pool import PsRoiPoolGrads, ps_roi_pool, ps_roi_pool_backward
 from pydeform.ops.roi_align import RoiAlignGrads, roi_align, roi_align_backward
 from pydeform.ops.roi_pool import RoiPoolGrads, roi_pool, roi_pool_backward
+from pydeform.ops.warp import WarpGrads, warp, warp_backward
 
 __all__ = [
     "ActiveConv2dGrads",
+    "AffineGridGrads",
     "Conv1dGrads",
     "Conv2dGrads",
     "Conv3dGrads",
@@ -39,15 +43,19 @@ __all__ = [
     "DeformConv3dGrads",
     "DeformPsroiPoolGrads",
     "DeformRoiPoolGrads",
+    "GridSampleGrads",
     "MsDeformAttnFusedGrads",
     "MsDeformAttnGrads",
     "PsRoiAlignGrads",
     "PsRoiPoolGrads",
     "RoiAlignGrads",
     "RoiPoolGrads",
+    "WarpGrads",
     "__version__",
     "active_conv2d",
     "active_conv2d_backward",
+    "affine_grid",
+    "affine_grid_backward",
     "conv1d",
     "conv1d_backward",
     "conv2d",
@@ -72,6 +80,8 @@ __all__ = [
     "deform_roi_pool_backward",
     "effective_dilation",
     "get_num_threads",
+    "grid_sample",
+    "grid_sample_backward",
     "ms_deform_attn",
     "ms_deform_attn_backward",
     "ms_deform_attn_fused",
@@ -87,4 +97,6 @@ __all__ = [
     "roi_pool_backward",
     "sampling_locations",
     "set_num_threads",
+    "warp",
+    "warp_backward",
 ]

@@ -27,6 +27,8 @@ Boundary = Literal["torchvision", "dcnv2", "dcnv1"]
 Mode = Literal["avg", "max"]
 Convention = Literal["torchvision", "rfcn"]
 Method = Literal["bilinear", "discrete"]
+Interpolation = Literal["bilinear", "nearest", "bicubic"]
+PaddingMode = Literal["zeros", "border", "reflection"]
 
 SpatialShapes = AnyArray | Sequence[Any]  # rows (h, w) of ints, nested for cameras
 Points = Sequence[Int] | None  # of each level

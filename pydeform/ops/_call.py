@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from pydeform import _backend, _checks, _interop
 from pydeform._gather_geometry import GatherArrays
 from pydeform._geometry import ConvArrays
+from pydeform._grid_geometry import GridArrays
 from pydeform._roi_geometry import RoiArrays
 from pydeform._types import Needs
 
 # What a family's `forward(arrays, g, **options)` and `backward(grad_output, arrays, g, needs, **options)` take in both
 # backends.
-ARRAYS: dict[str, Any] = {"conv": ConvArrays, "roi": RoiArrays, "gather": GatherArrays}
+ARRAYS: dict[str, Any] = {"conv": ConvArrays, "roi": RoiArrays, "gather": GatherArrays, "grid": GridArrays}
 # What an operator calls otherwise, as its paper or the system that it follows does.
 CALLED: dict[str, dict[str, str]] = {
     "conv": {"positions": "offset"},
@@ -29,6 +32,7 @@ CALLED: dict[str, dict[str, str]] = {
         "mask": "weights",
         "reference_points": "reference",
     },
+    "grid": {"displacement": "grid"},
 }
 # May be float32 beside data of half types.
 COORDINATES = (
@@ -39,6 +43,9 @@ COORDINATES = (
     "sampling_locations",
     "sampling_offsets",
     "reference_points",
+    "grid",
+    "displacement",
+    "theta",
 )
 
 
@@ -50,6 +57,11 @@ def check_arrays(op: str, arrays: dict[str, Any], *needed: str) -> None:
         arrays = {**rest, "grad_output": arrays["grad_output"]}  # last: others set the dtype
     _checks.check_present(op, arrays, *needed)
     _checks.check_dtypes(op, arrays, coordinates=COORDINATES)
+
+
+def compute_dtype(array: Any) -> Any:
+    """float32 for half types."""
+    return array.dtype if array.dtype.itemsize > 2 else np.dtype(np.float32)
 
 
 def forward(op: str, family: str, arrays: dict[str, Any], back: _interop.Back, g: Any, **options: bool) -> Any:

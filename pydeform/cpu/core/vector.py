@@ -305,6 +305,7 @@ def _lane_by_lane(name: str) -> Any:
 
 
 floor, ceil, fabs = _lane_by_lane("floor"), _lane_by_lane("ceil"), _lane_by_lane("fabs")
+rint = _lane_by_lane("rint")  # halves to even
 
 
 @primitive

@@ -1,0 +1,265 @@
+"""Where queries read: from a caller's numbers to pixels along each axis (docs/math/grid.md, eq. 1 to 4), and to the
+corners of their product and their shares (eq. 5)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pydeform._grid_geometry import BORDER, REFLECTION
+from pydeform.cpu.core.cells import Corners
+from pydeform.cpu.core.gathered import address_of, place_in
+from pydeform.cpu.core.jit import inline, inline_always
+from pydeform.cpu.core.simd import advance, at
+from pydeform.cpu.core.sizes import volume
+from pydeform.cpu.core.vector import (
+    convert,
+    fabs,
+    floor,
+    is_any,
+    lanes_of,
+    load,
+    load_beside,
+    rint,
+    select,
+    splat,
+    store,
+)
+from pydeform.cpu.sampling.axes import axis_corners, in_range
+
+A = -0.75  # of cubic convolution, as PyTorch has it
+
+
+class Tile(NamedTuple):
+    """Some queries of an image, and the thread that has them in its tables."""
+
+    thread: int
+    image: int
+    query: int
+    count: int
+
+
+@inline_always
+def corners_of(tile: Any, scratch: Any) -> Any:
+    return Corners(at(scratch.starts, (tile.thread, 0)), at(scratch.shares, (tile.thread, 0)), 0, 0, None)
+
+
+@inline
+def locate(tile: Any, image: Any, width: int, given: Any, scratch: Any, g: Any, p: Any) -> None:
+    """Fills the tables of the tile's queries. `image` points to the pixels of their image, `width` channels each; what
+    is outside is the pixel behind the last. No address is formed from a number that is not known to be in range."""
+    _bring_together(tile, given.grid, scratch, g)
+    for axis in range(len(g.in_size)):
+        if p.nearest is not None:
+            _name_nearest(tile, axis, scratch, g)
+        elif p.cubic is not None:
+            _name_four(tile, axis, scratch, g)
+        else:
+            _name_two(tile, axis, scratch, g)
+    _name_corners(tile, image, width, scratch, g, p)
+
+
+@inline
+def _bring_together(tile: Any, grid: Any, scratch: Any, g: Any) -> None:
+    for axis in range(len(g.in_size)):
+        numbers = at(scratch.numbers, (tile.thread, axis, 0))
+        source = at(grid, (tile.image, tile.query * g.number_step + g.number_first[axis]))
+        if g.moves:
+            step, size = step_of(axis, g), g.in_size[axis]
+            for i in range(tile.count):
+                numbers[i] = source[i] + type(source[i])((tile.query + i) // step % size)
+        else:
+            for i in range(tile.count):
+                numbers[i] = source[i * g.number_step]
+
+
+@inline_always
+def step_of(axis: int, g: Any) -> int:
+    """Pixels from one to the next along an axis."""
+    step = 1
+    for later in range(axis + 1, len(g.in_size)):
+        step *= g.in_size[later]
+    return step
+
+
+@inline_always
+def position_of(numbers: Any, axis: int, g: Any) -> Any:
+    """Eq. 1."""
+    return (load(numbers) + g.shift) * g.half[axis] - g.back
+
+
+@inline_always
+def remainder(y: Any, period: Any, room: Any) -> Any:
+    """y modulo a period, exactly, as fmod has it, for y >= 0. `room` is overwritten."""
+    rest = y - floor(y / period) * period
+    rest = select(rest < 0, rest + period, rest)
+    rest = select(rest >= period, rest - period, rest)
+    far = y >= 2.0**23  # beyond, multiples of the period are rounded
+    if is_any(far & (y < np.inf)):
+        store(y, room)
+        for i in range(lanes_of(room)):
+            room[i] = room[i] % type(room[i])(period)
+        rest = select(far, load(room), rest)
+    return rest
+
+
+@inline_always
+def mirrored(p: Any, axis: int, room: Any, g: Any) -> tuple[Any, Any]:
+    """Eq. 3: which position of the image a position shows, and the sign of their derivative; of what is infinitely far
+    away, anything."""
+    period, beyond = 2 * g.span[axis], p + g.back
+    rest = remainder(fabs(beyond), period, room)
+    turned = rest >= g.span[axis]
+    sign = select(beyond < 0, splat(-1, p), 1) * select(turned, splat(-1, p), 1)
+    return select(turned, period - rest, rest) - g.back, sign
+
+
+@inline_always
+def held(p: Any, axis: int, g: Any) -> tuple[Any, Any]:
+    """The position at the first or last pixel instead of one beyond, and where that is so."""
+    last = float(g.in_size[axis] - 1)
+    return select(p >= last, splat(last, p), select(p <= 0, splat(0, p), p)), (p <= 0) | (p >= last)
+
+
+@inline_always
+def source_of(p: Any, axis: int, room: Any, g: Any) -> tuple[Any, Any, Any]:
+    """Eq. 2 and 3: the position that is read, its derivative by the number, and whether there is any; NaN of NaN."""
+    slope, is_there = splat(g.half[axis], p), p == p
+    if g.padding == BORDER:
+        p, is_held = held(p, axis, g)
+        slope = select(is_held, splat(0, p), slope)
+    elif g.padding == REFLECTION:
+        is_there = fabs(p) < np.inf
+        shown, sign = mirrored(p, axis, room, g)
+        if g.span[axis] == 0:
+            shown = splat(0, p)
+        shown, is_held = held(select(is_there, shown, splat(0, p)), axis, g)
+        slope = select(is_held, splat(0, p), slope * sign)
+        p = select(p == p, shown, np.nan)
+    return p, slope, is_there
+
+
+@inline_always
+def _put(entry: int, tap: int, pixel: Any, exists: Any, part: Any, slope: Any, row: Any) -> None:
+    """One of an axis' pixels for a vector of queries. `row`: pointers to that of the axis' first pixel."""
+    pixels, parts, slopes, length, step = row
+    place = tap * length + entry
+    store(select(exists, pixel * step, -1), advance(pixels, place))
+    store(part, advance(parts, place))
+    store(slope, advance(slopes, place))
+
+
+@inline_always
+def _row_of(tile: Any, axis: int, taps: int, scratch: Any, g: Any) -> tuple[Any, Any, Any, int, int]:
+    place = (tile.thread, axis * taps, 0)
+    return (
+        at(scratch.pixels, place),
+        at(scratch.parts, place),
+        at(scratch.slopes, place),
+        scratch.parts.shape[2],
+        step_of(axis, g),
+    )
+
+
+@inline
+def _name_nearest(tile: Any, axis: int, scratch: Any, g: Any) -> None:
+    numbers, row = at(scratch.numbers, (tile.thread, axis, 0)), _row_of(tile, axis, 1, scratch, g)
+    size = float(g.in_size[axis])
+    for i in range(0, tile.count, lanes_of(numbers)):
+        room = advance(numbers, i)
+        p, _, is_there = source_of(position_of(room, axis, g), axis, room, g)
+        near = rint(p)
+        exists = is_there & in_range(near, 0, size)
+        pixel = convert(select(exists, near, splat(0, p)), row[0])
+        _put(i, 0, pixel, exists, select(p == p, splat(1, p), np.nan), splat(0, p), row)
+
+
+@inline
+def _name_two(tile: Any, axis: int, scratch: Any, g: Any) -> None:
+    """Eq. 4, linear."""
+    numbers, row = at(scratch.numbers, (tile.thread, axis, 0)), _row_of(tile, axis, 2, scratch, g)
+    size = g.in_size[axis]
+    for i in range(0, tile.count, lanes_of(numbers)):
+        room = advance(numbers, i)
+        p, slope, is_there = source_of(position_of(room, axis, g), axis, room, g)
+        first, second, has_first, has_second, part = axis_corners(p, -1.0, float(size), size, size, row[0])
+        _put(i, 0, first, has_first & is_there, 1 - part, 0 - slope, row)
+        _put(i, 1, second, has_second & is_there, part, slope, row)
+
+
+@inline
+def _name_four(tile: Any, axis: int, scratch: Any, g: Any) -> None:
+    """Eq. 4, cubic: each pixel, not the position, is held or mirrored."""
+    numbers, row = at(scratch.numbers, (tile.thread, axis, 0)), _row_of(tile, axis, 4, scratch, g)
+    for i in range(0, tile.count, lanes_of(numbers)):
+        room = advance(numbers, i)
+        p = position_of(room, axis, g)
+        before = floor(p)
+        t = select(p == p, select(fabs(p) < np.inf, p - before, splat(0, p)), np.nan)
+        for tap in range(4):
+            q = before + float(tap - 1)
+            exists = p == p
+            if g.padding != 0:
+                q, _, exists = source_of(q, axis, room, g)
+            exists = exists & in_range(q, 0, float(g.in_size[axis]))
+            pixel = convert(select(exists, q, splat(0, p)), row[0])
+            part, slope = cubic_weight(tap, t), cubic_slope(tap, t) * g.half[axis]
+            _put(i, tap, pixel, exists, part, slope, row)
+
+
+@inline_always
+def cubic_weight(tap: int, t: Any) -> Any:
+    """Cubic convolution: the part of pixel floor(p) - 1 + tap, where t = p - floor(p)."""
+    if tap == 0:
+        return ((A * (t + 1) - 5 * A) * (t + 1) + 8 * A) * (t + 1) - 4 * A
+    if tap == 1:
+        return ((A + 2) * t - (A + 3)) * t * t + 1
+    if tap == 2:
+        return ((A + 2) * (1 - t) - (A + 3)) * (1 - t) * (1 - t) + 1
+    return ((A * (2 - t) - 5 * A) * (2 - t) + 8 * A) * (2 - t) - 4 * A
+
+
+@inline_always
+def cubic_slope(tap: int, t: Any) -> Any:
+    """The derivative of `cubic_weight`."""
+    if tap == 0:
+        return (3 * A * (t + 1) - 10 * A) * (t + 1) + 8 * A
+    if tap == 1:
+        return (3 * (A + 2) * t - 2 * (A + 3)) * t
+    if tap == 2:
+        return 0 - (3 * (A + 2) * (1 - t) - 2 * (A + 3)) * (1 - t)
+    return 0 - ((3 * A * (2 - t) - 10 * A) * (2 - t) + 8 * A)
+
+
+@inline_always
+def tap_of(corner: int, axis: int, g: Any, p: Any) -> int:
+    """Which of all axes' pixels a corner has along one: the last axis is the fastest."""
+    last = len(g.in_size) - 1
+    return (axis << p.bits) + (corner >> (last - axis) * p.bits & (1 << p.bits) - 1)
+
+
+@inline
+def _name_corners(tile: Any, image: Any, width: int, scratch: Any, g: Any, p: Any) -> None:
+    """Eq. 5."""
+    thread = tile.thread
+    starts, shares = at(scratch.starts, (thread, 0)), at(scratch.shares, (thread, 0))
+    lanes, last = lanes_of(shares), len(g.in_size) - 1
+    first = address_of(image)
+    of_pixel = address_of(advance(image, width)) - first
+    nothing = first + volume(g.in_size) * of_pixel
+    for i in range(0, tile.count, lanes):
+        place = place_in(i, shares, p.axes)
+        for corner in range(1 << len(p.axes)):
+            tap = tap_of(corner, last, g, p)
+            share = load(at(scratch.parts, (thread, tap, i)))
+            pixel = load_beside(at(scratch.pixels, (thread, tap, i)), share)
+            exists = pixel >= 0
+            for axis in range(last):
+                tap = tap_of(corner, axis, g, p)
+                along = load_beside(at(scratch.pixels, (thread, tap, i)), share)
+                exists, pixel = exists & (along >= 0), pixel + along
+                share = load(at(scratch.parts, (thread, tap, i))) * share
+            start = advance(starts, place + corner * lanes)
+            store(select(exists, convert(pixel, start) * of_pixel + first, nothing), start)
+            store(share, advance(shares, place + corner * lanes))

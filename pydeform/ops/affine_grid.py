@@ -1,0 +1,131 @@
+"""Grids of affine maps, for `grid_sample` (spatial transformer networks)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np  # on CuPy arrays its functions call CuPy's
+
+from pydeform import _checks, _interop
+from pydeform._geometry import SIZES
+from pydeform._grid_geometry import GRIDS
+from pydeform._types import AnyArray, Array, Int, Needs
+from pydeform.ops import _call
+
+
+class AffineGridGrads(NamedTuple):
+    """What `affine_grid_backward` returns.
+
+    >>> from pydeform import AffineGridGrads
+    >>> AffineGridGrads._fields
+    ('theta',)
+    """
+
+    theta: Any
+
+
+def affine_grid(theta: Array, size: Sequence[Int], align_corners: bool = False) -> Array:
+    """Points of a regular grid, moved by an affine map for each image: what `grid_sample` takes.
+
+        grid[b, y, x] = theta[b] @ (x', y', 1)        x' = (2*x + 1) / W - 1, with `align_corners` 2*x / (W - 1) - 1
+
+    y' likewise with H; in a volume grid[b, z, y, x] = theta[b] @ (x', y', z', 1).
+
+    Parameters
+    ----------
+    theta : array (N, 2, 3) or (N, 3, 4), float64, float32, float16 or bfloat16; rows give x, y (and z)
+    size : (N, C, H, W) or (N, C, D, H, W), the shape of what `grid_sample` will return
+    align_corners : as will be given to `grid_sample`. An axis of length 1 lies in the middle either way
+
+    Returns   array (N, H, W, 2) or (N, D, H, W, 3) of the kind, device and dtype of `theta`
+    Raises    ValueError (a shape does not fit), TypeError (kind or dtype)
+    Notes     float16 and bfloat16 are computed in float32 and rounded at the end. The same bits on every run.
+    Source    arXiv:1506.02025 eq. 1. As torch.nn.functional.affine_grid.
+    Example
+    >>> import numpy as np
+    >>> from pydeform import affine_grid
+    >>> quarter_turn = np.array([[[0, -1, 0], [1, 0, 0.0]]])
+    >>> affine_grid(quarter_turn, (1, 1, 2, 2)).tolist()
+    [[[[0.5, -0.5], [0.5, 0.5]], [[-0.5, -0.5], [-0.5, 0.5]]]]
+    """
+    op = "affine_grid"
+    arrays, back = _interop.to_native(op, {"theta": theta})
+    sizes = _sizes_of(op, arrays, size)
+    theta = arrays["theta"]
+    with back:
+        wide = theta.astype(_call.compute_dtype(theta), copy=False)
+        rows = wide.reshape(len(wide), *(1,) * len(sizes), *wide.shape[1:])
+        grid = rows[..., -1] + np.zeros((*sizes, 1), wide.dtype, like=wide)
+        for column, along in enumerate(_coordinates(sizes, wide, align_corners)):
+            grid += rows[..., column] * along[..., None]
+        return back(grid.astype(theta.dtype, copy=False))
+
+
+def affine_grid_backward(
+    grad_output: AnyArray, theta: AnyArray, size: Sequence[Int], align_corners: bool = False, *, needs: Needs = None
+) -> AffineGridGrads:
+    """Gradient of `affine_grid`: d sum(grad_output * output) / d theta.
+
+    Parameters
+    ----------
+    grad_output : array shaped like the forward's result, its gradient
+    theta, size, align_corners : exactly the forward's
+    needs : ("theta",), or () for none; None computes it
+
+    Returns   AffineGridGrads, of the kind and device of `grad_output` and the dtype of `theta`
+    Raises    ValueError (a shape or name in `needs` does not fit), TypeError (kind, dtype or device)
+    Notes     The same bits on every run.
+    Source    docs/math/grid.md
+    Example
+    >>> import numpy as np
+    >>> from pydeform import affine_grid_backward
+    >>> affine_grid_backward(np.ones((1, 2, 2, 2)), np.zeros((1, 2, 3)), (1, 1, 2, 2)).theta.tolist()
+    [[[0.0, 0.0, 4.0], [0.0, 0.0, 4.0]]]
+    """
+    op = "affine_grid_backward"
+    arrays, back = _interop.to_native(op, {"grad_output": grad_output, "theta": theta})
+    sizes = _sizes_of(op, arrays, size)
+    theta, grad = arrays["theta"], arrays["grad_output"]
+    axes = len(sizes)
+    _checks.check_shape(op, "grad_output", grad.shape, GRIDS[axes], (len(theta), *sizes, axes))
+    if not _checks.needed(op, needs, {"theta": theta}):
+        return AffineGridGrads(None)
+    with back:
+        wide = grad.astype(_call.compute_dtype(grad), copy=False)
+        points = tuple(range(1, axes + 1))
+        columns = [(wide * a[..., None]).sum(axis=points) for a in _coordinates(sizes, wide, align_corners)]
+        gradient = np.stack([*columns, wide.sum(axis=points)], axis=-1)
+        return AffineGridGrads(back(gradient.astype(theta.dtype, copy=False)))
+
+
+def _sizes_of(op: str, arrays: dict[str, Any], size: Any) -> tuple[int, ...]:
+    """The sizes of the grid's axes."""
+    _call.check_arrays(op, arrays, "theta")
+    theta = arrays["theta"]
+    expected = "(N, C, H, W) or (N, C, D, H, W)"
+    try:
+        numbers = tuple(size)
+    except TypeError:
+        raise TypeError(f"{op}: size must be {expected}, got {_checks.shown(size)}") from None
+    if len(numbers) not in (4, 5):
+        raise ValueError(f"{op}: size must be {expected}, got {_checks.shown(size)}")
+    batch, _, *sizes = _checks.per_axis(op, "size", numbers, len(numbers), 0)
+    axes = len(sizes)
+    if min(sizes) < 1:
+        raise ValueError(f"{op}: size must have {SIZES[axes]} >= 1, got {_checks.shown(size)}")
+    formula = f"(N, {axes}, {axes + 1})"
+    _checks.check_shape(op, "theta", theta.shape, formula, (batch, axes, axes + 1))
+    _checks.check_result(op, GRIDS[axes], (batch, *sizes, axes), theta.dtype.itemsize)
+    return tuple(sizes)
+
+
+def _coordinates(sizes: tuple[int, ...], like: Any, align_corners: bool) -> list[Any]:
+    """Of the grid's points, from -1 to 1, of the last axis first; each along its own axis."""
+    found = []
+    for axis in reversed(range(len(sizes))):
+        count = sizes[axis]
+        steps = 2 * np.arange(count, dtype=np.int64, like=like) + (1 - count)  # exact, and symmetric
+        along = steps.astype(like.dtype) / max(count - bool(align_corners), 1)
+        found.append(along.reshape(-1, *(1,) * (len(sizes) - 1 - axis)))
+    return found

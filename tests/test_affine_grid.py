@@ -213,7 +213,6 @@ WRONG = [
     ((THETA, (2, 3, 4, 5.5)), {}, TypeError, r"affine_grid: size .*5\.5"),
     ((THETA, 4), {}, TypeError, r"affine_grid: size .*4"),
     ((THETA.astype(int), (2, 3, 4, 5)), {}, TypeError, r"affine_grid: theta .*int64"),
-    ((THETA, (2, 3, 4, 5)), {"align_corners": 1}, TypeError, r"affine_grid: align_corners .*1"),
 ]
 
 

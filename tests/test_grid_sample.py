@@ -206,7 +206,8 @@ def test_slopes_at_kinks_by_differences(backend, align_corners):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_what_is_not_finite(backend, mode, align_corners, value, axis, dtype):
     """NaN is NaN and no pixel's; infinity is outside, under border the pixel on that side, and has no slope."""
-    image = 2.0 ** np.arange(8).reshape(1, 2, 4)
+    lengths = (3, 5) if align_corners else (2, 4)
+    image = 2.0 ** np.arange(math.prod(lengths)).reshape(1, *lengths)
     position = [1.0, 2.0]
     position[axis] = value
     for padding_mode in PADDINGS:
@@ -270,7 +271,8 @@ def test_mirrors_far_away(backend, axis, dtype):
                 position[axis] = sign * far
                 for options in every_mode(2):
                     if options["mode"] == mode:
-                        problem = at([position], image, dtype, **options)
+                        with np.errstate(over="ignore"):
+                            problem = at([position], image, dtype, **options)
                         want = solve_oracle(problem)[0]
                         assert_close(run(backend, problem), want, dtype, f"{options} at {sign * far}")
                         assert np.isfinite(run_backward(backend, problem)["input"]).all()
@@ -315,8 +317,6 @@ WRONG = [
     ((of(2, 3, 5, 4, 6), of(2, 6, 7, 4, 3)), {"mode": "bicubic"}, ValueError, r"grid_sample: .*bicubic"),
     ((IMAGE_OF, of(2, 6, 7, 2)), {"mode": "linear"}, ValueError, r"grid_sample: mode .*bilinear.*'linear'"),
     ((IMAGE_OF, of(2, 6, 7, 2)), {"padding_mode": "wrap"}, ValueError, r"padding_mode .*reflection.*'wrap'"),
-    ((IMAGE_OF, of(2, 6, 7, 2)), {"align_corners": "no"}, TypeError, r"grid_sample: align_corners .*'no'"),
-    ((IMAGE_OF, of(2, 6, 7, 2)), {"align_corners": None}, TypeError, r"grid_sample: align_corners .*None"),
     ((IMAGE_OF, of(2, 6, 7, 2, dtype="float32")), {}, TypeError, r"grid_sample: grid .*float64.*float32"),
     ((of(2, 3, 5, 4, dtype="float32"), of(2, 6, 7, 2)), {}, TypeError, r"grid_sample: grid .*float32.*float64"),
     ((of(2, 3, 5, 4, dtype="int64"), of(2, 6, 7, 2)), {}, TypeError, r"grid_sample: input .*int64"),

@@ -49,7 +49,7 @@ GRID_SAMPLE = {
     "zeros_corners": Grid((3, 9), (4, 6), 1, align_corners=True),
     "border": Grid((4, 2), (7, 4), 16, padding_mode="border"),
     "reflection_corners": Grid((5, 9), (5, 6), 17, padding_mode="reflection", align_corners=True),
-    "nearest": Grid((4, 8), (7, 6), 3, "nearest"),
+    "nearest": Grid((4, 4), (7, 6), 3, "nearest"),
     "nearest_border": Grid((5, 9), (6, 4), 5, "nearest", "border", True),
     "nearest_reflection": Grid((2, 4), (6, 7), 19, "nearest", "reflection"),
     "bicubic": Grid((4, 8), (5, 6), 3, "bicubic"),

@@ -184,11 +184,12 @@ def _otherwise(rng: np.random.Generator) -> Iterator[None]:
     from pydeform.cpu.conv import plan as conv_plan
     from pydeform.cpu.core import memory
     from pydeform.cpu.gather import plan as gather_plan
+    from pydeform.cpu.grid import plan as grid_plan
     from pydeform.cpu.roi import plan as roi_plan
 
     places = ((memory, "np", _Poisoned([0xFF, 0, None][rng.integers(3)], rng)),)
     places += ((memory.Workspace, "take", lambda workspace: memory.workspace(*workspace._parts)),)  # no spare one
-    places += tuple((module, "SERIAL_FLOPS", 0) for module in (conv_plan, gather_plan, roi_plan))
+    places += tuple((module, "SERIAL_FLOPS", 0) for module in (conv_plan, gather_plan, grid_plan, roi_plan))
     before = [getattr(module, name) for module, name, _ in places]
     for module, name, value in places:
         setattr(module, name, value)

@@ -85,8 +85,9 @@ def step_of(axis: int, g: Any) -> int:
 
 @inline_always
 def position_of(numbers: Any, axis: int, g: Any) -> Any:
-    """Eq. 1."""
-    return (load(numbers) + g.shift) * g.half[axis] - g.back
+    """Eq. 1. What is infinite stays so, on an axis of one pixel too, where `half` may be 0."""
+    number = load(numbers)
+    return select(fabs(number) < np.inf, (number + g.shift) * g.half[axis] - g.back, number)
 
 
 @inline_always
@@ -137,7 +138,7 @@ def source_of(p: Any, axis: int, room: Any, g: Any) -> tuple[Any, Any, Any]:
         shown, is_held = held(select(is_there, shown, splat(0, p)), axis, g)
         slope = select(is_held, splat(0, p), slope * sign)
         p = select(p == p, shown, np.nan)
-    return p, slope, is_there
+    return p, select(p == p, slope, np.nan), is_there
 
 
 @inline_always

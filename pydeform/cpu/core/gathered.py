@@ -29,11 +29,11 @@ class Corners(NamedTuple):
     listed: Any  # the numbers of those samples that are meant; None: all
 
 
-def machine_lanes(number: Any) -> int:
+def _lanes(number: Any) -> int:
     return 8 * VECTOR_BYTES // int(number.bitwidth)
 
 
-def corner_count(axes: Any) -> int:
+def _corners(axes: Any) -> int:
     return int(2 ** len(axes))
 
 
@@ -48,7 +48,7 @@ def place_in(entry: Any, like: Any, axes: Any) -> Any:
     entries has its corners side by side. `axes`: a tuple with an item for each axis of a cell."""
 
     def emit(builder: Any, entry_: Any, _like: Any, _axes: Any) -> Any:
-        return table_place(builder, entry_, machine_lanes(like.dtype), corner_count(axes))
+        return _place(builder, entry_, _lanes(like.dtype), _corners(axes))
 
     return types.int64(entry, like, axes), emit
 
@@ -64,19 +64,19 @@ def _opened(corners: Any, values: list[Any]) -> Corners:
     return samples._replace(listed=None) if corners[Corners._fields.index("listed")] == types.none else samples
 
 
-def table_place(builder: Any, entry: Any, lanes: int, corners: int) -> Any:
+def _place(builder: Any, entry: Any, lanes: int, corners: int) -> Any:
     lane = builder.and_(entry, const(lanes - 1))
     return builder.add(builder.mul(builder.sub(entry, lane), const(corners)), lane)
 
 
-def corner_starts(v: Vectors, samples: Corners, place: Any, step: int, corners: int) -> list[Any]:
+def _starts(v: Vectors, samples: Corners, place: Any, step: int, corners: int) -> list[Any]:
     """Pointers to the first channel of the sample at a place of the tables."""
     builder, pointer = v.builder, v.element.as_pointer()
     addresses = (builder.load(v.offset(samples.starts, _beyond(v, place, k * step))) for k in range(corners))
     return [v.offset(builder.inttoptr(address, pointer), samples.channel) for address in addresses]
 
 
-def corner_shares(v: Vectors, samples: Corners, place: Any, step: int, corners: int) -> list[Any]:
+def _shares(v: Vectors, samples: Corners, place: Any, step: int, corners: int) -> list[Any]:
     return [v.load_splat(samples.shares, _beyond(v, place, k * step)) for k in range(corners)]
 
 
@@ -114,7 +114,7 @@ def sum_samples(
     vector_bytes: int, out: Any, corners: Any, axes: Any, weights: Any, step: Any, count: Any, channels: Any
 ) -> Any:
     """out[c] = sum_i weights[i * step] * sample_i[c]."""
-    shape = machine_lanes(out.dtype), corner_count(axes)
+    shape = _lanes(out.dtype), _corners(axes)
 
     def emit(builder: Any, out_: Any, corners_: Any, _axes: Any, weights_: Any, *rest: Any) -> None:
         step_, count_, channels_ = rest
@@ -123,8 +123,8 @@ def sum_samples(
         def run(places: list[Any], load: Any, store: Any) -> None:
             def add(i: Any, sums: list[Any]) -> list[Any]:
                 number = _number(v, samples, i)
-                at = table_place(builder, builder.add(samples.entry, number), *shape)
-                starts, shares = corner_starts(v, samples, at, *shape), corner_shares(v, samples, at, *shape)
+                at = _place(builder, builder.add(samples.entry, number), *shape)
+                starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
                 w = v.load_splat(weights_, builder.mul(number, step_))
                 values = (blended(v, shares, [load(v.offset(start, place)) for start in starts]) for place in places)
                 return [v.fma(w, value, total) for value, total in zip(values, sums, strict=True)]
@@ -142,7 +142,7 @@ def scatter_samples(
     vector_bytes: int, grad: Any, corners: Any, axes: Any, weights: Any, step: Any, count: Any, channels: Any
 ) -> Any:
     """The transpose: sample_i[c] += weights[i * step] * grad[c], onto each corner by its share, one after the other."""
-    shape = machine_lanes(grad.dtype), corner_count(axes)
+    shape = _lanes(grad.dtype), _corners(axes)
 
     def emit(builder: Any, grad_: Any, corners_: Any, _axes: Any, weights_: Any, *rest: Any) -> None:
         step_, count_, channels_ = rest
@@ -155,8 +155,8 @@ def scatter_samples(
                 number = _number(v, samples, i)
                 w = v.load_splat(weights_, builder.mul(number, step_))
                 weighted = [builder.fmul(w, g) for g in grads]
-                at = table_place(builder, builder.add(samples.entry, number), *shape)
-                starts, shares = corner_starts(v, samples, at, *shape), corner_shares(v, samples, at, *shape)
+                at = _place(builder, builder.add(samples.entry, number), *shape)
+                starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
                 for start, share in zip(starts, shares, strict=True):
                     for place, g in zip(places, weighted, strict=True):
                         target = v.offset(start, place)
@@ -173,7 +173,7 @@ def scatter_samples(
 @for_any_width
 def corner_dots(vector_bytes: int, dots: Any, grad: Any, corners: Any, axes: Any, count: Any, channels: Any) -> Any:
     """dots[k] of each sample, side by side, += sum_c grad[c] * corner_k[c]."""
-    shape = machine_lanes(grad.dtype), corner_count(axes)
+    shape = _lanes(grad.dtype), _corners(axes)
 
     def emit(builder: Any, dots_: Any, grad_: Any, corners_: Any, _axes: Any, count_: Any, channels_: Any) -> None:
         v, samples = Vectors(builder, grad.dtype, vector_bytes), _opened(corners, corners_)
@@ -183,8 +183,8 @@ def corner_dots(vector_bytes: int, dots: Any, grad: Any, corners: Any, axes: Any
 
             def dot(i: Any, _: list[Any]) -> list[Any]:
                 number = _number(v, samples, i)
-                at = table_place(builder, builder.add(samples.entry, number), *shape)
-                starts = corner_starts(v, samples, at, *shape)
+                at = _place(builder, builder.add(samples.entry, number), *shape)
+                starts = _starts(v, samples, at, *shape)
                 sums = []
                 for start in starts:
                     products = [(g, load(v.offset(start, place))) for g, place in zip(grads, places, strict=True)]

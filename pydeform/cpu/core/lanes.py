@@ -161,6 +161,14 @@ class Vectors:
         arguments = [value, self._as_vector(pointer), ir.Constant(LANE, self.itemsize), mask]
         self.call("masked.store", arguments, ir.VoidType(), f".p0{self._suffix()}")
 
+    def gather(self, pointer: Any, places: Any, mask: Any) -> Any:
+        """pointer[places] where the mask is true, elsewhere zeros."""
+        # One pointer and many steps is what processors know, and what llvmlite does not.
+        addresses = self.offset(pointer, const(0))
+        addresses.indices, addresses.type = [places], ir.VectorType(pointer.type, self.lanes)
+        arguments = [addresses, ir.Constant(LANE, self.itemsize), mask, self.zero]
+        return self.call("masked.gather", arguments, more=f".v{self.lanes}p0f{8 * self.itemsize}")
+
     def _suffix(self) -> str:
         return f"v{self.lanes}f{8 * self.itemsize}"
 

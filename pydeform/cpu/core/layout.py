@@ -9,8 +9,7 @@ from numba import types
 from pydeform.cpu.core.jit import inline
 from pydeform.cpu.core.lanes import Vectors, for_any_width, transposed
 from pydeform.cpu.core.primitive import const
-from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at
-from pydeform.cpu.core.vector import lanes_of
+from pydeform.cpu.core.simd import VECTOR_BYTES, at
 
 PIXELS = 128  # a unit of work: its channels-last form stays in the first-level cache while channels are filled in
 
@@ -31,34 +30,6 @@ def _define_transpose(
 
 
 transpose_block, transpose_block_shifted = (for_any_width(_define_transpose, shifts) for shifts in (False, True))
-
-
-@inline
-def transpose_to_last(source: Any, source_row: int, target: Any, target_row: int, channels: int, count: int) -> None:
-    """target[i * target_row + c] = source[c * source_row + i]."""
-    lanes = lanes_of(source)
-    whole, whole_channels = count // lanes * lanes, channels // lanes * lanes
-    for c in range(0, whole_channels, lanes):
-        for i in range(0, whole, lanes):
-            to = advance(target, i * target_row + c)
-            transpose_block(advance(source, c * source_row + i), source_row, to, target_row, to)
-    for c in range(channels):
-        for i in range(whole if c < whole_channels else 0, count):
-            target[i * target_row + c] = source[c * source_row + i]
-
-
-@inline
-def transpose_to_first(source: Any, source_row: int, target: Any, target_row: int, channels: int, count: int) -> None:
-    """target[c * target_row + i] = source[i * source_row + c]."""
-    lanes = lanes_of(source)
-    whole, whole_channels = count // lanes * lanes, channels // lanes * lanes
-    for c in range(0, whole_channels, lanes):
-        for i in range(0, whole, lanes):
-            to = advance(target, c * target_row + i)
-            transpose_block(advance(source, i * source_row + c), source_row, to, target_row, to)
-    for c in range(channels):
-        for i in range(whole if c < whole_channels else 0, count):
-            target[c * target_row + i] = source[i * source_row + c]
 
 
 @inline
@@ -85,10 +56,18 @@ def to_channels_last(
     (pixels + 1, width), zeros from `channels` on; one more pixel of zeros stands behind the last. Blocks lie apart: two
     threads at work on two of them share no cache line, and corners of one fill a cache evenly.
     """
+    lanes = VECTOR_BYTES // input.itemsize
     start = part * PIXELS
     last = min(start + PIXELS, pixels)
-    source, target = at(input, (b, first, start)), at(image, (origin + start * width,))
-    transpose_to_last(source, apart * pixels, target, width, channels, last - start)
+    whole = start + (last - start) // lanes * lanes
+    whole_channels = channels // lanes * lanes
+    for c in range(0, whole_channels, lanes):
+        for pixel in range(start, whole, lanes):
+            target = at(image, (origin + pixel * width + c,))
+            transpose_block(at(input, (b, first + c * apart, pixel)), apart * pixels, target, width, target)
+    for c in range(channels):
+        for pixel in range(whole if c < whole_channels else start, last):
+            image[origin + pixel * width + c] = input[b, first + c * apart, pixel]
     for c in range(channels, width):
         for pixel in range(start, last):
             image[origin + pixel * width + c] = 0
@@ -134,7 +113,15 @@ def block_to_channels_first(
     pixels: int,
 ) -> None:
     """`to_channels_last` the other way round: a part of the pixels of one block, from `image` into grad_input."""
+    lanes = VECTOR_BYTES // image.itemsize
     start = part * PIXELS
     last = min(start + PIXELS, pixels)
-    source, target = at(image, (origin + start * width,)), at(grad_input, (b, first, start))
-    transpose_to_first(source, width, target, apart * pixels, channels, last - start)
+    whole = start + (last - start) // lanes * lanes
+    whole_channels = channels // lanes * lanes
+    for c in range(0, whole_channels, lanes):
+        for pixel in range(start, whole, lanes):
+            target = at(grad_input, (b, first + c * apart, pixel))
+            transpose_block(at(image, (origin + pixel * width + c,)), width, target, apart * pixels, target)
+    for c in range(channels):
+        for pixel in range(whole if c < whole_channels else start, last):
+            grad_input[b, first + c * apart, pixel] = image[origin + pixel * width + c]

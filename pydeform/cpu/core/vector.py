@@ -230,6 +230,17 @@ def load_where(mask: Any, pointer: Any) -> Any:
 
 
 @primitive
+def gather_where(mask: Any, pointer: Any, places: Any) -> Any:
+    """pointer[places], floats from here and there, where the mask is true; elsewhere zeros, and nothing is read."""
+    kind = Vector(pointer.dtype, mask.lanes)
+
+    def emit(builder: Any, mask_: Any, pointer_: Any, places_: Any) -> Any:
+        return _emitter(builder, kind).gather(pointer_, places_, mask_)
+
+    return kind(mask, pointer, places), emit
+
+
+@primitive
 def store_where(mask: Any, vector: Any, pointer: Any) -> Any:
     """Floats, where the mask is true; nothing is touched elsewhere."""
 

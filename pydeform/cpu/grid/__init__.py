@@ -1,16 +1,15 @@
 """Images sampled at the points of a grid.
 
-Images are copied to channels last, a tile of queries is located once for all channels, and its samples are transposed
-back as they are written. A corner outside the image is a pixel of zeros. Backward gives every gradient one owner, so
-that results are always deterministic. Kernels cite docs/math/grid.md.
+Images are read as they lie, channel by channel: a tile of queries is located once for all channels, and a vector holds
+one number for each of so many queries, whose pixels are gathered from here and there. Backward gives every gradient one
+owner, so that results are always deterministic. Kernels cite docs/math/grid.md.
 
 Which problem takes which way, and why:
 
 - all forwards (`forward.sample`), and the grid's gradient (`backward.sample_backward`): a tile of queries
-- the input's gradient (`backward._scatter`): some channels of an image go through all queries in order, so that no two
-  threads add to one number
+- the input's gradient (`backward._scatter_plane`): some channels of an image go through all queries in order, so that
+  no two threads add to one number
 - samples of one pixel, of two along each axis, or of four (`places`): the same sums over 1, 4, 8 or 16 corners
-- at most four channels (`plan.narrow`): short vectors, which leave no lanes idle
 - the grid's gradient where samples are one pixel: 0, without a kernel
 """
 
@@ -35,7 +34,7 @@ def forward(arrays: Any, g: GridGeometry) -> Any:
     output = empty((g.batch, g.channels, g.queries), dtype)
     if output.size:
         threads = threads_for(g, 1, g.batch * g.queries)
-        _run(sample, g, given_arrays(arrays, g, dtype), output, (True, False, False), threads)
+        _run(sample, g, given_arrays(arrays, g, dtype), output, False, threads)
     return to_result(output, data, output.shape)
 
 
@@ -48,12 +47,12 @@ def backward(grad_output: Any, arrays: Any, g: GridGeometry, needs: Any, **_opti
     make = empty if output.size else np.zeros
     grads = Gradients(
         output,
-        make((g.batch, g.channels, pixels) if scatters else (0, 0, 0), dtype),
+        np.zeros((g.batch, g.channels, pixels) if scatters else (0, 0, 0), dtype),
         make(given.grid.shape if needs_dots else (0, 0), dtype),
     )
     if output.size and (scatters or needs_dots):
         threads = threads_for(g, scatters + needs_dots, g.batch * (g.channels + g.queries))
-        _run(sample_backward, g, given, grads, (needs_dots, scatters, needs_dots), threads)
+        _run(sample_backward, g, given, grads, needs_dots, threads)
     grid = grads.grid if g.mode != NEAREST else _flat(given.grid, g)
     return {
         "input": to_result(grads.input, data, arrays.input.shape) if scatters else None,
@@ -69,8 +68,8 @@ def _flat(grid: Any, g: GridGeometry) -> Any:
     return np.moveaxis(gradient, 2, 1) if g.moves else gradient
 
 
-def _run(kernel: Any, g: GridGeometry, given: Given, results: Any, uses: tuple[bool, bool, bool], threads: int) -> None:
-    how = prepared(g, compute_dtype(given.input.dtype), *uses, threads)
+def _run(kernel: Any, g: GridGeometry, given: Given, results: Any, needs_dots: bool, threads: int) -> None:
+    how = prepared(g, compute_dtype(given.input.dtype), needs_dots, threads)
     own = how.workspace.take()
-    parallel.run(kernel, how.key, how.threads, parallel.new_counters(2), given, results, Scratch(*own), g, how.plan)
+    parallel.run(kernel, how.key, how.threads, parallel.new_counters(1), given, results, Scratch(*own), g, how.plan)
     how.workspace.give_back(own)

@@ -4,51 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydeform.cpu.core.cells import sum_cells
-from pydeform.cpu.core.jit import Kernel, inline
-from pydeform.cpu.core.layout import pixel_parts, to_channels_last, transpose_to_first
+from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
-from pydeform.cpu.core.simd import at
-from pydeform.cpu.core.sizes import volume
-from pydeform.cpu.grid.places import Tile, corners_of, locate
+from pydeform.cpu.core.simd import advance, at
+from pydeform.cpu.core.vector import first_lanes, fma, lanes_of, load, store, store_where
+from pydeform.cpu.grid.places import Tile, corner_values, locate
 
 
 @Kernel
 def sample(thread: int, counters: Any, given: Any, output: Any, scratch: Any, g: Any, p: Any) -> None:
     call_helpers(thread, counters)
-    copy_images(counters, given.input, scratch.image, g, p)
     tiles = -(-g.queries // p.queries)
     units = g.batch * tiles
-    unit = claim(counters, 1)
-    while unit < units:
-        tile = tile_of(thread, unit, tiles, g, p)
-        locate(tile, image_of(tile, scratch, g, p), p.width, given, scratch, g, p)
-        rows = at(scratch.rows, (thread, 0))
-        sum_cells(rows, corners_of(tile, scratch), p.axes, tile.count, p.width, p.narrow)
-        transpose_to_first(rows, p.width, at(output, (tile.image, 0, tile.query)), g.queries, g.channels, tile.count)
-        finish(counters, 1)
-        unit = claim(counters, 1)
-    wait_for(counters, 1, units)
-    let_helpers_go(thread, counters)
-
-
-@inline
-def copy_images(counters: Any, input: Any, image: Any, g: Any, p: Any) -> None:
-    """Phase 0: all images, channels last, each with a pixel of zeros behind it."""
-    pixels = volume(g.in_size)
-    parts = pixel_parts(pixels)
-    units = g.batch * parts
     unit = claim(counters, 0)
     while unit < units:
-        b = unit // parts
-        origin = b * (pixels + 1) * p.width
-        to_channels_last(input, b, 0, 1, image, origin, g.channels, p.width, unit - b * parts, pixels)
+        tile = tile_of(thread, unit, tiles, g, p)
+        locate(tile, given.grid, scratch, g, p)
+        for c in range(g.channels):
+            target = at(output, (tile.image, c, tile.query))
+            _sample_plane(tile, at(given.input, (tile.image, c, 0)), target, scratch, p)
         finish(counters, 0)
         unit = claim(counters, 0)
     wait_for(counters, 0, units)
+    let_helpers_go(thread, counters)
 
 
-@inline
+@inline_always
 def tile_of(thread: int, unit: int, tiles: int, g: Any, p: Any) -> Any:
     image = unit // tiles
     query = (unit - image * tiles) * p.queries
@@ -56,6 +37,17 @@ def tile_of(thread: int, unit: int, tiles: int, g: Any, p: Any) -> Any:
 
 
 @inline
-def image_of(tile: Any, scratch: Any, g: Any, p: Any) -> Any:
-    """Pointer to the copy of the tile's image."""
-    return at(scratch.image, (tile.image * (volume(g.in_size) + 1) * p.width,))
+def _sample_plane(tile: Any, plane: Any, target: Any, scratch: Any, p: Any) -> None:
+    thread, lanes = tile.thread, lanes_of(target)
+    for i in range(0, tile.queries, lanes):
+        shares = at(scratch.shares, (thread, 0, i))
+        share = load(shares)
+        total = share * corner_values(0, i, plane, thread, scratch, share)
+        for corner in range(1, p.corners):
+            share = load(advance(shares, corner * p.queries))
+            total = fma(share, corner_values(corner, i, plane, thread, scratch, share), total)
+        left = tile.queries - i
+        if left >= lanes:
+            store(total, advance(target, i))
+        else:
+            store_where(first_lanes(left, total), total, advance(target, i))

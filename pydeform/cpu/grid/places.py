@@ -8,15 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pydeform._grid_geometry import BORDER, REFLECTION
-from pydeform.cpu.core.cells import Corners
-from pydeform.cpu.core.gathered import address_of, place_in
 from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.simd import advance, at
-from pydeform.cpu.core.sizes import volume
 from pydeform.cpu.core.vector import (
     convert,
     fabs,
     floor,
+    gather_where,
     is_any,
     lanes_of,
     load,
@@ -37,19 +35,13 @@ class Tile(NamedTuple):
     thread: int
     image: int
     query: int
-    count: int
-
-
-@inline_always
-def corners_of(tile: Any, scratch: Any) -> Any:
-    return Corners(at(scratch.starts, (tile.thread, 0)), at(scratch.shares, (tile.thread, 0)), 0, 0, None)
+    queries: int
 
 
 @inline
-def locate(tile: Any, image: Any, width: int, given: Any, scratch: Any, g: Any, p: Any) -> None:
-    """Fills the tables of the tile's queries. `image` points to the pixels of their image, `width` channels each; what
-    is outside is the pixel behind the last. No address is formed from a number that is not known to be in range."""
-    _bring_together(tile, given.grid, scratch, g)
+def locate(tile: Any, grid: Any, scratch: Any, g: Any, p: Any) -> None:
+    """Fills the tables of the tile's queries. No pixel is named by a number that is not known to be in range."""
+    _bring_together(tile, grid, scratch, g)
     for axis in range(len(g.in_size)):
         if p.nearest is not None:
             _name_nearest(tile, axis, scratch, g)
@@ -57,7 +49,7 @@ def locate(tile: Any, image: Any, width: int, given: Any, scratch: Any, g: Any, 
             _name_four(tile, axis, scratch, g)
         else:
             _name_two(tile, axis, scratch, g)
-    _name_corners(tile, image, width, scratch, g, p)
+    _name_corners(tile, scratch, g, p)
 
 
 @inline
@@ -67,10 +59,10 @@ def _bring_together(tile: Any, grid: Any, scratch: Any, g: Any) -> None:
         source = at(grid, (tile.image, tile.query * g.number_step + g.number_first[axis]))
         if g.moves:
             step, size = step_of(axis, g), g.in_size[axis]
-            for i in range(tile.count):
+            for i in range(tile.queries):
                 numbers[i] = source[i] + type(source[i])((tile.query + i) // step % size)
         else:
-            for i in range(tile.count):
+            for i in range(tile.queries):
                 numbers[i] = source[i * g.number_step]
 
 
@@ -167,7 +159,7 @@ def _row_of(tile: Any, axis: int, taps: int, scratch: Any, g: Any) -> tuple[Any,
 def _name_nearest(tile: Any, axis: int, scratch: Any, g: Any) -> None:
     numbers, row = at(scratch.numbers, (tile.thread, axis, 0)), _row_of(tile, axis, 1, scratch, g)
     size = float(g.in_size[axis])
-    for i in range(0, tile.count, lanes_of(numbers)):
+    for i in range(0, tile.queries, lanes_of(numbers)):
         room = advance(numbers, i)
         p, _, is_there = source_of(position_of(room, axis, g), axis, room, g)
         near = rint(p)
@@ -181,7 +173,7 @@ def _name_two(tile: Any, axis: int, scratch: Any, g: Any) -> None:
     """Eq. 4, linear."""
     numbers, row = at(scratch.numbers, (tile.thread, axis, 0)), _row_of(tile, axis, 2, scratch, g)
     size = g.in_size[axis]
-    for i in range(0, tile.count, lanes_of(numbers)):
+    for i in range(0, tile.queries, lanes_of(numbers)):
         room = advance(numbers, i)
         p, slope, is_there = source_of(position_of(room, axis, g), axis, room, g)
         first, second, has_first, has_second, part = axis_corners(p, -1.0, float(size), size, size, row[0])
@@ -193,7 +185,7 @@ def _name_two(tile: Any, axis: int, scratch: Any, g: Any) -> None:
 def _name_four(tile: Any, axis: int, scratch: Any, g: Any) -> None:
     """Eq. 4, cubic: each pixel, not the position, is held or mirrored."""
     numbers, row = at(scratch.numbers, (tile.thread, axis, 0)), _row_of(tile, axis, 4, scratch, g)
-    for i in range(0, tile.count, lanes_of(numbers)):
+    for i in range(0, tile.queries, lanes_of(numbers)):
         room = advance(numbers, i)
         p = position_of(room, axis, g)
         before = floor(p)
@@ -241,26 +233,26 @@ def tap_of(corner: int, axis: int, g: Any, p: Any) -> int:
 
 
 @inline
-def _name_corners(tile: Any, image: Any, width: int, scratch: Any, g: Any, p: Any) -> None:
+def _name_corners(tile: Any, scratch: Any, g: Any, p: Any) -> None:
     """Eq. 5."""
-    thread = tile.thread
-    starts, shares = at(scratch.starts, (thread, 0)), at(scratch.shares, (thread, 0))
-    lanes, last = lanes_of(shares), len(g.in_size) - 1
-    first = address_of(image)
-    of_pixel = address_of(advance(image, width)) - first
-    nothing = first + volume(g.in_size) * of_pixel
-    for i in range(0, tile.count, lanes):
-        place = place_in(i, shares, p.axes)
-        for corner in range(1 << len(p.axes)):
-            tap = tap_of(corner, last, g, p)
-            share = load(at(scratch.parts, (thread, tap, i)))
-            pixel = load_beside(at(scratch.pixels, (thread, tap, i)), share)
+    thread, last = tile.thread, len(g.in_size) - 1
+    for corner in range(p.corners):
+        of_last = tap_of(corner, last, g, p)
+        for i in range(0, tile.queries, lanes_of(at(scratch.shares, (0, 0, 0)))):
+            share = load(at(scratch.parts, (thread, of_last, i)))
+            pixel = load_beside(at(scratch.pixels, (thread, of_last, i)), share)
             exists = pixel >= 0
             for axis in range(last):
                 tap = tap_of(corner, axis, g, p)
                 along = load_beside(at(scratch.pixels, (thread, tap, i)), share)
                 exists, pixel = exists & (along >= 0), pixel + along
                 share = load(at(scratch.parts, (thread, tap, i))) * share
-            start = advance(starts, place + corner * lanes)
-            store(select(exists, convert(pixel, start) * of_pixel + first, nothing), start)
-            store(share, advance(shares, place + corner * lanes))
+            store(select(exists, pixel, -1), at(scratch.corners, (thread, corner, i)))
+            store(share, at(scratch.shares, (thread, corner, i)))
+
+
+@inline_always
+def corner_values(corner: int, i: int, plane: Any, thread: int, scratch: Any, like: Any) -> Any:
+    """What a plane, one channel of an image, has at a corner of some queries; zeros where there is none."""
+    pixel = load_beside(at(scratch.corners, (thread, corner, i)), like)
+    return gather_where(pixel >= 0, plane, pixel)

@@ -10,14 +10,11 @@ import numpy as np
 
 from pydeform._grid_geometry import BICUBIC, NEAREST, GridGeometry
 from pydeform.cpu.core import parallel
-from pydeform.cpu.core.cells import NARROW
 from pydeform.cpu.core.memory import Workspace, contiguous
 from pydeform.cpu.core.simd import VECTOR_BYTES
 from pydeform.cpu.core.sizes import SERIAL_FLOPS, round_up
 
-TABLES = 32 << 10  # bytes of a tile's tables, about: they stay in the first-level cache,
-ROWS = 64 << 10  # and its rows of channels in the second
-MOST_QUERIES = 512
+TILE = 512  # queries that are located together: their tables stay in a cache
 UNITS_OF_THREAD = 8  # so that none waits long for the last
 LOCATING = 32  # what locating a sample costs, in multiply-adds
 
@@ -30,28 +27,22 @@ class Given(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """A call's own memory: a copy of the images, channels last, then each thread's. Of a tile's queries there are rows
-    for each axis, or for each pixel that they name along each axis; and tables for each corner (`place_in`)."""
+    """A call's own memory, each thread's: rows of the queries of a tile."""
 
-    image: Any  # of each image its pixels, and one of zeros for all that is outside
-    grad_image: Any  # likewise, of the channels that a thread has
-    numbers: Any
-    pixels: Any  # along an axis: times the pixels that a step takes; -1: there is none
+    numbers: Any  # for each axis
+    pixels: Any  # along each axis, for each pixel: times the pixels that a step takes; -1: there is none
     parts: Any  # and its part of the sample,
     slopes: Any  # and how this grows with the number
-    starts: Any  # of corners: addresses of their first channel,
-    shares: Any  # parts of the sample,
-    dots: Any  # and dots with the output's gradient
-    rows: Any  # channels of the queries
+    corners: Any  # for each corner: which pixel; -1: none
+    shares: Any  # its part of the sample,
+    dots: Any  # and dot with the output's gradient
 
 
 class Plan(NamedTuple):
-    axes: tuple[int, ...]  # an item for each axis of a cell of 2, 4, 8 or 16 corners; none where it is one pixel
-    nearest: Any  # None, or that sample is one pixel,
+    nearest: Any  # None, or that a sample is one pixel,
     cubic: Any  # or four along each axis, instead of two;
     bits: int  # that is 2**bits pixels along an axis
-    narrow: Any  # None, or pixels have NARROW channels,
-    width: int  # or so many
+    corners: int
     queries: int  # of a tile
     blocks: int  # into how many blocks the channels are cut for the input's gradient,
     block: int  # and their size
@@ -70,45 +61,34 @@ def threads_for(g: GridGeometry, products: int, units: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def prepared(g: GridGeometry, dtype: Any, copies: bool, scatters: bool, needs_dots: bool, threads: int) -> Prepared:
-    lanes, itemsize, axes = VECTOR_BYTES // dtype.itemsize, dtype.itemsize, len(g.in_size)
-    is_nearest, is_cubic, is_narrow = g.mode == NEAREST, g.mode == BICUBIC, g.channels <= NARROW
+def prepared(g: GridGeometry, dtype: Any, needs_dots: bool, threads: int) -> Prepared:
+    lanes, axes = VECTOR_BYTES // dtype.itemsize, len(g.in_size)
+    is_nearest, is_cubic = g.mode == NEAREST, g.mode == BICUBIC
     bits = 0 if is_nearest else 2 if is_cubic else 1
-    taps, corners = axes << bits, 1 << bits * axes
-    unit = NARROW if is_narrow else lanes
-    width = round_up(g.channels, unit)
-    of_query = taps * (4 + 2 * itemsize) + corners * (8 + 2 * itemsize)
+    taps, corners, integer = axes << bits, 1 << bits * axes, np.dtype(np.int32)
     fair = -(-g.batch * g.queries // (UNITS_OF_THREAD * threads))
-    queries = min(MOST_QUERIES, max(TABLES // of_query, 1), max(ROWS // (width * itemsize), 1), g.queries, fair)
-    queries = round_up(queries, lanes)
-    parts = -(-threads // g.batch)  # of an image, for the gradient of the input
-    block = round_up(-(-width // min(parts, width // unit)), unit)
-    pixels, real, integer = math.prod(g.in_size) + 1, dtype, np.dtype(np.int64)
+    queries = round_up(max(1, min(TILE, g.queries, fair)), lanes)
+    blocks = min(-(-threads // g.batch), g.channels)  # of an image
+    block = -(-g.channels // blocks)
     workspace = Workspace(
-        ((g.batch * pixels * width * copies,), real),
-        ((threads, pixels * block * scatters), real),
-        ((threads, axes, queries), real),
-        ((threads, taps, queries), np.dtype(np.int32)),
-        ((threads, taps, queries), real),
-        ((threads, taps, queries), real),
-        ((threads, corners * queries), integer),
-        ((threads, corners * queries), real),
-        ((threads, corners * queries * needs_dots), real),
-        ((threads, queries * width), real),
+        ((threads, axes, queries), dtype),
+        ((threads, taps, queries), integer),
+        ((threads, taps, queries), dtype),
+        ((threads, taps, queries), dtype),
+        ((threads, corners, queries), integer),
+        ((threads, corners, queries), dtype),
+        ((threads, corners * needs_dots, queries), dtype),
     )
     plan = Plan(
-        axes=(0,) * (bits * axes),
         nearest=1 if is_nearest else None,
         cubic=1 if is_cubic else None,
         bits=bits,
-        narrow=1 if is_narrow else None,
-        width=width,
+        corners=corners,
         queries=queries,
-        blocks=-(-width // block),
+        blocks=-(-g.channels // block),
         block=block,
     )
-    key = dtype.char + str(axes) + str(bits) + "n" * is_narrow
-    return Prepared(key, threads, workspace, plan)
+    return Prepared(dtype.char + str(axes) + str(bits), threads, workspace, plan)
 
 
 def given_arrays(arrays: Any, g: GridGeometry, dtype: Any) -> Given:

@@ -242,12 +242,15 @@ def test_a_volume_of_one_slice_is_an_image(backend, data):
 
 @given(st.data())
 def test_smooth_modes_reproduce_a_ramp(backend, data):
-    """Inside, bilinear and bicubic samples of a plane lie on it, and its slope is the grid's gradient."""
+    """Inside, bilinear samples of a plane lie on it, and its slope is the grid's gradient. Those of bicubic, which is
+    not exact for planes, do so on and half way between pixels."""
     mode = data.draw(st.sampled_from(["bilinear", "bicubic"]))
     case = data.draw(grids(axes=2, smallest=5, channels=1, mode=mode))
 
     def inside(rng: Any, lengths: Any, shape: Any) -> Any:
-        return 1 + rng.integers(1, 16 * (np.array(lengths) - 3), shape) / 16
+        if mode == "bicubic":
+            return 1 + rng.integers(0, 2 * (np.array(lengths) - 3), shape) / 2
+        return 1 + rng.integers(0, np.array(lengths) - 3, shape) + (2 * rng.integers(0, 8, shape) + 1) / 16
 
     problem = make("grid_sample", case, draw=inside)
     height, width = case.in_size
@@ -258,7 +261,9 @@ def test_smooth_modes_reproduce_a_ramp(backend, data):
     positions = (problem.arrays["grid"] + 1) * scale - (0 if case.align_corners else 0.5)
     output, grads = both(backend, problem)
     np.testing.assert_allclose(output[:, 0], 1.5 + 0.25 * positions[..., 1] - 0.75 * positions[..., 0], atol=1e-12)
-    np.testing.assert_allclose(grads["grid"], np.broadcast_to([-0.75, 0.25] * scale, grads["grid"].shape), atol=1e-11)
+    if mode == "bilinear":
+        slopes = np.broadcast_to([-0.75, 0.25] * scale, grads["grid"].shape)
+        np.testing.assert_allclose(grads["grid"], slopes, atol=1e-11)
 
 
 # Of warp --------------------------------------------------------------------------------------------------------------

@@ -78,6 +78,8 @@ def problem(operator: str, channels: int = 2) -> Problem:
         return _roi_problem(operator, channels)
     if operator in GATHER:
         return _gather_problem(operator, channels)
+    if operator in GRID:
+        return _grid_problem(operator, channels)
     rng = np.random.default_rng(7)
 
     def eighths(*shape: int) -> Any:
@@ -117,7 +119,12 @@ def problems(operator: str) -> Iterator[Problem]:
     if operator in ("ms_deform_attn", "ms_deform_attn_fused"):
         p = problem(operator)
         yield p._replace(options={**p.options, "method": "discrete"})
-    elif "roi" not in operator and operator not in GATHER:
+    elif operator == "grid_sample":
+        p = problem(operator)
+        for options in ({"mode": "nearest"}, {"mode": "bicubic", "padding_mode": "border"}):
+            yield p._replace(options={**p.options, **options})
+        yield _of_volumes(p)
+    elif operator in CONV:
         yield from (
             depthwise := _depthwise(problem(operator)),
             _few_samples(problem(operator), _axes(operator)),
@@ -139,6 +146,40 @@ def _few_samples(p: Problem, axes: int) -> Problem:
     arrays = {name: array[first] if name in ("offset", "mask") else array for name, array in p.arrays.items()}
     arrays["input"] = np.tile(arrays["input"], (1, 1, *[5 if axes > 1 else 10] * axes))
     return Problem(arrays, {**p.options, "stride": 100}, p.grad_output[first])
+
+
+CONV = (*SPECIAL, "deform_conv1d", "deform_conv2d", "deform_conv3d")
+GRID = ("grid_sample", "warp", "affine_grid")
+
+
+def _grid_problem(operator: str, channels: int) -> Problem:
+    """Images of 4 x 8 pixels. Points lie between pixels, some of them outside."""
+    rng = np.random.default_rng(10)
+
+    def eighths(*shape: int) -> Any:
+        return rng.integers(-8, 9, shape) / 8
+
+    if operator == "affine_grid":
+        return Problem({"theta": eighths(2, 2, 3)}, {"size": (2, channels, 4, 8)}, eighths(2, 4, 8, 2))
+    input = eighths(2, channels, 4, 8)
+    if operator == "warp":
+        displacement = rng.integers(-3, 4, (2, 2, 4, 8)) + rng.integers(1, 8, (2, 2, 4, 8)) / 8
+        return Problem({"input": input, "displacement": displacement}, {}, eighths(2, channels, 4, 8))
+    grid = _between_pixels(rng, (2, 5, 3), (8, 4))
+    return Problem({"input": input, "grid": grid}, {"padding_mode": "reflection"}, eighths(2, channels, 5, 3))
+
+
+def _between_pixels(rng: Any, shape: tuple[int, ...], size: tuple[int, ...]) -> Any:
+    """Numbers from -1 to 1, and somewhat beyond, for pixels i + 1/4 or i + 3/4 of axes of so many."""
+    halves = 2 * rng.integers(-1, 2 * np.array(size) + 1, (*shape, len(size))) + 1
+    return halves / (2 * np.array(size)) - 1
+
+
+def _of_volumes(p: Problem) -> Problem:
+    """`grid_sample`'s problem with one axis more."""
+    rng, input = np.random.default_rng(11), p.arrays["input"]
+    arrays = {"input": np.stack([input, input[..., ::-1]], 2), "grid": _between_pixels(rng, (2, 2, 2, 3), (8, 4, 2))}
+    return Problem(arrays, p.options, rng.integers(-8, 9, (*input.shape[:2], 2, 2, 3)) / 8)
 
 
 GATHER = ("ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation", "dcnv3", "dcnv4")

@@ -248,6 +248,8 @@ def test_one_pixel_and_what_is_not_finite(backend, mode, axes, align_corners):
         want = np.array([3.0, outside, outside, math.nan])
         assert_close(run(backend, problem)[0, 0].ravel(), want, "float64", padding_mode)
         assert_results(problem, both(backend, problem), solve_oracle(problem), "float64")
+        far = problem.replaced(grid=np.where(np.isfinite(grid), 1e30, grid))
+        assert_results(far, both(backend, far), solve_oracle(far), "float64")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -32,10 +32,12 @@ FOLDERS = ["/" + name + "/" for name in ("root", "work", "tmp", "farm")]
 ROI = ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool")
 CONV = ("conv1d", "conv2d", "conv3d", "deform_conv1d", "deform_conv2d", "deform_conv3d", "active_conv2d")
 GATHER = ("ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation", "dcnv3", "dcnv4")
+GRID = ("grid_sample", "warp", "affine_grid")
 FAMILY = dict.fromkeys(ROI, "roi") | dict.fromkeys(CONV, "conv") | dict.fromkeys(GATHER, "gather")
+FAMILY |= dict.fromkeys(GRID, "grid")
 MATHEMATICS = {"conv": "deform_conv"}
 # Folders of the CPU's kernels whose functions and modules have a size that a reader can hold.
-OF_READABLE_SIZE = ("core", "sampling", "conv", "gather", "roi")
+OF_READABLE_SIZE = ("core", "sampling", "conv", "gather", "grid", "roi")
 MOST_LINES, MOST_ARGUMENTS, MOST_LINES_OF_A_MODULE = 60, 9, 400
 # Called by convolutions, too: `pixels` is one that they could do without.
 HAS_TEN_ARGUMENTS = {"to_channels_last", "block_to_channels_first"}
@@ -65,7 +67,7 @@ def tracked(binary: bool = False) -> list[Path]:
 
 
 def test_operators_are_found():
-    assert {*CONV, *GATHER, *ROI} == set(OPERATORS)
+    assert {*CONV, *GATHER, *GRID, *ROI} == set(OPERATORS)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

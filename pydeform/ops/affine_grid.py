@@ -52,14 +52,14 @@ def affine_grid(theta: Array, size: Sequence[Int], align_corners: bool = False) 
     op = "affine_grid"
     arrays, back = _interop.to_native(op, {"theta": theta})
     sizes = _sizes_of(op, arrays, size)
-    theta = arrays["theta"]
+    given: Any = arrays["theta"]
     with back:
-        wide = theta.astype(_call.compute_dtype(theta), copy=False)
+        wide = given.astype(_call.compute_dtype(given), copy=False)
         rows = wide.reshape(len(wide), *(1,) * len(sizes), *wide.shape[1:])
         grid = rows[..., -1] + np.zeros((*sizes, 1), wide.dtype, like=wide)
         for column, along in enumerate(_coordinates(sizes, wide, align_corners)):
             grid += rows[..., column] * along[..., None]
-        return back(grid.astype(theta.dtype, copy=False))
+        return back(grid.astype(given.dtype, copy=False))
 
 
 def affine_grid_backward(
@@ -86,17 +86,16 @@ def affine_grid_backward(
     op = "affine_grid_backward"
     arrays, back = _interop.to_native(op, {"grad_output": grad_output, "theta": theta})
     sizes = _sizes_of(op, arrays, size)
-    theta, grad = arrays["theta"], arrays["grad_output"]
-    axes = len(sizes)
-    _checks.check_shape(op, "grad_output", grad.shape, GRIDS[axes], (len(theta), *sizes, axes))
-    if not _checks.needed(op, needs, {"theta": theta}):
+    given, grad, axes = arrays["theta"], arrays["grad_output"], len(sizes)
+    _checks.check_shape(op, "grad_output", grad.shape, GRIDS[axes], (given.shape[0], *sizes, axes))
+    if not _checks.needed(op, needs, {"theta": given}):
         return AffineGridGrads(None)
     with back:
         wide = grad.astype(_call.compute_dtype(grad), order="C", copy=False)  # sums follow the layout
         points = tuple(range(1, axes + 1))
         columns = [(wide * a[..., None]).sum(axis=points) for a in _coordinates(sizes, wide, align_corners)]
         gradient = np.stack([*columns, wide.sum(axis=points)], axis=-1)
-        return AffineGridGrads(back(gradient.astype(theta.dtype, copy=False)))
+        return AffineGridGrads(back(gradient.astype(given.dtype, copy=False)))
 
 
 def _sizes_of(op: str, arrays: dict[str, Any], size: Any) -> tuple[int, ...]:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pydeform.cpu.core.jit import Kernel, inline
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
 from pydeform.cpu.core.simd import advance, at
+from pydeform.cpu.core.sizes import volume
 from pydeform.cpu.core.vector import fma, lanes_of, load, load_first, store
 from pydeform.cpu.grid.forward import tile_of
 from pydeform.cpu.grid.places import corner_values, locate, tap_of
+
+TOGETHER = 8  # channels: neighbouring queries add to the same pixels, and wait for one another in each channel
 
 
 class Gradients(NamedTuple):
@@ -38,10 +43,9 @@ def sample_backward(thread: int, counters: Any, given: Any, grads: Any, scratch:
             for number in range(image * tiles, (image + 1) * tiles):
                 tile = tile_of(thread, number, tiles, g, p)
                 locate(tile, given.grid, scratch, g, p)
-                for c in range(first, last):
-                    _scatter_plane(
-                        tile, at(grads.output, (image, c, tile.query)), at(grads.input, (image, c, 0)), scratch, p
-                    )
+                for c in range(first, last, TOGETHER):
+                    grad, planes = at(grads.output, (image, c, tile.query)), at(grads.input, (image, c, 0))
+                    _scatter_planes(tile, grad, planes, min(TOGETHER, last - c), scratch, g, p)
         else:
             tile = tile_of(thread, unit - scattering, tiles, g, p)
             locate(tile, given.grid, scratch, g, p)
@@ -57,13 +61,16 @@ def sample_backward(thread: int, counters: Any, given: Any, grads: Any, scratch:
 
 
 @inline
-def _scatter_plane(tile: Any, grad: Any, plane: Any, scratch: Any, p: Any) -> None:
-    """Eq. 6 for one channel, query by query."""
+def _scatter_planes(tile: Any, grad: Any, planes: Any, channels: int, scratch: Any, g: Any, p: Any) -> None:
+    """Eq. 6 for some channels, query by query."""
     corners, shares = at(scratch.corners, (tile.thread, 0, 0)), at(scratch.shares, (tile.thread, 0, 0))
+    pixels = volume(g.in_size)
     for i in range(tile.queries):
         for place in range(i, i + p.corners * p.queries, p.queries):
             if corners[place] >= 0:
-                plane[corners[place]] += shares[place] * grad[i]
+                target = advance(planes, np.int64(corners[place]))
+                for c in range(channels):
+                    target[c * pixels] += shares[place] * grad[i + c * g.queries]
 
 
 @inline

@@ -13,9 +13,11 @@ from pydeform.cpu.core.simd import advance, at
 from pydeform.cpu.core.vector import (
     convert,
     fabs,
+    first_lanes,
     floor,
     gather_where,
     is_any,
+    lane_numbers,
     lanes_of,
     load,
     load_beside,
@@ -42,13 +44,14 @@ class Tile(NamedTuple):
 def locate(tile: Any, grid: Any, scratch: Any, g: Any, p: Any) -> None:
     """Fills the tables of the tile's queries. No pixel is named by a number that is not known to be in range."""
     _bring_together(tile, grid, scratch, g)
-    for axis in range(len(g.in_size)):
+    for number in range(len(g.in_size)):
+        axis = axis_of(tile, number, 1 << p.bits, scratch, g)
         if p.nearest is not None:
-            _name_nearest(tile, axis, scratch, g)
+            _name_nearest(tile.queries, axis)
         elif p.cubic is not None:
-            _name_four(tile, axis, scratch, g)
+            _name_four(tile.queries, axis)
         else:
-            _name_two(tile, axis, scratch, g)
+            _name_two(tile.queries, axis)
     _name_corners(tile, scratch, g, p)
 
 
@@ -62,8 +65,12 @@ def _bring_together(tile: Any, grid: Any, scratch: Any, g: Any) -> None:
             for i in range(tile.queries):
                 numbers[i] = source[i] + type(source[i])((tile.query + i) // step % size)
         else:
-            for i in range(tile.queries):
-                numbers[i] = source[i * g.number_step]
+            integers = at(scratch.pixels, (tile.thread, 0, 0))
+            for i in range(0, tile.queries, lanes_of(numbers)):
+                like = load(advance(numbers, i))
+                apart = lane_numbers(load_beside(integers, like)) * g.number_step
+                left = first_lanes(tile.queries - i, like)
+                store(gather_where(left, advance(source, i * g.number_step), apart), advance(numbers, i))
 
 
 @inline_always
@@ -75,11 +82,49 @@ def step_of(axis: int, g: Any) -> int:
     return step
 
 
+class Axis(NamedTuple):
+    """Numbers of the geometry, of one axis, and its pixels of the queries of a tile."""
+
+    padding: int
+    shift: float
+    half: float
+    back: float
+    span: float
+    size: int
+    step: int  # pixels from one to the next
+    row: int  # queries from one of its pixels to the next in the tables
+    numbers: Any
+    pixels: Any
+    parts: Any
+    slopes: Any
+    has_slopes: int
+
+
 @inline_always
-def position_of(numbers: Any, axis: int, g: Any) -> Any:
+def axis_of(tile: Any, axis: int, taps: int, scratch: Any, g: Any) -> Axis:
+    place = (tile.thread, axis * taps, 0)
+    return Axis(
+        g.padding,
+        g.shift,
+        g.half[axis],
+        g.back,
+        g.span[axis],
+        g.in_size[axis],
+        step_of(axis, g),
+        scratch.parts.shape[2],
+        at(scratch.numbers, (tile.thread, axis, 0)),
+        at(scratch.pixels, place),
+        at(scratch.parts, place),
+        at(scratch.slopes, place),
+        scratch.slopes.shape[1],
+    )
+
+
+@inline_always
+def position_of(numbers: Any, axis: Any) -> Any:
     """Eq. 1. What is infinite stays so, on an axis of one pixel too, where `half` may be 0."""
     number = load(numbers)
-    return select(fabs(number) < np.inf, (number + g.shift) * g.half[axis] - g.back, number)
+    return select(fabs(number) < np.inf, (number + axis.shift) * axis.half - axis.back, number)
 
 
 @inline_always
@@ -98,107 +143,87 @@ def remainder(y: Any, period: Any, room: Any) -> Any:
 
 
 @inline_always
-def mirrored(p: Any, axis: int, room: Any, g: Any) -> tuple[Any, Any]:
+def mirrored(p: Any, axis: Any, room: Any) -> tuple[Any, Any]:
     """Eq. 3: which position of the image a position shows, and the sign of their derivative; of what is infinitely far
     away, anything."""
-    period, beyond = 2 * g.span[axis], p + g.back
+    period, beyond = 2 * axis.span, p + axis.back
     rest = remainder(fabs(beyond), period, room)
-    turned = rest >= g.span[axis]
+    turned = rest >= axis.span
     sign = select(beyond < 0, splat(-1, p), 1) * select(turned, splat(-1, p), 1)
-    return select(turned, period - rest, rest) - g.back, sign
+    return select(turned, period - rest, rest) - axis.back, sign
 
 
 @inline_always
-def held(p: Any, axis: int, g: Any) -> tuple[Any, Any]:
+def held(p: Any, axis: Any) -> tuple[Any, Any]:
     """The position at the first or last pixel instead of one beyond, and where that is so."""
-    last = float(g.in_size[axis] - 1)
+    last = float(axis.size - 1)
     return select(p >= last, splat(last, p), select(p <= 0, splat(0, p), p)), (p <= 0) | (p >= last)
 
 
 @inline_always
-def source_of(p: Any, axis: int, room: Any, g: Any) -> tuple[Any, Any, Any]:
+def source_of(p: Any, axis: Any, room: Any) -> tuple[Any, Any, Any]:
     """Eq. 2 and 3: the position that is read, its derivative by the number, and whether there is any; NaN of NaN."""
-    slope, is_there = splat(g.half[axis], p), p == p
-    if g.padding == BORDER:
-        p, is_held = held(p, axis, g)
+    slope, is_there = splat(axis.half, p), p == p
+    if axis.padding == BORDER:
+        p, is_held = held(p, axis)
         slope = select(is_held, splat(0, p), slope)
-    elif g.padding == REFLECTION:
+    elif axis.padding == REFLECTION:
         is_there = fabs(p) < np.inf
-        shown, sign = mirrored(p, axis, room, g)
-        if g.span[axis] == 0:
+        shown, sign = mirrored(p, axis, room)
+        if axis.span == 0:
             shown = splat(0, p)
-        shown, is_held = held(select(is_there, shown, splat(0, p)), axis, g)
+        shown, is_held = held(select(is_there, shown, splat(0, p)), axis)
         slope = select(is_held, splat(0, p), slope * sign)
         p = select(p == p, shown, np.nan)
     return p, select(p == p, slope, np.nan), is_there
 
 
 @inline_always
-def _put(entry: int, tap: int, pixel: Any, exists: Any, part: Any, slope: Any, row: Any) -> None:
-    """One of an axis' pixels for a vector of queries. `row`: pointers to that of the axis' first pixel."""
-    pixels, parts, slopes, length, step = row
-    place = tap * length + entry
-    store(select(exists, pixel * step, -1), advance(pixels, place))
-    store(part, advance(parts, place))
-    store(slope, advance(slopes, place))
-
-
-@inline_always
-def _row_of(tile: Any, axis: int, taps: int, scratch: Any, g: Any) -> tuple[Any, Any, Any, int, int]:
-    place = (tile.thread, axis * taps, 0)
-    return (
-        at(scratch.pixels, place),
-        at(scratch.parts, place),
-        at(scratch.slopes, place),
-        scratch.parts.shape[2],
-        step_of(axis, g),
-    )
+def _put(entry: int, tap: int, pixel: Any, exists: Any, part: Any, slope: Any, axis: Any) -> None:
+    """One of an axis' pixels for a vector of queries."""
+    place = tap * axis.row + entry
+    store(select(exists, pixel * axis.step, -1), advance(axis.pixels, place))
+    store(part, advance(axis.parts, place))
+    if axis.has_slopes:
+        store(slope, advance(axis.slopes, place))
 
 
 @inline
-def _name_nearest(tile: Any, axis: int, scratch: Any, g: Any) -> None:
-    numbers, row = at(scratch.numbers, (tile.thread, axis, 0)), _row_of(tile, axis, 1, scratch, g)
-    size = float(g.in_size[axis])
-    for i in range(0, tile.queries, lanes_of(numbers)):
-        room = advance(numbers, i)
-        p, _, is_there = source_of(position_of(room, axis, g), axis, room, g)
+def _name_nearest(queries: int, axis: Any) -> None:
+    for i in range(0, queries, lanes_of(axis.numbers)):
+        room = advance(axis.numbers, i)
+        p, _, is_there = source_of(position_of(room, axis), axis, room)
         near = rint(p)
-        exists = is_there & in_range(near, 0, size)
-        pixel = convert(select(exists, near, splat(0, p)), row[0])
-        _put(i, 0, pixel, exists, select(p == p, splat(1, p), np.nan), splat(0, p), row)
+        exists = is_there & in_range(near, 0, float(axis.size))
+        pixel = convert(select(exists, near, splat(0, p)), axis.pixels)
+        _put(i, 0, pixel, exists, select(p == p, splat(1, p), np.nan), splat(0, p), axis)
 
 
 @inline
-def _name_two(tile: Any, axis: int, scratch: Any, g: Any) -> None:
+def _name_two(queries: int, axis: Any) -> None:
     """Eq. 4, linear."""
-    numbers, row = at(scratch.numbers, (tile.thread, axis, 0)), _row_of(tile, axis, 2, scratch, g)
-    size = g.in_size[axis]
-    for i in range(0, tile.queries, lanes_of(numbers)):
-        room = advance(numbers, i)
-        p, slope, is_there = source_of(position_of(room, axis, g), axis, room, g)
-        first, second, has_first, has_second, part = axis_corners(p, -1.0, float(size), size, size, row[0])
-        _put(i, 0, first, has_first & is_there, 1 - part, 0 - slope, row)
-        _put(i, 1, second, has_second & is_there, part, slope, row)
+    end = float(axis.size)
+    for i in range(0, queries, lanes_of(axis.numbers)):
+        room = advance(axis.numbers, i)
+        p, slope, is_there = source_of(position_of(room, axis), axis, room)
+        first, second, has_first, has_second, part = axis_corners(p, -1.0, end, axis.size, axis.size, axis.pixels)
+        _put(i, 0, first, has_first & is_there, 1 - part, 0 - slope, axis)
+        _put(i, 1, second, has_second & is_there, part, slope, axis)
 
 
 @inline
-def _name_four(tile: Any, axis: int, scratch: Any, g: Any) -> None:
+def _name_four(queries: int, axis: Any) -> None:
     """Eq. 4, cubic: each pixel, not the position, is held or mirrored."""
-    numbers, row = at(scratch.numbers, (tile.thread, axis, 0)), _row_of(tile, axis, 4, scratch, g)
-    for i in range(0, tile.queries, lanes_of(numbers)):
-        room = advance(numbers, i)
-        p = position_of(room, axis, g)
+    for i in range(0, queries, lanes_of(axis.numbers)):
+        room = advance(axis.numbers, i)
+        p = position_of(room, axis)
         before = floor(p)
         t = select(p == p, select(fabs(p) < np.inf, p - before, splat(0, p)), np.nan)
         for tap in range(4):
-            q = before + float(tap - 1)
-            exists = p == p
-            if g.padding != 0:
-                q, _, exists = source_of(q, axis, room, g)
-            exists = exists & in_range(q, 0, float(g.in_size[axis]))
-            pixel = convert(select(exists, q, splat(0, p)), row[0])
-            part, slope = cubic_weight(tap, t), cubic_slope(tap, t) * g.half[axis]
-            _put(i, tap, pixel, exists, part, slope, row)
+            q, _, exists = source_of(before + float(tap - 1), axis, room)
+            exists = exists & in_range(q, 0, float(axis.size))
+            pixel = convert(select(exists, q, splat(0, p)), axis.pixels)
+            _put(i, tap, pixel, exists, cubic_weight(tap, t), cubic_slope(tap, t) * axis.half, axis)
 
 
 @inline_always

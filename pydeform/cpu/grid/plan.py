@@ -32,7 +32,7 @@ class Scratch(NamedTuple):
     numbers: Any  # for each axis
     pixels: Any  # along each axis, for each pixel: times the pixels that a step takes; -1: there is none
     parts: Any  # and its part of the sample,
-    slopes: Any  # and how this grows with the number
+    slopes: Any  # and how this grows with the number, if somebody asks
     corners: Any  # for each corner: which pixel; -1: none
     shares: Any  # its part of the sample,
     dots: Any  # and dot with the output's gradient
@@ -74,7 +74,7 @@ def prepared(g: GridGeometry, dtype: Any, needs_dots: bool, threads: int) -> Pre
         ((threads, axes, queries), dtype),
         ((threads, taps, queries), integer),
         ((threads, taps, queries), dtype),
-        ((threads, taps, queries), dtype),
+        ((threads, taps * needs_dots, queries), dtype),
         ((threads, corners, queries), integer),
         ((threads, corners, queries), dtype),
         ((threads, corners * needs_dots, queries), dtype),

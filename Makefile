@@ -33,6 +33,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_deform_conv2d.py
 	$(BIN)/python benchmarks/bench_conv.py
 	$(BIN)/python benchmarks/bench_gather.py
+	$(BIN)/python benchmarks/bench_grid.py
 	$(BIN)/python benchmarks/bench_roi.py
 
 fuzz: $(VENV)/.installed-dev

@@ -12,15 +12,16 @@ from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.simd import advance, at
 from pydeform.cpu.core.vector import (
     convert,
+    evens,
     fabs,
-    first_lanes,
     floor,
     gather_where,
     is_any,
-    lane_numbers,
     lanes_of,
     load,
     load_beside,
+    load_first,
+    odds,
     rint,
     select,
     splat,
@@ -57,20 +58,30 @@ def locate(tile: Any, grid: Any, scratch: Any, g: Any, p: Any) -> None:
 
 @inline
 def _bring_together(tile: Any, grid: Any, scratch: Any, g: Any) -> None:
+    """numbers[axis][query], of queries that move with their own place added."""
+    first = at(grid, (tile.image, tile.query * g.number_step))
+    if g.number_step == 2:
+        _bring_pairs(tile.queries, first, tile, scratch)
+        return
     for axis in range(len(g.in_size)):
-        numbers = at(scratch.numbers, (tile.thread, axis, 0))
-        source = at(grid, (tile.image, tile.query * g.number_step + g.number_first[axis]))
+        numbers, source = at(scratch.numbers, (tile.thread, axis, 0)), advance(first, g.number_first[axis])
+        for i in range(tile.queries):
+            numbers[i] = source[i * g.number_step]
         if g.moves:
             step, size = step_of(axis, g), g.in_size[axis]
             for i in range(tile.queries):
-                numbers[i] = source[i] + type(source[i])((tile.query + i) // step % size)
-        else:
-            integers = at(scratch.pixels, (tile.thread, 0, 0))
-            for i in range(0, tile.queries, lanes_of(numbers)):
-                like = load(advance(numbers, i))
-                apart = lane_numbers(load_beside(integers, like)) * g.number_step
-                left = first_lanes(tile.queries - i, like)
-                store(gather_where(left, advance(source, i * g.number_step), apart), advance(numbers, i))
+                numbers[i] += type(numbers[0])((tile.query + i) // step % size)
+
+
+@inline
+def _bring_pairs(queries: int, pairs: Any, tile: Any, scratch: Any) -> None:
+    """Of (x, y) side by side."""
+    y, x, lanes = at(scratch.numbers, (tile.thread, 0, 0)), at(scratch.numbers, (tile.thread, 1, 0)), lanes_of(pairs)
+    for i in range(0, queries, lanes):
+        one = load_first(advance(pairs, 2 * i), 2 * (queries - i))
+        two = load_first(advance(pairs, 2 * i + lanes), 2 * (queries - i) - lanes)
+        store(evens(one, two), advance(x, i))
+        store(odds(one, two), advance(y, i))
 
 
 @inline_always

@@ -70,8 +70,8 @@ GRID_SAMPLE = {
     "channels_40": Grid((2, 4), (3, 5), 40, "bicubic", "border", batch=1),
     "channels_70": Grid((4, 4), (3, 4), 70, batch=1),
     "many_points": Grid((4, 2), (11, 17), 4, padding_mode="border", batch=3),
-    "batch_0": Grid((4, 8), (5, 6), batch=0),
-    "no_points": Grid((4, 8), (0, 6), mode="bicubic"),
+    "batch_0": Grid((4, 8), (5, 6), mode="bicubic", batch=0),
+    "no_points": Grid((4, 8), (0, 6), mode="nearest"),
     "no_points_of_a_volume": Grid((4, 8, 2), (3, 4, 0)),
 }
 WARP = {
@@ -88,7 +88,7 @@ WARP = {
     "row": Warp((1, 9), 17, padding_mode="border"),
     "channels_40": Warp((4, 3), 40, batch=1),
     "many_points": Warp((19, 11), 2, padding_mode="border"),
-    "batch_0": Warp((4, 8), batch=0),
+    "batch_0": Warp((4, 8), mode="nearest", batch=0),
 }
 CASES: dict[str, dict[str, Any]] = {"grid_sample": GRID_SAMPLE, "warp": WARP}
 # As FEW of tests/cases/gather.py.

@@ -282,9 +282,10 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
     from pydeform.cpu.conv import plan as conv_plan
     from pydeform.cpu.core import parallel
     from pydeform.cpu.gather import plan as gather_plan
+    from pydeform.cpu.grid import plan as grid_plan
     from pydeform.cpu.roi import plan as roi_plan
 
-    for module in conv_plan, gather_plan, roi_plan:
+    for module in conv_plan, gather_plan, grid_plan, roi_plan:
         monkeypatch.setattr(module, "SERIAL_FLOPS", 0)
     threads = Threads(parallel.run)
     monkeypatch.setattr(parallel, "run", threads.run)

@@ -49,7 +49,7 @@ GRID_SAMPLE = {
     "zeros_corners": Grid((3, 9), (4, 6), 1, align_corners=True),
     "border": Grid((4, 2), (7, 4), 16, padding_mode="border"),
     "reflection_corners": Grid((5, 9), (5, 6), 17, padding_mode="reflection", align_corners=True),
-    "nearest": Grid((4, 8), (7, 6), 3, "nearest"),
+    "nearest": Grid((4, 4), (7, 6), 3, "nearest"),
     "nearest_border": Grid((5, 9), (6, 4), 5, "nearest", "border", True),
     "nearest_reflection": Grid((2, 4), (6, 7), 19, "nearest", "reflection"),
     "bicubic": Grid((4, 8), (5, 6), 3, "bicubic"),
@@ -70,8 +70,8 @@ GRID_SAMPLE = {
     "channels_40": Grid((2, 4), (3, 5), 40, "bicubic", "border", batch=1),
     "channels_70": Grid((4, 4), (3, 4), 70, batch=1),
     "many_points": Grid((4, 2), (11, 17), 4, padding_mode="border", batch=3),
-    "batch_0": Grid((4, 8), (5, 6), batch=0),
-    "no_points": Grid((4, 8), (0, 6), mode="bicubic"),
+    "batch_0": Grid((4, 8), (5, 6), mode="bicubic", batch=0),
+    "no_points": Grid((4, 8), (0, 6), mode="nearest"),
     "no_points_of_a_volume": Grid((4, 8, 2), (3, 4, 0)),
 }
 WARP = {
@@ -88,7 +88,7 @@ WARP = {
     "row": Warp((1, 9), 17, padding_mode="border"),
     "channels_40": Warp((4, 3), 40, batch=1),
     "many_points": Warp((19, 11), 2, padding_mode="border"),
-    "batch_0": Warp((4, 8), batch=0),
+    "batch_0": Warp((4, 8), mode="nearest", batch=0),
 }
 CASES: dict[str, dict[str, Any]] = {"grid_sample": GRID_SAMPLE, "warp": WARP}
 # As FEW of tests/cases/gather.py.

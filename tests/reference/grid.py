@@ -126,7 +126,8 @@ def _backward(grad_output, input, positions, *options):
         grad = grad_output[(b, slice(None), *place)]
         for pixel, share in pixels:
             grad_input[(b, slice(None), *pixel)] += share * grad
-        grad_positions[(b, *place)] = (slopes * grad).sum(1)
+        if options[0] != "nearest" or np.isnan(positions[(b, *place)]).any():  # else 0, whatever it would multiply
+            grad_positions[(b, *place)] = (slopes * grad).sum(1)
     return grad_input, grad_positions
 
 
@@ -144,9 +145,10 @@ def _computed_in(input):
 def _unnormalised(input, grid, align_corners):
     """Positions in pixels, axes in array order, from a grid (N, *out, axes) in (x, y) or (x, y, z) of [-1, 1]."""
     grid = np.ascontiguousarray(grid).astype(_computed_in(input))[..., ::-1]
-    lengths, one, half = np.array(input.shape[2:], grid.dtype), grid.dtype.type(1), grid.dtype.type(0.5)
+    kind = grid.dtype.type
+    half, back = (np.array(input.shape[2:], kind) - kind(align_corners)) / kind(2), kind(0 if align_corners else 0.5)
     with np.errstate(over="ignore", invalid="ignore"):
-        positions = (grid + one) * half * (lengths - one) if align_corners else ((grid + one) * lengths - one) * half
+        positions = (grid + kind(1)) * half - back
     return np.where(np.isinf(grid), grid, positions)  # also on an axis of one pixel
 
 

@@ -105,7 +105,7 @@ class Backend(NamedTuple):
 
 
 # Parts of the names of tests of operators that gather: on CUDA they go one way, however many channels there are.
-GATHER = ("attn", "aggregation", "dcnv", "properties_gather", "vectors_gather", "errors_gather")
+GATHER = ("attn", "aggregation", "dcnv", "grid", "warp", "properties_gather", "vectors_gather", "errors_gather")
 KINDS = ("cpu", "cuda", "emulated")
 WAYS = {"_direct": 1 << 30, "_tiles": 1}  # fewest channels of a group that go through tiles
 
@@ -282,9 +282,10 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
     from pydeform.cpu.conv import plan as conv_plan
     from pydeform.cpu.core import parallel
     from pydeform.cpu.gather import plan as gather_plan
+    from pydeform.cpu.grid import plan as grid_plan
     from pydeform.cpu.roi import plan as roi_plan
 
-    for module in conv_plan, gather_plan, roi_plan:
+    for module in conv_plan, gather_plan, grid_plan, roi_plan:
         monkeypatch.setattr(module, "SERIAL_FLOPS", 0)
     threads = Threads(parallel.run)
     monkeypatch.setattr(parallel, "run", threads.run)

@@ -19,7 +19,7 @@ from tests.cuda_emulation import nvrtc, sass
 
 OPTIONS = ("-std=c++17",)
 CUDA = Path(importlib.util.find_spec("pydeform.cuda").origin).parent
-CONV, ROI, GATHER = Code("conv"), Code("roi"), Code("gather")
+CONV, ROI, GATHER, GRID = Code("conv"), Code("roi"), Code("gather"), Code("grid")
 TOOLKITS = nvrtc.toolkits()
 INSTANCES = [instance for code in kernels.CODES for instance in kernels.instances(code)]
 
@@ -42,7 +42,7 @@ SAMPLE = sample()
 TURN = {instance: number for number, instance in enumerate(INSTANCES)}
 # Templates that carry a family's work, forward and backward: by tiles, or by warps.
 MAIN = {CONV: ("forward<", "backward_weight<"), ROI: ("pool_bins<", "input_gradient<")}
-MAIN[GATHER] = ("gather_samples<", "number_gradients<")
+MAIN[GATHER], MAIN[GRID] = ("gather_samples<", "number_gradients<"), ("sample_points<", "point_gradients<")
 CORES = ThreadPoolExecutor(os.cpu_count())
 
 needs_nvrtc = pytest.mark.skipif(not TOOLKITS, reason=f"none of {', '.join(nvrtc.WHEELS)} is installed")

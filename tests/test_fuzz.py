@@ -16,6 +16,7 @@ from tests.fuzz import __main__ as fuzz
 from tests.fuzz import check, problems
 
 CPU = conftest.Backend("cpu")
+PLAIN = ("conv", "affine")  # operators that have no coordinates
 
 
 def one(operator, kind):
@@ -38,7 +39,7 @@ def test_every_operator_dtype_and_kind_is_drawn():
     assert set(problems.MAKERS) == operators
     for operator in operators:
         kinds = ["exact", "far", "real", "hostile" if "roi" in operator else "ulp"]
-        for what in (*problems.DTYPES, *(["plain"] if operator.startswith("conv") else kinds)):
+        for what in (*problems.DTYPES, *(["plain"] if operator.startswith(PLAIN) else kinds)):
             assert drawn[operator, what] > 10, (operator, what)
 
 
@@ -62,7 +63,7 @@ def test_a_wrong_number_is_found(monkeypatch, operator, which):
         return result
 
     monkeypatch.setattr(pydeform, operator + which, wrong)
-    problem, rng = one(operator, "plain" if operator.startswith("conv") else "exact")
+    problem, rng = one(operator, "plain" if operator.startswith(PLAIN) else "exact")
     name = next(iter(problem.arrays)) if which else "output"
     with pytest.raises(AssertionError, match=name):
         check.check(problem, rng, CPU)

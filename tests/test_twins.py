@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pydeform
-from pydeform import _gather_geometry, _geometry, _roi_geometry
+from pydeform import _gather_geometry, _geometry, _grid_geometry, _roi_geometry
 from pydeform.cpu.core import jit, memory
 from pydeform.cpu.core.simd import at
 from pydeform.cpu.sampling.corners import Samples, locate_tap, sample_tables, samples_of, tile_origins
@@ -25,6 +25,7 @@ FAMILIES = {
     "conv": ("conv1d", "conv2d", "conv3d", "deform_conv1d", "deform_conv2d", "deform_conv3d", "active_conv2d"),
     "roi": ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool"),
     "gather": ("ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation", "dcnv3", "dcnv4"),
+    "grid": ("grid_sample", "warp"),
 }
 
 
@@ -87,6 +88,7 @@ def test_a_file_in_every_folder(family):
         *((Code("conv", axes), "Geometry", _geometry.ConvGeometry) for axes in (1, 2, 3)),
         (Code("roi"), "RoiGeometry", _roi_geometry.RoiGeometry),
         (Code("gather"), "GatherGeometry", _gather_geometry.GatherGeometry),
+        *((Code("grid", axes), "GridGeometry", _grid_geometry.GridGeometry) for axes in (2, 3)),
     ],
     ids=str,
 )
@@ -109,9 +111,8 @@ def test_same_geometry(code, name, geometry):
 def test_same_border_rules():
     """The kernels number them as the geometry does."""
     text = (PACKAGE / "cuda" / "sampling" / "axes.cuh").read_text(encoding="utf-8")
-    for rule in ("dcnv2", "dcnv1"):
-        assert f"{rule.upper()} = {_geometry.BOUNDARIES.index(rule)}" in text
-    assert _geometry.BOUNDARIES[0] == "torchvision"
+    for number, rule in enumerate(_geometry.BOUNDARIES):
+        assert f"{rule.upper()} = {number}" in text
 
 
 # The rules of an axis ------------------------------------------------------------------------------------------------
@@ -304,3 +305,20 @@ def test_same_numbers_of_gather_kernels(emulated):
     assert ", ".join(f"{rule} = {getattr(_gather_geometry, rule)}" for rule in rules) in text
     for constant in (f"constexpr int GATHER_THREADS = {plan.THREADS};", f"unsigned w[{plan.WORDS}];"):
         assert constant in text, constant
+
+
+@needs_emulation
+def test_same_numbers_of_grid_kernels(emulated):
+    """What launches and kernels of grid sampling must agree on."""
+    from pydeform.cuda.grid import plan
+
+    text = "".join(path.read_text(encoding="utf-8") for path in (PACKAGE / "cuda" / "grid").glob("*.cuh"))
+    for constants in (
+        *(
+            ", ".join(f"{name.upper()} = {n}" for name, n in names.items())
+            for names in (_grid_geometry.MODES, _grid_geometry.PADDINGS)
+        ),
+        f"GRID_THREADS = {plan.THREADS}",
+        f"GATHERED_CHANNELS = {plan.GATHERED_CHANNELS}",
+    ):
+        assert f"constexpr int {constants};" in text, constants

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from pydeform._grid_geometry import BICUBIC, BILINEAR, NEAREST
 from pydeform.cuda.conv.plan import ADJOINT, DEFORMED, PLAIN, data_product, forward_product, weight_product
 from pydeform.cuda.core.numbers import C_TYPES
 from pydeform.cuda.core.product import Product
@@ -18,7 +19,7 @@ OUTPUTS = (256, 64, 128)  # of a group: for each there is a width of tile
 
 CODES = (
     *(Code("conv"), Code("conv", 1), Code("conv", 3), Code("conv", 2, active=True)),
-    *(Code("roi"), Code("gather")),
+    *(Code("roi"), Code("gather"), Code("grid"), Code("grid", 3)),
 )
 
 
@@ -41,6 +42,8 @@ def instances(code: Code) -> list[Instance]:
         expressions = _roi()
     elif code.file == "gather":
         expressions = _gather()
+    elif code.file == "grid":
+        expressions = _grid(code.axes)
     elif code.active:
         expressions = _of_active()
     else:
@@ -216,6 +219,26 @@ def _gather() -> Iterator[tuple[str, tuple[str, ...], int]]:
     for name, index in (("gather_cells", "int"), ("fill_cells", "int"), ("gather_cells", "long long")):
         yield f"{name}<bf16, {index}, float, float>", newest, 96
     yield "gather_cells<double, long long>", newest, 128
+
+
+def _grid(axes: int) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Nothing in them depends on the architecture. Bilinear ones of every type, and each kernel with most registers: in
+    a plane bicubic. Of what is read forward four blocks of 256 threads shall fit, backward two."""
+    newest = EVERY[-1:]
+    if axes == 2:
+        for c in C_TYPES.values():
+            yield f"sample_points<{c}, int, {BILINEAR}>", EVERY, 128 if c == "double" else 64
+            yield f"point_gradients<{c}, int, {BILINEAR}>", EVERY, 128
+    most = BICUBIC if axes == 2 else BILINEAR
+    for types in (f"float, int, {most}", f"double, long long, {most}"):
+        for name in ("sample_points", "scatter_points"):
+            yield f"{name}<{types}>", newest, 128 if types.startswith("double") else 64
+        yield f"point_gradients<{types}>", newest, 128
+        for name in ("count_taps", "fill_taps", "gather_taps"):
+            yield f"{name}<{types}>", newest, 80
+    # Half types beside a grid in float32.
+    for name in ("sample_points", "scatter_points", "point_gradients", "fill_taps"):
+        yield f"{name}<bf16, int, {NEAREST}, float>", newest, 64
 
 
 def _budget(product: Product) -> int:

@@ -26,6 +26,7 @@ from pydeform.layers.norm import BatchNorm2d
 from pydeform.layers.pooling import GlobalAvgPool2d, MaxPool2d
 from pydeform.layers.roi import DeformPSRoIPool, DeformRoIPool, RoIAlign
 from pydeform.layers.sequential import Sequential
+from pydeform.layers.spatial_transformer import SpatialTransformer
 
 __all__ = [
     "ActiveConv2d",
@@ -51,6 +52,7 @@ __all__ = [
     "Sequential",
     "Sigmoid",
     "Softmax",
+    "SpatialTransformer",
     "load",
     "save",
 ]

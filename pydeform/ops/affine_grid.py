@@ -91,7 +91,7 @@ def affine_grid_backward(
     if not _checks.needed(op, needs, {"theta": given}):
         return AffineGridGrads(None)
     with back:
-        wide = grad.astype(_call.compute_dtype(grad), copy=False)
+        wide = grad.astype(_call.compute_dtype(grad), order="C", copy=False)  # sums follow the layout
         points = tuple(range(1, axes + 1))
         columns = [(wide * a[..., None]).sum(axis=points) for a in _coordinates(sizes, wide, align_corners)]
         gradient = np.stack([*columns, wide.sum(axis=points)], axis=-1)

@@ -1,5 +1,7 @@
 """Problems of the operators that gather: attention, aggregation, DCNv3 and DCNv4, on which the tests agree, named.
 
+Those of grid_sample and warp are in tests/cases/grid.py and become problems here as well.
+
 No two sizes alike where the case allows it. Every number is exact in each dtype, but places on maps whose sizes are no
 powers of two.
 """
@@ -14,12 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import pydeform
+from tests.cases import grid
 from tests.cases.deform_conv2d import dtype_of
 from tests.reference import gather as reference
+from tests.reference import grid as grid_reference
 
 OPERATORS = ("ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation", "dcnv3", "dcnv4")
 # What says where to sample and may be float32 beside half types.
-PLACES = ("sampling_locations", "reference_points", "sampling_offsets", "offset")
+PLACES = ("sampling_locations", "reference_points", "sampling_offsets", "offset", "grid", "displacement")
 DATA = ("value", "features", "input")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -41,12 +45,18 @@ class Problem(NamedTuple):
     @property
     def place(self) -> str:
         """The argument that says of each sample where it is."""
-        names = ("sampling_locations", "sampling_offsets", "offset", "offset_mask")
+        names = ("sampling_locations", "sampling_offsets", "offset", "offset_mask", "grid", "displacement")
         return next(name for name in names if name in self.arrays)
 
     @property
     def data(self) -> str:
         return next(name for name in DATA if name in self.arrays)
+
+    def pixels(self, data: Any) -> Any:
+        """A view of data, of its first image: (pixels, ..., channels)."""
+        if self.operator in grid.CASES:
+            return data[0].reshape(data.shape[1], -1).T
+        return data[0].reshape(-1, data.shape[-1]) if self.data == "input" else data[0]
 
     def of_image(self, b: int) -> Problem:
         arrays = {name: a if name == "spatial_shapes" else a[b : b + 1] for name, a in self.arrays.items()}
@@ -288,6 +298,7 @@ MAKERS: dict[str, Callable[..., tuple[dict[str, Any], dict[str, Any]]]] = {
     "deform_aggregation": _aggregation,
     "dcnv3": _dcnv3,
     "dcnv4": _dcnv4,
+    **grid.MAKERS,
 }
 CASES: dict[str, dict[str, Any]] = {
     "ms_deform_attn": ATTENTION,
@@ -295,6 +306,7 @@ CASES: dict[str, dict[str, Any]] = {
     "deform_aggregation": AGGREGATION,
     "dcnv3": DCN,
     "dcnv4": DCN,
+    **grid.CASES,
 }
 # For tests that need not look at every case. The first is ordinary.
 _FEW_ATTENTION = ("three_levels", "ragged", "odd_sizes", "discrete_ragged")
@@ -305,8 +317,9 @@ FEW = {
     "deform_aggregation": ("two_cameras", "cameras_differ", "odd_sizes"),
     "dcnv3": _FEW_DCN,
     "dcnv4": _FEW_DCN,
+    **grid.FEW,
 }
-EMPTY = ("batch_0", "no_queries", "no_anchors")
+EMPTY = ("batch_0", "no_queries", "no_anchors", "no_points", "no_points_of_a_volume")
 
 
 def make(operator: str, case: Any, dtype: str = "float64", draw: Draw = between_pixels, seed: int = 0) -> Problem:
@@ -327,12 +340,17 @@ def shape_of_output(problem: Problem) -> tuple[int, ...]:
         return *weights.shape[:2], weights.shape[2] * a["value"].shape[3]
     if "features" in a:
         return *a["weights"].shape[:2], a["features"].shape[2]
+    if "grid" in a:
+        return *a["input"].shape[:2], *a["grid"].shape[1:-1]
+    if "displacement" in a:
+        return tuple(a["input"].shape)
     return *a[problem.place].shape[:3], a["input"].shape[3]
 
 
 def solve_oracle(problem: Problem) -> tuple[np.ndarray, dict[str, Any]]:
     """Output and gradients."""
-    forward, backward = (getattr(reference, problem.operator + end) for end in ("", "_backward"))
+    oracle = grid_reference if problem.operator in grid.CASES else reference
+    forward, backward = (getattr(oracle, problem.operator + end) for end in ("", "_backward"))
     arguments = {**problem.arrays, **problem.options}
     with np.errstate(invalid="ignore", over="ignore"):
         return forward(**arguments), backward(problem.grad_output, **arguments)

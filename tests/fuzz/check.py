@@ -10,11 +10,12 @@ import numpy as np
 
 import pydeform
 from tests import conftest
-from tests.cases import gather
+from tests.cases import gather, grid
 from tests.cases.conv import AXES, solve_oracle
 from tests.fuzz.problems import COORDINATES, Problem
 from tests.reference import deform_conv2d, roi
 from tests.reference import gather as gather_reference
+from tests.reference import grid as grid_reference
 from tests.reference.deform_conv import offset_of_positions
 from tests.test_deform_conv2d import LAYOUTS, Guard
 
@@ -143,6 +144,7 @@ def oracle(problem: Problem) -> dict[str, Any]:
             output, grads = solve_oracle(problem.operator, arrays, options, grad_output)
             return {"output": output, **grads}
         reference = gather_reference if problem.operator in gather.OPERATORS else roi
+        reference = grid_reference if problem.operator in (*grid.CASES, "affine_grid") else reference
         forward, backward = (getattr(reference, name) for name in (problem.operator, f"{problem.operator}_backward"))
         return {"output": forward(**arrays, **options), **backward(grad_output, **arrays, **options)}
 
@@ -184,11 +186,12 @@ def _otherwise(rng: np.random.Generator) -> Iterator[None]:
     from pydeform.cpu.conv import plan as conv_plan
     from pydeform.cpu.core import memory
     from pydeform.cpu.gather import plan as gather_plan
+    from pydeform.cpu.grid import plan as grid_plan
     from pydeform.cpu.roi import plan as roi_plan
 
     places = ((memory, "np", _Poisoned([0xFF, 0, None][rng.integers(3)], rng)),)
     places += ((memory.Workspace, "take", lambda workspace: memory.workspace(*workspace._parts)),)  # no spare one
-    places += tuple((module, "SERIAL_FLOPS", 0) for module in (conv_plan, gather_plan, roi_plan))
+    places += tuple((module, "SERIAL_FLOPS", 0) for module in (conv_plan, gather_plan, grid_plan, roi_plan))
     before = [getattr(module, name) for module, name, _ in places]
     for module, name, value in places:
         setattr(module, name, value)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.cases import gather
+from tests.cases import gather, grid
 from tests.cases.conv import AXES, kind_of
 from tests.cases.deform_conv2d import dtype_of
 from tests.test_roi import Variant
@@ -289,6 +289,8 @@ def _gather_case(rng: np.random.Generator, operator: str, exact: bool) -> Any:
             remove_center=kernel == (3, 3) and _some(rng, True, False),
             batch=_some(rng, 0, 1, 2),
         )
+    if operator in grid.CASES:
+        return _grid_case(rng, operator, channels, exact)
     counts, levels = (1, 2, 4) if exact else (1, 2, 3, 6), _some(rng, *few)
     flat = _some(rng, True, False)
     points = tuple(_some(rng, *counts) for _ in range(levels))
@@ -300,6 +302,30 @@ def _gather_case(rng: np.random.Generator, operator: str, exact: bool) -> Any:
         references=(_some(rng, True, False), _some(rng, 2, 4)),
         offset_scale=_some(rng, 0.5, 0.5, 0.25),
     )
+
+
+def _grid_case(rng: np.random.Generator, operator: str, channels: int, exact: bool) -> Any:
+    """`exact` as above: lengths are powers of two, with align_corners one more, or one."""
+    axes = _some(rng, 2, 2, 3)
+    options = _some(rng, *grid.every_mode(axes))
+    more = operator == "grid_sample" and options["align_corners"]
+    lengths = ((1, *(n + more for n in (1, 2, 4))) if axes == 3 else (1, *(n + more for n in (2, 4, 8))), range(1, 8))
+    size = tuple(int(_some(rng, *lengths[not exact])) for _ in range(axes))
+    batch = _some(rng, 0, 1, 1, 2)
+    if operator == "warp":
+        return grid.Warp(size, channels, options["mode"], options["padding_mode"], batch)
+    out = tuple(int(_some(rng, 0, 1, 2, 3, 4, 5)) if axes == 2 else int(_some(rng, 1, 2, 3)) for _ in range(axes))
+    return grid.Grid(size, out, channels, **options, batch=batch)
+
+
+def _affine(rng: np.random.Generator, operator: str) -> Problem:
+    """A product of two small matrices: there are no kinks."""
+    dtype, axes, batch = _some(rng, *DTYPES), _some(rng, 2, 3), _some(rng, 0, 1, 1, 2, 3)
+    size = batch, _some(rng, 0, 1, 5), *(_some(rng, 1, 2, 3, 5, 8) for _ in range(axes))
+    theta, grad_output = _eighths(rng, batch, axes, axes + 1), _eighths(rng, batch, *size[2:], axes)
+    options = {"size": size, "align_corners": _some(rng, True, False)}
+    arrays = {"theta": theta.astype(dtype_of(dtype))}
+    return Problem(operator, arrays, grad_output.astype(dtype_of(dtype)), options, dtype, "plain")
 
 
 def _gather(rng: np.random.Generator, operator: str) -> Problem:
@@ -345,6 +371,7 @@ MAKERS: dict[str, Callable[[np.random.Generator, str], Problem]] = {
     "ps_roi_align": _roi,
     "deform_roi_pool": _roi,
     "deform_psroi_pool": _roi,
-    **dict.fromkeys(gather.OPERATORS, _gather),
+    **dict.fromkeys((*gather.OPERATORS, *grid.CASES), _gather),
+    "affine_grid": _affine,
 }
-ON_CUDA = tuple(name for name in MAKERS if name not in gather.OPERATORS)
+ON_CUDA = tuple(name for name in MAKERS if MAKERS[name] not in (_gather, _affine))

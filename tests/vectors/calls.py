@@ -12,6 +12,7 @@ from tests.vectors import Vector
 PARAMETERS = {"x": "input", "data": "input", "trans": "trans", "mask": "mask", "offset_true": "offset"}
 
 
+GRID = ("grid_sample", "affine_grid")
 GATHER = ("dcnv3", "dcnv4", "ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation")
 # Running sums of what is in spatial_shapes.
 DERIVED = ("level_start_index", "scale_start_index")
@@ -28,6 +29,10 @@ def outside_api(vector: Vector) -> str:
         return "dc1d clamps positions to the padded signal"
     if vector.args.get("softmax"):
         return "DCNv4's kernel can take the softmax itself"
+    if vector.meta["operator"] == "spatial_transformer":
+        return "affine_grid and grid_sample in one"
+    if vector.args.get("transform_type") == "warp":
+        return "MXNet's grid of a flow"
     return ""
 
 
@@ -66,6 +71,8 @@ def call_of(vector: Vector) -> Call:
         return deform_conv_call(vector)
     if vector.meta["operator"] in GATHER:
         return gather_call(vector)
+    if vector.meta["operator"] in GRID:
+        return grid_call(vector)
     inputs, args = dict(vector.inputs), vector.args
     options = {"spatial_scale": args.get("spatial_scale_effective", args["spatial_scale"])}
     if "onnx_op" in args:
@@ -118,6 +125,36 @@ def gather_call(vector: Vector) -> Call:
         options |= {name: (args[f"{of}_h"], args[f"{of}_w"]) for name, of in pairs.items()}
         options |= {"groups": args["group"], "remove_center": bool(args["remove_center"])}
     return Call(vector.meta["operator"], arrays, options, grads)
+
+
+GRID_MODES = {"linear": "bilinear", "cubic": "bicubic"}  # as ONNX has them
+
+
+def grid_call(vector: Vector) -> Call:
+    """Grids are (N, ..., axes), matrices (N, axes, axes + 1); `size` is among the options. MXNet's grids are as
+    `channels_last` has them, its affine ones with align_corners."""
+    args = vector.args
+    names = {"data": "input", "X": "input", "Grid": "grid"}
+    arrays = {names.get(name, name): channels_last(vector, array) for name, array in vector.inputs.items()}
+    grads = {names.get(name, name): channels_last(vector, grad) for name, grad in vector.grads.items()}
+    if vector.meta["operator"] == "grid_sample":
+        mode = args.get("mode", "bilinear")
+        options = {"mode": GRID_MODES.get(mode, mode), "padding_mode": args.get("padding_mode", "zeros")}
+        return Call("grid_sample", arrays, options | {"align_corners": bool(args.get("align_corners"))}, grads)
+    size = arrays.pop("size", None)
+    if "target_shape" in args:  # MXNet's matrices are rows of six
+        size = len(arrays["theta"]), 1, *args["target_shape"]
+        arrays, grads = ({"theta": of["theta"].reshape(-1, 2, 3)} for of in (arrays, grads))
+    size = args["size"] if size is None else size
+    options = {"size": tuple(map(int, size)), "align_corners": bool(args.get("align_corners", "target_shape" in args))}
+    return Call("affine_grid", arrays, options, grads)
+
+
+def channels_last(vector: Vector, array: np.ndarray) -> np.ndarray:
+    """MXNet's grids have their coordinates on the second axis; nothing else of those vectors has two channels."""
+    if "grid_layout" not in vector.args or array.ndim != 4 or array.shape[1] != 2:
+        return array
+    return np.moveaxis(array, 1, -1)
 
 
 def psroi_pooling_call(

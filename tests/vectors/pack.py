@@ -25,6 +25,7 @@ ARCHIVES = {
         "deformable_psroi_pooling",
     ),
     "gather": ("dcnv3", "dcnv4", "ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation"),
+    "grid": ("grid_sample", "affine_grid", "spatial_transformer"),
 }
 
 

@@ -62,8 +62,9 @@ def backward(grad_output: Any, arrays: Any, g: GridGeometry, needs: Any, **_opti
 
 def _flat(grid: Any, g: GridGeometry) -> Any:
     """The gradient of a grid that names pixels: NaN of points with a NaN, else 0."""
-    numbers = np.moveaxis(grid.reshape(g.batch, len(g.in_size), -1), 1, 2) if g.moves else grid
-    points = numbers.reshape(g.batch, g.queries, -1)
+    axes = len(g.in_size)
+    numbers = np.moveaxis(grid.reshape(g.batch, axes, g.queries), 1, 2) if g.moves else grid
+    points = numbers.reshape(g.batch, g.queries, axes)
     gradient = np.where(np.isnan(points).any(axis=2, keepdims=True), np.nan, np.zeros_like(points))
     return np.moveaxis(gradient, 2, 1) if g.moves else gradient
 

@@ -140,8 +140,9 @@ def axis_of(tile: Any, axis: int, taps: int, scratch: Any, g: Any) -> Axis:
 
 @inline_always
 def position_of(numbers: Any, axis: Any) -> Any:
-    """Eq. 1."""
-    return (load(numbers) + axis.shift) * axis.half - axis.back
+    """Eq. 1. What is infinite stays so, on an axis of one pixel too, where `half` may be 0."""
+    number = load(numbers)
+    return select(fabs(number) < np.inf, (number + axis.shift) * axis.half - axis.back, number)
 
 
 @inline_always
@@ -192,7 +193,7 @@ def source_of(p: Any, axis: Any, room: Any) -> tuple[Any, Any, Any]:
         shown, is_held = held(select(is_there, shown, splat(0, p)), axis)
         slope = select(is_held, splat(0, p), slope * sign)
         p = select(p == p, shown, np.nan)
-    return p, slope, is_there
+    return p, select(p == p, slope, np.nan), is_there
 
 
 @inline_always

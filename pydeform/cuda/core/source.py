@@ -11,6 +11,7 @@ from typing import Any
 
 from pydeform._gather_geometry import GatherGeometry
 from pydeform._geometry import ConvGeometry
+from pydeform._grid_geometry import GridGeometry
 from pydeform._roi_geometry import RoiGeometry
 
 FOLDER = Path(__file__).parents[1]  # of all kernels: headers are named from here
@@ -34,6 +35,8 @@ def source(code: Code) -> str:
         text = struct("RoiGeometry", RoiGeometry)
     elif code.file == "gather":
         text = f"constexpr int AXES = {code.axes};\n" + struct("GatherGeometry", GatherGeometry)
+    elif code.file == "grid":
+        text = f"constexpr int AXES = {code.axes};\n" + struct("GridGeometry", GridGeometry, code.axes)
     else:
         text = f"constexpr int AXES = {code.axes};\nconstexpr bool ACTIVE = {str(code.active).lower()};\n"
         text += struct("Geometry", ConvGeometry, code.axes)

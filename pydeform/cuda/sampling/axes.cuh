@@ -6,7 +6,7 @@
 #pragma once
 #include "core/numbers.cuh"
 
-constexpr int DCNV2 = 1, DCNV1 = 2;  // the index of a border rule in BOUNDARIES of _geometry.py; 0 is torchvision's
+constexpr int TORCHVISION = 0, DCNV2 = 1, DCNV1 = 2;  // the index of a border rule in BOUNDARIES of _geometry.py
 
 constexpr int CORNERS = 1 << AXES;  // of a cell
 
@@ -46,6 +46,36 @@ template <class A> PYDEFORM_DEVICE AxisCorners<A> axis_corners(A coordinate, int
 }
 
 // All axes -----------------------------------------------------------------------------------------------------------
+
+PYDEFORM_DEVICE int product_of(const int (&size)[AXES]) {
+  int product = size[0];
+#pragma unroll
+  for (int a = 1; a < AXES; a++) product *= size[a];
+  return product;
+}
+
+// From a place in row-major order to its coordinates, and back.
+PYDEFORM_DEVICE void take_apart(int (&at)[AXES], int place, const int (&size)[AXES]) {
+#pragma unroll
+  for (int a = AXES - 1; a > 0; a--) {
+    const int rest = place / size[a];
+    at[a] = place - rest * size[a];
+    place = rest;
+  }
+  at[0] = place;
+}
+PYDEFORM_DEVICE int place_of(const int (&at)[AXES], const int (&size)[AXES]) {
+  int place = at[0];
+#pragma unroll
+  for (int a = 1; a < AXES; a++) place = place * size[a] + at[a];
+  return place;
+}
+PYDEFORM_DEVICE bool is_inside(const int (&at)[AXES], const int (&size)[AXES]) {
+  bool inside = true;
+#pragma unroll
+  for (int a = 0; a < AXES; a++) inside = inside && at[a] >= 0 && at[a] < size[a];
+  return inside;
+}
 
 // Weights of the corners, times m. With an infinite m they make NaN of a sample that has a corner without weight or a
 // pixel of 0: such a sample is multiplied by m after it is made, with weights times 1.

@@ -4,39 +4,10 @@
 #pragma once
 #include "sampling/axes.cuh"
 
-PYDEFORM_DEVICE int product_of(const int (&size)[AXES]) {
-  int product = size[0];
-#pragma unroll
-  for (int a = 1; a < AXES; a++) product *= size[a];
-  return product;
-}
 PYDEFORM_DEVICE int taps_of(const Geometry& g) { return product_of(g.kernel); }
 // Of an image: fewer than 2^31.
 template <class I> PYDEFORM_DEVICE I in_pixels_of(const Geometry& g) { return product_of(g.in_size); }
 template <class I> PYDEFORM_DEVICE I out_pixels_of(const Geometry& g) { return product_of(g.out_size); }
-
-// From a place in row-major order to its coordinates, and back.
-PYDEFORM_DEVICE void take_apart(int (&at)[AXES], int place, const int (&size)[AXES]) {
-#pragma unroll
-  for (int a = AXES - 1; a > 0; a--) {
-    const int rest = place / size[a];
-    at[a] = place - rest * size[a];
-    place = rest;
-  }
-  at[0] = place;
-}
-PYDEFORM_DEVICE int place_of(const int (&at)[AXES], const int (&size)[AXES]) {
-  int place = at[0];
-#pragma unroll
-  for (int a = 1; a < AXES; a++) place = place * size[a] + at[a];
-  return place;
-}
-PYDEFORM_DEVICE bool is_inside(const int (&at)[AXES], const int (&size)[AXES]) {
-  bool inside = true;
-#pragma unroll
-  for (int a = 0; a < AXES; a++) inside = inside && at[a] >= 0 && at[a] < size[a];
-  return inside;
-}
 
 // Corners in the order (near, near), (near, far), (far, near), (far, far): the pixel's number in its image, -1 outside.
 template <class A> struct Sample {

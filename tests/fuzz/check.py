@@ -52,7 +52,7 @@ def compare(problem: Problem, results: dict[str, Any]) -> None:
     """With the oracle, in all that it can tell of this problem."""
     if "output" in problem.beyond_oracle:
         return
-    roundings = rounded_terms(problem) | rounded_sums(problem) | rounded_softmax(problem)
+    roundings = rounded_terms(problem) | rounded_sums(problem) | rounded_softmax(problem) | rounded_cubics(problem)
     for name, want in oracle(problem).items():
         if want is None:
             assert results[name] is None, f"{name} should be None"
@@ -118,6 +118,19 @@ def rounded_softmax(problem: Problem) -> dict[str, Any]:
         "sampling_offsets": 2 * of_dot * longest,
         "reference_points": 2 * of_dot * longest * reach * count,
     }
+
+
+def rounded_cubics(problem: Problem) -> dict[str, Any]:
+    """What may be lost of a cubic's pixels, whose shares and slopes are sums that may leave little of each other, as
+    may the pixels themselves."""
+    if problem.options.get("mode") != "bicubic" or not problem.grad_output.size:
+        return {}
+    unit = 2.0**-47 if problem.dtype == "float64" else 2.0**-18
+    image, grad = (abs(a.astype(np.float64)) for a in (problem.arrays["input"], problem.grad_output))
+    return {
+        "output": unit * image.max(),
+        "input": unit * grad.max() * grad[0, 0].size,
+    } | dict.fromkeys(("grid", "displacement"), unit * image.max() * grad.max() * len(image[0]) * max(image.shape[2:]))
 
 
 def _assert_close(got: Any, want: Any, problem: Problem, name: str, slack: Any) -> None:

@@ -168,7 +168,8 @@ class Vectors:
         # One pointer and many steps is what processors know, and what llvmlite does not.
         addresses = self.offset(pointer, const(0))
         addresses.indices, addresses.type = [places], ir.VectorType(pointer.type, self.lanes)
-        arguments = [addresses, ir.Constant(LANE, self.itemsize), mask, self.zero]
+        addresses = self.builder.bitcast(addresses, ir.VectorType(self.element.as_pointer(), self.lanes))
+        arguments = [addresses, ir.Constant(LANE, 4), mask, self.zero]
         return self.call("masked.gather", arguments, more=f".v{self.lanes}p0f{8 * self.itemsize}")
 
     def _gather_of_avx2(self, pointer: Any, places: Any, mask: Any) -> Any:
@@ -177,9 +178,24 @@ class Vectors:
         signs = builder.bitcast(builder.sext(mask, ir.VectorType(ir.IntType(8 * self.itemsize), self.lanes)), self.type)
         name = f"llvm.x86.avx2.gather.d.p{'s' if self.itemsize == 4 else 'd'}.256"
         start = builder.bitcast(pointer, byte.as_pointer())
-        arguments = [self.zero, start, places, signs, ir.Constant(byte, self.itemsize)]
+        step = 4 if pointer.type.pointee == ir.FloatType() else 8
+        arguments = [self.zero, start, places, signs, ir.Constant(byte, step)]
         kinds = [argument.type for argument in arguments]
         return builder.call(function_of(builder, name, self.type, kinds), arguments)
+
+    def gather_pairs(self, pointer: Any, places: Any, mask: Any) -> list[Any]:
+        """pointer[places] and pointer[places + 1]. Two floats of 32 bits come as one of 64: half as much to gather."""
+        builder, lanes = self.builder, self.lanes
+        if self.itemsize == 8:
+            following = builder.add(places, ir.Constant(places.type, [1] * lanes))
+            return [self.gather(pointer, at, mask) for at in (places, following)]
+        wide, halves = Vectors(builder, types.float64, lanes * 4), []
+        for start in (0, lanes // 2):
+            half = list(range(start, start + lanes // 2))
+            some, there = (shuffle(builder, vector, vector, half) for vector in (places, mask))
+            halves.append(builder.bitcast(wide.gather(pointer, some, there), self.type))
+        low, high = halves
+        return [shuffle(builder, low, high, list(range(first, 2 * lanes, 2))) for first in (0, 1)]
 
     def _suffix(self) -> str:
         return f"v{self.lanes}f{8 * self.itemsize}"

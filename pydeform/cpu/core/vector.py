@@ -241,6 +241,17 @@ def gather_where(mask: Any, pointer: Any, places: Any) -> Any:
 
 
 @primitive
+def gather_pairs(mask: Any, pointer: Any, places: Any) -> Any:
+    """pointer[places] and pointer[places + 1], likewise."""
+    kind = Vector(pointer.dtype, mask.lanes)
+
+    def emit(builder: Any, mask_: Any, pointer_: Any, places_: Any) -> Any:
+        return _emitter(builder, kind).gather_pairs(pointer_, places_, mask_)
+
+    return types.UniTuple(kind, 2)(mask, pointer, places), emit
+
+
+@primitive
 def store_where(mask: Any, vector: Any, pointer: Any) -> Any:
     """Floats, where the mask is true; nothing is touched elsewhere."""
 

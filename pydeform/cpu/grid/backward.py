@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform.cpu.core.jit import Kernel, inline
+from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
 from pydeform.cpu.core.simd import advance, at
 from pydeform.cpu.core.sizes import volume
 from pydeform.cpu.core.vector import fma, lanes_of, load, load_first, store
 from pydeform.cpu.grid.forward import tile_of
-from pydeform.cpu.grid.places import corner_values, locate, tap_of
+from pydeform.cpu.grid.places import corner_values, locate, pair_values, tap_of
 
 TOGETHER = 8  # channels: neighbouring queries add to the same pixels, and wait for one another in each channel
 
@@ -86,9 +86,20 @@ def _add_dots(tile: Any, grad: Any, plane: Any, scratch: Any, p: Any) -> None:
     thread = tile.thread
     for i in range(0, tile.queries, lanes_of(grad)):
         grads, dots = load_first(advance(grad, i), tile.queries - i), at(scratch.dots, (thread, 0, i))
-        for corner in range(p.corners):
-            dot = advance(dots, corner * p.queries)
-            store(fma(grads, corner_values(corner, i, plane, thread, scratch, grads), load(dot)), dot)
+        if p.pairs is None:
+            for corner in range(p.corners):
+                values = corner_values(corner, i, plane, thread, scratch, grads)
+                _add(grads, values, advance(dots, corner * p.queries))
+        else:
+            for corner in range(0, p.corners, 2):
+                one, other = pair_values(corner, i, plane, thread, scratch, grads)
+                _add(grads, one, advance(dots, corner * p.queries))
+                _add(grads, other, advance(dots, (corner + 1) * p.queries))
+
+
+@inline_always
+def _add(grads: Any, values: Any, dots: Any) -> None:
+    store(fma(grads, values, load(dots)), dots)
 
 
 @inline

@@ -7,8 +7,8 @@ from typing import Any
 from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
 from pydeform.cpu.core.simd import advance, at
-from pydeform.cpu.core.vector import first_lanes, fma, lanes_of, load, store, store_where
-from pydeform.cpu.grid.places import Tile, corner_values, locate
+from pydeform.cpu.core.vector import first_lanes, fma, lanes_of, load, splat, store, store_where
+from pydeform.cpu.grid.places import Tile, corner_values, locate, pair_values
 
 
 @Kernel
@@ -41,11 +41,16 @@ def _sample_plane(tile: Any, plane: Any, target: Any, scratch: Any, p: Any) -> N
     thread, lanes = tile.thread, lanes_of(target)
     for i in range(0, tile.queries, lanes):
         shares = at(scratch.shares, (thread, 0, i))
-        share = load(shares)
-        total = share * corner_values(0, i, plane, thread, scratch, share)
-        for corner in range(1, p.corners):
-            share = load(advance(shares, corner * p.queries))
-            total = fma(share, corner_values(corner, i, plane, thread, scratch, share), total)
+        total = splat(0, load(shares))
+        if p.pairs is None:
+            for corner in range(p.corners):
+                values = corner_values(corner, i, plane, thread, scratch, total)
+                total = fma(load(advance(shares, corner * p.queries)), values, total)
+        else:
+            for corner in range(0, p.corners, 2):
+                one, other = pair_values(corner, i, plane, thread, scratch, total)
+                total = fma(load(advance(shares, corner * p.queries)), one, total)
+                total = fma(load(advance(shares, (corner + 1) * p.queries)), other, total)
         left = tile.queries - i
         if left >= lanes:
             store(total, advance(target, i))

@@ -15,6 +15,7 @@ from pydeform.cpu.core.vector import (
     evens,
     fabs,
     floor,
+    gather_pairs,
     gather_where,
     is_any,
     lanes_of,
@@ -45,15 +46,21 @@ class Tile(NamedTuple):
 def locate(tile: Any, grid: Any, scratch: Any, g: Any, p: Any) -> None:
     """Fills the tables of the tile's queries. No pixel is named by a number that is not known to be in range."""
     _bring_together(tile, grid, scratch, g)
-    for number in range(len(g.in_size)):
-        axis = axis_of(tile, number, 1 << p.bits, scratch, g)
-        if p.nearest is not None:
-            _name_nearest(tile.queries, axis)
-        elif p.cubic is not None:
-            _name_four(tile.queries, axis)
-        else:
-            _name_two(tile.queries, axis)
+    last = len(g.in_size) - 1
+    for number in range(last):
+        _name_axis(tile.queries, axis_of(tile, number, 1 << p.bits, scratch, g), None, p)
+    _name_axis(tile.queries, axis_of(tile, last, 1 << p.bits, scratch, g), p.pairs, p)
     _name_corners(tile, scratch, g, p)
+
+
+@inline_always
+def _name_axis(queries: int, axis: Any, pairs: Any, p: Any) -> None:
+    if p.nearest is not None:
+        _name_nearest(queries, axis)
+    elif p.cubic is not None:
+        _name_four(queries, axis, pairs)
+    else:
+        _name_two(queries, axis, pairs)
 
 
 @inline
@@ -199,6 +206,35 @@ def _put(entry: int, tap: int, pixel: Any, exists: Any, part: Any, slope: Any, a
         store(slope, advance(axis.slopes, place))
 
 
+class Tap(NamedTuple):
+    """For a vector of queries one of the pixels along an axis, and its part of the sample."""
+
+    pixel: Any
+    exists: Any
+    part: Any
+    slope: Any
+
+
+@inline_always
+def _put_two(entry: int, tap: int, one: Tap, other: Tap, axis: Any, pairs: Any) -> None:
+    """Two neighbours; with `pairs` in the order of the image, so that they are read at once: a pixel and the one behind
+    it, with no part for either that is not meant."""
+    if pairs is None:
+        _put(entry, tap, one.pixel, one.exists, one.part, one.slope, axis)
+        _put(entry, tap + 1, other.pixel, other.exists, other.part, other.slope, axis)
+    else:
+        only_one = one.exists & ~(other.exists & (other.pixel < one.pixel))
+        first = select(only_one, one.pixel, other.pixel)
+        first = select(first < 0, splat(0, first), select(first > axis.size - 2, splat(axis.size - 2, first), first))
+        for k in range(2):
+            is_one, is_other = one.exists & (one.pixel == first + k), other.exists & (other.pixel == first + k)
+            part = (select(is_one, one.part, splat(0, one.part)) + select(is_other, other.part, splat(0, one.part))) + (
+                one.part - one.part  # NaN stays
+            )
+            slope = select(is_one, one.slope, splat(0, one.part)) + select(is_other, other.slope, splat(0, one.part))
+            _put(entry, tap + k, first + k, is_one | is_other, part, slope, axis)
+
+
 @inline
 def _name_nearest(queries: int, axis: Any) -> None:
     for i in range(0, queries, lanes_of(axis.numbers)):
@@ -211,30 +247,39 @@ def _name_nearest(queries: int, axis: Any) -> None:
 
 
 @inline
-def _name_two(queries: int, axis: Any) -> None:
+def _name_two(queries: int, axis: Any, pairs: Any) -> None:
     """Eq. 4, linear."""
     end = float(axis.size)
     for i in range(0, queries, lanes_of(axis.numbers)):
         room = advance(axis.numbers, i)
         p, slope, is_there = source_of(position_of(room, axis), axis, room)
         first, second, has_first, has_second, part = axis_corners(p, -1.0, end, axis.size, axis.size, axis.pixels)
-        _put(i, 0, first, has_first & is_there, 1 - part, 0 - slope, axis)
-        _put(i, 1, second, has_second & is_there, part, slope, axis)
+        one, other = (
+            Tap(first, has_first & is_there, 1 - part, 0 - slope),
+            Tap(second, has_second & is_there, part, slope),
+        )
+        _put_two(i, 0, one, other, axis, pairs)
 
 
 @inline
-def _name_four(queries: int, axis: Any) -> None:
+def _name_four(queries: int, axis: Any, pairs: Any) -> None:
     """Eq. 4, cubic: each pixel, not the position, is held or mirrored."""
     for i in range(0, queries, lanes_of(axis.numbers)):
         room = advance(axis.numbers, i)
         p = position_of(room, axis)
         before = floor(p)
         t = select(p == p, select(fabs(p) < np.inf, p - before, splat(0, p)), np.nan)
-        for tap in range(4):
-            q, _, exists = source_of(before + float(tap - 1), axis, room)
-            exists = exists & in_range(q, 0, float(axis.size))
-            pixel = convert(select(exists, q, splat(0, p)), axis.pixels)
-            _put(i, tap, pixel, exists, cubic_weight(tap, t), cubic_slope(tap, t) * axis.half, axis)
+        for tap in range(0, 4, 2):
+            one, other = _cubic_tap(tap, before, t, room, axis), _cubic_tap(tap + 1, before, t, room, axis)
+            _put_two(i, tap, one, other, axis, pairs)
+
+
+@inline_always
+def _cubic_tap(tap: int, before: Any, t: Any, room: Any, axis: Any) -> Tap:
+    q, _, exists = source_of(before + float(tap - 1), axis, room)
+    exists = exists & in_range(q, 0, float(axis.size))
+    pixel = convert(select(exists, q, splat(0, q)), axis.pixels)
+    return Tap(pixel, exists, cubic_weight(tap, t), cubic_slope(tap, t) * axis.half)
 
 
 @inline_always
@@ -292,3 +337,13 @@ def corner_values(corner: int, i: int, plane: Any, thread: int, scratch: Any, li
     """What a plane, one channel of an image, has at a corner of some queries; zeros where there is none."""
     pixel = load_beside(at(scratch.corners, (thread, corner, i)), like)
     return gather_where(pixel >= 0, plane, pixel)
+
+
+@inline_always
+def pair_values(corner: int, i: int, plane: Any, thread: int, scratch: Any, like: Any) -> tuple[Any, Any]:
+    """The same of a corner and the next one, which lies behind it."""
+    one = load_beside(at(scratch.corners, (thread, corner, i)), like)
+    other = load_beside(at(scratch.corners, (thread, corner + 1, i)), like)
+    has_one, has_other = one >= 0, other >= 0
+    first, second = gather_pairs(has_one | has_other, plane, select(has_one, one, other - 1))
+    return select(has_one, first, splat(0, like)), select(has_other, second, splat(0, like))

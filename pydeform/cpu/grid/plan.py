@@ -41,6 +41,7 @@ class Scratch(NamedTuple):
 class Plan(NamedTuple):
     nearest: Any  # None, or that a sample is one pixel,
     cubic: Any  # or four along each axis, instead of two;
+    pairs: Any  # None, or that neighbours along the last axis are read at once
     bits: int  # that is 2**bits pixels along an axis
     corners: int
     queries: int  # of a tile
@@ -65,6 +66,7 @@ def prepared(g: GridGeometry, dtype: Any, needs_dots: bool, threads: int) -> Pre
     lanes, axes = VECTOR_BYTES // dtype.itemsize, len(g.in_size)
     is_nearest, is_cubic = g.mode == NEAREST, g.mode == BICUBIC
     bits = 0 if is_nearest else 2 if is_cubic else 1
+    has_pairs = bits > 0 and g.in_size[-1] > 1
     taps, corners, integer = axes << bits, 1 << bits * axes, np.dtype(np.int32)
     fair = -(-g.batch * g.queries // (UNITS_OF_THREAD * threads))
     queries = round_up(max(1, min(TILE, g.queries, fair)), lanes)
@@ -82,13 +84,14 @@ def prepared(g: GridGeometry, dtype: Any, needs_dots: bool, threads: int) -> Pre
     plan = Plan(
         nearest=1 if is_nearest else None,
         cubic=1 if is_cubic else None,
+        pairs=1 if has_pairs else None,
         bits=bits,
         corners=corners,
         queries=queries,
         blocks=-(-g.channels // block),
         block=block,
     )
-    return Prepared(dtype.char + str(axes) + str(bits), threads, workspace, plan)
+    return Prepared(dtype.char + str(axes) + str(bits) + "p" * has_pairs, threads, workspace, plan)
 
 
 def given_arrays(arrays: Any, g: GridGeometry, dtype: Any) -> Given:

@@ -258,6 +258,16 @@ def test_points_are_on_the_same_side_of_every_pixel_as_on_the_cpu(length, dtype)
         assert_close(got, want.astype(np.float64), dtype, str(options))
 
 
+@pytest.mark.parametrize("axes", [2, 3])
+def test_an_even_image_has_no_slope(axes):
+    """Not the least one, whatever its numbers are; but toward the zeros outside."""
+    for options in every_mode(axes):
+        if options["padding_mode"] != "zeros":
+            problem = make("grid_sample", Grid((4, 3, 5)[:axes], (3, 5, 2)[:axes], 3, **options), "float32")
+            problem = problem.replaced(input=np.full_like(problem.arrays["input"], 1 / 3))
+            assert not run_backward(EMULATED, problem, needs=("grid",))["grid"].any(), options
+
+
 # What the kernels are given and what they read ------------------------------------------------------------------------
 
 

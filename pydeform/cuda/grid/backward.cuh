@@ -30,12 +30,7 @@ __global__ void __launch_bounds__(GRID_THREADS, 2)
       dot[k] += grad * (pixel[k] >= 0 ? to_float(image[pixel[k]]) : (A)0);
   }
 #pragma unroll
-  for (int a = 0; a < AXES; a++) {
-    A sum = point.nothing;
-#pragma unroll
-    for (int k = 0; k < ALL_TAPS<MODE>; k++) sum += point.slope(k, a) * dot[k];
-    parts[a * GRID_THREADS + threadIdx.x] = sum;
-  }
+  for (int a = 0; a < AXES; a++) parts[a * GRID_THREADS + threadIdx.x] = point.slope(dot, a);
   __syncthreads();
   if (slice > 0 || i >= count) return;
 #pragma unroll

@@ -92,11 +92,13 @@ template <class A> PYDEFORM_DEVICE int pixel_at(A whole, int size) {
 // Eq. 4.
 template <class A, int MODE> struct Taps {
   int pixel[TAPS<MODE>];                    // -1: there is none
-  A weight[TAPS<MODE>], slope[TAPS<MODE>];  // slope: the weight's derivative by the number
+  A weight[TAPS<MODE>], slope[TAPS<MODE>];  // slope: the weight's derivative by the position,
+  A by_number;                              // and that of the position by the number
 
   PYDEFORM_DEVICE void find(A number, A start, int axis, const GridGeometry& g) {
     const int size = g.in_size[axis];
     const Source<A> source = source_of<MODE>(number, start, axis, g);
+    by_number = source.slope;
     if constexpr (MODE == NEAREST) {
       pixel[0] = pixel_at(round_even(source.at), size);
       weight[0] = 1;
@@ -109,7 +111,7 @@ template <class A, int MODE> struct Taps {
       for (int far = 0; far < 2; far++) {
         pixel[far] = corners.exists[far] ? corners.pixel[far] : -1;
         weight[far] = far ? corners.place : 1 - corners.place;
-        slope[far] = far ? source.slope : -source.slope;
+        slope[far] = far ? 1 : -1;
       }
     } else {
       const A down = round_down(source.at);
@@ -120,7 +122,6 @@ template <class A, int MODE> struct Taps {
       for (int k = 0; k < TAPS<MODE>; k++) {
         A unused = 0;
         pixel[k] = pixel_at(padded(down + (A)(k - 1), axis, g, unused), size);
-        slope[k] *= source.slope;
       }
     }
   }
@@ -147,19 +148,28 @@ template <class A, int MODE> struct Point {
     }
     return place;
   }
-  PYDEFORM_DEVICE A weight(int k) const {
-    A product = along[0].weight[tap(k, 0)];
-#pragma unroll
-    for (int a = 1; a < AXES; a++) product *= along[a].weight[tap(k, a)];
-    return product;
-  }
-  // The weight's derivative by the number of an axis.
-  PYDEFORM_DEVICE A slope(int k, int axis) const {
-    A product = along[axis].slope[tap(k, axis)];
+  // The product of all axes but one.
+  PYDEFORM_DEVICE A weight(int k, int without = -1) const {
+    A product = 1;
 #pragma unroll
     for (int a = 0; a < AXES; a++)
-      if (a != axis) product *= along[a].weight[tap(k, a)];
+      if (a != without) product *= along[a].weight[tap(k, a)];
     return product;
+  }
+  // Eq. 7: the derivative by the number of an axis. The slopes along it add up to 0, so that differences of dots will do:
+  // equal ones leave exactly nothing.
+  PYDEFORM_DEVICE A slope(const A (&dot)[ALL_TAPS<MODE>], int axis) const {
+    A sum = nothing;
+#pragma unroll
+    for (int k = 0; k < ALL_TAPS<MODE>; k++) {
+      if (tap(k, axis)) continue;
+      A part = 0;
+#pragma unroll
+      for (int t = 1; t < TAPS<MODE>; t++)
+        part += along[axis].slope[t] * (dot[k + (t << (AXES - 1 - axis) * TAP_BITS<MODE>)] - dot[k]);
+      sum += weight(k, axis) * part;
+    }
+    return along[axis].by_number * sum;
   }
 };
 

@@ -119,7 +119,7 @@ def test_derived_offset_of_the_composite_case(backend):
 def test_bundled_vectors_are_some_of_these():
     """`pydeform check` uses them: every operator, and of deform_conv2d every boundary rule and both versions."""
     originals = {name: VECTORS[name] for name in BUNDLED["deform_conv2d"]}
-    for archive in ("deform_conv", "gather", "roi"):
+    for archive in ("deform_conv", "gather", "grid", "roi"):
         originals |= {vector.name: vector for vector in load(archive) if vector.name in BUNDLED[archive]}
     calls = {}
     for name, vector in originals.items():
@@ -128,20 +128,22 @@ def test_bundled_vectors_are_some_of_these():
     found = {}
     for operator in {call.operator for call, _ in calls.values()}:
         found |= {name: (problem, expected, meta) for name, problem, expected, meta in _selfcheck.vectors(operator)}
-    assert found.keys() == calls.keys() and len(found) == 37
+    assert found.keys() == calls.keys() and len(found) == 41
     for name, (problem, expected, meta) in found.items():
         call, vector = calls[name]
         arrays, options = in_our_terms(call)
         assert json.dumps(problem.options) == json.dumps(options)
         assert meta == {key: vector.meta[key] for key in meta}
-        want = {"output": vector.outputs["y"]} | {f"gradient of {n}": grad for n, grad in call.grads.items()}
+        output = vector.outputs["grid" if call.operator == "affine_grid" else "y"]
+        want = {"output": output} | {f"gradient of {n}": grad for n, grad in call.grads.items()}
         for got, original in ((problem.arrays, arrays), (expected, want)):
             assert got.keys() == original.keys()
             for key, array in original.items():
                 np.testing.assert_array_equal(got[key], array)
         assert (problem.grad_output is None) == (not vector.grad_outputs)
     operators = Counter(call.operator for call, _ in calls.values())
-    assert set(operators) == set(_selfcheck.operators()) - set(_selfcheck.SPECIAL)
+    without = {*_selfcheck.SPECIAL, "warp"}  # which has none of its own, but those of the grid that it stands for
+    assert set(operators) == set(_selfcheck.operators()) - without
     of_conv = [call for call, _ in calls.values() if call.operator == "deform_conv2d"]
     assert {call.options["boundary"] for call in of_conv} == {"torchvision", "dcnv2", "dcnv1"}
     assert {"mask" in call.arrays for call in of_conv} == {True, False}

@@ -16,7 +16,8 @@ from tests.vectors.pack import write
 # Small, and between them: of deform_conv2d every boundary rule, both versions, groups, offset groups, asymmetric
 # arguments, kinks, far samples, an image of one row, forward-only producers; of every RoI operator each system that has
 # it, borders, kinks, boxes upside down, adaptive sampling, masks, parts; of attention, DCNv3, DCNv4 and aggregation
-# both methods, ragged points, points and boxes, an even kernel, cameras of several sizes.
+# both methods, ragged points, points and boxes, an even kernel, cameras of several sizes; of grid sampling
+# images and volumes, bilinear and bicubic, with zeros and the border around.
 BUNDLED = {
     "deform_conv2d": (
         "mmcv-cudasrc-v2__mix_small",
@@ -43,6 +44,12 @@ BUNDLED = {
         "ms_deform_attn_fused/transformers-deformabledetr__box_far",
         "ms_deform_attn_fused/transformers-deformabledetr__point_far",
         "ms_deform_attn_fused/transformers-rtdetrv2__box_discrete_pixel",
+    ),
+    "grid": (
+        "affine_grid/torch2.13.0__3d_affine_ac0",
+        "grid_sample/onnx-testdata1.17__gridsample_bicubic",
+        "grid_sample/torch2.13.0__2d_zeros_ac0_size1",
+        "grid_sample/torch2.13.0__3d_border_ac1_mix",
     ),
     "roi": (
         "roi_pool/mxnet1.9.1-cpu__half",
@@ -83,9 +90,10 @@ def bundle(path):
             place = f"{call.operator}/{name.rpartition('/')[2]}"
             arguments, options = in_our_terms(call)
             entries = {f"in__{n}": array for n, array in arguments.items()}
-            entries["out__output"] = vector.outputs["y"]
+            output = "grid" if call.operator == "affine_grid" else "y"
+            entries["out__output"] = vector.outputs[output]
             if vector.grad_outputs:
-                entries["gout__output"] = vector.grad_outputs["y"]
+                entries["gout__output"] = vector.grad_outputs[output]
             entries |= {f"gin__{n}": grad for n, grad in call.grads.items()}
             meta = {key: vector.meta[key] for key in ("rtol", "atol")}
             entries |= {"options": json.dumps(options), "meta": json.dumps(meta)}

@@ -331,7 +331,7 @@ def _distances(case: Case, axis: reference.Axis, p: int, length: int) -> Iterato
 
 def _gap(points: list, plane: np.ndarray) -> float:
     """Between the largest and the second largest value, of points that do not read the same."""
-    read = {tuple((row, col, w) for row, col, w, _, _ in pixels if w) for pixels in points}
+    read = {tuple((row, col, w) for row, col, w, *_ in pixels if w) for pixels in points}
     values = sorted(sum(w * plane[row, col] for row, col, w in pixels) for pixels in read)
     return values[-1] - values[-2] if len(values) > 1 else math.inf
 

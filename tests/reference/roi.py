@@ -601,7 +601,7 @@ def _means_of_hats(first, last, parts, length):
     ends lie `parts` of the way from the beginning of the box to its end.
     """
     pixels = []
-    for index in range(max(math.floor(first), 0), min(math.floor(last) + 1, length - 1) + 1):
+    for index in range(max(math.floor(first), 0), min(math.ceil(last), length - 1) + 1):
         at_first, at_last = (max(1 - abs(end - index), 0) for end in (first, last))
         mean = (_integral_of_hat(last - index) - _integral_of_hat(first - index)) / (last - first)
         of_first, of_last = (mean - at_first) / (last - first), (at_last - mean) / (last - first)

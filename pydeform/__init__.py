@@ -21,6 +21,7 @@ from pydeform.ops.ms_deform_attn_fused import (
     ms_deform_attn_fused,
     ms_deform_attn_fused_backward,
 )
+from pydeform.ops.prroi_pool import PrroiPoolGrads, prroi_pool, prroi_pool_backward
 from pydeform.ops.ps_roi_align import PsRoiAlignGrads, ps_roi_align, ps_roi_align_backward
 from pydeform.ops.ps_roi_pool import PsRoiPoolGrads, ps_roi_pool, ps_roi_pool_backward
 from pydeform.ops.roi_align import RoiAlignGrads, roi_align, roi_align_backward
@@ -41,6 +42,7 @@ __all__ = [
     "DeformRoiPoolGrads",
     "MsDeformAttnFusedGrads",
     "MsDeformAttnGrads",
+    "PrroiPoolGrads",
     "PsRoiAlignGrads",
     "PsRoiPoolGrads",
     "RoiAlignGrads",
@@ -77,6 +79,8 @@ __all__ = [
     "ms_deform_attn_fused",
     "ms_deform_attn_fused_backward",
     "num_threads",
+    "prroi_pool",
+    "prroi_pool_backward",
     "ps_roi_align",
     "ps_roi_align_backward",
     "ps_roi_pool",

@@ -34,6 +34,8 @@ class Rules(NamedTuple):
     # Of whole pixels: from floor(start of the bin) to ceil(its end), without that one, within the image.
     unread_pixels: int  # rows and columns at the end of the image that no bin reads
     bins_from_box: int  # 1: floor and ceil are taken before the start of the box is added
+    # Of neither (`points` is 0).
+    surface: int  # 1: a bin reads all of the bilinear surface in it, and the mean is exact
 
 
 # torchvision's csrc/ops/{cpu,cuda}/roi_pool_kernel; the same in MXNet's ROIPooling and mmcv's roi_pool.
@@ -51,6 +53,7 @@ ROI_POOL = Rules(
     least_count=1,
     unread_pixels=0,
     bins_from_box=1,
+    surface=0,
 )
 PS_ROI_POOL = {
     # torchvision's csrc/ops/{cpu,cuda}/ps_roi_pool_kernel, its forward: bins end at H - 1 and W - 1.
@@ -73,9 +76,12 @@ ROI_ALIGN = Rules(
     least_count=1,
     unread_pixels=0,
     bins_from_box=0,
+    surface=0,
 )
 ROI_ALIGN_ALIGNED = ROI_ALIGN._replace(half_pixel=1, least_size=NO_LEAST_SIZE)
 PS_ROI_ALIGN = ROI_ALIGN_ALIGNED._replace(least_count=0)  # torchvision's csrc/ops/{cpu,cuda}/ps_roi_align_kernel
+# Precise RoI pooling, arXiv:1807.11590; mmcv's ops/csrc/common/cuda/prroi_pool_cuda_kernel.cuh.
+PRROI_POOL = ROI_ALIGN._replace(least_size=NO_LEAST_SIZE, points=0, surface=1)
 DEFORM_ROI_POOL = ROI_ALIGN_ALIGNED  # mmcv's ops/csrc/common/cuda/deform_roi_pool_cuda_kernel.cuh
 # MXNet's contrib/deformable_psroi_pooling, the first paper's own; the same in DCNv2Pooling and OpenVINO.
 DEFORM_PSROI_POOL = Rules(
@@ -92,6 +98,7 @@ DEFORM_PSROI_POOL = Rules(
     least_count=1,
     unread_pixels=0,
     bins_from_box=0,
+    surface=0,
 )
 
 
@@ -136,6 +143,7 @@ class RoiGeometry(NamedTuple):
     least_count: int
     unread_pixels: int
     bins_from_box: int
+    surface: int
 
 
 def roi_geometry(

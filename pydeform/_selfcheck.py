@@ -179,6 +179,7 @@ def _gather_problem(operator: str, channels: int) -> Problem:
     return Problem({"value": eighths(2, 64, 2, channels), **more}, options, eighths(2, 6, 2 * channels))
 
 
+WITH_BOXES = ("prroi_pool", "roi_align")  # have a gradient of their boxes
 # Four boxes of 2 x 4 pixels of the input, inside and across its borders, times two for a spatial_scale of 1/2. Those of
 # deform_psroi_pool are rounded, and end one pixel later.
 BOXES = [[0, 1.5, 1.5, 9.5, 5.5], [1, -0.5, 3.5, 7.5, 7.5], [1, 5.5, -0.5, 13.5, 3.5], [0, 3.5, 5.5, 11.5, 9.5]]
@@ -202,7 +203,7 @@ def _roi_problem(operator: str, channels: int) -> Problem:
     elif operator == "deform_roi_pool":
         options |= {"output_size": pooled, "sampling_ratio": 2, "gamma": 0.25}
         optional["offset"] = rng.integers(-2, 3, (count, 2, *pooled)).astype(float)
-    elif operator in ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align"):
+    elif operator in ("roi_pool", "roi_align", "prroi_pool", "ps_roi_pool", "ps_roi_align"):
         options |= {"output_size": pooled} | ({"sampling_ratio": 2} if operator.endswith("align") else {})
         in_channels *= pooled[0] * pooled[1] if operator.startswith("ps_") else 1
     else:
@@ -280,19 +281,26 @@ def _check_special_case(operator: str, backend: Backend) -> None:
 def _check_gradients(operator: str, backend: Backend) -> None:
     p = problem(operator)
     forward, backward = (getattr(pydeform, name) for name in (operator, f"{operator}_backward"))
+    wrt = [name for name in p.arrays if name != "boxes"]
+    more = {}
+    if operator in WITH_BOXES:
+        more["corners"] = p.arrays["boxes"][:, 1:]  # an argument of its own, since a batch index has no neighbours
+        wrt.append("corners")
 
     def send(arguments: dict[str, Any]) -> dict[str, Any]:
+        if "corners" in arguments:
+            corners = arguments.pop("corners")
+            arguments["boxes"] = np.concatenate([arguments["boxes"][:, :1], corners], axis=1)
         return {n: backend.send(a) if isinstance(a, np.ndarray) else a for n, a in arguments.items()}
 
     def grads(grad_output: Any, **arguments: Any) -> dict[str, Any]:
-        found = backward(backend.send(grad_output), **send(arguments))._asdict()
-        return {name: None if grad is None else backend.fetch(grad) for name, grad in found.items()}
+        needs = [name for name in p.arrays if name in wrt or (name == "boxes" and more)]
+        found = backward(backend.send(grad_output), **send(arguments), needs=needs)._asdict()
+        found = {name: None if grad is None else backend.fetch(grad) for name, grad in found.items()}
+        return {**found, "corners": found["boxes"][:, 1:].copy()} if more else found
 
     gradcheck(
-        lambda **arguments: backend.fetch(forward(**send(arguments))),
-        grads,
-        {**p.arrays, **p.options},
-        wrt=[name for name in p.arrays if name != "boxes"],  # which have no gradient
+        lambda **arguments: backend.fetch(forward(**send(arguments))), grads, {**p.arrays, **p.options, **more}, wrt=wrt
     )
 
 

@@ -23,7 +23,15 @@ PACKAGE = Path(pydeform.__file__).parent
 # Backends have one twin for all of a family, whose operators differ in which arrays there are and in their geometry.
 FAMILIES = {
     "conv": ("conv1d", "conv2d", "conv3d", "deform_conv1d", "deform_conv2d", "deform_conv3d", "active_conv2d"),
-    "roi": ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool"),
+    "roi": (
+        "roi_pool",
+        "roi_align",
+        "prroi_pool",
+        "ps_roi_pool",
+        "ps_roi_align",
+        "deform_roi_pool",
+        "deform_psroi_pool",
+    ),
     "gather": ("ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation", "dcnv3", "dcnv4"),
 }
 

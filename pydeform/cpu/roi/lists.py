@@ -18,6 +18,7 @@ from pydeform.cpu.roi.bins import BROKEN, SOUND, pixels_read, points_read, round
 from pydeform.cpu.roi.boxes import found_box
 from pydeform.cpu.roi.offsets import move_bin
 from pydeform.cpu.roi.plan import LISTED
+from pydeform.cpu.roi.surface import surface_read
 
 
 class Lists(NamedTuple):
@@ -191,7 +192,7 @@ def lay_bins(box: Any, first: Any, last: Any, boxes: Any, lists: Any, g: Any) ->
         bin_size = size / real(g.pooled_w if axis else g.pooled_h)
         for bin_ in range(first[axis], last[axis]):
             slot = axis * lists.of_axis + bin_
-            lists.starts[slot] = begin + real(bin_) * bin_size if g.points else begin
+            lists.starts[slot] = begin + real(bin_) * bin_size if g.points or g.surface else begin
             lists.sizes[slot] = bin_size
 
 
@@ -236,7 +237,9 @@ def _list_axes(first: Any, last: Any, boxes: Any, lists: Any, g: Any, sloped: bo
                 slopes = advance(weights, lists.row)
                 start, size = lists.starts[slot], lists.sizes[slot]
                 if g.points:
-                    n, count = points_read(start, size, length, boxes, g, index, weights, slopes)
+                    n, count = points_read(start, size, length, boxes, g, index, weights, slopes, None)
+                elif g.surface:
+                    n, count = surface_read(start, size, length, boxes, index, weights, slopes, None)
                 else:
                     bin_ = slot - axis * lists.of_axis
                     n, count = pixels_read(bin_, start, size, length, boxes, g, index, weights, slopes)

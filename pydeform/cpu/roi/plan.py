@@ -73,6 +73,7 @@ class Scratch(NamedTuple):
     entries: Any
     places: Any
     products: Any
+    ends: Any  # beside the derivatives in `weights`: see edges.py
     own: Any
     offsets: Any
     pixels: Any
@@ -298,9 +299,17 @@ def size_of_lists(g: Any, boxes: Any) -> tuple[int, int]:
 
 
 def scratch_of(
-    kind: Kind, threads: int, width: int, *, tile: int = 0, copies: tuple[int, int, int] = (0, 0, 0), gathered: int = 0
+    kind: Kind,
+    threads: int,
+    width: int,
+    *,
+    tile: int = 0,
+    copies: tuple[int, int, int] = (0, 0, 0),
+    gathered: int = 0,
+    edges: int = 0,
 ) -> Workspace:
-    """`width`: most channels that are read at once; `tile`: bins; `copies`: numbers of each; `gathered`: pixels."""
+    """`width`: most channels that are read at once; `tile`: bins; `copies`: numbers of each; `gathered`: pixels;
+    `edges`: 1 if derivatives come in two parts."""
     g, dtype, slots, listed, *_ = kind
     pixel, number = pixel_dtype(g.in_h * g.in_w), np.dtype(np.int64)
     corners = 4 if g.is_max and g.points else 1
@@ -316,7 +325,8 @@ def scratch_of(
         ((threads, 2 * slots), dtype),
         ((threads, 3 * slots), number),
         ((threads, corners * LISTED), pixel),
-        ((threads, max(corners, 3) * LISTED), dtype),
+        ((threads, max(corners, 3 + edges) * LISTED), dtype),
+        ((threads, 2 * slots * edges, listed), dtype),
         *reader_parts(threads, gathered * corners, width, pixel, dtype),
     )
 
@@ -392,4 +402,18 @@ def planes_plan(kind: Kind, threads: int) -> Prepared:
             parts=-(-UNITS_OF_THREAD * threads // (4 * number)) if threads > 1 else 1,
             units=UNITS_OF_THREAD * threads,
         ),
+    )
+
+
+def edges_plan(kind: Kind, threads: int) -> Prepared:
+    """Of the boxes' gradient: box by box."""
+    g, dtype = kind.g, kind.dtype
+    blocks, width = blocks_of_class(g.out_channels, lanes_of(dtype))
+    sizes = copy_size(g, width) * (not kind.gathers), 0, g.boxes * width * (g.pooled_h * g.pooled_w + 1)
+    gathered = LISTED * kind.gathers
+    return Prepared(
+        4,
+        scratch_of(kind, threads, int(max(blocks["width"])), tile=1, copies=sizes, gathered=gathered, edges=1),
+        Tables(bins_of(g), blocks, np.empty(0, dtype)),
+        _plan(kind, width=width),
     )

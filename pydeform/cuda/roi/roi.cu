@@ -1,5 +1,5 @@
-// Kernels of roi_pool, roi_align, ps_roi_pool, ps_roi_align, deform_roi_pool and deform_psroi_pool. Equations are those
-// of docs/math/roi.md. Eq. 1 to 4, what a bin reads, are at one place for all kernels: roi/bins.cuh.
+// Kernels of roi_pool, roi_align, prroi_pool, ps_roi_pool, ps_roi_align, deform_roi_pool and deform_psroi_pool. Equations
+// are those of docs/math/roi.md. What a bin reads, eq. 1 to 4, 10 and 11, is at one place for all kernels: roi/bins.cuh.
 //
 // eq.          by warps, on a channels-last copy       by single threads, on the input as it is
 // 5, 6         pool_bins                               pool_direct

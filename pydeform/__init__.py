@@ -25,6 +25,7 @@ from pydeform.ops.prroi_pool import PrroiPoolGrads, prroi_pool, prroi_pool_backw
 from pydeform.ops.ps_roi_align import PsRoiAlignGrads, ps_roi_align, ps_roi_align_backward
 from pydeform.ops.ps_roi_pool import PsRoiPoolGrads, ps_roi_pool, ps_roi_pool_backward
 from pydeform.ops.roi_align import RoiAlignGrads, roi_align, roi_align_backward
+from pydeform.ops.roi_align_rotated import RoiAlignRotatedGrads, roi_align_rotated, roi_align_rotated_backward
 from pydeform.ops.roi_pool import RoiPoolGrads, roi_pool, roi_pool_backward
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "PsRoiAlignGrads",
     "PsRoiPoolGrads",
     "RoiAlignGrads",
+    "RoiAlignRotatedGrads",
     "RoiPoolGrads",
     "__version__",
     "active_conv2d",
@@ -87,6 +89,8 @@ __all__ = [
     "ps_roi_pool_backward",
     "roi_align",
     "roi_align_backward",
+    "roi_align_rotated",
+    "roi_align_rotated_backward",
     "roi_pool",
     "roi_pool_backward",
     "sampling_locations",

@@ -181,8 +181,10 @@ def _gather_problem(operator: str, channels: int) -> Problem:
 
 WITH_BOXES = ("prroi_pool", "roi_align")  # have a gradient of their boxes
 # Four boxes of 2 x 4 pixels of the input, inside and across its borders, times two for a spatial_scale of 1/2. Those of
-# deform_psroi_pool are rounded, and end one pixel later.
+# deform_psroi_pool are rounded, and end one pixel later; points of those that are turned keep away from the last that
+# count.
 BOXES = [[0, 1.5, 1.5, 9.5, 5.5], [1, -0.5, 3.5, 7.5, 7.5], [1, 5.5, -0.5, 13.5, 3.5], [0, 3.5, 5.5, 11.5, 9.5]]
+TURNED_BOXES = [[0, 5.5, 3.5, 8, 4, 0.5], [1, 3.5, 5.5, 8, 4, -1.25], [1, 9.5, 1.5, 8, 4, 2], [0, 7.5, 7.5, 8, 4, -1]]
 ROUNDED_BOXES = [[0, 1.25, 0.75, 8.25, 3.75], [1, -0.75, 3.25, 6.25, 6.25], [1, 5, -1, 12, 2], [0, 3, 5.25, 9.75, 7.75]]
 
 
@@ -190,7 +192,7 @@ def _roi_problem(operator: str, channels: int) -> Problem:
     """`channels` of the output, or of each of two classes. Points lie 1/4 from pixels and, where those are a border,
     from half way between them. No two pixels of a channel are equal, so that a maximum has no kink."""
     rng = np.random.default_rng(8)
-    boxes = np.array(ROUNDED_BOXES if operator == "deform_psroi_pool" else BOXES)
+    boxes = np.array({"deform_psroi_pool": ROUNDED_BOXES, "roi_align_rotated": TURNED_BOXES}.get(operator, BOXES))
     count, pooled, out_channels, in_channels = len(boxes), (1, 2), channels, channels
     options: dict[str, Any] = {"spatial_scale": 0.5}
     optional: dict[str, Any] = {}
@@ -203,8 +205,8 @@ def _roi_problem(operator: str, channels: int) -> Problem:
     elif operator == "deform_roi_pool":
         options |= {"output_size": pooled, "sampling_ratio": 2, "gamma": 0.25}
         optional["offset"] = rng.integers(-2, 3, (count, 2, *pooled)).astype(float)
-    elif operator in ("roi_pool", "roi_align", "prroi_pool", "ps_roi_pool", "ps_roi_align"):
-        options |= {"output_size": pooled} | ({"sampling_ratio": 2} if operator.endswith("align") else {})
+    elif operator in ("roi_pool", "roi_align", "roi_align_rotated", "prroi_pool", "ps_roi_pool", "ps_roi_align"):
+        options |= {"output_size": pooled} | ({"sampling_ratio": 2} if "align" in operator else {})
         in_channels *= pooled[0] * pooled[1] if operator.startswith("ps_") else 1
     else:
         raise NotImplementedError(f"check: no problem for {operator}")

@@ -110,7 +110,7 @@ def points_of(bin_size: Any, boxes: Any, g: Any) -> Any:
 
 
 @inline_always
-def _spread(bin_size: Any, points: Any, boxes: Any) -> tuple[Any, Any]:
+def spread_of(bin_size: Any, points: Any, boxes: Any) -> tuple[Any, Any]:
     """a and b with a / b the distance of two points, where (i + first_point) * a overflows for no point of the bin."""
     if abs(bin_size * points) < np.inf:
         return bin_size, points
@@ -132,7 +132,7 @@ def points_read(
     points = points_of(bin_size, boxes, g)
     if points > MANY_POINTS:
         return many_points_read(start, bin_size, length, boxes, g, index, weights, slopes, ends)
-    spread, divisor = _spread(bin_size, points, boxes)
+    spread, divisor = spread_of(bin_size, points, boxes)
     number = np.int64(max(points, zero))
     # In an image so large that its last coordinates are whole numbers or worse, rounded points leave pixels out.
     run = (zero <= bin_size) & (bin_size <= points) & (highest + real(0.25) > highest)
@@ -203,7 +203,7 @@ def points_listed(
     points = points_of(bin_size, boxes, g)
     if points > MANY_POINTS:
         return many_points_listed(start, bin_size, length, boxes, g, index, parts, slopes, ends)
-    spread, divisor = _spread(bin_size, points, boxes)
+    spread, divisor = spread_of(bin_size, points, boxes)
     n = 0
     for i in range(np.int64(max(points, zero))):
         y = start + (real(i) + real(g.first_point)) * spread / divisor
@@ -241,19 +241,19 @@ class Walk(NamedTuple):
 
 
 @inline_always
-def _walk(start: Any, bin_size: Any, length: int, boxes: Any, g: Any) -> Walk:
+def walk_between(lowest: Any, highest: Any, start: Any, bin_size: Any, boxes: Any, g: Any) -> Walk:
+    """Of the points of a bin, those from lowest to highest."""
     real = boxes.dtype.type
     zero, one = real(0), real(1)
     points = points_of(bin_size, boxes, g)
     step = bin_size / points
-    lowest, highest = -real(g.reach), rounded_down(length - 1, boxes) + real(g.reach)
     # The number of a point near the image, and where it lies.
     near, first_point = zero, real(g.first_point)
     if g.samples > 0:
         if step != zero:
             near = (lowest - start) / step - first_point
             near = min(max(np.ceil(near) if step > zero else np.floor(near), zero), points)
-        spread, divisor = _spread(bin_size, points, boxes)
+        spread, divisor = spread_of(bin_size, points, boxes)
         origin = start + (near + first_point) * spread / divisor
     else:
         # A step is a bit less than a pixel: start + near and points - bin_size are exact, and near 0 and 1.
@@ -278,9 +278,15 @@ def _walk(start: Any, bin_size: Any, length: int, boxes: Any, g: Any) -> Walk:
         last = last if (origin >= lowest) & (origin <= highest) else first - one
     if not (first <= last):  # NaN: infinitely far away
         return Walk(zero, zero, 0, True, False, zero, zero)
-    # The number fits: it is at most twice the image's length, or `samples`.
+    # The number fits: it is at most twice that of the pixels between, or `samples`.
     number, late = np.int64(last - first + one), (near + first_point) / points + first * pace
     return Walk(origin + first * step, step, number, first > least, last < most, late, pace)
+
+
+@inline_always
+def _walk(start: Any, bin_size: Any, length: int, boxes: Any, g: Any) -> Walk:
+    reach = boxes.dtype.type(g.reach)
+    return walk_between(-reach, rounded_down(length - 1, boxes) + reach, start, bin_size, boxes, g)
 
 
 @inline_always

@@ -43,7 +43,7 @@ def backward(given: Any, grads: Any, kind: Kind) -> None:
 @Kernel
 def _largest(thread: int, counters: Any, given: Any, output: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     call_helpers(thread, counters)
-    find_boxes(counters, 0, given.boxes, scratch.extents, scratch.states, g)
+    find_boxes(counters, 0, given.boxes, scratch, g)
     for s in range(len(tables.blocks)):
         if not p.gathers:
             convert_image(counters, 2 * s + 1, given, scratch.image, tables.blocks[s : s + 1], g, p)
@@ -165,7 +165,7 @@ def _largest_backward(
     thread: int, counters: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any
 ) -> None:
     call_helpers(thread, counters)
-    find_boxes(counters, 0, given.boxes, scratch.extents, scratch.states, g)
+    find_boxes(counters, 0, given.boxes, scratch, g)
     if not p.gathers:
         convert_image(counters, 1, given, scratch.image, tables.blocks, g, p)
         convert_grads(counters, 2, grads.output, scratch.grads, tables.blocks, g, p)

@@ -18,6 +18,7 @@ from pydeform.cpu.roi.bins import BROKEN, SOUND, pixels_read, points_read, round
 from pydeform.cpu.roi.boxes import found_box
 from pydeform.cpu.roi.offsets import move_bin
 from pydeform.cpu.roi.plan import LISTED
+from pydeform.cpu.roi.rotated import list_points, place_lines
 from pydeform.cpu.roi.surface import surface_read
 
 
@@ -43,6 +44,7 @@ class Lists(NamedTuple):
     states: Any
     of_axis: int  # the first slot of x
     row: int  # entries that a slot has room for
+    turns: Any  # of boxes, an array; if there are, a slot has a `rotated.Line`, with `entries` its points
 
 
 class Cursor(NamedTuple):
@@ -70,7 +72,7 @@ class Bin(NamedTuple):
     sy: int  # its slots
     sx: int
     state: int
-    listed: int  # pixels that it reads
+    listed: int  # pixels that it reads or, if boxes are turned, points that it may have in the image
 
 
 @inline_always
@@ -93,6 +95,7 @@ def lists_of(thread: int, given: Any, scratch: Any) -> Lists:
         at(scratch.states, (0,)),
         slots // 2,
         scratch.index.shape[2],
+        scratch.turns,
     )
 
 
@@ -115,6 +118,7 @@ def lists_from(lists: Any, y: int, x: int) -> Lists:
         lists.states,
         lists.of_axis + y - x,
         lists.row,
+        lists.turns,
     )
 
 
@@ -177,7 +181,9 @@ def list_bins(
         here, is_there = lists_from(lists, first[0], first[1]), lists.states[r] == SOUND
         if is_there:
             lay_bins(found_box(lists.extents, lists.states, r), first, last, offset, here, g)
-    if is_there:
+    if is_there and lists.turns is not None:
+        place_lines(r, first, last, here, g)
+    elif is_there:
         _list_axes(first, last, offset, here, g, span.sloped)
     return here, min(count, left)
 
@@ -285,8 +291,19 @@ def masked_scale(bin_: Any, here: Any, mask: Any, g: Any, p: Any) -> Any:
 
 
 @inline_always
-def list_pixels(bin_: Any, first: int, last: int, here: Any, g: Any) -> None:
-    """Entries [first, last) of a bin's rows x columns: pixels into places, A(row) * B(column) into products."""
+def list_pixels(bin_: Any, first: int, here: Any, g: Any) -> tuple[int, int]:
+    """What a bin reads, from number `first` of `bin_.listed` on: at most LISTED pixels into places, and their weights
+    into products. Gives how many these are, and the number to go on with."""
+    if here.turns is not None:
+        return list_points(bin_, first, LISTED, here, g)
+    last = min(first + LISTED, bin_.listed)
+    _list_products(bin_, first, last, here, g)
+    return last - first, last
+
+
+@inline_always
+def _list_products(bin_: Any, first: int, last: int, here: Any, g: Any) -> None:
+    """Entries [first, last) of a bin's rows x columns: A(row) * B(column) is the weight of a pixel."""
     columns = here.entries[bin_.sx]
     row = first // columns if first else 0
     column = first - row * columns

@@ -77,6 +77,7 @@ class Scratch(NamedTuple):
     own: Any
     offsets: Any
     pixels: Any
+    turns: Any  # of boxes: see rotated.Turn; None if they are not turned
 
 
 class Tables(NamedTuple):
@@ -133,14 +134,15 @@ def run(kernel: Any, make: Callable[[Kind, int], Prepared], kind: Kind, threads:
     prepare = _kept if g.pooled_h + g.pooled_w <= KEPT_BINS else _kept.__wrapped__
     how = prepare(make, kind, threads)
     arrays = how.workspace.take()
+    scratch = Scratch(*arrays)
     parallel.run(
         kernel,
-        kind.dtype.char + pixel_dtype(g.in_h * g.in_w).char,
+        kind.dtype.char + pixel_dtype(g.in_h * g.in_w).char + "turned" * bool(g.turn),
         threads,
         parallel.new_counters(how.phases),
         given,
         results,
-        Scratch(*arrays),
+        scratch if g.turn else scratch._replace(turns=None),  # None: compiled without what turns need
         how.tables,
         g,
         how.plan,
@@ -185,7 +187,7 @@ def given_arrays(
     input: Any, boxes: Any, offset: Any, mask: Any, g: Any, dtype: Any, gathers: bool, reads: bool = True
 ) -> Given:
     copied = reads and not gathers
-    boxes = contiguous(boxes, dtype, (g.boxes, 5))
+    boxes = contiguous(boxes, dtype, boxes.shape)
     return Given(
         contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)) if copied else np.empty((0, 1, 1), dtype),
         boxes,
@@ -269,6 +271,8 @@ def bins_of(g: Any) -> Any:
 def most_listed(g: Any) -> int:
     """Most entries of a bin on an axis, whichever way they are listed, and some room behind: eight are read at once."""
     longest = max(g.in_h, g.in_w)
+    if g.turn:
+        return BAND  # a slot has the few numbers of a `rotated.Line`; what points read is never all listed
     if g.points and g.is_max:
         return int(g.samples + 2 if 0 < g.samples <= MANY_POINTS else 2 * longest + 16)
     return int((min(2 * g.samples, longest) if g.samples and g.points else longest) + BAND)
@@ -291,7 +295,7 @@ def size_of_lists(g: Any, boxes: Any) -> tuple[int, int]:
     listed, slots = most_listed(g), round_up(max(g.pooled_h, g.pooled_w), BAND)  # eight are listed at once
     entry = 2 * (pixel_dtype(g.in_h * g.in_w).itemsize + 2 * boxes.dtype.itemsize)
     if slots * listed * entry > LIST_BYTES:
-        if not (g.points and g.is_max and g.samples):
+        if not (g.turn or (g.points and g.is_max and g.samples)):
             # Lists as long as bins, not as the image: every pixel, or point between, is one entry, or two.
             listed = int(min(listed, 2 * _longest_bin(boxes, g) + 16))
         slots = max(BAND, min(slots, LIST_BYTES // (listed * entry) // BAND * BAND))
@@ -328,6 +332,7 @@ def scratch_of(
         ((threads, max(corners, 3 + edges) * LISTED), dtype),
         ((threads, 2 * slots * edges, listed), dtype),
         *reader_parts(threads, gathered * corners, width, pixel, dtype),
+        ((g.boxes * bool(g.turn), 4), dtype),
     )
 
 

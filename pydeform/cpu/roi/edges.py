@@ -70,7 +70,7 @@ def _edges_of_means(
     thread: int, counters: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any
 ) -> None:
     call_helpers(thread, counters)
-    find_boxes(counters, 0, given.boxes, scratch.extents, scratch.states, g)
+    find_boxes(counters, 0, given.boxes, scratch, g)
     if not p.gathers:
         convert_image(counters, 1, given, scratch.image, tables.blocks, g, p)
     convert_grads(counters, 2, grads.output, scratch.grads, tables.blocks, g, p)
@@ -222,7 +222,7 @@ def _edges_of_largest(
     thread: int, counters: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any
 ) -> None:
     call_helpers(thread, counters)
-    find_boxes(counters, 0, given.boxes, scratch.extents, scratch.states, g)
+    find_boxes(counters, 0, given.boxes, scratch, g)
     if not p.gathers:
         convert_image(counters, 1, given, scratch.image, tables.blocks, g, p)
     unit = claim(counters, 3)

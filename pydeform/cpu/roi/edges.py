@@ -174,7 +174,7 @@ def _means_of_bin(bin_: Any, channels: Any, blocks: Any, lists: Any, scratch: An
     top = bottom = left = right = scratch.image.dtype.type(0)
     for done in range(0, bin_.listed, LISTED):
         until = min(done + LISTED, bin_.listed)
-        list_pixels(bin_, done, until, here, g)
+        list_pixels(bin_, done, here, g)
         _list_products(bin_, done, until, lists)
         for block in range(len(blocks)):
             row = blocks[block]

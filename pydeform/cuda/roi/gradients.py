@@ -83,3 +83,22 @@ def bin_gradients(
         )
     if grad_mask is not None:
         launch_threads("mask_gradient", input, g, grad_mask.size, (masks, grad_mask, geometry(g)), masks)
+
+
+def box_gradient(grads: Any, input: Any, boxes: Any, g: RoiGeometry, pitch: int, grad_boxes: Any) -> None:
+    """Eq. 12 for each bin, then eq. 13."""
+    bins = g.boxes * g.pooled_h * g.pooled_w
+    own = own_types(input, boxes)
+    edges = cupy.empty((bins, 4), compute_dtype(input.dtype))
+    if g.is_max or is_direct(g):
+        name, threads = ("edge_gradients_of_largest", 32 * bins) if g.is_max else ("edge_gradients_direct", bins)
+        numbers = (geometry(g), np.int32(pitch))
+        launch_threads(name, input, g, threads, (grads, input, boxes, edges, *numbers), grads, edges, suffix=own)
+    else:
+        lanes = np.int32(lanes_of(pitch, input))
+        for copy, images in copies_of(input, g, pitch):
+            arguments = (grads, copy, boxes, edges, geometry(g), geometry(images), np.int32(pitch), lanes)
+            launch_threads("edge_gradients", input, g, 32 * bins, arguments, grads, edges, copy, suffix=own)
+    launch_threads(
+        "box_gradient", input, g, 5 * g.boxes, (boxes, edges, grad_boxes, geometry(g)), edges, grad_boxes, suffix=own
+    )

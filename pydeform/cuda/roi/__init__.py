@@ -31,7 +31,7 @@ from pydeform.cuda.core.copies import contiguous, to_channels_last
 from pydeform.cuda.core.launch import geometry
 from pydeform.cuda.core.numbers import own_types
 from pydeform.cuda.roi.gradients import bin_gradients, box_gradient, input_gradient
-from pydeform.cuda.roi.launches import CODE, find_largest, launch_threads, pool_by_warps
+from pydeform.cuda.roi.launches import code_of, find_largest, launch_threads, pool_by_warps
 from pydeform.cuda.roi.plan import check_size, is_direct, pitch_of
 
 
@@ -61,7 +61,7 @@ def backward(grad_output: Any, arrays: Any, g: Any, needs: Any, **_options: bool
         )
         pitch = g.out_channels // g.classes if is_direct(g) else pitch_of(g, input)
         # (R, bins, classes, pitch), and one row of zeros that nothing reads
-        grads = to_channels_last(CODE, grad_output, g.out_channels // g.classes, pitch)
+        grads = to_channels_last(code_of(g), grad_output, g.out_channels // g.classes, pitch)
         if grad_input is not None:
             input_gradient(grads, input, boxes, offset, mask, g, pitch, grad_input)
         if grad_offset is not None or grad_mask is not None:

@@ -15,7 +15,6 @@ constexpr int MANY = 1;       // the points are a walk
 constexpr int BEFORE = 2;     // points that do not count come before those that do, or no point counts
 constexpr int AFTER = 4;      // points that do not count come after those that do
 constexpr int BACKWARDS = 8;  // the last point has the lowest coordinate
-constexpr int WHOLE = 16;     // no points, but all between pixels: what lies in one cell is taken together
 
 PYDEFORM_DEVICE float round_up(float v) { return ceilf(v); }
 PYDEFORM_DEVICE double round_up(double v) { return ceil(v); }
@@ -276,16 +275,13 @@ template <class A> PYDEFORM_DEVICE void read_surface(Axis<A>& a) {
   read_nothing(a);
   const A start = a.start, length = (A)a.length;
   if (!(a.bin > 0 && start < length && start + a.bin > -1)) return;
-  a.walk = WHOLE;
   a.low = min((int)max(start, (A)0), a.length - 1);
   const int last = clamped(round_up(start + a.bin), a.length - 1);
   a.high = min(last + 2, a.length);
   a.points = last - (start < 0 ? -1 : a.low) + 1;
 }
 
-template <class A> PYDEFORM_DEVICE int first_cell(const Axis<A>& a) {
-  return a.walk & WHOLE && a.start < 0 ? -1 : a.low;
-}
+template <class A> PYDEFORM_DEVICE int first_cell(const Axis<A>& a) { return SURFACE && a.start < 0 ? -1 : a.low; }
 
 // What lies of a bin in the cell between pixel c and the next; beyond the image there are zeros. The twin of
 // `surface_read`, which says how a small bin keeps its digits.
@@ -305,21 +301,19 @@ template <class A> struct Part {
     low = share * (1 - place);
     high = share * place;
   }
-  // Derivatives of the lower (0) and the upper pixel's weight, eq. 11.
-  PYDEFORM_DEVICE void edges(A bin, A (&by_start)[2], A (&by_end)[2]) const {
+  PYDEFORM_DEVICE A weight(bool upper) const { return upper ? high : low; }
+  // Derivatives of the lower or the upper pixel's weight, eq. 11.
+  PYDEFORM_DEVICE void edges(A bin, bool upper, A& by_start, A& by_end) const {
     if (bin < 1) {  // the differences below would be of close numbers
-      const A half = share / 2, late = left >= 1 ? 1 - half : right < 1 ? (A)0.5 : half;
-      by_end[1] = share * late;
-      by_start[1] = share - by_end[1];
-      by_start[0] = -by_start[1];
-      by_end[0] = -by_end[1];
+      const A half = share / 2, late = left >= 1 ? 1 - half : right < 1 ? (A)0.5 : half, whole = upper ? share : -share;
+      by_end = whole * late;
+      by_start = whole - by_end;
       return;
     }
-    const bool at_start = left <= 1, at_end = right <= 1;
-    by_start[0] = (low - (at_start ? left : (A)0)) / bin;
-    by_start[1] = (high - (at_start ? 1 - left : (A)0)) / bin;
-    by_end[0] = ((at_end ? 1 - right : (A)0) - low) / bin;
-    by_end[1] = ((at_end ? right : (A)0) - high) / bin;
+    const A at_start = left <= 1 ? upper ? 1 - left : left : (A)0,
+            at_end = right <= 1 ? upper ? right : 1 - right : (A)0;
+    by_start = (weight(upper) - at_start) / bin;
+    by_end = (at_end - weight(upper)) / bin;
   }
 };
 
@@ -338,7 +332,7 @@ template <class A> PYDEFORM_DEVICE Reading<A> read_part(const Axis<A>& a, int c)
 // What a sum goes through: each point or, of a walk and of a surface, each cell.
 template <class A> PYDEFORM_DEVICE int readings(const Axis<A>& a) { return a.walk & MANY ? a.high - a.low : a.points; }
 template <class A> PYDEFORM_DEVICE Reading<A> reading(const Axis<A>& a, int j, const RoiGeometry& g) {
-  if (a.walk & WHOLE) return read_part(a, first_cell(a) + j);
+  if (SURFACE) return read_part(a, first_cell(a) + j);
   return a.walk & MANY ? read_cell(a, a.low + j, g) : Reading<A>(a.at(j, g), a.length, g);
 }
 
@@ -373,7 +367,7 @@ template <int N, class A>
 PYDEFORM_DEVICE void readings_near(const Axis<A>& a, int k, int& begin, int& end, const RoiGeometry& g) {
   begin = 0;
   end = a.points;
-  if (a.walk & (MANY | WHOLE)) {
+  if (SURFACE || a.walk & MANY) {
     const int first = first_cell(a);
     begin = max(k - 1 - first, 0);
     end = min(k + N - first, readings(a));
@@ -392,7 +386,7 @@ PYDEFORM_DEVICE unsigned weights_of(const Axis<A>& a, int k, A (&w)[N], A (&slop
   unsigned reads = 0;
 #pragma unroll
   for (int i = 0; i < N; i++) {
-    const bool inside = !g.points && !g.surface && k + i >= a.low && k + i < a.high;  // points, surface
+    const bool inside = !SURFACE && !g.points && k + i >= a.low && k + i < a.high;  // points
     w[i] = inside ? 1 : 0;
     slope[i] = 0;
     reads |= (unsigned)inside << i;
@@ -433,14 +427,14 @@ template <class A> PYDEFORM_DEVICE bool read_edge(RoiEdge<A>& edge, const Axis<A
     const Reading<A> point = reading(a, j, g);
     if (point.number == 0 || (k != point.lower && k != point.upper)) continue;
     reads = true;
-    if (a.walk & WHOLE) {
+    if (SURFACE) {
       const Part<A> part(a, first_cell(a) + j);
-      const int upper = k > first_cell(a) + j;
-      A by_start[2], by_end[2];
-      part.edges(a.bin, by_start, by_end);
-      edge.weight += upper ? part.high : part.low;
-      edge.by_start += by_start[upper];
-      edge.by_end += by_end[upper];
+      const bool upper = k > first_cell(a) + j;
+      A by_start, by_end;
+      part.edges(a.bin, upper, by_start, by_end);
+      edge.weight += part.weight(upper);
+      edge.by_start += by_start;
+      edge.by_end += by_end;
       continue;
     }
     // Of all points of a cell that move, which are the last of it, in closed form.
@@ -516,7 +510,7 @@ PYDEFORM_DEVICE Axis<A> read_axis(const Extent<A>& box, A move, int p, int poole
   if (nothing) return a;
   if (g.points) {  // points
     read_points(a, g);
-  } else if (g.surface) {  // surface
+  } else if (SURFACE && g.surface) {  // surface
     read_surface(a);
   } else {
     read_pixels(a, box.begin, p, g);

@@ -10,7 +10,7 @@ import numpy as np
 from pydeform._roi_geometry import RoiGeometry
 from pydeform.cuda.core.launch import geometry, kernel, launch
 from pydeform.cuda.core.numbers import C_TYPES, ceil_div, compute_dtype, index_type, own_types, round_up
-from pydeform.cuda.roi.launches import CODE, THREADS, copies_of, find_largest, launch_threads
+from pydeform.cuda.roi.launches import THREADS, code_of, copies_of, find_largest, launch_threads
 from pydeform.cuda.roi.plan import is_direct, lanes_of, outputs, size_of
 
 TILE = (2, 8)  # pixels of a block of input_gradient
@@ -35,7 +35,7 @@ def input_gradient(
     tiles = ceil_div(g.in_h, TILE[0]) * ceil_div(g.in_w, TILE[1])
     index = index_type(input.size, grads.size, size_of(offset), size_of(winners))
     launch(
-        kernel(CODE, f"input_gradient<{C_TYPES[input.dtype.name]}, {index}, {reads}{own}>"),
+        kernel(code_of(g), f"input_gradient<{C_TYPES[input.dtype.name]}, {index}, {reads}{own}>"),
         (g.batch * tiles * ceil_div(g.in_channels, threads),),
         threads,
         (grads, boxes, offset, mask, bounds, winners, grad_input, geometry(g), np.int32(pitch)),

@@ -35,7 +35,7 @@ class Rules(NamedTuple):
     unread_pixels: int  # rows and columns at the end of the image that no bin reads
     bins_from_box: int  # 1: floor and ceil are taken before the start of the box is added
     # Of neither (`points` is 0).
-    surface: int  # 1: a bin reads all of the bilinear surface in it, and the mean is exact
+    surface: int = 0  # 1: a bin reads all of the bilinear surface in it, and the mean is exact
 
 
 # torchvision's csrc/ops/{cpu,cuda}/roi_pool_kernel; the same in MXNet's ROIPooling and mmcv's roi_pool.
@@ -53,7 +53,6 @@ ROI_POOL = Rules(
     least_count=1,
     unread_pixels=0,
     bins_from_box=1,
-    surface=0,
 )
 PS_ROI_POOL = {
     # torchvision's csrc/ops/{cpu,cuda}/ps_roi_pool_kernel, its forward: bins end at H - 1 and W - 1.
@@ -76,7 +75,6 @@ ROI_ALIGN = Rules(
     least_count=1,
     unread_pixels=0,
     bins_from_box=0,
-    surface=0,
 )
 ROI_ALIGN_ALIGNED = ROI_ALIGN._replace(half_pixel=1, least_size=NO_LEAST_SIZE)
 PS_ROI_ALIGN = ROI_ALIGN_ALIGNED._replace(least_count=0)  # torchvision's csrc/ops/{cpu,cuda}/ps_roi_align_kernel
@@ -98,7 +96,6 @@ DEFORM_PSROI_POOL = Rules(
     least_count=1,
     unread_pixels=0,
     bins_from_box=0,
-    surface=0,
 )
 
 

@@ -188,7 +188,7 @@ PYDEFORM_DEVICE void read_point(const T* plane, const Reading<A>& y, const Readi
 template <class A, class T>
 PYDEFORM_DEVICE void read_all(const T* plane, const Bin<A>& bin, const RoiGeometry& g, A& value, A& along_y,
                               A& along_x) {
-  if (SURFACE || g.points) {
+  if (g.points | SURFACE) {
     for (int i = 0; i < readings(bin.y); i++) {
       const Reading<A> y = reading(bin.y, i, g);
       A row = 0, row_y = 0, row_x = 0;  // sums of sums lose far less than one over all points

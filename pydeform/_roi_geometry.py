@@ -35,7 +35,7 @@ class Rules(NamedTuple):
     unread_pixels: int  # rows and columns at the end of the image that no bin reads
     bins_from_box: int  # 1: floor and ceil are taken before the start of the box is added
     # Of neither (`points` is 0).
-    surface: int  # 1: a bin reads all of the bilinear surface in it, and the mean is exact
+    surface: int = 0  # 1: a bin reads all of the bilinear surface in it, and the mean is exact
     # 0: a box is two of its corners. Else its centre, size and angle, and points are not separable: the box is turned,
     # as seen in the image, counterclockwise (1) or clockwise (-1) by a positive angle.
     turn: int = 0
@@ -56,7 +56,6 @@ ROI_POOL = Rules(
     least_count=1,
     unread_pixels=0,
     bins_from_box=1,
-    surface=0,
 )
 PS_ROI_POOL = {
     # torchvision's csrc/ops/{cpu,cuda}/ps_roi_pool_kernel, its forward: bins end at H - 1 and W - 1.
@@ -79,7 +78,6 @@ ROI_ALIGN = Rules(
     least_count=1,
     unread_pixels=0,
     bins_from_box=0,
-    surface=0,
 )
 ROI_ALIGN_ALIGNED = ROI_ALIGN._replace(half_pixel=1, least_size=NO_LEAST_SIZE)
 # mmcv's ops/csrc/common/cuda/roi_align_rotated_cuda_kernel.cuh, by `aligned` and `clockwise`.
@@ -107,7 +105,6 @@ DEFORM_PSROI_POOL = Rules(
     least_count=1,
     unread_pixels=0,
     bins_from_box=0,
-    surface=0,
 )
 
 

@@ -25,7 +25,7 @@ INSTANCES = [instance for code in kernels.CODES for instance in kernels.instance
 
 
 def named(code):
-    return f"{code.file}{code.axes}{'_active' * code.active}"
+    return f"{code.file}{code.axes}{'_active' * code.active}{'_surface' * code.surface}"
 
 
 def sample():

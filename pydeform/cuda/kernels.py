@@ -18,7 +18,7 @@ OUTPUTS = (256, 64, 128)  # of a group: for each there is a width of tile
 
 CODES = (
     *(Code("conv"), Code("conv", 1), Code("conv", 3), Code("conv", 2, active=True)),
-    *(Code("roi"), Code("gather")),
+    *(Code("roi"), Code("roi", surface=True), Code("gather")),
 )
 
 
@@ -38,7 +38,7 @@ def instances(code: Code) -> list[Instance]:
     """
     found: dict[str, tuple[set[str], int]] = {}
     if code.file == "roi":
-        expressions = _roi()
+        expressions = _of_surface() if code.surface else _roi()
     elif code.file == "gather":
         expressions = _gather()
     elif code.active:
@@ -174,6 +174,8 @@ def _roi() -> Iterator[tuple[str, tuple[str, ...], int]]:
             yield f"{name}<{c}, int>", EVERY[:1] if dtype == "float16" else newest, 128 if wide else 96
         for points in ("false", "true"):
             yield f"pool_largest<{c}, int, {points}>", newest, 96
+        for name in ("edge_gradients", "edge_gradients_direct", "edge_gradients_of_largest", "box_gradient"):
+            yield f"{name}<{c}, int>", newest, 168 if wide else 128
     # Boxes and offsets in float32 beside a half type, one or both.
     yield "pool_bins<f16, int, float>", EVERY[-1:], 80
     yield "pool_bins<bf16, int, float, float>", EVERY[-1:], 80
@@ -183,9 +185,23 @@ def _roi() -> Iterator[tuple[str, tuple[str, ...], int]]:
     direct = ("pool_direct<bf16, int", "bin_gradients_direct<bf16, int", "box_bounds<bf16, int")
     for name in (*direct, "pool_largest<bf16, int, false", "pool_largest<bf16, int, true"):
         yield f"{name}, float, float>", EVERY[-1:], 96
+    for name in ("edge_gradients", "edge_gradients_direct", "edge_gradients_of_largest", "box_gradient"):
+        yield f"{name}<bf16, int, float>", EVERY[-1:], 128
     for c in ("f16", "double"):
         for name in ("pool_bins<{}, long long>", "bin_gradients<{}, long long>", "input_gradient<{}, long long, 0>"):
             yield name.format(c), EVERY[-1:], 255 if c == "double" else 128
+
+
+def _of_surface() -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """The kernels that prroi_pool has, in few types: others differ in what they load."""
+    for c in ("double", "float", "f16"):
+        wide, newest = c == "double", EVERY[-1:]
+        yield f"pool_bins<{c}, int>", newest, 168 if wide else 80
+        yield f"input_gradient<{c}, int, 0>", newest, 255 if wide else 128
+        for name in ("pool_direct", "box_bounds"):
+            yield f"{name}<{c}, int>", newest, 128 if wide else 96
+        for name in ("edge_gradients", "edge_gradients_direct"):
+            yield f"{name}<{c}, int>", newest, 168 if wide else 128
 
 
 def _gather() -> Iterator[tuple[str, tuple[str, ...], int]]:

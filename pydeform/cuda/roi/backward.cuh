@@ -1,4 +1,4 @@
-// Gradients of the RoI operators (docs/math/roi.md, eq. 7 to 9), without atomics: every result has one owner, which sums
+// Gradients of the RoI operators (docs/math/roi.md, eq. 7 to 9, 12 and 13), without atomics: every result has one owner, which sums
 // in one order, so a run's bits never differ.
 //
 // `grads` is grad_output as (R, bins, classes, pitch): a class's channels side by side, with room for `pitch` of them.
@@ -362,4 +362,182 @@ __global__ void __launch_bounds__(ROI_THREADS)
   A sum = 0;
   for (int label = 0; label < g.classes; label++) sum += masks[i * g.classes + label];
   grad_mask[i] = from_float<T>(sum);
+}
+
+// What changes at the four edges of a bin: sums over its channels of grad_output times the derivative by its top, bottom,
+// left and right.
+template <class A> struct EdgeSums {
+  A top, bottom, left, right;
+  PYDEFORM_DEVICE EdgeSums() { top = bottom = left = right = 0; }
+  PYDEFORM_DEVICE void add(const RoiEdge<A>& y, const RoiEdge<A>& x, A dot) {
+    top += y.by_start * x.weight * dot;
+    bottom += y.by_end * x.weight * dot;
+    left += y.weight * x.by_start * dot;
+    right += y.weight * x.by_end * dot;
+  }
+  PYDEFORM_DEVICE void add_other_lanes() {
+#pragma unroll
+    for (int other = 16; other > 0; other /= 2) {
+      top += __shfl_xor_sync(0xffffffffu, top, other);
+      bottom += __shfl_xor_sync(0xffffffffu, bottom, other);
+      left += __shfl_xor_sync(0xffffffffu, left, other);
+      right += __shfl_xor_sync(0xffffffffu, right, other);
+    }
+  }
+  // What box_gradient takes from edges (R, bins, 4), for a bin of a mean over `count`.
+  template <class AnyBin> PYDEFORM_DEVICE void put(A* edges, const AnyBin& bin, A count) const {
+    const A nothing = bin.broken ? not_a_number<A>() : (A)0;
+    const bool sound = !bin.broken && bin.reads();
+    edges[0] = sound ? top / count : nothing;
+    edges[1] = sound ? bottom / count : nothing;
+    edges[2] = sound ? left / count : nothing;
+    edges[3] = sound ? right / count : nothing;
+  }
+};
+
+// Eq. 12 of each bin: edges (R, bins, 4), of operators whose bins all read the same channels.
+// Owner: one warp per (r, bin), as bin_gradients.
+template <class T, class I, class TBoxes = T>
+__global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 2)
+    edge_gradients(const T* __restrict__ grads, const T* __restrict__ image, const TBoxes* __restrict__ boxes,
+                   Compute<T>* __restrict__ edges, RoiGeometry g, RoiImages images, int pitch, int lanes) {
+  using A = Compute<T>;
+  constexpr int E = 16 / sizeof(T);
+  PYDEFORM_SHARED(Axis<A>, axes, ROI_WARPS * 2);
+  PYDEFORM_SHARED(RoiEdge<A>, taps, ROI_WARPS * 32);
+  const int bins = g.pooled_h * g.pooled_w;
+  const I at = (I)blockIdx.x * ROI_WARPS + threadIdx.x / 32;
+  if (at >= (I)g.boxes * bins) return;
+  const int r = (int)(at / bins), place = (int)(at - (I)r * bins);
+  const RoiBox<A> box = read_box(boxes, r, g);
+  if (!images.have(box)) return;
+
+  const int lane = threadIdx.x % 32, chunk = lane % lanes, sub = lane / lanes, at_once = 32 / lanes;
+  WarpBin<A> bin;
+  bin.template read<TBoxes, I>(axes, box, nullptr, r, place, 0, g);
+  const T* const source = image + (I)(box.image - images.first) * g.in_h * g.in_w * pitch;
+  RoiEdge<A>*const rows = taps + threadIdx.x / 32 * 32, *const columns = rows + 16;
+  EdgeSums<A> sums;
+  for (int y = bin.top; y < bin.bottom; y += 16) {
+    for (int x = bin.left; x < bin.right; x += 16) {
+      int many_rows, many;
+      __syncwarp();
+      bin.list(rows, y, x, many_rows, many, g);
+      __syncwarp();
+      if (many == 0) continue;
+      for (int channel = chunk * E; channel < pitch; channel += lanes * E) {
+        A grad[E];
+        unpack<T>(grad, load16(grads + at * pitch + channel));
+        for (int i = sub; i < many_rows * many; i += at_once) {
+          const RoiEdge<A> row = rows[i / many], column = columns[i % many];
+          A v[E], dot = 0;
+          unpack<T>(v, load16(source + ((I)row.pixel * g.in_w + column.pixel) * pitch + channel));
+#pragma unroll
+          for (int e = 0; e < E; e++) dot += grad[e] * v[e];
+          sums.add(row, column, dot);
+        }
+      }
+    }
+  }
+  sums.add_other_lanes();
+  if (lane == 0) sums.put(edges + 4 * at, bin, bin.count);
+}
+
+// What edge_gradients computes, on the input as it is (N, C, H, W).
+// Owner: one thread per (r, bin).
+template <class T, class I, class TBoxes = T>
+__global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 2)
+    edge_gradients_direct(const T* __restrict__ grads, const T* __restrict__ input, const TBoxes* __restrict__ boxes,
+                          Compute<T>* __restrict__ edges, RoiGeometry g, int pitch) {
+  using A = Compute<T>;
+  const int bins = g.pooled_h * g.pooled_w;
+  const I at = (I)blockIdx.x * ROI_THREADS + threadIdx.x;
+  if (at >= (I)g.boxes * bins) return;
+  const int r = (int)(at / bins), place = (int)(at - (I)r * bins);
+  const RoiBox<A> box = read_box(boxes, r, g);
+  const Bin<A> bin = read_bin<TBoxes, I>(box, nullptr, r, place, 0, g);
+  const I pixels = (I)g.in_h * g.in_w;
+  const T* const planes = input + (I)box.image * g.in_channels * pixels;
+  EdgeSums<A> sums;
+  for (int y = bin.y.low; y < bin.y.high; y++) {
+    RoiEdge<A> row, column;
+    if (!read_edge(row, bin.y, y, g)) continue;
+    for (int x = bin.x.low; x < bin.x.high; x++) {
+      if (!read_edge(column, bin.x, x, g)) continue;
+      A dot = 0;
+      for (int c = 0; c < g.out_channels; c++)
+        dot += to_float(grads[at * pitch + c]) * to_float(planes[c * pixels + (I)y * g.in_w + x]);
+      sums.add(row, column, dot);
+    }
+  }
+  sums.put(edges + 4 * at, bin, bin.count);
+}
+
+// The same of maxima of points: of each channel the point that has won.
+// Owner: one warp per (r, bin), its lanes on channels.
+template <class T, class I, class TBoxes = T>
+__global__ void __launch_bounds__(ROI_THREADS, sizeof(T) == 8 ? 1 : 2)
+    edge_gradients_of_largest(const T* __restrict__ grads, const T* __restrict__ input,
+                              const TBoxes* __restrict__ boxes, Compute<T>* __restrict__ edges, RoiGeometry g,
+                              int pitch) {
+  using A = Compute<T>;
+  const int bins = g.pooled_h * g.pooled_w;
+  const I at = (I)blockIdx.x * ROI_WARPS + threadIdx.x / 32;
+  if (at >= (I)g.boxes * bins) return;
+  const int r = (int)(at / bins), place = (int)(at - (I)r * bins);
+  const RoiBox<A> box = read_box(boxes, r, g);
+  const Bin<A> bin = read_bin<TBoxes, I>(box, nullptr, r, place, 0, g);
+  EdgeSums<A> sums;
+  for (int c = threadIdx.x % 32; c < g.out_channels; c += 32) {
+    const T* const plane = plane_of<T, I>(input, box.image, c, place, g);
+    Best<A> best;
+    A at_y = -1;
+    unsigned winner_y = 0, winner_x = 0;
+    for_each_point(plane, bin, g, [&](A value, A y, A, unsigned j, unsigned k) {
+      if (best.take(value)) at_y = y, winner_y = j, winner_x = k;
+    });
+    if (at_y < 0) continue;
+    A y, x, value, along_y, along_x;
+    candidate(bin.y, winner_y, y, g);
+    candidate(bin.x, winner_x, x, g);
+    read_point(plane, Reading<A>(y, g.in_h, g), Reading<A>(x, g.in_w, g), g.in_w, value, along_y, along_x);
+    const A grad = to_float(grads[at * pitch + c]);
+    const A late_y = late_of(bin.y, point_of_candidate(bin.y, winner_y), g);
+    const A late_x = late_of(bin.x, point_of_candidate(bin.x, winner_x), g);
+    sums.top += grad * along_y * (1 - late_y);
+    sums.bottom += grad * along_y * late_y;
+    sums.left += grad * along_x * (1 - late_x);
+    sums.right += grad * along_x * late_x;
+  }
+  sums.add_other_lanes();
+  if (threadIdx.x % 32 == 0) sums.put(edges + 4 * at, bin, bin.broken ? not_a_number<A>() : (A)1);
+}
+
+// Eq. 13: sums over the bins of a box, in their order.
+// Owner: one thread per element of grad_boxes (R, 5).
+template <class T, class I, class TBoxes = T>
+__global__ void __launch_bounds__(ROI_THREADS)
+    box_gradient(const TBoxes* __restrict__ boxes, const Compute<T>* __restrict__ edges,
+                 TBoxes* __restrict__ grad_boxes, RoiGeometry g) {
+  using A = Compute<T>;
+  const I i = (I)blockIdx.x * ROI_THREADS + threadIdx.x;
+  if (i >= (I)g.boxes * 5) return;
+  const int r = (int)(i / 5), column = (int)(i - (I)r * 5);
+  if (column == 0) {
+    grad_boxes[i] = from_float<TBoxes>((A)0);
+    return;
+  }
+  const bool is_x = column % 2, is_end = column > 2;
+  const int bins = g.pooled_h * g.pooled_w, pooled = is_x ? g.pooled_w : g.pooled_h;
+  const A scale = (A)g.spatial_scale, begin = to_float(boxes[i - is_end * 2]), end = to_float(boxes[i + !is_end * 2]);
+  const bool least = times(end, scale) - times(begin, scale) < (A)g.least_size;  // least_size: the end moves nothing
+  A sum = 0;
+  for (int place = 0; place < bins; place++) {
+    const int p = is_x ? place % g.pooled_w : place / g.pooled_w;
+    const A* const edge = edges + 4 * ((I)r * bins + place) + 2 * is_x;
+    const A first = is_end ? (A)p / (A)pooled : (A)(pooled - p) / (A)pooled;
+    const A last = is_end ? (A)(p + 1) / (A)pooled : (A)(pooled - p - 1) / (A)pooled;
+    sum += least ? edge[0] + edge[1] : edge[0] * first + edge[1] * last;
+  }
+  grad_boxes[i] = from_float<TBoxes>(sum * (least && is_end ? (A)0 : scale));
 }

@@ -8,8 +8,11 @@
 //   maximum    the same with the winners of pool_largest
 // 8            bin_gradients, then mask_gradient       bin_gradients_direct, then mask_gradient
 // 9            bin_gradients, then offset_gradient     bin_gradients_direct, then offset_gradient
+// 12, 13       edge_gradients, then box_gradient       edge_gradients_direct, then box_gradient
+//   maximum                                            edge_gradients_of_largest, then box_gradient
 //
 // The maximum is that of pixels in roi_pool, and of points in roi_align with mode="max". Eq. 8 and 9 are for
-// deform_roi_pool and deform_psroi_pool, which have offsets and a mask. Other differences are the rules in RoiGeometry.
+// deform_roi_pool and deform_psroi_pool, which have offsets and a mask, eq. 12 and 13 for roi_align and prroi_pool. Other
+// differences are the rules in RoiGeometry.
 #include "roi/forward.cuh"
 #include "roi/backward.cuh"

@@ -584,9 +584,8 @@ def operator_of_prroi_pool(input, boxes, output_size, spatial_scale=1.0):
         size = end - begin
         if not (_finite(size) and size > 0):
             return None
-        begin, end = Fraction(float(begin)), Fraction(float(end))
         parts = Fraction(p, pooled), Fraction(p + 1, pooled)
-        first, last = (begin + part * (end - begin) for part in parts)
+        first, last = (Fraction(float(begin)) + part * Fraction(float(size)) for part in parts)
         pixels = _means_of_hats(first, last, parts, length)
         return Axis([pixels], 1, size, size / pooled, [float(first), float(last)])
 

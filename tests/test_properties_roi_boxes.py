@@ -306,7 +306,7 @@ def test_on_a_ramp_each_corner_has_its_share(backend, kind, data, slope_x, slope
     """Its value in the middle of a bin, whose place is (1 - part) of one corner and part of the other."""
     p = drawn(data, kind, inside=True)
     (*_, height, width), scale = p.arrays["input"].shape, p.variant.options["spatial_scale"]
-    ramp = slope_y * np.arange(height)[:, None] + slope_x * np.arange(width)
+    ramp = slope_y * np.arange(float(height))[:, None] + slope_x * np.arange(width)
     output, grads = p.changed(input=np.broadcast_to(ramp, p.arrays["input"].shape).copy()).solve(backend)
     parts_y, parts_x = ((np.arange(n) + 0.5) / n for n in p.variant.pooled)
     _, x1, y1, x2, y2 = p.arrays["boxes"].T[..., None] * scale - (0.5 if p.variant.options.get("aligned") else 0)

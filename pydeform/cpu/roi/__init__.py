@@ -15,8 +15,9 @@ Which problem takes which way, and why:
 - few boxes on a large image (`plan.prefers_planes`): each of these ways, but pixels are gathered from the image as it
   lies, since the copy would be most of the work
 
-What they share: `plan` decides, `boxes` and `bins` say where a box and each of its bins lie and what they read on an
-axis, `offsets` moves bins, `lists` lists what some bins read, `copies` turns channels.
+What they share: `plan` decides, `records` names what there is, `boxes` and `bins` say where a box and each of its bins
+lie and what they read on an axis (`surface`: where that is all there is), `offsets` moves bins, `lists` lists what some
+bins read, `copies` turns channels.
 """
 
 from __future__ import annotations
@@ -30,14 +31,13 @@ from pydeform.cpu.core.memory import compute_dtype, contiguous, empty, to_result
 from pydeform.cpu.roi import edges, largest, mean, planes
 from pydeform.cpu.roi.offsets import sum_by_part
 from pydeform.cpu.roi.plan import (
-    Gradients,
-    Kind,
     gathers_pixels,
     given_arrays,
     has_few_channels,
     prefers_planes,
     size_of_lists,
 )
+from pydeform.cpu.roi.records import Gradients, Kind
 
 
 def _way(g: Any) -> ModuleType:

@@ -31,7 +31,8 @@ from pydeform.cpu.roi.lists import (
     scale_of,
     with_slots,
 )
-from pydeform.cpu.roi.plan import LISTED, Kind, edges_plan, run, threads_for
+from pydeform.cpu.roi.plan import LISTED, edges_plan, run, threads_for
+from pydeform.cpu.roi.records import Kind
 from pydeform.cpu.roi.surface import surface_read
 
 PRODUCTS = 4  # of the two derivatives along each axis

@@ -29,7 +29,8 @@ from pydeform.cpu.roi.copies import (
     write_blocks,
 )
 from pydeform.cpu.roi.lists import Cursor, Span, after, bin_of, bins_in, lay_bins, lists_from, lists_of, with_slots
-from pydeform.cpu.roi.plan import LISTED, Kind, blocks_plan, blocks_threads, run, slices_plan, threads_for
+from pydeform.cpu.roi.plan import LISTED, blocks_plan, blocks_threads, run, slices_plan, threads_for
+from pydeform.cpu.roi.records import Kind
 
 
 def forward(given: Any, output: Any, kind: Kind) -> None:

@@ -46,7 +46,8 @@ from pydeform.cpu.roi.lists import (
     span_of_cell,
 )
 from pydeform.cpu.roi.offsets import write_moves
-from pydeform.cpu.roi.plan import LISTED, Kind, blocks_plan, blocks_threads, run, slices_plan, threads_for
+from pydeform.cpu.roi.plan import LISTED, blocks_plan, blocks_threads, run, slices_plan, threads_for
+from pydeform.cpu.roi.records import Kind
 
 
 class BoxOfClass(NamedTuple):

@@ -33,7 +33,8 @@ from pydeform.cpu.roi.lists import (
     span_of_cell,
 )
 from pydeform.cpu.roi.offsets import write_moves
-from pydeform.cpu.roi.plan import LISTED, Kind, cells_of, planes_plan, run, threads_for
+from pydeform.cpu.roi.plan import LISTED, cells_of, planes_plan, run, threads_for
+from pydeform.cpu.roi.records import Kind
 
 
 class Task(NamedTuple):

@@ -176,7 +176,14 @@ def _roi() -> Iterator[tuple[str, tuple[str, ...], int]]:
             yield f"pool_largest<{c}, int, {points}>", newest, 96
         for name in ("edge_gradients", "edge_gradients_direct", "edge_gradients_of_largest", "box_gradient"):
             yield f"{name}<{c}, int>", newest, 168 if wide else 128
+        own = ", float" if c in ("f16", "bf16") else ""  # turned boxes are as sums are
+        yield f"turn_boxes<{c}>", newest, 64
+        yield f"turned_bounds<{c}>", newest, 64
+        yield f"pool_turned<{c}, int>", newest, 255 if wide else 128
+        yield f"pool_turned_direct<{c}, int>", newest, 128
+        yield f"input_gradient<{c}, int, 3{own}>", newest, 255 if wide else 128
     # Boxes and offsets in float32 beside a half type, one or both.
+    yield "turn_boxes<bf16, float>", EVERY[-1:], 64
     yield "pool_bins<f16, int, float>", EVERY[-1:], 80
     yield "pool_bins<bf16, int, float, float>", EVERY[-1:], 80
     yield "bin_gradients<bf16, int, float, float>", EVERY[-1:], 80

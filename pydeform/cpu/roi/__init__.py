@@ -16,8 +16,8 @@ Which problem takes which way, and why:
   lies, since the copy would be most of the work
 
 What they share: `plan` decides, `records` names what there is, `boxes` and `bins` say where a box and each of its bins
-lie and what they read on an axis (`surface`: where that is all there is), `offsets` moves bins, `lists` lists what some
-bins read, `copies` turns channels.
+lie and what they read on an axis (`surface`: where that is all there is), `rotated` what bins of turned boxes read,
+`offsets` moves bins, `lists` lists what some bins read, `copies` turns channels.
 """
 
 from __future__ import annotations

@@ -40,17 +40,17 @@ class Line(NamedTuple):
 def turn_box(boxes: Any, r: int, extents: Any, turns: Any, g: Any) -> int:
     """Eq. 14: begin and size of box r along its own axes, from its centre, and its turn; gives its state."""
     real = boxes.dtype.type
-    x, y, width, height, angle = boxes[r, 1], boxes[r, 2], boxes[r, 3], boxes[r, 4], boxes[r, 5]
+    x, y, w, h, angle = boxes[r, 1], boxes[r, 2], boxes[r, 3], boxes[r, 4], boxes[r, 5]
     scale, half, least = real(g.spatial_scale), real(0.5) * real(g.half_pixel), real(g.least_size)
-    centre_y, centre_x = y * scale - half, x * scale - half
-    scaled_y, scaled_x = height * scale, width * scale
-    size_y, size_x = max(scaled_y, least), max(scaled_x, least)
+    centre_y, centre_x, height, width = y * scale - half, x * scale - half, h * scale, w * scale
+    size_y, size_x = max(height, least), max(width, least)
     extents[r, 0], extents[r, 1] = -size_y / real(2), size_y
     extents[r, 2], extents[r, 3] = -size_x / real(2), size_x
     turned = angle * real(g.turn)
     turns[r, 0], turns[r, 1] = centre_y, centre_x
     turns[r, 2], turns[r, 3] = math.sin(turned), math.cos(turned)
-    state = worse(state_of(y, x, centre_y, centre_x), state_of(height, width, scaled_y, scaled_x))
+    # An infinite size is OUTSIDE, also where the least size hides that.
+    state = worse(state_of(y, x, centre_y, centre_x), state_of(h, w, height, width))
     return worse(state, state_of(angle, angle, turned))
 
 

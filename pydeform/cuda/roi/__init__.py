@@ -12,6 +12,7 @@ Which problem takes which way, and why:
   copy most of the work
 - the largest pixel or point of a bin (`launches.find_largest`): likewise a thread for each result; backward finds the
   winners again
+- means in turned boxes (`rotated`): likewise by warps or by threads, but points are listed, one by one
 - the input's gradient (`gradients.input_gradient`), of all of these: a block owns a tile of pixels and looks for the
   boxes that reach it
 - the gradient of boxes (`gradients.box_gradient`): the means and maxima above once more, for the four edges of each
@@ -33,6 +34,7 @@ from pydeform.cuda.core.numbers import own_types
 from pydeform.cuda.roi.gradients import bin_gradients, box_gradient, input_gradient
 from pydeform.cuda.roi.launches import code_of, find_largest, launch_threads, pool_by_warps
 from pydeform.cuda.roi.plan import check_size, is_direct, pitch_of
+from pydeform.cuda.roi.rotated import pool_turned
 
 
 def forward(arrays: Any, g: Any) -> Any:
@@ -40,7 +42,9 @@ def forward(arrays: Any, g: Any) -> Any:
     with arrays.input.device:
         input, boxes, offset, mask = contiguous(*arrays)
         output = cupy.empty((g.boxes, g.out_channels, g.pooled_h, g.pooled_w), input.dtype)
-        if g.is_max:
+        if g.turn:
+            pool_turned(input, boxes, g, output)
+        elif g.is_max:
             find_largest(input, boxes, offset, mask, g, output, None)
         elif is_direct(g):
             arguments = (input, boxes, offset, mask, output, geometry(g))

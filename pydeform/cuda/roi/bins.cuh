@@ -141,8 +141,10 @@ template <class A> PYDEFORM_DEVICE void read_pixels(Axis<A>& a, A begin, int p, 
 
 // Eq. 3 with very many points: those that count, numbered from a point near the image, since far from the image their
 // coordinates are rounded to whole pixels or worse.
-template <class A> PYDEFORM_DEVICE void walk_points(Axis<A>& a, A& one, A& other, const RoiGeometry& g) {
-  const A lowest = -(A)g.reach, highest = a.last_counting(g);
+//
+// Points count from `lowest` to `highest`.
+template <class A>
+PYDEFORM_DEVICE void walk_points(Axis<A>& a, A lowest, A highest, A& one, A& other, const RoiGeometry& g) {
   const A n = a.n, first_point = (A)g.first_point;  // first_point
   A step = a.bin / n, near = 0, origin;
   if (g.samples > 0) {
@@ -178,7 +180,7 @@ template <class A> PYDEFORM_DEVICE void walk_points(Axis<A>& a, A& one, A& other
     } else if (origin + times(last, step) > highest) {
       last -= 1;
     }
-  } else if (!a.counts(origin, g)) {
+  } else if (!(origin >= lowest && origin <= highest)) {
     last = first - 1;
   }
   const bool some = first <= last, before = some && first > least, after = some && last < most;
@@ -228,7 +230,7 @@ template <class A> PYDEFORM_DEVICE void read_points(Axis<A>& a, const RoiGeometr
   if (n > 0 && is_finite(a.start)) {
     A one, other;
     if (n > (A)MANY_POINTS) {
-      walk_points(a, one, other, g);
+      walk_points(a, -(A)g.reach, a.last_counting(g), one, other, g);
     } else {
       if (!is_finite(times(a.bin, n))) a.bin /= n, a.n = 1;  // so that no point of the bin overflows
       find_points(a, n, one, other, g);

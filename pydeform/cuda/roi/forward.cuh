@@ -82,7 +82,7 @@ template <class A> struct WarpBin {
 // Which images a launch has a copy of. A box without an image belongs to the first launch.
 struct RoiImages {
   int first, number;
-  template <class A> PYDEFORM_DEVICE bool have(const RoiBox<A>& box) const {
+  template <class AnyBox> PYDEFORM_DEVICE bool have(const AnyBox& box) const {
     return box.broken ? first == 0 : box.image >= first && box.image < first + number;
   }
 };

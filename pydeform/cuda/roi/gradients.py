@@ -12,10 +12,11 @@ from pydeform.cuda.core.launch import geometry, kernel, launch
 from pydeform.cuda.core.numbers import C_TYPES, ceil_div, compute_dtype, index_type, own_types, round_up
 from pydeform.cuda.roi.launches import THREADS, code_of, copies_of, find_largest, launch_threads
 from pydeform.cuda.roi.plan import is_direct, lanes_of, outputs, size_of
+from pydeform.cuda.roi.rotated import launch_boxes, turned
 
 TILE = (2, 8)  # pixels of a block of input_gradient
 BOUNDS = 5  # numbers that box_bounds writes for a box
-MEAN, LARGEST_PIXEL, LARGEST_POINT = 0, 1, 2  # what a bin gives back, as in roi/backward.cuh
+MEAN, LARGEST_PIXEL, LARGEST_POINT, TURNED_MEAN = 0, 1, 2, 3  # what a bin gives back, as in roi/backward.cuh
 
 
 def input_gradient(
@@ -23,9 +24,13 @@ def input_gradient(
 ) -> None:
     """Eq. 7."""
     bounds = cupy.empty((BOUNDS, g.boxes), np.int32)
-    own = own_types(input, boxes, offset)
-    launch_threads("box_bounds", input, g, 32 * g.boxes, (boxes, offset, bounds, geometry(g)), offset, suffix=own)
     reads, winners = MEAN, None
+    if g.turn:
+        reads, boxes = TURNED_MEAN, turned(input, boxes, g)
+        launch_boxes(f"turned_bounds<{C_TYPES[input.dtype.name]}>", g, boxes, bounds)
+    own = own_types(input, boxes, offset)
+    if not g.turn:
+        launch_threads("box_bounds", input, g, 32 * g.boxes, (boxes, offset, bounds, geometry(g)), offset, suffix=own)
     if g.is_max:
         reads = LARGEST_POINT if g.points else LARGEST_PIXEL
         dtype = compute_dtype(input.dtype) if g.points else np.int32

@@ -23,9 +23,11 @@ from pydeform.ops.ms_deform_attn_fused import (
     ms_deform_attn_fused,
     ms_deform_attn_fused_backward,
 )
+from pydeform.ops.prroi_pool import PrroiPoolGrads, prroi_pool, prroi_pool_backward
 from pydeform.ops.ps_roi_align import PsRoiAlignGrads, ps_roi_align, ps_roi_align_backward
 from pydeform.ops.ps_roi_pool import PsRoiPoolGrads, ps_roi_pool, ps_roi_pool_backward
 from pydeform.ops.roi_align import RoiAlignGrads, roi_align, roi_align_backward
+from pydeform.ops.roi_align_rotated import RoiAlignRotatedGrads, roi_align_rotated, roi_align_rotated_backward
 from pydeform.ops.roi_pool import RoiPoolGrads, roi_pool, roi_pool_backward
 from pydeform.ops.warp import WarpGrads, warp, warp_backward
 
@@ -46,9 +48,11 @@ __all__ = [
     "GridSampleGrads",
     "MsDeformAttnFusedGrads",
     "MsDeformAttnGrads",
+    "PrroiPoolGrads",
     "PsRoiAlignGrads",
     "PsRoiPoolGrads",
     "RoiAlignGrads",
+    "RoiAlignRotatedGrads",
     "RoiPoolGrads",
     "WarpGrads",
     "__version__",
@@ -87,12 +91,16 @@ __all__ = [
     "ms_deform_attn_fused",
     "ms_deform_attn_fused_backward",
     "num_threads",
+    "prroi_pool",
+    "prroi_pool_backward",
     "ps_roi_align",
     "ps_roi_align_backward",
     "ps_roi_pool",
     "ps_roi_pool_backward",
     "roi_align",
     "roi_align_backward",
+    "roi_align_rotated",
+    "roi_align_rotated_backward",
     "roi_pool",
     "roi_pool_backward",
     "sampling_locations",

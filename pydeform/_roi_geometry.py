@@ -1,8 +1,8 @@
 """How boxes become bins and samples: the sizes of one call, and the rules in which the systems differ.
 
-Everything is the same on both axes and separable: a bin reads the product of the rows that its y axis names and the
-columns that its x axis names. The twins turn (box, bin) into those in one place each, `cpu/roi/bins.py` and
-`cuda/roi/bins.cuh`, where every rule below is one line of the same name.
+Everything is the same on both axes and, unless boxes are turned, separable: a bin reads the product of the rows that
+its y axis names and the columns that its x axis names. The twins turn (box, bin) into those in one place each,
+`cpu/roi/bins.py` and `cuda/roi/bins.cuh`, where every rule below is one line of the same name.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class Rules(NamedTuple):
     # Of whole pixels: from floor(start of the bin) to ceil(its end), without that one, within the image.
     unread_pixels: int  # rows and columns at the end of the image that no bin reads
     bins_from_box: int  # 1: floor and ceil are taken before the start of the box is added
+    # Of neither (`points` is 0).
+    surface: int = 0  # 1: a bin reads all of the bilinear surface in it, and the mean is exact
+    # 0: a box is two of its corners. Else its centre, size and angle, and points are not separable: the box is turned,
+    # as seen in the image, counterclockwise (1) or clockwise (-1) by a positive angle.
+    turn: int = 0
 
 
 # torchvision's csrc/ops/{cpu,cuda}/roi_pool_kernel; the same in MXNet's ROIPooling and mmcv's roi_pool.
@@ -75,7 +80,15 @@ ROI_ALIGN = Rules(
     bins_from_box=0,
 )
 ROI_ALIGN_ALIGNED = ROI_ALIGN._replace(half_pixel=1, least_size=NO_LEAST_SIZE)
+# mmcv's ops/csrc/common/cuda/roi_align_rotated_cuda_kernel.cuh, by `aligned` and `clockwise`.
+ROI_ALIGN_ROTATED = {
+    (aligned, clockwise): rules._replace(turn=-1 if clockwise else 1)
+    for aligned, rules in ((False, ROI_ALIGN), (True, ROI_ALIGN_ALIGNED))
+    for clockwise in (False, True)
+}
 PS_ROI_ALIGN = ROI_ALIGN_ALIGNED._replace(least_count=0)  # torchvision's csrc/ops/{cpu,cuda}/ps_roi_align_kernel
+# Precise RoI pooling, arXiv:1807.11590; mmcv's ops/csrc/common/cuda/prroi_pool_cuda_kernel.cuh.
+PRROI_POOL = ROI_ALIGN._replace(least_size=NO_LEAST_SIZE, points=0, surface=1)
 DEFORM_ROI_POOL = ROI_ALIGN_ALIGNED  # mmcv's ops/csrc/common/cuda/deform_roi_pool_cuda_kernel.cuh
 # MXNet's contrib/deformable_psroi_pooling, the first paper's own; the same in DCNv2Pooling and OpenVINO.
 DEFORM_PSROI_POOL = Rules(
@@ -136,6 +149,8 @@ class RoiGeometry(NamedTuple):
     least_count: int
     unread_pixels: int
     bins_from_box: int
+    surface: int
+    turn: int
 
 
 def roi_geometry(
@@ -165,9 +180,10 @@ def roi_geometry(
     batch, in_channels, in_h, in_w = map(int, input.shape)
     if min(in_channels, in_h, in_w) < 1:
         raise ValueError(f"{op}: input must have at least one channel and one pixel, got shape {tuple(input.shape)}")
-    if boxes.ndim != 2 or boxes.shape[1] != 5:
+    columns = ("batch index", "cx", "cy", "w", "h", "theta") if rules.turn else ("batch index", "x1", "y1", "x2", "y2")
+    if boxes.ndim != 2 or boxes.shape[1] != len(columns):
         raise ValueError(
-            f"{op}: boxes must have shape (R, 5), rows [batch index, x1, y1, x2, y2], got {tuple(boxes.shape)}"
+            f"{op}: boxes must have shape (R, {len(columns)}), rows [{', '.join(columns)}], got {tuple(boxes.shape)}"
         )
     count = int(boxes.shape[0])
     cells = group[0] * group[1]

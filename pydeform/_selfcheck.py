@@ -220,9 +220,12 @@ def _gather_problem(operator: str, channels: int) -> Problem:
     return Problem({"value": eighths(2, 64, 2, channels), **more}, options, eighths(2, 6, 2 * channels))
 
 
+WITH_BOXES = ("prroi_pool", "roi_align")  # have a gradient of their boxes
 # Four boxes of 2 x 4 pixels of the input, inside and across its borders, times two for a spatial_scale of 1/2. Those of
-# deform_psroi_pool are rounded, and end one pixel later.
+# deform_psroi_pool are rounded, and end one pixel later; points of those that are turned keep away from the last that
+# count.
 BOXES = [[0, 1.5, 1.5, 9.5, 5.5], [1, -0.5, 3.5, 7.5, 7.5], [1, 5.5, -0.5, 13.5, 3.5], [0, 3.5, 5.5, 11.5, 9.5]]
+TURNED_BOXES = [[0, 5.5, 3.5, 8, 4, 0.5], [1, 3.5, 5.5, 8, 4, -1.25], [1, 9.5, 1.5, 8, 4, 2], [0, 7.5, 7.5, 8, 4, -1]]
 ROUNDED_BOXES = [[0, 1.25, 0.75, 8.25, 3.75], [1, -0.75, 3.25, 6.25, 6.25], [1, 5, -1, 12, 2], [0, 3, 5.25, 9.75, 7.75]]
 
 
@@ -230,7 +233,7 @@ def _roi_problem(operator: str, channels: int) -> Problem:
     """`channels` of the output, or of each of two classes. Points lie 1/4 from pixels and, where those are a border,
     from half way between them. No two pixels of a channel are equal, so that a maximum has no kink."""
     rng = np.random.default_rng(8)
-    boxes = np.array(ROUNDED_BOXES if operator == "deform_psroi_pool" else BOXES)
+    boxes = np.array({"deform_psroi_pool": ROUNDED_BOXES, "roi_align_rotated": TURNED_BOXES}.get(operator, BOXES))
     count, pooled, out_channels, in_channels = len(boxes), (1, 2), channels, channels
     options: dict[str, Any] = {"spatial_scale": 0.5}
     optional: dict[str, Any] = {}
@@ -243,8 +246,8 @@ def _roi_problem(operator: str, channels: int) -> Problem:
     elif operator == "deform_roi_pool":
         options |= {"output_size": pooled, "sampling_ratio": 2, "gamma": 0.25}
         optional["offset"] = rng.integers(-2, 3, (count, 2, *pooled)).astype(float)
-    elif operator in ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align"):
-        options |= {"output_size": pooled} | ({"sampling_ratio": 2} if operator.endswith("align") else {})
+    elif operator in ("roi_pool", "roi_align", "roi_align_rotated", "prroi_pool", "ps_roi_pool", "ps_roi_align"):
+        options |= {"output_size": pooled} | ({"sampling_ratio": 2} if "align" in operator else {})
         in_channels *= pooled[0] * pooled[1] if operator.startswith("ps_") else 1
     else:
         raise NotImplementedError(f"check: no problem for {operator}")
@@ -321,19 +324,26 @@ def _check_special_case(operator: str, backend: Backend) -> None:
 def _check_gradients(operator: str, backend: Backend) -> None:
     p = problem(operator)
     forward, backward = (getattr(pydeform, name) for name in (operator, f"{operator}_backward"))
+    wrt = [name for name in p.arrays if name != "boxes"]
+    more = {}
+    if operator in WITH_BOXES:
+        more["corners"] = p.arrays["boxes"][:, 1:]  # an argument of its own, since a batch index has no neighbours
+        wrt.append("corners")
 
     def send(arguments: dict[str, Any]) -> dict[str, Any]:
+        if "corners" in arguments:
+            corners = arguments.pop("corners")
+            arguments["boxes"] = np.concatenate([arguments["boxes"][:, :1], corners], axis=1)
         return {n: backend.send(a) if isinstance(a, np.ndarray) else a for n, a in arguments.items()}
 
     def grads(grad_output: Any, **arguments: Any) -> dict[str, Any]:
-        found = backward(backend.send(grad_output), **send(arguments))._asdict()
-        return {name: None if grad is None else backend.fetch(grad) for name, grad in found.items()}
+        needs = [name for name in p.arrays if name in wrt or (name == "boxes" and more)]
+        found = backward(backend.send(grad_output), **send(arguments), needs=needs)._asdict()
+        found = {name: None if grad is None else backend.fetch(grad) for name, grad in found.items()}
+        return {**found, "corners": found["boxes"][:, 1:].copy()} if more else found
 
     gradcheck(
-        lambda **arguments: backend.fetch(forward(**send(arguments))),
-        grads,
-        {**p.arrays, **p.options},
-        wrt=[name for name in p.arrays if name != "boxes"],  # which have no gradient
+        lambda **arguments: backend.fetch(forward(**send(arguments))), grads, {**p.arrays, **p.options, **more}, wrt=wrt
     )
 
 

@@ -45,9 +45,9 @@ AREAS = {
         "cpu",
         "cpu_kernels simd simd_pairs simd_roi conv2d deform_conv2d conv1d conv3d deform_conv1d deform_conv3d "
         "active_conv2d roi dcnv3 dcnv4 ms_deform_attn ms_deform_attn_fused deform_aggregation threads roi_limits "
-        "not_finite properties properties_axes properties_roi properties_gather vectors vectors_axes vectors_roi "
-        "vectors_gather cost half waits coordinates kernel_cache cpu_memory layers_kinds runtime background twins "
-        "imports",
+        "not_finite properties properties_axes properties_roi properties_gather properties_dcnv vectors vectors_axes "
+        "vectors_roi vectors_gather cost half waits coordinates kernel_cache cpu_memory layers_kinds runtime "
+        "background twins imports",
     ),
     "cuda": Area(
         "pydeform/cuda/**/*.py pydeform/cuda/**/*.cu*",
@@ -55,8 +55,8 @@ AREAS = {
         "cuda_copies cuda_plans cuda_direct cuda_gather cuda_gather_family cuda_convolution cuda_axes cuda_roi "
         "cuda_primitives conv2d deform_conv2d conv1d conv3d deform_conv1d deform_conv3d active_conv2d roi roi_limits "
         "ms_deform_attn ms_deform_attn_fused deform_aggregation dcnv3 dcnv4 not_finite interop_cuda coordinates "
-        "properties properties_axes properties_roi properties_gather vectors vectors_axes vectors_roi vectors_gather "
-        "cost cuda_device cuda_emulation cuda_names cuda_compile layers_kinds twins imports",
+        "properties properties_axes properties_roi properties_gather properties_dcnv vectors vectors_axes vectors_roi "
+        "vectors_gather cost cuda_device cuda_emulation cuda_names cuda_compile layers_kinds twins imports",
     ),
     "rest": Area(
         "pydeform/*.py pydeform/ops/*.py pydeform/layers/*.py pydeform/testing/*.py",

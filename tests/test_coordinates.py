@@ -16,6 +16,7 @@ from tests.conftest import assert_close, assert_same_bits, needs_emulation
 from tests.reference import deform_conv2d as conv_reference
 from tests.reference import roi as roi_reference
 from tests.test_cuda_convolution import CAPABILITIES, EMULATED, on
+from tests.test_roi import boxes_of
 
 HALVES = ("float16", "bfloat16")
 COORDINATES = ("offset", "boxes", "trans")
@@ -167,6 +168,8 @@ FAR_OPERATORS: dict[str, tuple[int, dict[str, Any]]] = {
     "ps_roi_pool rfcn": (16, {**POOLED, "convention": "rfcn"}),
     "ps_roi_align": (16, {**POOLED, "sampling_ratio": 2}),
     "deform_roi_pool": (9, {**POOLED, "sampling_ratio": 2, "gamma": 0.25}),
+    "roi_align_rotated": (9, {**POOLED, "sampling_ratio": 2}),
+    "prroi_pool": (9, POOLED),
     "deform_psroi_pool": (
         8,
         {"output_dim": 2, "pooled_size": 4, "group_size": 2, "sample_per_part": 2, "trans_std": 0.25},
@@ -180,7 +183,9 @@ def test_far_boxes(backend, name, half):
     operator = name.split()[0]
     channels, options = FAR_OPERATORS[name]
     rng = np.random.default_rng(4)
-    arrays = {"input": image(channels), "boxes": FAR.astype(np.float32)}
+    boxes = boxes_of(operator, FAR[:, :1], FAR[:, 1:])
+    boxes[:, 5:] = 0  # angles of which sine and cosine are exact
+    arrays = {"input": image(channels), "boxes": boxes.astype(np.float32)}
     if operator.startswith("deform_"):
         name, pooled = ("trans", (4, 4)) if operator == "deform_psroi_pool" else ("offset", (2, 4))
         arrays[name] = (rng.integers(-8, 9, (3, 2, *pooled)) / 8 + 2**-9).astype(np.float32)
@@ -213,7 +218,9 @@ SPECIAL = (np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, -0.0, -1.0, np.nextafter
 SPECIAL += (2.0**23, 2.0**24 + 2, 2.0**31, 2.0**31 - 128, -(2.0**31), 2.0**53, 2.0**63)
 
 
-@pytest.mark.parametrize("operator", ["deform_conv2d", "deform_roi_pool", "deform_psroi_pool"])
+@pytest.mark.parametrize(
+    "operator", ["deform_conv2d", "deform_roi_pool", "deform_psroi_pool", "roi_align_rotated", "prroi_pool"]
+)
 @each_half
 def test_coordinates_that_only_float32_has_give_its_numbers(backend, operator, half):
     """Half data are float32 data once they are read, so the results are those of float32, rounded."""
@@ -232,9 +239,12 @@ def test_coordinates_that_only_float32_has_give_its_numbers(backend, operator, h
 
 def special_problem(operator: str, rng: Any) -> tuple[dict[str, np.ndarray], dict[str, Any], tuple[str, ...]]:
     """float32 arrays, options, and which arrays are coordinates: a special one here and there."""
+    options: dict[str, Any] = {}
     if operator == "deform_conv2d":
         shapes = {"input": (1, 2, 5, 6), "offset": (1, 2, 5, 6), "weight": (2, 2, 1, 1), "mask": (1, 1, 5, 6)}
-        options: dict[str, Any] = {}
+    elif operator in ("roi_align_rotated", "prroi_pool"):
+        shapes = {"input": (1, 2, 5, 6), "boxes": (24, 6 if operator == "roi_align_rotated" else 5)}
+        options = {"output_size": 2}
     else:
         name = "offset" if operator == "deform_roi_pool" else "trans"
         shapes = {"input": (1, 2, 5, 6), "boxes": (24, 5), name: (24, 2, 1, 1), "mask": (24, 1, 1, 1)}
@@ -257,14 +267,18 @@ def pooling(operator: str, batch: int, half: str, boxes: Any, pixels: Any = 0) -
     input = np.zeros((batch, 1, 2, 2), dtype_of(half))
     input[...] = np.reshape(pixels, (-1, 1, 1, 1))
     size = {"output_dim": 1, "pooled_size": 1} if operator == "deform_psroi_pool" else {"output_size": 1}
-    return {"input": input, "boxes": np.asarray(boxes), **size}
+    boxes = np.asarray(boxes)
+    return {"input": input, "boxes": boxes_of(operator, boxes[:, :1], boxes[:, 1:]).astype(boxes.dtype), **size}
 
 
 def sent(backend: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: backend.array(a) if isinstance(a, np.ndarray) else a for name, a in arguments.items()}
 
 
-OPERATORS = ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool")
+OPERATORS = (
+    *("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool"),
+    *("roi_align_rotated", "prroi_pool"),
+)
 MOST = {"float16": 2048, "bfloat16": 256}
 
 

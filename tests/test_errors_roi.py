@@ -1,4 +1,4 @@
-"""Every message of the six RoI operators: operator, argument, what was expected with its numbers, what came."""
+"""Every message of the eight RoI operators: operator, argument, what was expected with its numbers, what came."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ def good(operator: str) -> dict[str, Any]:
             "group_size": 2,
             "part_size": 6,
         },
+        "roi_align_rotated": {"input": zeros(2, 4, 7, 9), **pooled, "boxes": zeros(5, 6)},
+        "prroi_pool": {"input": zeros(2, 4, 7, 9), **pooled},
     }[operator]
 
 
@@ -90,7 +92,7 @@ def finite(name: str, values: Any = (np.nan, np.inf, -np.inf), expected: str = "
     ]
 
 
-BOXES = "(R, 5), rows [batch index, x1, y1, x2, y2]"
+WITH_GRADIENT = ("roi_align", "prroi_pool")  # of boxes
 POOLED = "an int >= 1 or 2 of them"
 
 ALL: Rows = [
@@ -101,8 +103,6 @@ ALL: Rows = [
         ({"input": zeros(2, 24, 7, 9, dtype=kind)}, TypeError, f"input must have dtype {DTYPES}, got {got}")
         for kind, got in ((int, "int64"), (bool, "bool"), (complex, "complex128"), (">f4", ">f4"))
     ),
-    *of_input_dtype("boxes", zeros(5, 5)),
-    ({"boxes": zeros(5, 5, dtype=">f4")}, TypeError, "boxes must have the dtype of input, float32, got >f4"),
     # shapes
     ({"input": zeros(24, 7, 9)}, ValueError, "input must have shape (N, C, H, W), got (24, 7, 9)"),
     ({"input": zeros(1, 2, 24, 7, 9)}, ValueError, "input must have shape (N, C, H, W), got (1, 2, 24, 7, 9)"),
@@ -110,12 +110,26 @@ ALL: Rows = [
         ({"input": zeros(*shape)}, ValueError, f"input must have at least one channel and one pixel, got shape {shape}")
         for shape in ((2, 0, 7, 9), (2, 24, 0, 9), (2, 24, 7, 0))
     ),
-    *(
-        ({"boxes": zeros(*shape)}, ValueError, f"boxes must have shape {BOXES}, got {shape}")
-        for shape in ((5, 4), (5,), (1, 5, 5), (0,), (5, 6))
-    ),
     *finite("spatial_scale", (0, 0.0, -1, np.nan, np.inf), "a finite number > 0"),
 ]
+
+
+def box_errors(operator: str) -> Rows:
+    columns = good(operator)["boxes"].shape[1]
+    names = "batch index, cx, cy, w, h, theta" if operator == "roi_align_rotated" else "batch index, x1, y1, x2, y2"
+    return [
+        *of_input_dtype("boxes", zeros(5, columns)),
+        (
+            {"boxes": zeros(5, columns, dtype=">f4")},
+            TypeError,
+            "boxes must have the dtype of input, float32, got >f4",
+        ),
+        *(
+            ({"boxes": zeros(*shape)}, ValueError, f"boxes must have shape (R, {columns}), rows [{names}], got {shape}")
+            for shape in ((5, 4), (5,), (1, 5, columns), (0,), (5, 11 - columns))
+        ),
+    ]
+
 
 OUTPUT_SIZE: Rows = [
     *scalars("output_size", POOLED),
@@ -280,12 +294,15 @@ OWN: dict[str, Rows] = {
         ),
         *mask_errors((5, 1, 3, 3), (5, 1, 6, 6), (4, 1, 3, 3), (5, 2, 3, 3), (5, 9)),
     ],
+    "roi_align_rotated": [*OUTPUT_SIZE, *MANY_BINS, *SAMPLING_RATIO],
+    "prroi_pool": [*OUTPUT_SIZE, *MANY_BINS],
 }
 
 
 def backward_errors(operator: str) -> Rows:
     shape = grad_shape(operator)
-    names = ", ".join(name for name in OPERATORS[operator] if name != "boxes")
+    names = ", ".join(name for name in OPERATORS[operator] if name != "boxes" or operator in WITH_GRADIENT)
+    without = [] if operator in WITH_GRADIENT else ["boxes"]
     return [
         ({"grad_output": None}, TypeError, "grad_output must be an array, got None"),
         *of_input_dtype("grad_output", zeros(*shape)),
@@ -298,8 +315,15 @@ def backward_errors(operator: str) -> Rows:
             for wrong in ((4, *shape[1:]), (5, 3, *shape[2:]), (*shape[:2], 4, 1), shape[1:], (*shape, 1))
         ),
         *needs_errors(names),
-        ({"needs": ("boxes",)}, ValueError, f"needs must name gradients among {names}, got 'boxes'"),
+        *(
+            ({"needs": (name,)}, ValueError, f"needs must name gradients among {names}, got {name!r}")
+            for name in without
+        ),
     ]
+
+
+def every_error(operator: str) -> Rows:
+    return ALL + box_errors(operator) + OWN[operator]
 
 
 def rows(table: Any) -> list[Any]:
@@ -311,13 +335,13 @@ def rows(table: Any) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("operator", "change", "error", "text"), rows(lambda operator: ALL + OWN[operator]))
+@pytest.mark.parametrize(("operator", "change", "error", "text"), rows(every_error))
 def test_forward(backend, operator, change, error, text):
     check(backend, getattr(pydeform, operator), good(operator), change, error, text)
 
 
 @pytest.mark.parametrize(
-    ("operator", "change", "error", "text"), rows(lambda operator: ALL + OWN[operator] + backward_errors(operator))
+    ("operator", "change", "error", "text"), rows(lambda operator: every_error(operator) + backward_errors(operator))
 )
 def test_backward(backend, operator, change, error, text):
     arguments = {"grad_output": zeros(*grad_shape(operator)), **good(operator)}
@@ -331,14 +355,15 @@ def test_the_unchanged_calls_are_good(backend, operator):
     assert getattr(pydeform, operator)(**arguments).shape == grad_shape(operator)
     grads = getattr(pydeform, f"{operator}_backward")(grad, **arguments)
     assert [None if g is None else g.shape for g in grads] == [
-        None if name == "boxes" else arguments[name].shape for name in OPERATORS[operator]
+        None if name == "boxes" and operator != "prroi_pool" else arguments[name].shape for name in OPERATORS[operator]
     ]
 
 
-@pytest.mark.parametrize("operator", ["roi_pool", "roi_align", "deform_roi_pool"])
+@pytest.mark.parametrize("operator", ["roi_pool", "roi_align", "deform_roi_pool", "roi_align_rotated", "prroi_pool"])
 def test_more_bytes_than_an_array_has(operator):
     """Boxes that take no memory ask for a result that no memory can hold: said before anything is counted."""
-    arguments = {**good(operator), "boxes": np.broadcast_to(zeros(1, 5), (2**40, 5)), "output_size": (2**10, 2**10)}
+    arguments = {**good(operator), "output_size": (2**10, 2**10)}
+    arguments["boxes"] = np.broadcast_to(arguments["boxes"][:1], (2**40, arguments["boxes"].shape[1]))
     arguments = {name: a for name, a in arguments.items() if name not in ("offset", "mask")}
     text = (
         f"the result must have less than 2**63 bytes, got shape (R, C, pooled_h, pooled_w) = ({2**40}, 4, 1024, 1024)"
@@ -351,7 +376,7 @@ def test_more_bytes_than_an_array_has(operator):
 @pytest.mark.parametrize("index", [-1, 2, 0.5, 1e6, np.nan, np.inf])
 def test_batch_index(operator, index):
     """On the CPU; test_roi.py says what CUDA does. The first wrong row is named."""
-    arguments = {**good(operator), "boxes": zeros(5, 5)}
+    arguments = good(operator)
     arguments["boxes"][3:, 0] = index
     text = f"boxes must have a whole number >= 0 and < N = 2 in column 0, the batch index, got {index:g} in row 3"
     for name, more in ((operator, {}), (f"{operator}_backward", {"grad_output": zeros(*grad_shape(operator))})):

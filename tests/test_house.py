@@ -29,7 +29,16 @@ HOSTS = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"),
 FOLDERS = ["/" + name + "/" for name in ("root", "work", "tmp", "farm")]
 # Operators that are one function under several rules share kernels, oracle, tests, mathematics and benchmark, in files
 # of this name. Every other operator is a family of its own.
-ROI = ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool")
+ROI = (
+    "roi_pool",
+    "roi_align",
+    "roi_align_rotated",
+    "prroi_pool",
+    "ps_roi_pool",
+    "ps_roi_align",
+    "deform_roi_pool",
+    "deform_psroi_pool",
+)
 CONV = ("conv1d", "conv2d", "conv3d", "deform_conv1d", "deform_conv2d", "deform_conv3d", "active_conv2d")
 GATHER = ("ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation", "dcnv3", "dcnv4")
 GRID = ("grid_sample", "warp", "affine_grid")

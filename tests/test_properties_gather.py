@@ -19,10 +19,12 @@ from tests.cases.gather import (
     Problem,
     make,
     run,
+    run_backward,
     solve_oracle,
 )
 from tests.cases.gather_tests import assert_results, both
 from tests.conftest import assert_close, assert_same_bits
+from tests.reference import gather as reference
 
 CHANNELS = st.sampled_from([1, 2, 3, 8, 17])
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 6))
@@ -61,7 +63,7 @@ def aggregations(draw, cameras=None, scales=None):
 def dcns(draw, **fixed):
     kernel = fixed.get("kernel") or draw(st.tuples(*[st.integers(1, 3)] * 2))
     dilation = draw(st.tuples(*[st.integers(1, 2)] * 2))
-    padding = draw(st.tuples(*[st.tuples(st.integers(0, 2), st.integers(0, 2))] * 2))
+    padding = fixed.get("padding") or draw(st.tuples(*[st.tuples(st.integers(0, 2), st.integers(0, 2))] * 2))
     least = [max(1, d * (k - 1) + 1 - sum(p)) for d, k, p in zip(dilation, kernel, padding, strict=True)]
     values = {
         "in_size": tuple(size + draw(st.integers(0, 2)) for size in least),
@@ -221,6 +223,189 @@ def test_a_batch_is_its_images_bit_for_bit(backend, operator, data, dtype):
                 assert_same_bits(own[name], grad[b : b + 1], name)
 
 
+@each_operator
+@given(st.data(), st.sampled_from(["float64", "float32"]), st.sampled_from([4.0, -0.5]))
+@settings(max_examples=6)
+def test_scaling_what_is_sampled_scales_the_output(backend, operator, data, dtype, factor):
+    """By powers of two, so without any rounding. Its own gradient does not change, all others scale with it."""
+    problem = drawn(data, operator, dtype)
+    scaled = problem.replaced(**{problem.data: problem.arrays[problem.data] * np.dtype(dtype).type(factor)})
+    (output, grads), (got, got_grads) = both(backend, problem), both(backend, scaled)
+    np.testing.assert_array_equal(got, output * np.dtype(dtype).type(factor))
+    for name, grad in grads.items():
+        if grad is not None:
+            want = grad if name == problem.data else grad * np.dtype(dtype).type(factor)
+            np.testing.assert_array_equal(got_grads[name], want, err_msg=name)
+
+
+@each_operator
+@given(st.data())
+@settings(max_examples=6)
+def test_the_backward_is_linear_in_what_comes_back(backend, operator, data):
+    problem = drawn(data, operator)
+    u = problem.grad_output
+    v = np.random.default_rng(2).integers(-16, 17, u.shape) / 8
+    of_u, of_v, of_both = (run_backward(backend, problem._replace(grad_output=g)) for g in (u, v, 2 * u - 3 * v))
+    for name, grad in of_both.items():
+        if grad is not None:
+            assert_near(grad, 2 * of_u[name] - 3 * of_v[name], of_u[name], of_v[name])
+
+
+def by_group(array: np.ndarray, count: int) -> np.ndarray:
+    """The last axis as groups, or heads, and the channels of each."""
+    return array.reshape(*array.shape[:-1], count, -1)
+
+
+@each_operator
+@given(st.data())
+@settings(max_examples=8)
+def test_channels_are_apart(backend, operator, data):
+    """Every second one alone and the others: gradients of places and weights are sums over all."""
+    problem = drawn(data, operator)
+    count, sampled = group_count(problem), problem.arrays[problem.data]
+    output, grads = both(backend, problem)
+    apart = sampled if problem.data == "value" else by_group(sampled, count)
+    totals = {name: 0.0 for name, grad in grads.items() if grad is not None and name != problem.data}
+    for some in (np.s_[..., ::2], np.s_[..., 1::2]):
+        if not apart[some].size:
+            continue
+        flat = apart[some] if problem.data == "value" else apart[some].reshape(*sampled.shape[:-1], -1)
+        grad_output = by_group(problem.grad_output, count)[some].reshape(*output.shape[:-1], -1)
+        alone, own = both(backend, problem.replaced(**{problem.data: flat})._replace(grad_output=grad_output))
+        assert_near(by_group(alone, count), by_group(output, count)[some], 1)
+        grad, own_grad = grads[problem.data], own[problem.data]
+        if problem.data != "value":
+            grad, own_grad = by_group(grad, count), by_group(own_grad, count)
+        assert_near(own_grad, grad[some], 1)
+        totals = {name: total + own[name] for name, total in totals.items()}
+    for name, total in totals.items():
+        assert_near(total, grads[name], 1)
+
+
+def inside(rng: np.random.Generator, lengths: Any, shape: Any) -> np.ndarray:
+    """Places from the first pixel to the last."""
+    return rng.integers(0, 16 * (np.asarray(lengths) - 1) + 1, shape) / 16
+
+
+def sums_of_weights(problem: Problem) -> np.ndarray:
+    """Of each query, or output pixel, and each head or group."""
+    a, count = problem.arrays, group_count(problem)
+    if problem.operator == "ms_deform_attn_fused":
+        return np.ones((*a["attention_logits"].shape[:2], count))
+    if problem.operator == "ms_deform_attn":
+        return a["attention_weights"].reshape(*a["attention_weights"].shape[:3], -1).sum(-1)
+    if problem.operator == "deform_aggregation":
+        return a["weights"].sum((2, 3, 4))
+    mask = a["mask"] if "mask" in a else reference.unpack(a["offset_mask"], **problem.options)[1]
+    return by_group(mask, count).sum(-1)
+
+
+@each_operator
+@given(st.data())
+@settings(max_examples=8)
+def test_constant_maps_give_the_sum_of_weights(backend, operator, data):
+    """Of places inside: of one scale, on which aggregation's places are, of taps at rest without padding."""
+    fixed: dict[str, Any] = {"scales": 1} if operator == "deform_aggregation" else {}
+    if operator.startswith("dcn"):
+        fixed = {"padding": ((0, 0), (0, 0)), "offset_scale": 1.0}
+    case = data.draw(STRATEGIES[operator](**fixed))
+    problem = make(operator, case, draw=inside)
+    if operator == "dcnv3":
+        problem = problem.replaced(offset=np.zeros_like(problem.arrays["offset"]))
+    if operator == "dcnv4":
+        offset, mask = reference.unpack(problem.arrays["offset_mask"], **problem.options)
+        problem = problem.replaced(offset_mask=reference.pack(0 * offset, mask, case.groups))
+    count, sampled = group_count(problem), problem.arrays[problem.data]
+    constants = np.random.default_rng(7).integers(-16, 17, (count, case.channels)) / 4
+    maps = constants if problem.data == "value" else constants.reshape(-1)
+    output = run(backend, problem.replaced(**{problem.data: np.broadcast_to(maps, sampled.shape)}))
+    sums = sums_of_weights(problem)
+    assert_near(by_group(output, count), sums[..., None] * constants, sums, constants, 1)
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [("ms_deform_attn", "attention_weights"), ("deform_aggregation", "weights"), ("dcnv3", "mask")],
+)
+@given(st.data())
+@settings(max_examples=8)
+def test_weights_of_zero(backend, operator, name, data):
+    """Nothing comes out or back, but the gradient of the weights, which is of no use of them."""
+    problem = drawn(data, operator)
+    output, grads = both(backend, problem.replaced(**{name: np.zeros_like(problem.arrays[name])}))
+    want = run_backward(backend, problem)
+    assert not output.any()
+    for n, grad in grads.items():
+        if n == name:
+            assert_near(grad, want[n])
+        else:
+            assert grad is None or not grad.any(), n
+
+
+# Of maps --------------------------------------------------------------------------------------------------------------
+
+
+def shapes_of(problem: Problem) -> list[Any]:
+    """(height, width) of each block of rows of what is sampled."""
+    shapes = problem.arrays["spatial_shapes"]
+    return list(shapes) if problem.data == "value" else [shape for scales in shapes for shape in scales]
+
+
+def of_maps(array: np.ndarray, shapes: Any, change: Any) -> np.ndarray:
+    """Every map of (batch, all pixels, ...) changed by a function of (batch, height, width, ...)."""
+    starts = np.cumsum([0, *(height * width for height, width in shapes)])
+    maps = [array[:, a:b].reshape(len(array), *shape, *array.shape[2:]) for a, b, shape in _spans(starts, shapes)]
+    return np.concatenate([change(m).reshape(len(array), -1, *array.shape[2:]) for m in maps], axis=1)
+
+
+def _spans(starts: Any, shapes: Any) -> Any:
+    return [(a, b, tuple(shape)) for (a, b), shape in zip(itertools.pairwise(starts), shapes, strict=True)]
+
+
+def mirror(array: np.ndarray, sign: float = -1.0) -> np.ndarray:
+    """(x, y) and, of references, sizes after them: x the other way."""
+    return array * np.array([sign, 1, 1, 1][: array.shape[-1]])
+
+
+def swap(array: np.ndarray) -> np.ndarray:
+    return array.reshape(*array.shape[:-1], -1, 2)[..., ::-1].reshape(array.shape)
+
+
+def turned(problem: Problem, way: str) -> tuple[Problem, Any]:
+    """The problem in a mirror, or with rows for columns, and what its gradients become."""
+    shapes = shapes_of(problem)
+    change = (lambda m: m[:, :, ::-1]) if way == "mirror" else (lambda m: m.swapaxes(1, 2))
+    move = mirror if way == "mirror" else swap
+    moved = {problem.data: of_maps(problem.arrays[problem.data], shapes, change)}
+    for name in {"sampling_locations", "reference_points", "sampling_offsets"} & set(problem.arrays):
+        moved[name] = move(problem.arrays[name])
+        if way == "mirror" and name != "sampling_offsets":  # from the other border
+            moved[name][..., 0] += 1
+    if way == "swap":
+        moved["spatial_shapes"] = np.array(problem.arrays["spatial_shapes"])[..., ::-1]
+
+    def of_grad(name: str, grad: np.ndarray) -> np.ndarray:
+        if name == problem.data:
+            return of_maps(grad, shapes, change)
+        return move(grad) if name in moved else grad
+
+    return problem.replaced(**moved), of_grad
+
+
+@pytest.mark.parametrize("operator", ["ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation"])
+@pytest.mark.parametrize("way", ["mirror", "swap"])
+@given(st.data())
+@settings(max_examples=6)
+def test_maps_and_places_turned_together(backend, operator, way, data):
+    """Left for right, or x for y: the same output, and gradients that are turned as well."""
+    problem = drawn(data, operator, **({} if operator == "deform_aggregation" else {"method": "bilinear"}))
+    other, of_grad = turned(problem, way)
+    (output, grads), (got, got_grads) = both(backend, problem), both(backend, other)
+    assert_near(got, output, 1)
+    for name, grad in grads.items():
+        assert_near(got_grads[name], of_grad(name, grad), 1)
+
+
 # Of attention -------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +563,94 @@ def test_a_softmax_does_not_see_what_all_logits_share(backend, data, more):
     assert_near(of_head.sum(-1), 0, of_head, 1)
 
 
+@given(st.data())
+@settings(max_examples=8)
+def test_references_and_offsets_are_one_place(backend, data):
+    """A reference further to the right by a quarter, and all its offsets to the left by as much."""
+    case = data.draw(attentions(references=(data.draw(st.booleans()), 2)))
+    problem = make("ms_deform_attn_fused", case)
+    sizes = np.array([case.shapes[level][::-1] for level in case.levels])
+    offsets = problem.arrays["sampling_offsets"].reshape(*case.leading, -1, 2) - 0.25 * sizes
+    moved = problem.replaced(
+        reference_points=problem.arrays["reference_points"] + 0.25,
+        sampling_offsets=offsets.reshape(problem.arrays["sampling_offsets"].shape),
+    )
+    (output, grads), (got, got_grads) = both(backend, problem), both(backend, moved)
+    assert_near(got, output, 1)
+    for name, grad in grads.items():
+        if grad is not None:
+            assert_near(got_grads[name], grad, 1)
+
+
+@given(st.data())
+@settings(max_examples=8)
+def test_offset_scale_is_a_factor_of_offsets(backend, data):
+    """Of references with a size: half of it and offsets twice as long, whose gradient is half."""
+    case = data.draw(attentions(references=(data.draw(st.booleans()), 4)))
+    problem = make("ms_deform_attn_fused", case)
+    longer = problem.replaced(sampling_offsets=2 * problem.arrays["sampling_offsets"])
+    longer = longer._replace(options={**longer.options, "offset_scale": case.offset_scale / 2})
+    (output, grads), (got, got_grads) = both(backend, problem), both(backend, longer)
+    assert_near(got, output, 1)
+    for name, grad in grads.items():
+        if grad is not None:
+            assert_near(got_grads[name] * (2 if name == "sampling_offsets" else 1), grad, 1)
+
+
+# Of aggregation -----------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=8)
+def test_order_of_points_and_cameras(backend, data):
+    """They are a sum: both turned round, with what belongs to them."""
+    case = data.draw(aggregations())
+    problem = make("deform_aggregation", case)
+    starts = np.cumsum([0, *(sum(height * width for height, width in scales) for scales in case.shapes)])
+    pixels = np.concatenate([np.arange(a, b) for a, b in list(itertools.pairwise(starts))[::-1]])
+    ways = {
+        "features": np.s_[:, pixels],
+        "sampling_locations": np.s_[:, :, ::-1, ::-1],
+        "weights": np.s_[:, :, ::-1, ::-1],
+    }
+    moved = problem.replaced(
+        spatial_shapes=case.shapes[::-1], **{name: problem.arrays[name][way] for name, way in ways.items()}
+    )
+    (output, grads), (got, got_grads) = both(backend, problem), both(backend, moved)
+    assert_near(got, output, 1)
+    for name, way in ways.items():
+        assert_near(got_grads[name], grads[name][way], 1)
+
+
+@given(st.data())
+@settings(max_examples=8)
+def test_scales_add_up(backend, data):
+    """So do gradients of locations, which all scales share; those of weights and features are a scale's own."""
+    case = data.draw(aggregations())
+    problem = make("deform_aggregation", case)
+    output, grads = both(backend, problem)
+    sizes = [[height * width for height, width in scales] for scales in case.shapes]
+    starts = np.cumsum([0, *itertools.chain(*sizes)])[:-1].reshape(np.shape(sizes))
+    total, of_locations = np.zeros_like(output), np.zeros_like(grads["sampling_locations"])
+    for scale in range(len(case.shapes[0])):
+        pixels = np.concatenate(
+            [start + np.arange(size) for start, size in zip(starts[:, scale], np.array(sizes)[:, scale], strict=True)]
+        )
+        alone, own = both(
+            backend,
+            problem.replaced(
+                features=problem.arrays["features"][:, pixels],
+                spatial_shapes=tuple((scales[scale],) for scales in case.shapes),
+                weights=problem.arrays["weights"][:, :, :, :, [scale]],
+            ),
+        )
+        total, of_locations = total + alone, of_locations + own["sampling_locations"]
+        assert_near(own["features"], grads["features"][:, pixels], 1)
+        assert_near(own["weights"], grads["weights"][:, :, :, :, [scale]], 1)
+    assert_near(total, output, 1)
+    assert_near(of_locations, grads["sampling_locations"], 1)
+
+
 # Between operators --------------------------------------------------------------------------------------------------
 
 
@@ -467,42 +740,3 @@ def test_dcnv3_is_attention_to_its_image(backend, data):
     assert_near(grads["mask"], of_attention["attention_weights"].reshape(grads["mask"].shape), 1)
     of_offset = of_attention["sampling_locations"] / (width, height) * case.offset_scale
     assert_near(grads["offset"], of_offset.reshape(grads["offset"].shape), 1)
-
-
-@given(st.data())
-@settings(max_examples=10)
-def test_one_hot_masks_shift_the_image(backend, data):
-    """At zero offset and scale 1: a tap alone is a slice of the padded image, as a convolution has it."""
-    case = data.draw(dcns(offset_scale=1.0, remove_center=False))
-    problem = make("dcnv3", case)
-    ky, kx = (data.draw(st.integers(0, k - 1)) for k in case.kernel)
-    mask = np.zeros(problem.arrays["mask"].shape).reshape(case.batch, *case.out_size, case.groups, case.points)
-    mask[..., kx * case.kernel[0] + ky] = 1
-    arrays = {"mask": mask.reshape(problem.arrays["mask"].shape), "offset": np.zeros_like(problem.arrays["offset"])}
-    padded = np.pad(problem.arrays["input"], ((0, 0), *case.padding, (0, 0)))
-    starts = [tap * d for tap, d in zip((ky, kx), case.dilation, strict=True)]
-    rows, columns = (
-        start + stride * np.arange(out) for start, stride, out in zip(starts, case.stride, case.out_size, strict=True)
-    )
-    assert_near(run(backend, problem.replaced(**arrays)), padded[:, rows[:, None], columns])
-
-
-@given(st.data())
-@settings(max_examples=10)
-def test_dcnv3_in_a_mirror(backend, data):
-    """Image, offsets and output turned round along x: taps of an odd kernel trade places."""
-    case = data.draw(dcns(kernel=(2, 3), offset_scale=1.0, stride=(1, 1), remove_center=False))
-    case = case._replace(padding=(case.padding[0], (2, 2)))
-    problem = make("dcnv3", case)
-    lead = (case.batch, *case.out_size, case.groups, 3, 2)
-
-    def mirrored(array: np.ndarray, *last: int) -> np.ndarray:
-        return array.reshape(*lead, *last)[:, :, ::-1, :, ::-1].copy()
-
-    offset = mirrored(problem.arrays["offset"], 2) * (-1, 1)
-    turned = problem.replaced(
-        input=problem.arrays["input"][:, :, ::-1],
-        offset=offset.reshape(problem.arrays["offset"].shape),
-        mask=mirrored(problem.arrays["mask"]).reshape(problem.arrays["mask"].shape),
-    )
-    assert_near(run(backend, turned), run(backend, problem)[:, :, ::-1], 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.cases.deform_conv2d import dtype_of
 from tests.conftest import assert_close, assert_same_bits
-from tests.test_roi import DTYPES, OPERATORS, Variant, assert_equals_oracle, problem, reached, run, solve
+from tests.test_roi import DTYPES, OPERATORS, Variant, assert_equals_oracle, boxes_of, problem, reached, run, solve
 
 ALL = tuple(OPERATORS)
 DEFORMABLE = ("deform_roi_pool", "deform_psroi_pool")
@@ -70,16 +70,20 @@ def variants(draw, operators=ALL, modes=("avg", "max"), offset=None, mask=None):
         options["part_size"] = draw(st.sampled_from([None, 1, 3]))
     else:
         options["output_size"] = (draw(few), draw(few))
-    if operator in ("roi_align", "ps_roi_align", "deform_roi_pool"):
+    if operator in ("roi_align", "ps_roi_align", "deform_roi_pool", "roi_align_rotated"):
         options["sampling_ratio"] = draw(few)
     if operator == "roi_align":
         options |= {"aligned": draw(st.booleans()), "mode": draw(st.sampled_from(modes))}
+    if operator == "roi_align_rotated":
+        options |= {"aligned": draw(st.booleans()), "clockwise": draw(st.booleans())}
     if operator == "ps_roi_pool":
         options["convention"] = draw(st.sampled_from(["torchvision", "rfcn"]))
     if operator == "deform_roi_pool":
         options["gamma"] = draw(st.sampled_from([0.125, 1.0]))
     has = [draw(st.booleans()) if given is None else given for given in (offset, mask)]
-    return Variant(operator, options, channels, classes, *has)
+    return Variant(
+        operator, options, channels, classes, *has, needs_boxes=operator == "roi_align" and draw(st.booleans())
+    )
 
 
 @st.composite
@@ -102,17 +106,21 @@ def problems(draw, least_boxes=0, inside=False, dtypes=DTYPES, **kinds):
     arrays, grad_output = problem(
         variant, draw(st.sampled_from(dtypes)), corners, batch, size, draw(st.integers(0, 99))
     )
+    if inside and variant.operator == "roi_align_rotated":  # so small that it is, however it is turned
+        arrays["boxes"][:, 3:5] = times(arrays["boxes"][:, 3:5], 0.25)
     return Problem(variant, arrays, grad_output)
 
 
 @st.composite
 def adaptive_problems(draw):
     """float64, and corners that are no fractions: nothing lies exactly where the number of points changes."""
-    operator = draw(st.sampled_from(["roi_align", "ps_roi_align", "deform_roi_pool"]))
+    operator = draw(st.sampled_from(["roi_align", "ps_roi_align", "deform_roi_pool", "roi_align_rotated"]))
     options: dict[str, Any] = {"output_size": (draw(st.integers(1, 3)), draw(st.integers(1, 3)))}
     options["spatial_scale"] = draw(st.sampled_from([0.3, 1.0]))
     if operator == "roi_align":
         options |= {"aligned": draw(st.booleans()), "mode": draw(st.sampled_from(["avg", "max"]))}
+    if operator == "roi_align_rotated":
+        options |= {"aligned": draw(st.booleans()), "clockwise": draw(st.booleans())}
     variant = Variant(operator, options, draw(st.integers(1, 5)), offset=draw(st.booleans()), mask=draw(st.booleans()))
     seed = draw(st.integers(0, 999))
     rng = np.random.default_rng(seed)
@@ -125,7 +133,8 @@ def adaptive_problems(draw):
 
 def each_grad(p: Problem) -> list[str]:
     """Names of the gradients that there are."""
-    return [name for name, array in p.arrays.items() if name != "boxes" and array is not None]
+    names = "input", *p.variant.of_boxes
+    return [name for name in names if p.arrays[name] is not None]
 
 
 def assert_equal(got: Any, want: Any, what: str = "") -> None:
@@ -169,10 +178,13 @@ def test_whole_pixels_of_shift_change_nothing(backend, p, dy, dx):
     *_, height, width = image.shape
     larger = np.full((*image.shape[:2], height + dy + 2, width + dx + 1), 7, image.dtype)
     larger[:, :, dy : dy + height, dx : dx + width] = image
-    boxes[:, 1:] += np.array([dx, dy, dx, dy], boxes.dtype) / p.variant.options["spatial_scale"]
+    move = [dx, dy, 0, 0, 0] if p.variant.operator == "roi_align_rotated" else [dx, dy, dx, dy]
+    boxes[:, 1:] += np.array(move, boxes.dtype) / p.variant.options["spatial_scale"]
     output, grads = p.solve(backend)
     moved_output, moved_grads = p.changed(input=larger, boxes=boxes).solve(backend)
     assert_close(moved_output, output.astype(np.float64), p.dtype)
+    if p.variant.moves_boxes:
+        assert_close(moved_grads["boxes"], grads["boxes"].astype(np.float64), p.dtype)
     inner = moved_grads["input"][:, :, dy : dy + height, dx : dx + width].copy()
     assert_close(inner, grads["input"].astype(np.float64), p.dtype)
     moved_grads["input"][:, :, dy : dy + height, dx : dx + width] = 0
@@ -275,8 +287,8 @@ def test_boxes_outside_are_zero(backend, p, shift):
         p = p.changed(**{name: np.clip(p.arrays[name], -0.5, 0.5)})
     boxes = p.arrays["boxes"].copy()
     dx, dy = shift
-    corners = np.array([dx, dy, dx + width, dy + height]) / p.variant.options["spatial_scale"]
-    boxes[:, 1:] = corners.astype(boxes.dtype)
+    corners = np.array([[dx, dy, dx + width, dy + height]]) / p.variant.options["spatial_scale"]
+    boxes[...] = boxes_of(p.variant.operator, boxes[:, :1].astype(float), np.repeat(corners, len(boxes), axis=0))
     output, grads = p.changed(boxes=boxes).solve(backend)
     assert not output.any()
     assert not any(grads[name].any() for name in each_grad(p))

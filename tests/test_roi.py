@@ -1,4 +1,4 @@
-"""The six RoI operators against the oracle, against differences, and on awkward boxes and arrays."""
+"""The eight RoI operators against the oracle, against differences, and on awkward boxes and arrays."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ OPERATORS = {
     "ps_roi_align": ("input", "boxes"),
     "deform_roi_pool": ("input", "boxes", "offset", "mask"),
     "deform_psroi_pool": ("input", "boxes", "trans", "mask"),
+    "roi_align_rotated": ("input", "boxes"),
+    "prroi_pool": ("input", "boxes"),
 }
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -87,6 +89,22 @@ class Variant(NamedTuple):
     classes: int = 1
     offset: bool = True  # if the operator has one
     mask: bool = True
+    needs_boxes: bool = False  # roi_align's gradient of boxes is there on request
+
+    @property
+    def of_backward(self) -> dict[str, Any]:
+        """Options of the backward."""
+        return self.options | ({"needs": ("input", "boxes")} if self.needs_boxes else {})
+
+    @property
+    def moves_boxes(self) -> bool:
+        """Whether the boxes have a gradient."""
+        return self.needs_boxes or self.operator == "prroi_pool"
+
+    @property
+    def of_boxes(self) -> tuple[str, ...]:
+        """Arrays with a row for each box that have a gradient."""
+        return OPERATORS[self.operator][2:] + (("boxes",) if self.moves_boxes else ())
 
     @property
     def pooled(self) -> tuple[int, int]:
@@ -117,7 +135,7 @@ class Variant(NamedTuple):
     @property
     def is_adaptive(self) -> bool:
         """Whether a box says how many points there are."""
-        return self.operator in ("roi_align", "ps_roi_align", "deform_roi_pool") and (
+        return self.operator in ("roi_align", "ps_roi_align", "deform_roi_pool", "roi_align_rotated") and (
             self.options.get("sampling_ratio", 0) < 1
         )
 
@@ -148,6 +166,21 @@ VARIANTS = {
         mask=False,
     ),
     "deform_psroi_pool_no_trans": Variant("deform_psroi_pool", {**PSROI, "spatial_scale": 0.5}, 8, offset=False),
+    "roi_align_rotated": Variant(
+        "roi_align_rotated", {"output_size": (2, 3), "spatial_scale": 0.5, "sampling_ratio": 2}, 6
+    ),
+    "roi_align_rotated_adaptive": Variant(
+        "roi_align_rotated", {"output_size": (3, 2), "spatial_scale": 0.5, "aligned": False, "clockwise": True}
+    ),
+    "prroi_pool": Variant("prroi_pool", {"output_size": (2, 3), "spatial_scale": 0.5}, 6),
+    "prroi_pool_few": Variant("prroi_pool", {"output_size": (3, 1)}),
+    "roi_align_boxes": Variant(
+        "roi_align", {"output_size": (2, 3), "spatial_scale": 0.5, "sampling_ratio": 2}, 6, needs_boxes=True
+    ),
+    "roi_align_boxes_adaptive": Variant("roi_align", {"output_size": (3, 2), "aligned": True}, needs_boxes=True),
+    "roi_align_boxes_max": Variant(
+        "roi_align", {"output_size": 2, "sampling_ratio": 2, "mode": "max"}, needs_boxes=True
+    ),
 }
 
 
@@ -176,6 +209,16 @@ CORNERS = (
     (3.375, 2.625, 3.375, 2.625),
     (40.125, 1.625, 44.375, 3.875),
 )
+ANGLES = (0.5, -1.25, 2.5, 0.0, -0.75, 3.5, 1.0)  # of rotated boxes, in turn
+
+
+def boxes_of(operator: str, images: Any, corners: np.ndarray) -> np.ndarray:
+    """With corners that are scaled; a rotated box has the same middle and size, negative ones where upside down."""
+    if operator != "roi_align_rotated":
+        return np.concatenate([images, corners], 1)
+    first, last = corners[:, :2], corners[:, 2:]
+    angles = np.resize(ANGLES, (len(corners), 1))
+    return np.concatenate([images, (first + last) / 2, last - first, angles], 1)
 
 
 def problem(
@@ -200,7 +243,7 @@ def problem(
     pixels = np.stack([rng.permutation(math.prod(size)) for _ in range(batch * variant.in_channels)] or [[]])
     arrays = {
         "input": (pixels.reshape(batch, variant.in_channels, *size) - math.prod(size) // 2) / 16,
-        "boxes": np.concatenate([np.arange(count).reshape(-1, 1) % max(batch, 1), corners], 1),
+        "boxes": boxes_of(variant.operator, np.arange(count).reshape(-1, 1) % max(batch, 1), corners),
     }
     if variant.offset_name:
         arrays[variant.offset_name] = values(count, *variant.offset_shape) if variant.offset else None
@@ -211,14 +254,14 @@ def problem(
 
 def solve(backend: Any, variant: Variant, arrays: dict[str, Any], grad_output: Any) -> tuple[Any, dict[str, Any]]:
     output = run(backend, variant.operator, arrays, variant.options)
-    return output, run_backward(backend, variant.operator, grad_output, arrays, variant.options)
+    return output, run_backward(backend, variant.operator, grad_output, arrays, variant.of_backward)
 
 
 def assert_equals_oracle(backend: Any, variant: Variant, arrays: dict[str, Any], grad_output: Any, dtype: str) -> Any:
     """Output and gradients, which are returned."""
     output, grads = solve(backend, variant, arrays, grad_output)
     assert_close(output, oracle(variant.operator, arrays, variant.options), dtype)
-    want = oracle_backward(variant.operator, grad_output, arrays, variant.options)
+    want = oracle_backward(variant.operator, grad_output, arrays, variant.of_backward)
     assert_grads(variant.operator, grads, want, dtype)
     return output, grads
 
@@ -329,6 +372,9 @@ SIGNATURES = {
     "mask=None",
     "deform_psroi_pool": "input, boxes, trans=None, *, output_dim, pooled_size, group_size=1, part_size=None, "
     "sample_per_part=1, trans_std=0.0, spatial_scale=1.0, mask=None",
+    "roi_align_rotated": "input, boxes, output_size, spatial_scale=1.0, sampling_ratio=0, aligned=True, "
+    "clockwise=False",
+    "prroi_pool": "input, boxes, output_size, spatial_scale=1.0",
 }
 
 
@@ -375,7 +421,9 @@ def test_an_int_stands_for_both_axes(backend):
             assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("name", ["roi_align_aligned", "ps_roi_align_adaptive", "deform_roi_pool_adaptive"])
+@pytest.mark.parametrize(
+    "name", ["roi_align_aligned", "ps_roi_align_adaptive", "deform_roi_pool_adaptive", "roi_align_rotated_adaptive"]
+)
 def test_sampling_ratio_0_and_minus_1_are_adaptive(backend, name):
     variant = VARIANTS[name]
     arrays, _ = problem(variant)
@@ -389,17 +437,18 @@ def test_needs(backend, name):
     """Each subset leaves the others None and changes no bit of what it computes."""
     variant = VARIANTS[name]
     arrays, grad_output = problem(variant, "float32")
-    every = run_backward(backend, variant.operator, grad_output, arrays, variant.options)
-    assert every["boxes"] is None
-    names = [n for n in OPERATORS[variant.operator] if n != "boxes"]
-    assert all((every[n] is None) == (arrays[n] is None) for n in names)
+    names = ["input", *variant.of_boxes]
+    every = run_backward(backend, variant.operator, grad_output, arrays, variant.of_backward)
+    assert all((every[n] is None) == (arrays[n] is None or n not in names) for n in every)
+    unasked = run_backward(backend, variant.operator, grad_output, arrays, variant.options)
+    assert_same_grads(unasked, every | ({"boxes": None} if variant.needs_boxes else {}))
     for needs in itertools.chain.from_iterable(itertools.combinations(names, k) for k in range(len(names) + 1)):
         options = {**variant.options, "needs": needs}
         got = run_backward(backend, variant.operator, grad_output, arrays, options)
         assert_same_grads(got, {n: every[n] if n in needs else None for n in every})
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in ("roi_align", "prroi_pool")])
 def test_boxes_have_no_gradient_to_need(backend, operator):
     variant = VARIANTS[operator]
     arrays, grad_output = problem(variant)
@@ -448,7 +497,7 @@ def test_no_boxes(backend, name, dtype):
         output, grads = solve(backend, variant, arrays, grad_output)
         assert (output.shape, output.dtype.name) == ((0, variant.out_channels, *variant.pooled), dtype)
         for n, grad in grads.items():
-            if n == "boxes" or arrays[n] is None:
+            if (n == "boxes" and not variant.moves_boxes) or arrays[n] is None:
                 assert grad is None, n
             else:
                 assert (grad.shape, grad.dtype.name) == (arrays[n].shape, dtype)
@@ -463,7 +512,7 @@ def test_results_are_fresh_and_contiguous(backend, name):
     sent = {n: backend.array(a) for n, a in arrays.items()}
     forward, backward = getattr(pydeform, variant.operator), getattr(pydeform, f"{variant.operator}_backward")
     results = [forward(**sent, **variant.options) for _ in range(2)]
-    results += [g for g in backward(backend.array(grad_output), **sent, **variant.options) if g is not None]
+    results += [g for g in backward(backend.array(grad_output), **sent, **variant.of_backward) if g is not None]
     assert all(r.flags.c_contiguous for r in results)
     if backend.on_cpu:
         assert all(r.flags.writeable for r in results)
@@ -497,7 +546,7 @@ def test_batch_index_outside_the_batch(backend, name, index):
     assert np.isnan(got[3]).all()
     assert_same_bits(np.delete(got, 3, axis=0), np.delete(output, 3, axis=0))
     assert_same_bits(got_grads["input"], grads_of_sound["input"], "the box gives nothing to the input")
-    for n in OPERATORS[variant.operator][2:]:
+    for n in variant.of_boxes:
         if arrays[n] is not None:
             assert (np.isnan(got_grads[n][3]) == reached(variant, n)).all()
             assert_same_bits(np.delete(got_grads[n], 3, axis=0), np.delete(grads[n], 3, axis=0), n)
@@ -505,6 +554,8 @@ def test_batch_index_outside_the_batch(backend, name, index):
 
 def reached(variant: Variant, name: str) -> np.ndarray:
     """Which elements of a box's offset or mask any bin uses: not all cells of an offset need move one."""
+    if name == "boxes":
+        return np.arange(5) > 0
     if name == "mask":
         return np.ones((1, *variant.pooled), bool)
     used = np.zeros(variant.offset_shape, bool)
@@ -541,7 +592,10 @@ BOXES_AT_INFINITY = ({1: -INF}, {2: INF}, {3: INF}, {4: -INF}, {1: -INF, 3: INF}
 def test_boxes_that_are_not_finite(backend, name, dtype):
     """NaN is all of that box's outputs and none of the input's gradient; an infinite box reads nothing."""
     variant = VARIANTS[name]
-    spoilt = (*BOXES_WITH_NAN, *BOXES_AT_INFINITY)
+    with_nan, at_infinity = BOXES_WITH_NAN, BOXES_AT_INFINITY
+    if variant.operator == "roi_align_rotated":  # angles
+        with_nan, at_infinity = (*with_nan, {5: NAN}, {1: INF, 5: NAN}), (*at_infinity, {5: INF}, {5: -INF})
+    spoilt = (*with_nan, *at_infinity)
     arrays, grad_output = problem(variant, dtype, corners=[CORNERS[0]] * (1 + len(spoilt)))
     sound = {n: a if a is None or n == "input" else a[:1].copy() for n, a in arrays.items()}
     for row, changes in enumerate(spoilt, 1):
@@ -549,12 +603,12 @@ def test_boxes_that_are_not_finite(backend, name, dtype):
             arrays["boxes"][row, column] = value
     output, grads = assert_equals_oracle(backend, variant, arrays, grad_output, dtype)
     want, want_grads = solve(backend, variant, sound, grad_output[:1])
-    last = 1 + len(BOXES_WITH_NAN)
+    last = 1 + len(with_nan)
     assert_same_bits(output[:1], want)
     assert np.isnan(output[1:last].astype(float)).all()
     assert not output[last:].any()
     assert_same_bits(grads["input"], want_grads["input"])
-    for n in OPERATORS[variant.operator][2:]:
+    for n in variant.of_boxes:
         if arrays[n] is None:
             continue
         assert_same_bits(grads[n][:1], want_grads[n])
@@ -573,7 +627,7 @@ def test_coordinates_that_overflow(backend, name, dtype):
     arrays["boxes"][1, 3] = largest
     arrays["boxes"][3:, 1:] = 0
     arrays["boxes"][3, 3] = arrays["boxes"][4, 4] = -largest
-    arrays["boxes"][2, 1:] = np.array([-largest, 0, largest, 0])
+    arrays["boxes"][2, 1:5] = np.array([-largest, 0, largest, 0])
     output, grads = solve(backend, variant, arrays, grad_output)
     assert not output.any()
     assert not any(grad.any() for grad in grads.values() if grad is not None)
@@ -619,7 +673,7 @@ def test_offsets_that_are_not_finite(backend, name, dtype):
     assert np.isfinite(grads["input"].astype(float)).all()
     if arrays["mask"] is not None:
         assert (np.isnan(grads["mask"].astype(float)) == nan_output.any(1, keepdims=True)).all()
-    for n in OPERATORS[variant.operator][2:]:
+    for n in variant.of_boxes:
         if arrays[n] is not None:
             assert_same_bits(grads[n][[0, 6]], clean_grads[n][[0, 6]])
 
@@ -698,7 +752,7 @@ def test_one_factor_that_is_not_finite(backend, name, channels, argument):
             spoilt_grad[box, variant.out_channels // 2, -1, 0] = value
         output, grads = solve(backend, variant, spoilt, spoilt_grad)
         assert_close(output, oracle(variant.operator, spoilt, variant.options), "float64", f"{value} for box {box}")
-        want = oracle_backward(variant.operator, spoilt_grad, spoilt, variant.options)
+        want = oracle_backward(variant.operator, spoilt_grad, spoilt, variant.of_backward)
         for n in want:
             if want[n] is not None:  # a sum of infinite terms may be NaN where they are added up in another order
                 finite = np.isfinite(want[n])
@@ -796,14 +850,20 @@ def test_a_mean_over_no_points(backend):
 # Differences ----------------------------------------------------------------------------------------------------------
 
 
-def checked(backend: Any, operator: str, options: dict[str, Any], fixed: dict[str, Any]) -> Any:
+def checked(backend: Any, variant: Variant, fixed: dict[str, Any]) -> Any:
     """Forward and backward for gradcheck, which makes arrays in NumPy, as functions of those that are not `fixed`."""
 
+    def given(arrays):
+        given = {**fixed, **arrays}
+        boxes = given["boxes"]  # whose first column does not move
+        index = np.arange(float(len(boxes)))[:, None] % len(given["input"])
+        return {**given, "boxes": np.concatenate([index, boxes[:, 1:]], axis=1)}
+
     def forward(**arrays):
-        return run(backend, operator, {**fixed, **arrays}, options)
+        return run(backend, variant.operator, given(arrays), variant.options)
 
     def backward(grad_output, **arrays):
-        return run_backward(backend, operator, grad_output, {**fixed, **arrays}, options)
+        return run_backward(backend, variant.operator, grad_output, given(arrays), variant.of_backward)
 
     return forward, backward
 
@@ -816,9 +876,13 @@ def test_gradcheck(backend, name):
     for n in ("mask", variant.offset_name):
         if arrays.get(n) is not None:
             arrays[n] = rng.normal(0, 1, arrays[n].shape)  # nowhere near a point of the grid
-    fixed = {"boxes": arrays.pop("boxes"), **{n: None for n, a in arrays.items() if a is None}}
+    fixed: dict[str, Any] = {n: None for n, a in arrays.items() if a is None}
+    if variant.moves_boxes:
+        arrays["boxes"][:, 1:] += rng.uniform(0.01, 0.02, (5, 4))  # nor where another number of points begins
+    else:
+        fixed["boxes"] = arrays.pop("boxes")
     arrays = {n: a for n, a in arrays.items() if a is not None}
-    forward, backward = checked(backend, variant.operator, variant.options, fixed)
+    forward, backward = checked(backend, variant, fixed)
     report = gradcheck(forward, backward, arrays, wrt=tuple(arrays), elements=16, directions=1)
     assert list(report.checked) == list(arrays)
     assert all(len(indices) == min(16, arrays[n].size) for n, indices in report.checked.items())
@@ -913,7 +977,7 @@ def test_deform_roi_pool_has_the_right_hand_derivative(backend):
     positions = np.array(list(itertools.product((-2, -1, 1, 2, 3), (-2, -1, 1, 2, 3, 4))), float)
     arrays, options = one_point_each("deform_roi_pool", positions, image)
     offset = arrays.pop("offset")
-    forward, backward = checked(backend, "deform_roi_pool", options, {**arrays, "mask": None})
+    forward, backward = checked(backend, Variant("deform_roi_pool", options), {**arrays, "mask": None})
     gradcheck(forward, backward, {"offset": offset}, wrt=("offset",), side="right", elements=offset.size)
     with pytest.raises(AssertionError, match="offset"):
         gradcheck(forward, backward, {"offset": offset}, wrt=("offset",), side="left", elements=offset.size)
@@ -928,7 +992,7 @@ def test_deform_roi_pool_is_flat_where_it_reads_the_nearest_pixel(backend):
     positions = np.array([(-0.5, 1.25), (0, 2.5), (2.5, 0.25), (2.25, 1.5), (1.25, -0.5), (0.5, 3.75), (0.5, 0)])
     arrays, options = one_point_each("deform_roi_pool", positions, image)
     offset = arrays.pop("offset")
-    forward, backward = checked(backend, "deform_roi_pool", options, {**arrays, "mask": None})
+    forward, backward = checked(backend, Variant("deform_roi_pool", options), {**arrays, "mask": None})
     gradcheck(forward, backward, {"offset": offset}, wrt=("offset",), side="left", elements=offset.size)
     dx, dy = backward(np.ones((7, 1, 1, 1)), offset=offset)["offset"].reshape(7, 2).T
     assert not dy[:4].any() and not dx[4:].any()
@@ -1024,7 +1088,7 @@ def test_order_of_boxes(backend, name, dtype):
     moved = {n: a if a is None or n == "input" else a[order] for n, a in arrays.items()}
     got, got_grads = solve(backend, variant, moved, grad_output[order])
     assert_same_bits(got, output[order])
-    for n in OPERATORS[variant.operator][2:]:
+    for n in variant.of_boxes:
         if arrays[n] is not None:
             assert_same_bits(got_grads[n], grads[n][order], n)
     assert_close(got_grads["input"], grads["input"].astype(np.float64), dtype)
@@ -1040,15 +1104,15 @@ def test_an_image_has_the_same_bits_in_any_batch(name, dtype, size, make_variant
     arrays, grad_output = problem(variant, dtype, corners=CORNERS * 2, batch=3, size=size)
     arrays["boxes"][:, 0] = [0, 0, 2, 0, 1, 0, 2, 0, 0, 0, 2, 0, 0, 0]
     forward, backward = getattr(pydeform, variant.operator), getattr(pydeform, f"{variant.operator}_backward")
-    output, grads = forward(**arrays, **variant.options), backward(grad_output, **arrays, **variant.options)
+    output, grads = forward(**arrays, **variant.options), backward(grad_output, **arrays, **variant.of_backward)
     for image in range(3):
         own = arrays["boxes"][:, 0] == image
         alone = {n: a if a is None else a[[image]] if n == "input" else a[own] for n, a in arrays.items()}
         alone["boxes"][:, 0] = 0
         assert_same_bits(forward(**alone, **variant.options), output[own])
-        grads_alone = backward(grad_output[own], **alone, **variant.options)
+        grads_alone = backward(grad_output[own], **alone, **variant.of_backward)
         assert_same_bits(grads_alone.input, grads.input[[image]])
-        for n in OPERATORS[variant.operator][2:]:
+        for n in variant.of_boxes:
             if arrays[n] is not None:
                 assert_same_bits(getattr(grads_alone, n), getattr(grads, n)[own], n)
 
@@ -1060,11 +1124,11 @@ def test_every_run_has_the_same_bits(backend, name, dtype):
     variant = VARIANTS[name]
     arrays, grad_output = problem(variant, dtype, corners=CORNERS[:4] * 3, batch=1)
     output, grads = solve(backend, variant, arrays, grad_output)
-    asked = variant._replace(options={**variant.options, "deterministic": True})
+    asked = {**variant.of_backward, "deterministic": True}
     for _ in range(2):
         assert_same_bits(run(backend, variant.operator, arrays, variant.options), output)
-        assert_same_grads(run_backward(backend, variant.operator, grad_output, arrays, variant.options), grads)
-        assert_same_grads(run_backward(backend, variant.operator, grad_output, arrays, asked.options), grads)
+        assert_same_grads(run_backward(backend, variant.operator, grad_output, arrays, variant.of_backward), grads)
+        assert_same_grads(run_backward(backend, variant.operator, grad_output, arrays, asked), grads)
 
 
 def solve_here(variant: Variant, dtype: str) -> dict[str, Any]:
@@ -1073,7 +1137,7 @@ def solve_here(variant: Variant, dtype: str) -> dict[str, Any]:
     for name, v in ("few", variant), ("many", wide(wide(variant))):
         arrays, grad_output = problem(v, dtype, corners=CORNERS * 3, batch=3, size=(13, 12))
         output = getattr(pydeform, v.operator)(**arrays, **v.options)
-        grads = getattr(pydeform, f"{v.operator}_backward")(grad_output, **arrays, **v.options)
+        grads = getattr(pydeform, f"{v.operator}_backward")(grad_output, **arrays, **v.of_backward)
         results |= {f"{name} {key}": value for key, value in {"output": output, **grads._asdict()}.items()}
     return results
 

@@ -14,6 +14,7 @@ import pydeform
 from pydeform.cpu.core.bands import BAND
 from pydeform.cpu.roi import bins as roi_bins
 from pydeform.cpu.roi import plan as roi_plan
+from tests.cases.deform_conv2d import dtype_of
 from tests.conftest import Backend, assert_same_bits
 from tests.reference import roi as reference
 from tests.test_roi import (
@@ -194,6 +195,8 @@ FAR_VARIANTS = {
     "roi_pool": Variant("roi_pool", {"output_size": 1}, 5),
     "ps_roi_pool": Variant("ps_roi_pool", {"output_size": 1}, 5),
     "ps_roi_pool_rfcn": Variant("ps_roi_pool", {"output_size": 1, "convention": "rfcn"}, 1),
+    "prroi_pool": Variant("prroi_pool", {"output_size": (1, 2)}, 5),
+    "prroi_pool of few channels": Variant("prroi_pool", {"output_size": 1}, 1),
 }
 
 
@@ -396,3 +399,90 @@ def test_huge_boxes_that_read_nothing_have_no_gradient(backend, channels, dtype)
     grad_output = np.ones((1, channels, 1, 1), dtype)
     grads = run_backward(backend, "deform_roi_pool", grad_output, arrays, {"output_size": 1, "gamma": 1.0})
     assert not any(grad.any() for grad in grads.values() if grad is not None)
+
+
+# Boxes that are turned, and exact means -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1e5, 1e9, 1e30])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_turned_boxes_of_any_size(backend, dtype, length):
+    """Adaptive: a point for about each square pixel of any turn, so that those that count are as many as lie within a
+    pixel of the image, its area of (H + 1) * (W + 1), but for those along its border."""
+    height, width = 9, 12
+    angles = np.array([0.0, 0.4, -1.1, 2.0, 40.0])
+    boxes = np.zeros((len(angles), 6))
+    boxes[:, 1:5], boxes[:, 5] = (6, 5, length, length), angles
+    arrays = {"input": np.full((1, 2, height, width), 2.0, dtype), "boxes": boxes.astype(dtype)}
+    output = run(backend, "roi_align_rotated", arrays, {"output_size": 1})
+    n = np.ceil(float(arrays["boxes"][0, 3]))
+    if dtype == "float32" and length > 1e15:  # 1e-60 is none
+        assert not output.any()
+        return
+    counted = output.astype(np.float64) / 2 * n * n
+    border = 2 * (height + width + 2)
+    if length < 1e15:  # beyond, no two of the points have different coordinates
+        assert (abs(counted - (height + 1) * (width + 1)) < border).all()
+    assert np.isfinite(counted).all() and (counted >= 0).all()
+    grad = run_backward(backend, "roi_align_rotated", np.ones_like(output), arrays, {"output_size": 1})["input"]
+    np.testing.assert_allclose(grad.astype(float).sum(), output.astype(float).sum() / 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"sampling_ratio": 2}, {"sampling_ratio": 2, "aligned": False}], ids=str)
+@each_dtype
+def test_turned_boxes_far_away(backend, dtype, options):
+    """A centre, a size or an angle of any magnitude: zero where nothing is near, and never more than the image has."""
+    largest = 6e4 if dtype == "float16" else 3e38
+    far = [1e3, 1e4, largest] + ([1e9, 1e30] if largest > 1e5 else [])
+    rows = [(0, 4, 3, 5, 4, 0.7)]
+    for f in far:
+        rows += [(0, f, 3, 5, 4, 0.7), (0, 4, -f, 5, 4, 0.7), (0, f, f, f, f, -2.0), (0, 4, 3, f, 1e-3, 0.7)]
+        rows += [(0, 4, 3, 4, f, -1.5), (0, 4, 3, -f, -f, 3.0), (0, 4, 3, 5, 4, f), (0, -f, f, 2, 2, -f)]
+    arrays = {"input": np.full((1, 3, 6, 7), 1.5), "boxes": np.array(rows)}
+    arrays = {name: array.astype(dtype_of(dtype)) for name, array in arrays.items()}
+    options = {"output_size": 2, **options}
+    output = run(backend, "roi_align_rotated", arrays, options).astype(float)
+    assert np.isfinite(output).all() and (output >= 0).all() and (output <= 1.501).all()
+    beside = np.isin(np.arange(len(rows)) % 8, (1, 2, 0)) & (np.arange(len(rows)) > 0)  # a box of 5 x 4, or 2 x 2
+    assert not output[beside].any()
+    assert (output[[0]] > 1.49).all()
+    grads = run_backward(backend, "roi_align_rotated", np.ones(output.shape).astype(dtype_of(dtype)), arrays, options)[
+        "input"
+    ]
+    assert np.isfinite(grads.astype(float)).all()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-12])
+@pytest.mark.parametrize("place", [2.25, 3.0, -0.5], ids=["between pixels", "on a pixel", "outside"])
+def test_tiny_exact_means(backend, size, place):
+    """The value of the surface where the box is, and slopes of it: by its beginning as much as by its end."""
+    rng = np.random.default_rng(4)
+    image = rng.uniform(-1, 1, (1, 2, 6, 7))
+    boxes = np.array([[0, place, 1.375, place + size, 1.375 + size]])
+    arrays = {"input": image, "boxes": boxes}
+    want = reference.prroi_pool(**arrays, output_size=2)
+    output = run(backend, "prroi_pool", arrays, {"output_size": 2})
+    np.testing.assert_allclose(output, want, rtol=0, atol=1e-14 + 1e-15 / size)
+    grads = run_backward(backend, "prroi_pool", np.ones_like(output), arrays, {"output_size": 2})
+    wanted = reference.prroi_pool_backward(np.ones_like(output), **arrays, output_size=2)
+    for name in ("input", "boxes"):
+        np.testing.assert_allclose(grads[name], wanted[name], rtol=0, atol=1e-13 + 1e-14 / size)
+
+
+@pytest.mark.parametrize("operator", ["prroi_pool", "roi_align", "roi_align aligned", "roi_align max"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_gradients_of_far_boxes(backend, operator, dtype):
+    """Are finite, and zero where the image is constant around all that is read."""
+    operator, _, how = operator.partition(" ")
+    options = {"output_size": (1, 2)} | {"aligned": {"aligned": True}, "max": {"mode": "max"}}.get(how, {})
+    needs = {"needs": ("input", "boxes")} if operator == "roi_align" else {}
+    rows = [(0, 1.25, 1.5, 3.75, 4.0)]
+    for far in (1e5, 1e9, 1e30, 1e38):
+        rows += [(0, -far, -far, far, far), (0, 1, 2, far, far), (0, -far, 1, 3, 4), (0, far, far, -far, -far)]
+        rows += [(0, far, far, 1.5 * far, 1.5 * far)]
+    arrays = {"input": np.full((1, 2, 6, 7), 3.0, dtype), "boxes": np.array(rows, dtype)}
+    grad_output = np.ones((len(rows), 2, 1, 2), dtype)
+    grads = run_backward(backend, operator, grad_output, arrays, {**options, **needs})
+    assert np.isfinite(grads["boxes"]).all()
+    assert np.abs(grads["boxes"][0]).max() < 1e-5
+    assert not grads["boxes"][:, 0].any()

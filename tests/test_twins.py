@@ -23,7 +23,10 @@ PACKAGE = Path(pydeform.__file__).parent
 # Backends have one twin for all of a family, whose operators differ in which arrays there are and in their geometry.
 FAMILIES = {
     "conv": ("conv1d", "conv2d", "conv3d", "deform_conv1d", "deform_conv2d", "deform_conv3d", "active_conv2d"),
-    "roi": ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "deform_roi_pool", "deform_psroi_pool"),
+    "roi": (
+        *("roi_pool", "roi_align", "roi_align_rotated", "prroi_pool", "ps_roi_pool", "ps_roi_align"),
+        *("deform_roi_pool", "deform_psroi_pool"),
+    ),
     "gather": ("ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation", "dcnv3", "dcnv4"),
     "grid": ("grid_sample", "warp"),
 }
@@ -271,7 +274,8 @@ def test_same_rounding_rules():
 
 
 def test_every_rule_is_a_line_of_the_kernels():
-    text = (PACKAGE / "cuda" / "roi" / "bins.cuh").read_text(encoding="utf-8")
+    folder = PACKAGE / "cuda" / "roi"
+    text = "".join((folder / name).read_text(encoding="utf-8") for name in ("bins.cuh", "turned.cuh"))
     for rule in _roi_geometry.Rules._fields:
         if rule != "is_max":  # which chooses the kernel
             lines = [line for line in text.splitlines() if f"g.{rule}" in line and f"// {rule}" in line]
@@ -282,14 +286,18 @@ def test_every_rule_is_a_line_of_the_kernels():
 def test_same_numbers_of_roi_kernels(emulated):  # else what is imported here would hold the real CuPy ever after
     """What launches and kernels of RoI pooling must agree on."""
     from pydeform.cuda.roi import gradients as roi
+    from pydeform.cuda.roi import rotated
 
     folder = PACKAGE / "cuda" / "roi"
-    text = "".join((folder / name).read_text(encoding="utf-8") for name in ("forward.cuh", "backward.cuh"))
+    names = ("forward.cuh", "turned.cuh", "backward.cuh")
+    text = "".join((folder / name).read_text(encoding="utf-8") for name in names)
     height, width = roi.TILE
     for constants in (
         f"TILE_H = {height}, TILE_W = {width};",
         f"BOUNDS = {roi.BOUNDS};",
-        f"MEAN = {roi.MEAN}, LARGEST_PIXEL = {roi.LARGEST_PIXEL}, LARGEST_POINT = {roi.LARGEST_POINT};",
+        f"MEAN = {roi.MEAN}, LARGEST_PIXEL = {roi.LARGEST_PIXEL}, LARGEST_POINT = {roi.LARGEST_POINT}, "
+        f"TURNED_MEAN = {roi.TURNED_MEAN};",
+        f"TURNED_NUMBERS = {rotated.NUMBERS};",
         f"ROI_THREADS = {roi.THREADS}",
     ):
         assert f"constexpr int {constants}" in text, constants

@@ -19,7 +19,7 @@ OUTPUTS = (256, 64, 128)  # of a group: for each there is a width of tile
 
 CODES = (
     *(Code("conv"), Code("conv", 1), Code("conv", 3), Code("conv", 2, active=True)),
-    *(Code("roi"), Code("gather"), Code("grid"), Code("grid", 3)),
+    *(Code("roi"), Code("roi", surface=True), Code("gather"), Code("grid"), Code("grid", 3)),
 )
 
 
@@ -39,7 +39,7 @@ def instances(code: Code) -> list[Instance]:
     """
     found: dict[str, tuple[set[str], int]] = {}
     if code.file == "roi":
-        expressions = _roi()
+        expressions = _of_surface() if code.surface else _roi()
     elif code.file == "gather":
         expressions = _gather()
     elif code.file == "grid":
@@ -177,7 +177,16 @@ def _roi() -> Iterator[tuple[str, tuple[str, ...], int]]:
             yield f"{name}<{c}, int>", EVERY[:1] if dtype == "float16" else newest, 128 if wide else 96
         for points in ("false", "true"):
             yield f"pool_largest<{c}, int, {points}>", newest, 96
+        for name in ("edge_gradients", "edge_gradients_direct", "edge_gradients_of_largest", "box_gradient"):
+            yield f"{name}<{c}, int>", newest, 168 if wide else 128
+        own = ", float" if c in ("f16", "bf16") else ""  # turned boxes are as sums are
+        yield f"turn_boxes<{c}>", newest, 64
+        yield f"turned_bounds<{c}>", newest, 64
+        yield f"pool_turned<{c}, int>", newest, 255 if wide else 128
+        yield f"pool_turned_direct<{c}, int>", newest, 128
+        yield f"input_gradient<{c}, int, 3{own}>", newest, 255 if wide else 128
     # Boxes and offsets in float32 beside a half type, one or both.
+    yield "turn_boxes<bf16, float>", EVERY[-1:], 64
     yield "pool_bins<f16, int, float>", EVERY[-1:], 80
     yield "pool_bins<bf16, int, float, float>", EVERY[-1:], 80
     yield "bin_gradients<bf16, int, float, float>", EVERY[-1:], 80
@@ -186,9 +195,23 @@ def _roi() -> Iterator[tuple[str, tuple[str, ...], int]]:
     direct = ("pool_direct<bf16, int", "bin_gradients_direct<bf16, int", "box_bounds<bf16, int")
     for name in (*direct, "pool_largest<bf16, int, false", "pool_largest<bf16, int, true"):
         yield f"{name}, float, float>", EVERY[-1:], 96
+    for name in ("edge_gradients", "edge_gradients_direct", "edge_gradients_of_largest", "box_gradient"):
+        yield f"{name}<bf16, int, float>", EVERY[-1:], 128
     for c in ("f16", "double"):
         for name in ("pool_bins<{}, long long>", "bin_gradients<{}, long long>", "input_gradient<{}, long long, 0>"):
             yield name.format(c), EVERY[-1:], 255 if c == "double" else 128
+
+
+def _of_surface() -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """The kernels that prroi_pool has, in few types: others differ in what they load."""
+    for c in ("double", "float", "f16"):
+        wide, newest = c == "double", EVERY[-1:]
+        yield f"pool_bins<{c}, int>", newest, 168 if wide else 80
+        yield f"input_gradient<{c}, int, 0>", newest, 255 if wide else 128
+        for name in ("pool_direct", "box_bounds"):
+            yield f"{name}<{c}, int>", newest, 128 if wide else 96
+        for name in ("edge_gradients", "edge_gradients_direct"):
+            yield f"{name}<{c}, int>", newest, 168 if wide else 128
 
 
 def _gather() -> Iterator[tuple[str, tuple[str, ...], int]]:

@@ -64,12 +64,21 @@ def forward(op: str, family: str, arrays: dict[str, Any], back: _interop.Back, g
 
 
 def backward(
-    op: str, family: str, arrays: dict[str, Any], back: _interop.Back, g: Any, needs: Needs, **options: bool
+    op: str,
+    family: str,
+    arrays: dict[str, Any],
+    back: _interop.Back,
+    g: Any,
+    needs: Needs,
+    fixed: tuple[str, ...] = (),
+    /,
+    **options: bool,
 ) -> dict[str, Any]:
-    """The fields of the operator's Grads. `arrays`: grad_output and those of the forward."""
+    """The fields of the operator's Grads. `arrays`: grad_output and those of the forward; `fixed`: which of these have
+    no gradient."""
     twin = _backend.backend_for(op, family, arrays)
     forwards = {name: array for name, array in arrays.items() if name != "grad_output"}
-    wanted = _checks.needed(op, needs, {name: array for name, array in forwards.items() if name != "boxes"})
+    wanted = _checks.needed(op, needs, {name: array for name, array in forwards.items() if name not in fixed})
     called = CALLED[family]
     renamed = frozenset(called.get(name, name) for name in wanted)
     with back:

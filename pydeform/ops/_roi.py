@@ -38,11 +38,12 @@ def backward(
     g: _roi_geometry.RoiGeometry,
     needs: Needs,
     deterministic: bool,
+    fixed: tuple[str, ...] = ("boxes",),
 ) -> dict[str, Any]:
-    """The fields of the operator's Grads."""
+    """The fields of the operator's Grads. `fixed`: arrays that have no gradient."""
     _roi_geometry.check_grad_output(op, arrays["grad_output"], g)
     _check_batch_index(op, arrays["boxes"], g.batch)
-    return _call.backward(op, "roi", arrays, back, g, needs, deterministic=deterministic)
+    return _call.backward(op, "roi", arrays, back, g, needs, fixed, deterministic=deterministic)
 
 
 @functools.cache

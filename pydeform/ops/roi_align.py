@@ -12,7 +12,7 @@ MODES = ("avg", "max")
 
 
 class RoiAlignGrads(NamedTuple):
-    """What `roi_align_backward` returns; `boxes` has no gradient and is None.
+    """What `roi_align_backward` returns; `boxes` is None unless it is asked for.
 
     >>> from pydeform import RoiAlignGrads
     >>> RoiAlignGrads._fields
@@ -88,21 +88,23 @@ def roi_align_backward(
     needs: Needs = None,
     deterministic: bool = False,
 ) -> RoiAlignGrads:
-    """Gradient of `roi_align`, computed from its arguments alone: d sum(grad_output * output) / d input.
+    """Gradients of `roi_align`, computed from its arguments alone: d sum(grad_output * output) / d argument.
 
     Parameters
     ----------
     grad_output : array (R, C, output_h, output_w), the gradient of the forward's result
     input, boxes, output_size, spatial_scale, sampling_ratio, aligned, mode : exactly the forward's
-    needs : names of the gradients to compute; None computes all
+    needs : names of the gradients to compute; None: ("input",), since that of `boxes` is seldom wanted
     deterministic : accepted as by the other backwards; this one has the same bits on every run, always
 
-    Returns   RoiAlignGrads, of the kind, device and dtype of `grad_output`
+    Returns   RoiAlignGrads, of the kind and device of `grad_output`; each gradient has the dtype of its argument
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Exact for "avg". For "max" the first of equal points, row by row, gets the gradient. Memory beyond the
-              gradients: at most 128 numbers for each of grad_output, and some MB for each thread, whatever the size of
-              the image; in half precision that of input once in float32; on CUDA an input that is not contiguous is
-              copied.
+    Notes     Exact for "avg". For "max" the first of equal points, row by row, gets the gradient. That of a box is its
+              derivative for a number of points that stays, times spatial_scale; 0 in column 0; at pixels the one from
+              the right; points at or beyond the first and last pixel do not move; by x2 and y2 it is 0 where a box
+              that is not `aligned` has less than size 1. Memory beyond the gradients: at most 128 numbers for each of
+              grad_output, and some MB for each thread, whatever the size of the image; in half precision that of input
+              once in float32; on CUDA an input that is not contiguous is copied.
     Source    arXiv:1703.06870 section 3
     Example
     >>> import numpy as np
@@ -114,7 +116,8 @@ def roi_align_backward(
     op = "roi_align_backward"
     arrays, back = _interop.to_native(op, {"grad_output": grad_output, "input": input, "boxes": boxes})
     g = _geometry_of(op, arrays, output_size, spatial_scale, sampling_ratio, aligned, mode)
-    return RoiAlignGrads(**_roi.backward(op, arrays, back, g, needs, deterministic))
+    wanted = ("input",) if needs is None else needs
+    return RoiAlignGrads(**_roi.backward(op, arrays, back, g, wanted, deterministic, fixed=()))
 
 
 def _geometry_of(

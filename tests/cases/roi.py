@@ -178,6 +178,28 @@ CASES = {
     ),
     "deform_psroi_pool_0_boxes": _psroi(2, 2, classes=1, mask=True, boxes=()),
     "deform_psroi_pool_batch_0": _psroi(2, 2, classes=2, batch=0, boxes=()),
+    "roi_align_rotated": Case(
+        "roi_align_rotated", {"output_size": (2, 4), "spatial_scale": 0.5, "sampling_ratio": 2}, 5
+    ),
+    "roi_align_rotated_clockwise": Case(
+        "roi_align_rotated",
+        {"output_size": (3, 5), "spatial_scale": 0.3, "sampling_ratio": 3, "aligned": False, "clockwise": True},
+        4,
+    ),
+    "roi_align_rotated_adaptive": Case("roi_align_rotated", {"output_size": (3, 2), "spatial_scale": 0.75}, 2, 9, 12),
+    "roi_align_rotated_channels": Case(
+        "roi_align_rotated", {"output_size": 2, "sampling_ratio": 2}, 70, boxes=(*INSIDE, "across")
+    ),
+    "roi_align_rotated_one_pixel": Case("roi_align_rotated", {"output_size": (1, 2), "sampling_ratio": 2}, 2, 1, 1, 2),
+    "roi_align_rotated_0_boxes": Case("roi_align_rotated", {"output_size": (2, 3)}, boxes=()),
+    "roi_align_rotated_batch_0": Case("roi_align_rotated", {"output_size": (2, 3)}, batch=0, boxes=()),
+    "prroi_pool": Case("prroi_pool", {"output_size": (4, 2), "spatial_scale": 0.5}, 5),
+    "prroi_pool_thirds": Case("prroi_pool", {"output_size": (3, 5), "spatial_scale": 0.3}, 4),
+    "prroi_pool_one_bin": Case("prroi_pool", {"output_size": 1}, 2, 9, 12),
+    "prroi_pool_channels": Case("prroi_pool", {"output_size": 2}, 70, boxes=(*INSIDE, "across")),
+    "prroi_pool_one_pixel": Case("prroi_pool", {"output_size": (2, 3)}, 2, 1, 1, 2),
+    "prroi_pool_0_boxes": Case("prroi_pool", {"output_size": (2, 3)}, boxes=()),
+    "prroi_pool_batch_0": Case("prroi_pool", {"output_size": (2, 3)}, batch=0, boxes=()),
 }
 
 # No coordinate of these lies so near to where something changes that float32's rounding could reach it: see `margin`.
@@ -199,6 +221,10 @@ DTYPE_CASES = (
     "deform_psroi_pool_classes",
     "deform_psroi_pool_class_each",
     "deform_psroi_pool_no_trans",
+    "roi_align_rotated",
+    "roi_align_rotated_clockwise",
+    "prroi_pool",
+    "prroi_pool_channels",
 )
 
 
@@ -211,6 +237,8 @@ def make(case: Case, dtype: str = "float64", seed: int = 0) -> dict[str, Any]:
 
     boxes = np.array([box for kind in case.boxes for box in _boxes(kind, case, rng)]).reshape(-1, 5)
     rng.shuffle(boxes)  # those of an image are not neighbours
+    if case.operator == "roi_align_rotated":
+        boxes = turned(boxes, rng.integers(-25, 26, (len(boxes), 1)) / 8)
     arrays = {"input": values(case.batch, case.in_channels, case.in_h, case.in_w), "boxes": boxes}
     if case.operator.startswith("deform_"):
         offset = None
@@ -220,6 +248,13 @@ def make(case: Case, dtype: str = "float64", seed: int = 0) -> dict[str, Any]:
         arrays["trans" if case.operator == "deform_psroi_pool" else "offset"] = offset
         arrays["mask"] = values(len(boxes), 1, *case.pooled) if case.mask else None
     return {name: None if array is None else array.astype(dtype_of(dtype)) for name, array in arrays.items()}
+
+
+def turned(boxes: np.ndarray, angles: np.ndarray) -> np.ndarray:
+    """[batch index, cx, cy, w, h, theta] of boxes with corners, to eight binary digits."""
+    first, last = boxes[:, 1:3], boxes[:, 3:]
+    rows = np.concatenate([boxes[:, :1], (first + last) / 2, last - first, angles], axis=1)
+    return rows.astype(dtype_of("bfloat16")).astype(np.float64)
 
 
 def _boxes(kind: str, case: Case, rng: np.random.Generator) -> Iterator[tuple[float, ...]]:
@@ -290,6 +325,10 @@ def margin(case: Case) -> float:
     arrays = make(case)
     op = getattr(reference, f"operator_of_{case.operator}")(**arrays, **case.options)
     least = math.inf
+    if case.operator == "prroi_pool":  # nothing changes anywhere
+        return least
+    if case.operator == "roi_align_rotated":
+        return _margin_of_turned(case, op)
     if case.operator == "roi_pool" or case.options.get("convention") == "torchvision":
         scaled = arrays["boxes"][:, 1:] * case.spatial_scale
         least = min([least, *(abs(x % 1 - 0.5) for x in scaled.flat if not _exact(case.spatial_scale))])
@@ -303,6 +342,19 @@ def margin(case: Case) -> float:
             for c in channels:
                 least = min(least, _gap(bin.points(), op.input[int(op.boxes[r, 0]), op.channel(c, py, px)]))
     return least
+
+
+def _margin_of_turned(case: Case, op: reference.Operator) -> float:
+    """From where points begin to count, and of adaptive bins from where there is one more."""
+    distances = [math.inf]
+    for r, _, _, _, _, bin in op.bins():
+        for place in bin.positions:
+            ends = [(p + 1, p - size) for p, size in zip(place, (case.in_h, case.in_w), strict=True)]
+            distances += [abs(end) for both in ends for end in both if op.boxes[r, 5] or not _exact(*both)]
+    if case.options.get("sampling_ratio", 0) < 1:
+        bins = op.boxes[:, [4, 3]] * case.spatial_scale / case.pooled
+        distances += [abs(bin - round(bin)) for bin in bins.ravel() if not _exact(bin)]
+    return min(distances)
 
 
 def _exact(*numbers: float) -> bool:
@@ -331,7 +383,7 @@ def _distances(case: Case, axis: reference.Axis, p: int, length: int) -> Iterato
 
 def _gap(points: list, plane: np.ndarray) -> float:
     """Between the largest and the second largest value, of points that do not read the same."""
-    read = {tuple((row, col, w) for row, col, w, _, _ in pixels if w) for pixels in points}
+    read = {tuple((row, col, w) for row, col, w, *_ in pixels if w) for pixels in points}
     values = sorted(sum(w * plane[row, col] for row, col, w in pixels) for pixels in read)
     return values[-1] - values[-2] if len(values) > 1 else math.inf
 

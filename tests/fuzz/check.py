@@ -44,7 +44,7 @@ def solve(
     sent = {name: backend.array(a) for name, a in arrays.items()}
     output = getattr(pydeform, problem.operator)(**sent, **problem.options)
     backward = getattr(pydeform, f"{problem.operator}_backward")
-    grads = backward(backend.array(grad_output), **sent, **problem.options, **options)._asdict()
+    grads = backward(backend.array(grad_output), **sent, **problem.of_backward, **options)._asdict()
     return {"output": backend.numpy(output)} | {name: backend.numpy(grad) for name, grad in grads.items()}
 
 
@@ -159,7 +159,7 @@ def oracle(problem: Problem) -> dict[str, Any]:
         reference = gather_reference if problem.operator in gather.OPERATORS else roi
         reference = grid_reference if problem.operator in (*grid.CASES, "affine_grid") else reference
         forward, backward = (getattr(reference, name) for name in (problem.operator, f"{problem.operator}_backward"))
-        return {"output": forward(**arrays, **options), **backward(grad_output, **arrays, **options)}
+        return {"output": forward(**arrays, **options), **backward(grad_output, **arrays, **problem.of_backward)}
 
 
 def same_bits(got: dict[str, Any], want: dict[str, Any], what: str) -> None:

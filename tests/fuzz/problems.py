@@ -33,6 +33,12 @@ class Problem(NamedTuple):
     kind: str  # of its coordinates
     beyond_oracle: frozenset[str] = frozenset()  # results that the oracle cannot tell; of others it tells everything
     slack: float = 0.0  # absolute, beyond the tolerance of the dtype
+    needs: tuple[str, ...] | None = None  # of the backward
+
+    @property
+    def of_backward(self) -> dict[str, Any]:
+        """Options of the backward."""
+        return self.options | ({} if self.needs is None else {"needs": self.needs})
 
 
 def draw(rng: np.random.Generator, operators: tuple[str, ...]) -> Problem:
@@ -185,7 +191,12 @@ def _offsets(rng: np.random.Generator, kind: str, dtype: str, shape: tuple[int, 
 
 # RoI operators -------------------------------------------------------------------------------------------------------
 
-POINTS = ("roi_align", "ps_roi_align", "deform_roi_pool")  # whose boxes may say how many points they read
+POINTS = (
+    "roi_align",
+    "ps_roi_align",
+    "deform_roi_pool",
+    "roi_align_rotated",
+)  # whose boxes may say how many points they read
 
 
 def _variant(rng: np.random.Generator, operator: str, exact: bool) -> Variant:
@@ -204,11 +215,14 @@ def _variant(rng: np.random.Generator, operator: str, exact: bool) -> Variant:
         options["sampling_ratio"] = _some(rng, *few) if exact else _some(rng, 0, 0, 1, 3)
     if operator == "roi_align":
         options |= {"aligned": _some(rng, True, False), "mode": _some(rng, "avg", "avg", "max")}
+    if operator == "roi_align_rotated":
+        options |= {"aligned": _some(rng, True, False), "clockwise": _some(rng, True, False)}
     if operator == "ps_roi_pool":
         options["convention"] = _some(rng, "torchvision", "rfcn")
     if operator == "deform_roi_pool":
         options["gamma"] = _some(rng, 0.0, 0.125, 1.0)
-    return Variant(operator, options, channels, classes, _some(rng, True, False), _some(rng, True, False))
+    needs_boxes = operator == "roi_align" and _some(rng, True, False)
+    return Variant(operator, options, channels, classes, _some(rng, True, False), _some(rng, True, False), needs_boxes)
 
 
 def _roi(rng: np.random.Generator, operator: str) -> Problem:
@@ -225,15 +239,24 @@ def _roi(rng: np.random.Generator, operator: str) -> Problem:
         # Upside down a box is 0.1 long, which no dtype has exactly: its points may lie on either side of a pixel.
         corners = np.sort(corners.reshape(-1, 2, 2), axis=1).reshape(-1, 4)
     arrays, grad_output = roi_problem(variant, "float64", corners, batch, size, int(rng.integers(1 << 30)))
+    turned = operator == "roi_align_rotated"
+    if turned:
+        arrays["boxes"][:, 5] = rng.uniform(-7, 7, count) if kind == "real" else rng.integers(-32, 33, count) / 8
     if kind == "far":  # powers of two, so that boxes stay exact
         _place(rng, arrays["boxes"][:, 1:], lambda n: _signed(rng, 2.0 ** rng.integers(3, 40, n)))
     if kind == "hostile":
-        arrays["boxes"][:, 1:] = _hostile_boxes(rng, arrays["boxes"][:, 1:], dtype)
+        arrays["boxes"][:, 1:5] = _hostile_boxes(rng, arrays["boxes"][:, 1:5], dtype)
+        _place(rng, arrays["boxes"][:, 5:], lambda n: _hostile(rng, n, dtype))
         if arrays.get(variant.offset_name) is not None:
             _place(rng, arrays[variant.offset_name], lambda n: _hostile(rng, n, dtype))
     arrays = _cast(rng, arrays, dtype)
-    beyond = frozenset({"output", *arrays}) if kind == "hostile" else frozenset[str]()
-    return Problem(operator, arrays, grad_output.astype(dtype_of(dtype)), variant.options, dtype, kind, beyond)
+    # Where a point of a box lies that is both far and turned is a matter of rounding.
+    unknown = kind == "hostile" or (kind == "far" and turned)
+    beyond = frozenset({"output", *arrays}) if unknown else frozenset[str]()
+    slack = 1e-4 if turned and dtype != "float64" else 0.0  # sines in float32, times the slopes of the image
+    needs = variant.of_backward.get("needs")
+    grad_output = grad_output.astype(dtype_of(dtype))
+    return Problem(operator, arrays, grad_output, variant.options, dtype, kind, beyond, slack, needs)
 
 
 def _signed(rng: np.random.Generator, values: Any) -> Any:
@@ -371,6 +394,8 @@ MAKERS: dict[str, Callable[[np.random.Generator, str], Problem]] = {
     "ps_roi_align": _roi,
     "deform_roi_pool": _roi,
     "deform_psroi_pool": _roi,
+    "roi_align_rotated": _roi,
+    "prroi_pool": _roi,
     **dict.fromkeys((*gather.OPERATORS, *grid.CASES), _gather),
     "affine_grid": _affine,
 }

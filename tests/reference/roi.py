@@ -1,4 +1,4 @@
-"""The six RoI operators as their equations say it, one bin at a time, in float64.
+"""The eight RoI operators as their equations say it, one bin at a time, in float64.
 
 A box [b, x1, y1, x2, y2] is divided into bins. What a bin reads is a product: along y some points (or rows of pixels),
 along x some points (or columns), and every pair of them is one reading of the image,
@@ -7,7 +7,9 @@ along x some points (or columns), and every pair of them is one reading of the i
     output[r,c,py,px] = mask[r, 0, py, px] * (sum over points of value(point)) / divisor       or the largest value
 
 Where the points lie is all that the operators differ in: the functions called `axis` below, one per operator, say it
-for one axis. Slow on purpose; nothing here is shared with the library under test.
+for one axis. (prroi_pool has one "point", with all pixels of the bin; in a rotated box a point is no product of rows
+and columns of the bin, but still one of rows and columns of pixels.) Slow on purpose; nothing here is shared with the
+library under test.
 """
 
 import math
@@ -18,10 +20,24 @@ from typing import NamedTuple
 import numpy as np
 
 
+class Pixel(NamedTuple):
+    """What a point reads along one axis."""
+
+    index: int
+    weight: float
+    slope: float = 0.0  # d weight / d position of the point
+    of_low: float = 0.0  # d weight / d beginning of the scaled box
+    of_high: float = 0.0  # d weight / d its end
+
+    def moved(self, part):
+        """In a point that lies so far into its box: 0 at the beginning, 1 at the end."""
+        return self._replace(of_low=self.slope * (1 - part), of_high=self.slope * part)
+
+
 class Axis(NamedTuple):
     """A bin along one axis."""
 
-    points: list  # of each point the pixels it reads, (index, weight, d weight / d position); [] reads 0
+    points: list  # of each point the pixels it reads; [] reads 0
     count: int  # what the divisor is the product of, one factor from each axis
     size: float  # of the box
     bin: float  # length of a bin
@@ -34,12 +50,30 @@ class Bin(NamedTuple):
     divisor: int
 
     def points(self):
-        """The pixels of each point as (row, column, weight, d weight / dy, d weight / dx), x fastest."""
-        return [
-            [(row, column, wy * wx, sy * wx, wy * sx) for row, wy, sy in rows for column, wx, sx in columns]
-            for rows in _shortened(self.rows.points)
-            for columns in _shortened(self.columns.points)
-        ]
+        """The pixels of each point, see `_products`, x fastest."""
+        columns = _shortened(self.columns.points)
+        return [_products(rows, columns_of) for rows in _shortened(self.rows.points) for columns_of in columns]
+
+
+def _products(rows, columns):
+    """(row, column, weight, d weight / dy, d weight / dx, derivatives by x1, y1, x2, y2) of pairs of pixels."""
+    return [
+        (
+            row.index,
+            column.index,
+            row.weight * column.weight,
+            row.slope * column.weight,
+            row.weight * column.slope,
+            (
+                row.weight * column.of_low,
+                row.of_low * column.weight,
+                row.weight * column.of_high,
+                row.of_high * column.weight,
+            ),
+        )
+        for row in rows
+        for column in columns
+    ]
 
 
 def _shortened(points):
@@ -69,6 +103,7 @@ class Operator(NamedTuple):
     offset_scale: float = 0.0
     part: tuple = (1, 1)  # cells of the offset along y and x
     mask: np.ndarray | None = None
+    moves_boxes: bool = False  # whether the gradient of the boxes is asked for
     coordinate: type = float  # np.float32: what that makes of a box as long as its numbers are apart is wanted
 
     @property
@@ -133,6 +168,7 @@ def backward(grad_output, op):
     grad_input = np.zeros_like(op.input)
     grad_offset = None if op.offset is None else np.zeros_like(op.offset)
     grad_mask = None if op.mask is None else np.zeros_like(op.mask)
+    grad_boxes = np.zeros_like(op.boxes) if op.moves_boxes else None
     for r, py, px, label, channels, bin in op.bins():
         ty, tx = op.cell(py, px)
         if bin is UNDEFINED:
@@ -140,6 +176,8 @@ def backward(grad_output, op):
                 grad_offset[r, 2 * label : 2 * label + 2, ty, tx] = math.nan
             if grad_mask is not None:
                 grad_mask[r, 0, py, px] = math.nan
+            if grad_boxes is not None:
+                grad_boxes[r, 1:] = math.nan
             continue
         points = bin.points()
         factor = 1.0 if op.mask is None else op.mask[r, 0, py, px]
@@ -151,14 +189,17 @@ def backward(grad_output, op):
             in_result, divisor = ([_largest(points, plane)[1]], 1) if op.largest else (points, bin.divisor)
             for pixels in in_result:
                 share = g * factor / divisor
-                for row, column, weight, slope_y, slope_x in pixels:
+                for row, column, weight, slope_y, slope_x, of_corners in pixels:
                     grad_input[image, k, row, column] += share * weight
+                    if grad_boxes is not None:
+                        for corner, slope in enumerate(of_corners, 1):
+                            grad_boxes[r, corner] += share * op.spatial_scale * slope * plane[row, column]
                     if grad_offset is not None:  # an offset of 1 moves the points by offset_scale times the box
                         through_x = slope_x * plane[row, column] * op.offset_scale * bin.columns.size
                         through_y = slope_y * plane[row, column] * op.offset_scale * bin.rows.size
                         grad_offset[r, 2 * label, ty, tx] += share * through_x
                         grad_offset[r, 2 * label + 1, ty, tx] += share * through_y
-    grads = {"input": grad_input, "boxes": None}
+    grads = {"input": grad_input, "boxes": grad_boxes}
     if op.offset_name:
         grads |= {op.offset_name: grad_offset, "mask": grad_mask}
     return grads
@@ -172,7 +213,7 @@ def _pooled(op, points, divisor, plane):
 
 
 def _value(pixels, plane):
-    return sum(weight * plane[row, column] for row, column, weight, _, _ in pixels)
+    return sum(weight * plane[row, column] for row, column, weight, *_ in pixels)
 
 
 def _largest(points, plane):
@@ -197,38 +238,54 @@ def _round(value):
 def _pixels(first, last, end, size, bin, edges):
     """Whole pixels from first to last, without the latter, where they lie between 0 and end."""
     inside = range(min(max(first, 0), end), min(max(last, 0), end))
-    return Axis([[(index, 1.0, 0.0)] for index in inside], len(inside), size, bin, edges)
+    return Axis([[Pixel(index, 1.0)] for index in inside], len(inside), size, bin, edges)
 
 
-def _centred_points(begin, size, p, pooled, length, sampling_ratio, move=0.0):
-    """RoIAlign's: n points in the middles of n parts of the bin, all of which the mean is over."""
+def _count(bin, sampling_ratio):
+    """Points of a bin: as asked, or as many as it is long, 0 or less for a box of no or negative size."""
+    return sampling_ratio if sampling_ratio > 0 else math.ceil(bin)
+
+
+def _centred_points(begin, size, p, pooled, length, sampling_ratio, move=0.0, grows=1.0):
+    """RoIAlign's: n points in the middles of n parts of the bin, all of which the mean is over.
+
+    `grows` is 0 where a least size keeps the box as it is when its end moves.
+    """
     bin = size / pooled
-    n = sampling_ratio if sampling_ratio > 0 else math.ceil(bin)  # adaptive: 0 or less for a box of no or negative size
+    n = _count(bin, sampling_ratio)
     start = begin + p * bin + move
     if n > MANY_POINTS or not math.isfinite(n * float(bin)):
-        points, positions = _many_points(start, bin, n, 0.5, length, 1.0)
-        return Axis(points, n, size, bin, positions)
-    positions = [float(start) + (i + 0.5) * float(bin) / n for i in range(n)]
-    return Axis([_read(position, length, 1.0) for position in positions], n, size, bin, positions)
+        points, positions, chosen = _many_points(start, bin, n, 0.5, length, 1.0)
+    else:
+        positions = [float(start) + (i + 0.5) * float(bin) / n for i in range(n)]
+        points, chosen = [_read(position, length, 1.0) for position in positions], range(n)
+    parts = [grows * (p + (i + 0.5) / n) / pooled for i in chosen]
+    points = [[pixel.moved(part) for pixel in pixels] for pixels, part in zip(points, parts, strict=True)]
+    return Axis(points, n, size, bin, positions)
 
 
 MANY_POINTS = 4096  # of more, or where their places overflow, only those that count are listed
 
 
 def _many_points(start, bin, n, first_point, length, reach, flat_at_pixels=False):
-    """Points i of n, at start + (i + first_point) * bin / n without any rounding, and where those lie that count."""
+    """Points i of n, at start + (i + first_point) * bin / n without any rounding: all that count and their neighbours.
+
+    Returned are what they read, where those lie that count, and the i.
+    """
     if not math.isfinite(start):
-        return [[]], []
+        return [[]], [], [0]
     start, step, first_point = Fraction(float(start)), Fraction(float(bin)) / n, Fraction(first_point)
     assert step, "all points in one place, more than a plain loop can take"
     ends = sorted((Fraction(end) - start) / step - first_point for end in (-reach, length - 1 + reach))
     first, last = max(math.ceil(ends[0]), 0), min(math.floor(ends[1]), n - 1)
     if first > last:
-        return [[]], []
+        return [[]], [], [0]
     assert last - first < 4 * MANY_POINTS, "more points in the image than a plain loop can take"
     positions = [float(start + (i + first_point) * step) for i in range(first, last + 1)]
     points = [_read(position, length, reach, flat_at_pixels) for position in positions]
-    return [[]] * (first > 0) + points + [[]] * (last < n - 1), positions
+    before, after = [first - 1] * (first > 0), [last + 1] * (last < n - 1)
+    chosen = [*before, *range(first, last + 1), *after]
+    return [[] for _ in before] + points + [[] for _ in after], positions, chosen
 
 
 def _read(position, length, reach, flat_at_pixels=False):
@@ -244,8 +301,8 @@ def _read(position, length, reach, flat_at_pixels=False):
     flat = position <= 0 or position >= length - 1 or (flat_at_pixels and position == low)
     slope = 0.0 if flat else 1.0
     if flat_at_pixels and nearest == low:  # between floor and ceil of a whole number lies only that pixel
-        return [(low, 1.0, 0.0)]
-    return [(low, 1 - (nearest - low), -slope), (high, nearest - low, slope)]
+        return [Pixel(low, 1.0)]
+    return [Pixel(low, 1 - (nearest - low), -slope), Pixel(high, nearest - low, slope)]
 
 
 def _finite(*numbers):
@@ -289,6 +346,7 @@ def roi_pool_backward(grad_output, *arguments, **options):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # roi_align: nothing is rounded. aligned: half a pixel less, as pixel centres lie at integers, and no least size.
+# The gradient of a box is that of where its points lie; how many there are has none.
 
 
 def operator_of_roi_align(
@@ -303,7 +361,8 @@ def operator_of_roi_align(
         size = end - begin if aligned else max(end - begin, 1.0)
         if not _finite(size):
             return None
-        return _centred_points(begin, size, p, pooled, length, sampling_ratio)
+        grows = float(end - begin >= size)
+        return _centred_points(begin, size, p, pooled, length, sampling_ratio, grows=grows)
 
     largest = {"avg": False, "max": True}[mode]
     return Operator(input, boxes, _pair(output_size), spatial_scale, axis, input.shape[1], largest=largest)
@@ -313,8 +372,9 @@ def roi_align(input, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1, a
     return forward(operator_of_roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned, mode=mode))
 
 
-def roi_align_backward(grad_output, *arguments, **options):
-    return backward(grad_output, operator_of_roi_align(*arguments, **options))
+def roi_align_backward(grad_output, *arguments, needs=(), **options):
+    """`needs` as in the operator: boxes have a gradient if they are named."""
+    return backward(grad_output, operator_of_roi_align(*arguments, **options)._replace(moves_boxes="boxes" in needs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -453,7 +513,7 @@ def operator_of_deform_psroi_pool(
         bin = size / pooled
         start = p * bin + begin + move
         if sample_per_part > MANY_POINTS:
-            points, positions = _many_points(start, bin, sample_per_part, 0.0, length, 0.5, flat_at_pixels=True)
+            points, positions, _ = _many_points(start, bin, sample_per_part, 0.0, length, 0.5, flat_at_pixels=True)
         else:
             positions = [start + i * bin / sample_per_part for i in range(sample_per_part)]
             points = [_read(position, length, 0.5, flat_at_pixels=True) for position in positions]
@@ -508,3 +568,118 @@ def deform_psroi_pool(
 
 def deform_psroi_pool_backward(grad_output, *arguments, **options):
     return backward(grad_output, operator_of_deform_psroi_pool(*arguments, **options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prroi_pool (Precise RoI pooling): the exact mean over the bin of the surface that is linear between pixels and fades
+# to 0 one pixel beyond the first and the last. Rational numbers, since differences of nearly equal ones are divided by
+# the size of the bin.
+
+
+def operator_of_prroi_pool(input, boxes, output_size, spatial_scale=1.0):
+    input, boxes = _float64(input, boxes)
+
+    def axis(low, high, p, pooled, length, _):
+        begin, end = low * spatial_scale, high * spatial_scale
+        size = end - begin
+        if not (_finite(size) and size > 0):
+            return None
+        parts = Fraction(p, pooled), Fraction(p + 1, pooled)
+        first, last = (Fraction(float(begin)) + part * Fraction(float(size)) for part in parts)
+        pixels = _means_of_hats(first, last, parts, length)
+        return Axis([pixels], 1, size, size / pooled, [float(first), float(last)])
+
+    op = Operator(input, boxes, _pair(output_size), spatial_scale, axis, input.shape[1])
+    return op._replace(moves_boxes=True)
+
+
+def _means_of_hats(first, last, parts, length):
+    """Mean over [first, last] of each pixel's hat, max(0, 1 - distance), and its derivatives.
+
+    Moving an end of the bin by d adds to the integral d times the hat there, and changes what it is divided by. The
+    ends lie `parts` of the way from the beginning of the box to its end.
+    """
+    pixels = []
+    for index in range(max(math.floor(first), 0), min(math.ceil(last), length - 1) + 1):
+        at_first, at_last = (max(1 - abs(end - index), 0) for end in (first, last))
+        mean = (_integral_of_hat(last - index) - _integral_of_hat(first - index)) / (last - first)
+        of_first, of_last = (mean - at_first) / (last - first), (at_last - mean) / (last - first)
+        of_low = (1 - parts[0]) * of_first + (1 - parts[1]) * of_last
+        of_high = parts[0] * of_first + parts[1] * of_last
+        pixels.append(Pixel(index, float(mean), 0.0, float(of_low), float(of_high)))
+    return pixels
+
+
+def _integral_of_hat(end):
+    """Of max(0, 1 - |t|) up to `end`."""
+    end = min(max(end, -1), 1)
+    return (1 + end) ** 2 / 2 if end < 0 else Fraction(1, 2) + end - end**2 / 2
+
+
+def prroi_pool(input, boxes, output_size, spatial_scale=1.0):
+    return forward(operator_of_prroi_pool(input, boxes, output_size, spatial_scale))
+
+
+def prroi_pool_backward(grad_output, *arguments, **options):
+    return backward(grad_output, operator_of_prroi_pool(*arguments, **options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# roi_align_rotated (mmcv): boxes [b, cx, cy, w, h, theta]. The points of a box around (0, 0), as roi_align has them,
+# are turned by theta, counterclockwise as the image is seen (y down), and moved to its centre.
+
+
+class Rotated(NamedTuple):
+    """A bin of a box that is turned; has what Bin has."""
+
+    positions: list  # (y, x) of every point
+    divisor: int
+    height: int
+    width: int
+
+    def points(self):
+        return [_products(_read(y, self.height, 1.0), _read(x, self.width, 1.0)) for y, x in self.positions]
+
+
+class RotatedOperator(Operator):
+    """`axis` gives the (y, x) of every point of a scaled box, and what the divisor is."""
+
+    def bin(self, r, py, px, _):
+        batch, _, height, width = self.input.shape
+        image, *box, theta = self.boxes[r].tolist()
+        if image not in range(batch) or any(map(math.isnan, (*box, theta))):
+            return UNDEFINED
+        box = [number * self.spatial_scale for number in box]
+        if not _finite(*box, theta):
+            return OUTSIDE
+        return Rotated(*self.axis(*box, theta, py, px), height, width)
+
+
+def operator_of_roi_align_rotated(
+    input, boxes, output_size, spatial_scale=1.0, sampling_ratio=0, aligned=True, clockwise=False
+):
+    input, boxes = _float64(input, boxes)
+    pooled = _pair(output_size)
+
+    def along(size, p, pooled):
+        """Of a box around 0, and how many."""
+        size = size if aligned else max(size, 1.0)
+        n = _count(size / pooled, sampling_ratio)
+        return [((p + (i + 0.5) / n) / pooled - 0.5) * size for i in range(n)], n
+
+    def points(x, y, w, h, theta, py, px):
+        (ys, ny), (xs, nx) = along(h, py, pooled[0]), along(w, px, pooled[1])
+        cos, sin = math.cos(theta), math.sin(-theta if clockwise else theta)
+        if aligned:
+            y, x = y - 0.5, x - 0.5
+        return [(dy * cos - dx * sin + y, dy * sin + dx * cos + x) for dy in ys for dx in xs], max(ny * nx, 1)
+
+    return RotatedOperator(input, boxes, pooled, spatial_scale, points, input.shape[1])
+
+
+def roi_align_rotated(*arguments, **options):
+    return forward(operator_of_roi_align_rotated(*arguments, **options))
+
+
+def roi_align_rotated_backward(grad_output, *arguments, **options):
+    return backward(grad_output, operator_of_roi_align_rotated(*arguments, **options))

@@ -9,8 +9,14 @@ import numpy as np
 from tests.vectors import Vector
 
 # mmcv's own gradient of the offset, `offset`, is not the derivative of its forward; `offset_true` is.
-PARAMETERS = {"x": "input", "data": "input", "trans": "trans", "mask": "mask", "offset_true": "offset"}
-
+PARAMETERS = {
+    "x": "input",
+    "data": "input",
+    "rois": "boxes",
+    "trans": "trans",
+    "mask": "mask",
+    "offset_true": "offset",
+}
 
 GRID = ("grid_sample", "affine_grid")
 GATHER = ("dcnv3", "dcnv4", "ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation")
@@ -102,6 +108,8 @@ def call_of(vector: Vector) -> Call:
             options["sampling_ratio"] = args["sampling_ratio"]
     if operator == "roi_align":
         options |= {"aligned": args["aligned"], "mode": args.get("pool_mode", "avg")}
+    if operator == "roi_align_rotated":
+        options |= {"aligned": args["aligned"], "clockwise": args["clockwise"]}
     if operator == "deform_roi_pool":
         options["gamma"] = args.get("gamma_effective", args["gamma"])
         arrays |= {name: inputs[name] for name in ("offset", "mask") if name in inputs}

@@ -23,6 +23,8 @@ ARCHIVES = {
         "psroi_pooling",
         "deform_roi_pool",
         "deformable_psroi_pooling",
+        "prroi_pool",
+        "roi_align_rotated",
     ),
     "gather": ("dcnv3", "dcnv4", "ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation"),
     "grid": ("grid_sample", "affine_grid", "spatial_transformer"),

@@ -11,11 +11,13 @@ Which problem takes which way, and why:
 - means of classes of fewer (`plan.has_few_channels`, `planes`): each channel in its plane, through all boxes of an
   image, since a pixel would fill a small part of a vector
 - the largest pixel or point of a bin (`largest`): as `mean`, but candidates are compared, not summed
+- the gradient of boxes (`edges`): box by box, as `mean` or `largest` find what a bin reads, whatever the channels
 - few boxes on a large image (`plan.prefers_planes`): each of these ways, but pixels are gathered from the image as it
   lies, since the copy would be most of the work
 
-What they share: `plan` decides, `boxes` and `bins` say where a box and each of its bins lie and what they read on an
-axis, `offsets` moves bins, `lists` lists what some bins read, `copies` turns channels.
+What they share: `plan` decides, `records` names what there is, `boxes` and `bins` say where a box and each of its bins
+lie and what they read on an axis (`surface`: where that is all there is), `rotated` what bins of turned boxes read,
+`offsets` moves bins, `lists` lists what some bins read, `copies` turns channels.
 """
 
 from __future__ import annotations
@@ -26,16 +28,16 @@ from typing import Any
 import numpy as np
 
 from pydeform.cpu.core.memory import compute_dtype, contiguous, empty, to_result
-from pydeform.cpu.roi import largest, mean, planes
+from pydeform.cpu.roi import edges, largest, mean, planes
 from pydeform.cpu.roi.offsets import sum_by_part
 from pydeform.cpu.roi.plan import (
-    Gradients,
-    Kind,
     gathers_pixels,
     given_arrays,
     has_few_channels,
+    prefers_planes,
     size_of_lists,
 )
+from pydeform.cpu.roi.records import Gradients, Kind
 
 
 def _way(g: Any) -> ModuleType:
@@ -76,12 +78,20 @@ def backward(grad_output: Any, arrays: Any, g: Any, needs: Any, **_options: bool
         slots, listed = size_of_lists(g, given.boxes)
         kind = Kind(g, dtype, slots, listed, gathers, has_offset, has_mask, need_input, need_dots)
         _way(g).backward(given, grads, kind)
+    grad_boxes = np.zeros((g.boxes, 5) if "boxes" in needs else (0, 5), dtype)
+    if len(grad_boxes):
+        gathers = prefers_planes(g, dtype)
+        given = given_arrays(input, boxes, offset, mask, g, dtype, gathers)
+        slots, listed = size_of_lists(g, given.boxes)
+        kind = Kind(g, dtype, slots, listed, gathers, has_offset, has_mask)
+        edges.backward(given, edges.BoxGradients(grads.output, grad_boxes), kind)
     taken = {
         "input": (grads.input, (g.batch, g.in_channels, g.in_h, g.in_w)),
         "offset": (sum_by_part(grads.moves, g), (g.boxes, 2 * g.classes, g.part_h, g.part_w)),
         "mask": (grads.mask.sum(axis=1), (g.boxes, 1, g.pooled_h, g.pooled_w)),
+        "boxes": (grad_boxes, (g.boxes, 5)),
     }
     return {
-        name: to_result(grad, (offset if name == "offset" else input).dtype, shape) if name in needs else None
+        name: to_result(grad, getattr(arrays, name).dtype, shape) if name in needs else None
         for name, (grad, shape) in taken.items()
     }

@@ -1,6 +1,9 @@
 """What a bin of a box reads on one axis (docs/math/roi.md, eq. 1 to 4): pixels, their weights and the derivatives.
 
 Every field of `Rules` is one line here and one line of cuda/roi/bins.cuh. `boxes` tells the type of coordinates.
+
+Where there is room for `ends`, which is None elsewhere, derivatives come in two parts: `slopes` by where the bin
+begins, its end being held, and `ends` by where it ends. Otherwise `slopes` are those by the bin's place.
 """
 
 from __future__ import annotations
@@ -72,6 +75,14 @@ def extent(boxes: Any, r: int, column: int, g: Any) -> tuple[Any, Any, int]:
 
 
 @inline_always
+def is_least(boxes: Any, r: int, column: int, g: Any) -> bool:
+    """Whether box r would be smaller along x (column 1) or y (2) than `least_size` lets it be."""
+    real = boxes.dtype.type
+    scale = real(g.spatial_scale)
+    return boxes[r, column + 2] * scale - boxes[r, column] * scale < real(g.least_size)
+
+
+@inline_always
 def pixels_read(
     p: int, begin: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, weights: Any, slopes: Any
 ) -> tuple[int, Any]:
@@ -99,7 +110,7 @@ def points_of(bin_size: Any, boxes: Any, g: Any) -> Any:
 
 
 @inline_always
-def _spread(bin_size: Any, points: Any, boxes: Any) -> tuple[Any, Any]:
+def spread_of(bin_size: Any, points: Any, boxes: Any) -> tuple[Any, Any]:
     """a and b with a / b the distance of two points, where (i + first_point) * a overflows for no point of the bin."""
     if abs(bin_size * points) < np.inf:
         return bin_size, points
@@ -108,7 +119,7 @@ def _spread(bin_size: Any, points: Any, boxes: Any) -> tuple[Any, Any]:
 
 @inline_always
 def points_read(
-    start: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, weights: Any, slopes: Any
+    start: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, weights: Any, slopes: Any, ends: Any
 ) -> tuple[int, Any]:
     """Eq. 3, as a list of pixels: entries in it, and the number of points to divide by.
 
@@ -120,8 +131,8 @@ def points_read(
     first_point, lowest_counted, highest_counted = real(g.first_point), -real(g.reach), highest + real(g.reach)
     points = points_of(bin_size, boxes, g)
     if points > MANY_POINTS:
-        return many_points_read(start, bin_size, length, boxes, g, index, weights, slopes)
-    spread, divisor = _spread(bin_size, points, boxes)
+        return many_points_read(start, bin_size, length, boxes, g, index, weights, slopes, ends)
+    spread, divisor = spread_of(bin_size, points, boxes)
     number = np.int64(max(points, zero))
     # In an image so large that its last coordinates are whole numbers or worse, rounded points leave pixels out.
     run = (zero <= bin_size) & (bin_size <= points) & (highest + real(0.25) > highest)
@@ -141,20 +152,19 @@ def points_read(
         if base < 0:
             base = lower
             for k in range(min(np.int64(min(bin_size, highest)) + 4, length + 1) if run else 2):
-                weights[k], slopes[k] = zero, zero
+                _clear(k, zero, weights, slopes, ends)
         elif not run and lower != latest:
             # After a gap both entries of this point are new; in the cell next to the latest, only its second is.
             n += 1 if lower == latest + 1 or not above else 2
             if lower != latest + 1:
-                weights[n], slopes[n] = zero, zero
-            weights[n + 1], slopes[n + 1] = zero, zero
+                _clear(n, zero, weights, slopes, ends)
+            _clear(n + 1, zero, weights, slopes, ends)
         if run:
             n = lower - base
         index[n], index[n + 1] = lower, lower + 1
         weights[n] += one - part
-        slopes[n] -= slope
         weights[n + 1] += part
-        slopes[n + 1] += slope
+        _add_slopes(n, slope, slope * ((real(j) + first_point) / points), slopes, ends)
         latest, above = lower, (not flat) & (lower < length - 1)
     if base >= 0:
         n += 2 if above else 1
@@ -162,9 +172,29 @@ def points_read(
 
 
 @inline_always
-def points_listed(start: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, parts: Any) -> int:
+def _clear(n: int, zero: Any, weights: Any, slopes: Any, ends: Any) -> None:
+    weights[n], slopes[n] = zero, zero
+    if ends is not None:
+        ends[n] = zero
+
+
+@inline_always
+def _add_slopes(n: int, slope: Any, late: Any, slopes: Any, ends: Any) -> None:
+    """What entry n loses and the one after it gains, `late` of it by the end of the bin."""
+    if ends is not None:
+        ends[n] -= late
+        ends[n + 1] += late
+        slope -= late
+    slopes[n] -= slope
+    slopes[n + 1] += slope
+
+
+@inline_always
+def points_listed(
+    start: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, parts: Any, slopes: Any, ends: Any
+) -> int:
     """Eq. 3, point by point; gives how many are listed. index: the lower pixel that a point reads, -1 for a point that
-    does not count; parts: the weight of the pixel after it.
+    does not count; parts: the weight of the pixel after it. slopes, ends: the derivatives of that, or None.
 
     Of points that do not count, one is listed for all before the first that counts, and one for all after the last.
     """
@@ -172,8 +202,8 @@ def points_listed(start: Any, bin_size: Any, length: int, boxes: Any, g: Any, in
     zero, highest, reach = real(0), rounded_down(length - 1, boxes), real(g.reach)
     points = points_of(bin_size, boxes, g)
     if points > MANY_POINTS:
-        return many_points_listed(start, bin_size, length, boxes, g, index, parts)
-    spread, divisor = _spread(bin_size, points, boxes)
+        return many_points_listed(start, bin_size, length, boxes, g, index, parts, slopes, ends)
+    spread, divisor = spread_of(bin_size, points, boxes)
     n = 0
     for i in range(np.int64(max(points, zero))):
         y = start + (real(i) + real(g.first_point)) * spread / divisor
@@ -181,6 +211,10 @@ def points_listed(start: Any, bin_size: Any, length: int, boxes: Any, g: Any, in
             at_pixel = min(max(y, zero), highest)
             floor = np.floor(at_pixel)
             index[n], parts[n] = np.int64(floor), at_pixel - floor
+            if ends is not None:
+                slope = zero if (y <= zero) | (y >= highest) else real(1)
+                ends[n] = slope * ((real(i) + real(g.first_point)) / points)
+                slopes[n] = slope - ends[n]
             n += 1
         elif n == 0 or index[n - 1] != -1:
             index[n], parts[n] = -1, zero
@@ -202,30 +236,33 @@ class Walk(NamedTuple):
     number: int
     before: bool  # whether points that do not count come before these
     after: bool  # and after these
+    late: Any  # where number 0 lies in the bin, 0 its begin and 1 its end,
+    pace: Any  # and how much further each is
 
 
 @inline_always
-def _walk(start: Any, bin_size: Any, length: int, boxes: Any, g: Any) -> Walk:
+def walk_between(lowest: Any, highest: Any, start: Any, bin_size: Any, boxes: Any, g: Any) -> Walk:
+    """Of the points of a bin, those from lowest to highest."""
     real = boxes.dtype.type
     zero, one = real(0), real(1)
     points = points_of(bin_size, boxes, g)
     step = bin_size / points
-    lowest, highest = -real(g.reach), rounded_down(length - 1, boxes) + real(g.reach)
     # The number of a point near the image, and where it lies.
     near, first_point = zero, real(g.first_point)
     if g.samples > 0:
         if step != zero:
             near = (lowest - start) / step - first_point
             near = min(max(np.ceil(near) if step > zero else np.floor(near), zero), points)
-        spread, divisor = _spread(bin_size, points, boxes)
+        spread, divisor = spread_of(bin_size, points, boxes)
         origin = start + (near + first_point) * spread / divisor
     else:
         # A step is a bit less than a pixel: start + near and points - bin_size are exact, and near 0 and 1.
         near = min(max(np.floor(-start), zero), points)
         origin = (start + near) - near * ((points - bin_size) / points) + first_point * step
     least, most = -near, (points - near) - one  # numbers of the first and the last point, from there on
+    pace = one / points
     if step < zero:
-        least, most, step = -most, -least, -step
+        least, most, step, pace = -most, -least, -step, -pace
     first, last = least, most
     if step > zero:
         first, last = max(least, np.ceil((lowest - origin) / step)), min(most, np.floor((highest - origin) / step))
@@ -240,9 +277,16 @@ def _walk(start: Any, bin_size: Any, length: int, boxes: Any, g: Any) -> Walk:
     else:
         last = last if (origin >= lowest) & (origin <= highest) else first - one
     if not (first <= last):  # NaN: infinitely far away
-        return Walk(zero, zero, 0, True, False)
-    # The number fits: it is at most twice the image's length, or `samples`.
-    return Walk(origin + first * step, step, np.int64(last - first + one), first > least, last < most)
+        return Walk(zero, zero, 0, True, False, zero, zero)
+    # The number fits: it is at most twice that of the pixels between, or `samples`.
+    number, late = np.int64(last - first + one), (near + first_point) / points + first * pace
+    return Walk(origin + first * step, step, number, first > least, last < most, late, pace)
+
+
+@inline_always
+def _walk(start: Any, bin_size: Any, length: int, boxes: Any, g: Any) -> Walk:
+    reach = boxes.dtype.type(g.reach)
+    return walk_between(-reach, rounded_down(length - 1, boxes) + reach, start, bin_size, boxes, g)
 
 
 @inline_always
@@ -275,7 +319,7 @@ def _cell(k: int, least: int, walk: Walk, length: int, boxes: Any) -> tuple[int,
 
 @inline
 def many_points_read(
-    start: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, weights: Any, slopes: Any
+    start: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, weights: Any, slopes: Any, ends: Any
 ) -> tuple[int, Any]:
     """`points_read`, pixel by pixel."""
     real = boxes.dtype.type
@@ -292,13 +336,16 @@ def many_points_read(
             moved = zero if walk.step == zero else max(between - one, zero)
         if latest < 0 or lower != latest + 1 or not above:
             n += 0 if latest < 0 else 2 if above else 1
-            weights[n], slopes[n] = zero, zero
+            _clear(n, zero, weights, slopes, ends)
         else:
             n += 1
+        _clear(n + 1, zero, weights, slopes, ends)
         index[n], index[n + 1] = lower, lower + 1
         weights[n] += number - parts
-        slopes[n] -= moved
-        weights[n + 1], slopes[n + 1] = parts, moved
+        weights[n + 1] += parts
+        late = walk.late + real(inner) * walk.pace
+        late = moved * late + walk.pace * (moved * (moved - one) / real(2))
+        _add_slopes(n, moved, late, slopes, ends)
         latest, above, k = lower, (g.flat_at_pixels == 0 or moved > zero) and lower < length - 1, end
     if latest >= 0:
         n += 2 if above else 1
@@ -306,7 +353,9 @@ def many_points_read(
 
 
 @inline
-def many_points_listed(start: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, parts: Any) -> int:
+def many_points_listed(
+    start: Any, bin_size: Any, length: int, boxes: Any, g: Any, index: Any, parts: Any, slopes: Any, ends: Any
+) -> int:
     """`points_listed`, but of the points between the same pixels only the first and the last: with linear
     interpolation none of the others is larger than both."""
     real = boxes.dtype.type
@@ -318,9 +367,11 @@ def many_points_listed(start: Any, bin_size: Any, length: int, boxes: Any, g: An
         lower, end, inner, part = _cell(k, latest + 1, walk, length, boxes)
         last = min(max(walk.origin + real(end - 1) * walk.step - real(lower), real(0)), real(1))
         index[n], parts[n] = lower, part if inner == k else real(0)
+        _list_slope(n, inner == k and inner < end, k, walk, slopes, ends)
         n += 1
         if end - k > 1:
             index[n], parts[n] = lower, last if inner < end else real(0)
+            _list_slope(n, inner < end, end - 1, walk, slopes, ends)
             n += 1
         latest, k = lower, end
     if walk.after:
@@ -331,4 +382,16 @@ def many_points_listed(start: Any, bin_size: Any, length: int, boxes: Any, g: An
             j = n - 1 - i
             index[i], index[j] = index[j], index[i]
             parts[i], parts[j] = parts[j], parts[i]
+            if ends is not None:
+                slopes[i], slopes[j] = slopes[j], slopes[i]
+                ends[i], ends[j] = ends[j], ends[i]
     return n
+
+
+@inline_always
+def _list_slope(n: int, moves: bool, k: int, walk: Walk, slopes: Any, ends: Any) -> None:
+    """Of candidate n, which is point k of a walk."""
+    if ends is not None:
+        late = walk.late + k * walk.pace
+        slopes[n] = 1 - late if moves else 0
+        ends[n] = late if moves else 0

@@ -9,6 +9,7 @@ import numpy as np
 from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.parallel import claim, finish, wait_for
 from pydeform.cpu.roi.bins import extent, worse
+from pydeform.cpu.roi.rotated import turn_box
 
 BOXES_AT_ONCE = 256  # of a unit of `find_boxes`
 
@@ -29,15 +30,19 @@ def by_image(boxes: Any, batch: int) -> tuple[Any, Any]:
 
 
 @inline
-def find_boxes(counters: Any, phase: int, boxes: Any, extents: Any, states: Any, g: Any) -> None:
-    """A phase: begin and size of every box along y, then along x, and its state."""
+def find_boxes(counters: Any, phase: int, boxes: Any, scratch: Any, g: Any) -> None:
+    """A phase: begin and size of every box along y, then along x, and its state; if boxes are turned, how."""
+    extents, states = scratch.extents, scratch.states
     units = -(-g.boxes // BOXES_AT_ONCE)
     unit = claim(counters, phase)
     while unit < units:
         for r in range(unit * BOXES_AT_ONCE, min((unit + 1) * BOXES_AT_ONCE, g.boxes)):
-            extents[r, 0], extents[r, 1], state_y = extent(boxes, r, 2, g)
-            extents[r, 2], extents[r, 3], state_x = extent(boxes, r, 1, g)
-            states[r] = worse(state_y, state_x)
+            if scratch.turns is not None:
+                states[r] = turn_box(boxes, r, extents, scratch.turns, g)
+            else:
+                extents[r, 0], extents[r, 1], state_y = extent(boxes, r, 2, g)
+                extents[r, 2], extents[r, 3], state_x = extent(boxes, r, 1, g)
+                states[r] = worse(state_y, state_x)
         finish(counters, phase)
         unit = claim(counters, phase)
     wait_for(counters, phase, units)

@@ -29,7 +29,8 @@ from pydeform.cpu.roi.copies import (
     write_blocks,
 )
 from pydeform.cpu.roi.lists import Cursor, Span, after, bin_of, bins_in, lay_bins, lists_from, lists_of, with_slots
-from pydeform.cpu.roi.plan import LISTED, Kind, blocks_plan, blocks_threads, run, slices_plan, threads_for
+from pydeform.cpu.roi.plan import LISTED, blocks_plan, blocks_threads, run, slices_plan, threads_for
+from pydeform.cpu.roi.records import Kind
 
 
 def forward(given: Any, output: Any, kind: Kind) -> None:
@@ -43,7 +44,7 @@ def backward(given: Any, grads: Any, kind: Kind) -> None:
 @Kernel
 def _largest(thread: int, counters: Any, given: Any, output: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     call_helpers(thread, counters)
-    find_boxes(counters, 0, given.boxes, scratch.extents, scratch.states, g)
+    find_boxes(counters, 0, given.boxes, scratch, g)
     for s in range(len(tables.blocks)):
         if not p.gathers:
             convert_image(counters, 2 * s + 1, given, scratch.image, tables.blocks[s : s + 1], g, p)
@@ -73,7 +74,7 @@ def _largest_of_box(
                 known += count
             bin_ = bin_of(cursor, i, here, g, p)
             cursor = after(cursor, span)
-            _largest_of_bin(bin_, channels, row, (thread, i - bin0), here, given.boxes, scratch, g, p)
+            largest_of_bin(bin_, channels, row, (thread, i - bin0), here, given.boxes, scratch, g, p)
         to_channels_first(scratch.tiles[thread], output, r, row.first, row.channels, bin0, bin1 - bin0, no_shift)
 
 
@@ -94,7 +95,7 @@ def _list_candidates(cursor: Any, span: Any, lists: Any, boxes: Any, g: Any) -> 
             index, parts = advance(here.index, slot * here.row), advance(here.weights, 2 * slot * here.row)
             start, size = here.starts[slot], here.sizes[slot]
             if g.points:
-                n = points_listed(start, size, length, boxes, g, index, parts)
+                n = points_listed(start, size, length, boxes, g, index, parts, None, None)
             else:
                 n, _ = pixels_read(bin_, start, size, length, boxes, g, index, parts, advance(parts, here.row))
             here.entries[slot] = n
@@ -119,7 +120,7 @@ def _corners(bin_: Any, i: int, j: int, to: int, one: Any, here: Any, g: Any) ->
 
 
 @inline
-def _list_part(bin_: Any, first: int, last: int, one: Any, here: Any, g: Any) -> None:
+def list_part(bin_: Any, first: int, last: int, one: Any, here: Any, g: Any) -> None:
     """Candidates [first, last) of a bin into places: a pixel each or, of points, four with their weights."""
     columns = here.entries[bin_.sx]
     i = first // columns
@@ -136,7 +137,7 @@ def _list_part(bin_: Any, first: int, last: int, one: Any, here: Any, g: Any) ->
 
 
 @inline_always
-def _largest_of_bin(
+def largest_of_bin(
     bin_: Any, channels: Any, row: Any, tile: Any, here: Any, boxes: Any, scratch: Any, g: Any, p: Any
 ) -> None:
     """The largest value of each channel of a block, into a row of a thread's tile; the number of the candidate that has
@@ -151,7 +152,7 @@ def _largest_of_bin(
     vectors = vectors_of(out, row.width)
     for first in range(0, bin_.listed, LISTED):
         n = min(first + LISTED, bin_.listed) - first
-        _list_part(bin_, first, first + n, real(1), here, g)
+        list_part(bin_, first, first + n, real(1), here, g)
         pixels, index = block_pixels(channels, row, n * (4 if g.points else 1), here, scratch.image, g, p)
         listed = Pixels(pixels, index, here.products, n, row.width)
         if g.points:
@@ -165,7 +166,7 @@ def _largest_backward(
     thread: int, counters: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any
 ) -> None:
     call_helpers(thread, counters)
-    find_boxes(counters, 0, given.boxes, scratch.extents, scratch.states, g)
+    find_boxes(counters, 0, given.boxes, scratch, g)
     if not p.gathers:
         convert_image(counters, 1, given, scratch.image, tables.blocks, g, p)
         convert_grads(counters, 2, grads.output, scratch.grads, tables.blocks, g, p)
@@ -203,7 +204,7 @@ def _add_to_winners_of_box(
             known += count
         bin_ = bin_of(cursor, i, here, g, p)
         cursor = after(cursor, span)
-        _largest_of_bin(bin_, channels, row, (thread, 0), here, given.boxes, scratch, g, p)
+        largest_of_bin(bin_, channels, row, (thread, 0), here, given.boxes, scratch, g, p)
         # Pointers to the block's first channel, and how far the next channel, and the next pixel, is from there.
         grad, next_grad = at(grads.output, (bin_.r, row.first, bin_.i)), bins_in(span)
         target, next_channel, next_pixel = at(grads.input, (channels.b, row.first, 0)), g.in_h * g.in_w, 1
@@ -216,7 +217,7 @@ def _add_to_winners_of_box(
             if winner < 0:
                 continue
             if bin_.listed > LISTED:  # else all candidates are still in `places`
-                _list_part(bin_, winner, winner + 1, one, here, g)
+                list_part(bin_, winner, winner + 1, one, here, g)
                 winner = 0
             if not g.points:
                 channel[np.int64(here.places[winner]) * next_pixel] += grad[c * next_grad]

@@ -18,6 +18,8 @@ from pydeform.cpu.roi.bins import BROKEN, SOUND, pixels_read, points_read, round
 from pydeform.cpu.roi.boxes import found_box
 from pydeform.cpu.roi.offsets import move_bin
 from pydeform.cpu.roi.plan import LISTED
+from pydeform.cpu.roi.rotated import list_points, place_lines
+from pydeform.cpu.roi.surface import surface_read
 
 
 class Lists(NamedTuple):
@@ -42,6 +44,7 @@ class Lists(NamedTuple):
     states: Any
     of_axis: int  # the first slot of x
     row: int  # entries that a slot has room for
+    turns: Any  # of boxes, an array; if there are, a slot has a `rotated.Line`, with `entries` its points
 
 
 class Cursor(NamedTuple):
@@ -69,7 +72,7 @@ class Bin(NamedTuple):
     sy: int  # its slots
     sx: int
     state: int
-    listed: int  # pixels that it reads
+    listed: int  # pixels that it reads or, if boxes are turned, points that it may have in the image
 
 
 @inline_always
@@ -92,6 +95,7 @@ def lists_of(thread: int, given: Any, scratch: Any) -> Lists:
         at(scratch.states, (0,)),
         slots // 2,
         scratch.index.shape[2],
+        scratch.turns,
     )
 
 
@@ -114,6 +118,7 @@ def lists_from(lists: Any, y: int, x: int) -> Lists:
         lists.states,
         lists.of_axis + y - x,
         lists.row,
+        lists.turns,
     )
 
 
@@ -176,7 +181,9 @@ def list_bins(
         here, is_there = lists_from(lists, first[0], first[1]), lists.states[r] == SOUND
         if is_there:
             lay_bins(found_box(lists.extents, lists.states, r), first, last, offset, here, g)
-    if is_there:
+    if is_there and lists.turns is not None:
+        place_lines(r, first, last, here, g)
+    elif is_there:
         _list_axes(first, last, offset, here, g, span.sloped)
     return here, min(count, left)
 
@@ -191,7 +198,7 @@ def lay_bins(box: Any, first: Any, last: Any, boxes: Any, lists: Any, g: Any) ->
         bin_size = size / real(g.pooled_w if axis else g.pooled_h)
         for bin_ in range(first[axis], last[axis]):
             slot = axis * lists.of_axis + bin_
-            lists.starts[slot] = begin + real(bin_) * bin_size if g.points else begin
+            lists.starts[slot] = begin + real(bin_) * bin_size if g.points or g.surface else begin
             lists.sizes[slot] = bin_size
 
 
@@ -236,7 +243,9 @@ def _list_axes(first: Any, last: Any, boxes: Any, lists: Any, g: Any, sloped: bo
                 slopes = advance(weights, lists.row)
                 start, size = lists.starts[slot], lists.sizes[slot]
                 if g.points:
-                    n, count = points_read(start, size, length, boxes, g, index, weights, slopes)
+                    n, count = points_read(start, size, length, boxes, g, index, weights, slopes, None)
+                elif g.surface:
+                    n, count = surface_read(start, size, length, boxes, index, weights, slopes, None)
                 else:
                     bin_ = slot - axis * lists.of_axis
                     n, count = pixels_read(bin_, start, size, length, boxes, g, index, weights, slopes)
@@ -282,8 +291,19 @@ def masked_scale(bin_: Any, here: Any, mask: Any, g: Any, p: Any) -> Any:
 
 
 @inline_always
-def list_pixels(bin_: Any, first: int, last: int, here: Any, g: Any) -> None:
-    """Entries [first, last) of a bin's rows x columns: pixels into places, A(row) * B(column) into products."""
+def list_pixels(bin_: Any, first: int, here: Any, g: Any) -> tuple[int, int]:
+    """What a bin reads, from number `first` of `bin_.listed` on: at most LISTED pixels into places, and their weights
+    into products. Gives how many these are, and the number to go on with."""
+    if here.turns is not None:
+        return list_points(bin_, first, LISTED, here, g)
+    last = min(first + LISTED, bin_.listed)
+    _list_products(bin_, first, last, here, g)
+    return last - first, last
+
+
+@inline_always
+def _list_products(bin_: Any, first: int, last: int, here: Any, g: Any) -> None:
+    """Entries [first, last) of a bin's rows x columns: A(row) * B(column) is the weight of a pixel."""
     columns = here.entries[bin_.sx]
     row = first // columns if first else 0
     column = first - row * columns

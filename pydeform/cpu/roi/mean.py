@@ -46,7 +46,8 @@ from pydeform.cpu.roi.lists import (
     span_of_cell,
 )
 from pydeform.cpu.roi.offsets import write_moves
-from pydeform.cpu.roi.plan import LISTED, Kind, blocks_plan, blocks_threads, run, slices_plan, threads_for
+from pydeform.cpu.roi.plan import LISTED, blocks_plan, blocks_threads, run, slices_plan, threads_for
+from pydeform.cpu.roi.records import Kind
 
 
 class BoxOfClass(NamedTuple):
@@ -69,7 +70,7 @@ def backward(given: Any, grads: Any, kind: Kind) -> None:
 @Kernel
 def _mean(thread: int, counters: Any, given: Any, output: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     call_helpers(thread, counters)
-    find_boxes(counters, 0, given.boxes, scratch.extents, scratch.states, g)
+    find_boxes(counters, 0, given.boxes, scratch, g)
     units = g.boxes * g.classes
     for s in range(len(tables.blocks)):
         if not p.gathers:
@@ -113,11 +114,9 @@ def _mean_of_bin(
     scale, one = masked_scale(bin_, here, mask, g, p), image.dtype.type(1)
     done, more = 0, False
     while done < bin_.listed or not more:  # once at least: a bin that reads nothing has a value too
-        until = min(done + LISTED, bin_.listed)
-        if until > done:
-            list_pixels(bin_, done, until, here, g)
-        pixels, index = block_pixels(channels, row, until - done, here, image, g, p)
-        listed, vectors = Pixels(pixels, index, here.products, until - done, row.width), vectors_of(pixels, row.width)
+        count, until = list_pixels(bin_, done, here, g)
+        pixels, index = block_pixels(channels, row, count, here, image, g, p)
+        listed, vectors = Pixels(pixels, index, here.products, count, row.width), vectors_of(pixels, row.width)
         weighted_sum(target, listed, vectors, scale if until == bin_.listed else one, more)
         done, more = until, True
 
@@ -127,7 +126,7 @@ def _mean_backward(
     thread: int, counters: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any
 ) -> None:
     call_helpers(thread, counters)
-    find_boxes(counters, 0, given.boxes, scratch.extents, scratch.states, g)
+    find_boxes(counters, 0, given.boxes, scratch, g)
     if p.need_dots and not p.gathers:
         convert_image(counters, 1, given, scratch.image, tables.blocks, g, p)
     if p.copies:
@@ -169,20 +168,20 @@ def _add_to_image(
             bin_ = bin_of(cursor, slot, here, g, p)
             cursor = after(cursor, span)
             scale = masked_scale(bin_, here, given.mask, g, p)
-            for done in range(0, bin_.listed, LISTED):
-                until = min(done + LISTED, bin_.listed)
-                list_pixels(bin_, done, until, here, g)
+            done = 0
+            while done < bin_.listed:
+                pixels, done = list_pixels(bin_, done, here, g)
                 for block in range(len(blocks)):
                     row = blocks[block]
                     if p.gathers:
-                        _add_to_planes(bin_, channels, row, until - done, scale, here, grads, g, p)
+                        _add_to_planes(bin_, channels, row, pixels, scale, here, grads, g, p)
                     else:
                         scatter(
                             at(scratch.grads, (grad_place(bin_, channels.cls, row, g, p),)),
                             at(scratch.grad_image, (copy_origin(channels, row.before, g, p),)),
                             here.places,
                             here.products,
-                            until - done,
+                            pixels,
                             row.width,
                             vectors_of(at(scratch.grads, (0,)), row.width),
                             scale,
@@ -228,7 +227,7 @@ def _dots_of_bin(
     value = along_y = along_x = image.dtype.type(0)
     for done in range(0, bin_.listed, LISTED):
         until = min(done + LISTED, bin_.listed)
-        list_pixels(bin_, done, until, here, g)
+        list_pixels(bin_, done, here, g)
         list_slopes(bin_, done, until, here)
         for block in range(len(blocks)):
             row = blocks[block]

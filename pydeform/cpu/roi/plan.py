@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from pydeform.cpu.core.simd import VECTOR_BYTES
 from pydeform.cpu.core.sizes import SERIAL_FLOPS, pixel_dtype, round_up, table
 from pydeform.cpu.roi.bins import MANY_POINTS
 from pydeform.cpu.roi.boxes import by_image
+from pydeform.cpu.roi.records import Given, Kind, Plan, Prepared, Scratch, Tables
 
 CHANNELS = 64  # most of a block, whose gradients one thread adds up
 # Fewest channels of a slice, and most bytes of an image's: the forward copies one slice of channels to channels-last,
@@ -35,111 +36,21 @@ TYPICAL_PIXELS = 16  # that a bin reads
 LISTING = 300  # operations that it takes to list them
 
 
-class Given(NamedTuple):
-    """What a caller gave, in the kernels' shapes; an array that is absent or not read is empty."""
-
-    input: Any
-    boxes: Any
-    offset: Any
-    mask: Any
-    planes: Any  # where the input lies, if its pixels are gathered
-    order: Any  # the boxes' numbers, image by image,
-    starts: Any  # and where each image begins among them
-
-
-class Gradients(NamedTuple):
-    """The output's gradient, which is given, and the gradients that are asked for; others are empty."""
-
-    output: Any
-    input: Any
-    moves: Any  # (box, class, axis, bin): by the offset of each bin, as if it had its own
-    mask: Any  # (box, class, bin): each class's part of the mask's gradient
-
-
-class Scratch(NamedTuple):
-    """A call's own memory, from `tiles` on each thread's; empty where a way does not use it."""
-
-    extents: Any  # of boxes: begin and size along y, then along x,
-    states: Any  # and whether they are sound
-    image: Any  # copies with channels last: see copies.py
-    grad_image: Any
-    grads: Any
-    tiles: Any  # results of some bins: (bin, channel)
-    winners: Any  # which pixel or point of a bin is the largest
-    starts: Any  # from here on: see lists.Lists
-    index: Any
-    weights: Any
-    counts: Any
-    entries: Any
-    places: Any
-    products: Any
-    own: Any
-    offsets: Any
-    pixels: Any
-
-
-class Tables(NamedTuple):
-    """How bins and channels are cut up."""
-
-    bins: Any  # see `bins_table`
-    blocks: Any  # of a class's channels: first, channels, width in whole vectors, and width of those before
-    no_shift: Any  # is added to every output
-
-
-class Plan(NamedTuple):
-    """All that kernels know beside the geometry. None of it changes a bit of any result."""
-
-    gathers: int  # 1: pixels are gathered from the input, and its gradient added up, as they lie; 0: from copies
-    per_class: int  # channels of a class
-    has_offset: int
-    has_mask: int
-    need_input: int
-    need_dots: int  # for offset and mask
-    width: int = 0  # of a class in a copy, blocks rounded up to vectors
-    tile_bins: int = 0  # bins whose results are turned to channels first at once
-    copies: int = 0  # 1: something reads a copy of the output's gradient
-    blocks_of_unit: int = 0  # blocks of the input's gradient that one thread adds up together
-    parts: int = 0  # an image's boxes are split into so many when there are too few planes to keep all threads busy
-    units: int = 0  # into which the planes, or their parts, are divided; some may be empty
-
-
-class Kind(NamedTuple):
-    """What a plan depends on beside the number of threads."""
-
-    g: Any
-    dtype: Any
-    slots: int  # of each axis in a thread's lists,
-    listed: int  # and their entries
-    gathers: bool
-    has_offset: bool
-    has_mask: bool
-    need_input: bool = False
-    need_dots: bool = False
-
-
-class Prepared(NamedTuple):
-    """All that is decided before the arrays are known."""
-
-    phases: int
-    workspace: Workspace
-    tables: Tables
-    plan: Plan
-
-
 def run(kernel: Any, make: Callable[[Kind, int], Prepared], kind: Kind, threads: int, given: Any, results: Any) -> None:
     """`make` makes the plan, which is kept with its memory for the next call of this kind."""
     g = kind.g
     prepare = _kept if g.pooled_h + g.pooled_w <= KEPT_BINS else _kept.__wrapped__
     how = prepare(make, kind, threads)
     arrays = how.workspace.take()
+    scratch = Scratch(*arrays)
     parallel.run(
         kernel,
-        kind.dtype.char + pixel_dtype(g.in_h * g.in_w).char,
+        kind.dtype.char + pixel_dtype(g.in_h * g.in_w).char + "turned" * bool(g.turn),
         threads,
         parallel.new_counters(how.phases),
         given,
         results,
-        Scratch(*arrays),
+        scratch if g.turn else scratch._replace(turns=None),  # None: compiled without what turns need
         how.tables,
         g,
         how.plan,
@@ -184,7 +95,7 @@ def given_arrays(
     input: Any, boxes: Any, offset: Any, mask: Any, g: Any, dtype: Any, gathers: bool, reads: bool = True
 ) -> Given:
     copied = reads and not gathers
-    boxes = contiguous(boxes, dtype, (g.boxes, 5))
+    boxes = contiguous(boxes, dtype, boxes.shape)
     return Given(
         contiguous(input, dtype, (g.batch, g.in_channels, g.in_h * g.in_w)) if copied else np.empty((0, 1, 1), dtype),
         boxes,
@@ -268,6 +179,8 @@ def bins_of(g: Any) -> Any:
 def most_listed(g: Any) -> int:
     """Most entries of a bin on an axis, whichever way they are listed, and some room behind: eight are read at once."""
     longest = max(g.in_h, g.in_w)
+    if g.turn:
+        return BAND  # a slot has the few numbers of a `rotated.Line`; what points read is never all listed
     if g.points and g.is_max:
         return int(g.samples + 2 if 0 < g.samples <= MANY_POINTS else 2 * longest + 16)
     return int((min(2 * g.samples, longest) if g.samples and g.points else longest) + BAND)
@@ -290,7 +203,7 @@ def size_of_lists(g: Any, boxes: Any) -> tuple[int, int]:
     listed, slots = most_listed(g), round_up(max(g.pooled_h, g.pooled_w), BAND)  # eight are listed at once
     entry = 2 * (pixel_dtype(g.in_h * g.in_w).itemsize + 2 * boxes.dtype.itemsize)
     if slots * listed * entry > LIST_BYTES:
-        if not (g.points and g.is_max and g.samples):
+        if not (g.turn or (g.points and g.is_max and g.samples)):
             # Lists as long as bins, not as the image: every pixel, or point between, is one entry, or two.
             listed = int(min(listed, 2 * _longest_bin(boxes, g) + 16))
         slots = max(BAND, min(slots, LIST_BYTES // (listed * entry) // BAND * BAND))
@@ -298,9 +211,17 @@ def size_of_lists(g: Any, boxes: Any) -> tuple[int, int]:
 
 
 def scratch_of(
-    kind: Kind, threads: int, width: int, *, tile: int = 0, copies: tuple[int, int, int] = (0, 0, 0), gathered: int = 0
+    kind: Kind,
+    threads: int,
+    width: int,
+    *,
+    tile: int = 0,
+    copies: tuple[int, int, int] = (0, 0, 0),
+    gathered: int = 0,
+    edges: int = 0,
 ) -> Workspace:
-    """`width`: most channels that are read at once; `tile`: bins; `copies`: numbers of each; `gathered`: pixels."""
+    """`width`: most channels that are read at once; `tile`: bins; `copies`: numbers of each; `gathered`: pixels;
+    `edges`: 1 if derivatives come in two parts."""
     g, dtype, slots, listed, *_ = kind
     pixel, number = pixel_dtype(g.in_h * g.in_w), np.dtype(np.int64)
     corners = 4 if g.is_max and g.points else 1
@@ -316,8 +237,10 @@ def scratch_of(
         ((threads, 2 * slots), dtype),
         ((threads, 3 * slots), number),
         ((threads, corners * LISTED), pixel),
-        ((threads, max(corners, 3) * LISTED), dtype),
+        ((threads, max(corners, 3 + edges) * LISTED), dtype),
+        ((threads, 2 * slots * edges, listed), dtype),
         *reader_parts(threads, gathered * corners, width, pixel, dtype),
+        ((g.boxes * bool(g.turn), 4), dtype),
     )
 
 
@@ -392,4 +315,18 @@ def planes_plan(kind: Kind, threads: int) -> Prepared:
             parts=-(-UNITS_OF_THREAD * threads // (4 * number)) if threads > 1 else 1,
             units=UNITS_OF_THREAD * threads,
         ),
+    )
+
+
+def edges_plan(kind: Kind, threads: int) -> Prepared:
+    """Of the boxes' gradient: box by box."""
+    g, dtype = kind.g, kind.dtype
+    blocks, width = blocks_of_class(g.out_channels, lanes_of(dtype))
+    sizes = copy_size(g, width) * (not kind.gathers), 0, g.boxes * width * (g.pooled_h * g.pooled_w + 1)
+    gathered = LISTED * kind.gathers
+    return Prepared(
+        4,
+        scratch_of(kind, threads, int(max(blocks["width"])), tile=1, copies=sizes, gathered=gathered, edges=1),
+        Tables(bins_of(g), blocks, np.empty(0, dtype)),
+        _plan(kind, width=width),
     )

@@ -33,7 +33,8 @@ from pydeform.cpu.roi.lists import (
     span_of_cell,
 )
 from pydeform.cpu.roi.offsets import write_moves
-from pydeform.cpu.roi.plan import LISTED, Kind, cells_of, planes_plan, run, threads_for
+from pydeform.cpu.roi.plan import LISTED, cells_of, planes_plan, run, threads_for
+from pydeform.cpu.roi.records import Kind
 
 
 class Task(NamedTuple):
@@ -58,7 +59,7 @@ def backward(given: Any, grads: Any, kind: Kind) -> None:
 @Kernel
 def _planes(thread: int, counters: Any, given: Any, output: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     call_helpers(thread, counters)
-    find_boxes(counters, 0, given.boxes, scratch.extents, scratch.states, g)
+    find_boxes(counters, 0, given.boxes, scratch, g)
     unit = claim(counters, 1)
     while unit < p.units:
         _do_unit(thread, unit, Task(output, None, None), given, scratch, tables.bins, g, p)
@@ -73,7 +74,7 @@ def _planes_backward(
     thread: int, counters: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any
 ) -> None:
     call_helpers(thread, counters)
-    find_boxes(counters, 0, given.boxes, scratch.extents, scratch.states, g)
+    find_boxes(counters, 0, given.boxes, scratch, g)
     scattering = p.units * p.need_input
     units = scattering + p.units * p.need_dots
     unit = claim(counters, 1)
@@ -124,6 +125,8 @@ def _do_unit(thread: int, unit: int, task: Any, given: Any, scratch: Any, bins: 
 @inline_always
 def _is_run(bin_: Any, here: Any) -> bool:
     """Whether a bin reads columns that are neighbours."""
+    if here.turns is not None:
+        return False
     n, columns = here.entries[bin_.sx], advance(here.index, bin_.sx * here.row)
     return bin_.listed > 0 and columns[n - 1] - columns[0] == n - 1
 
@@ -168,14 +171,15 @@ def _mean_of_bin(bin_: Any, channels: Any, output: Any, here: Any, input: Any, m
             band = _band_of(b, channel, np.int64(x[k]), width, bin_, here, input, g, p)
             total += band_sum(band, y_weights, advance(x_weights, k))
         output[r, first + c, i] = total * scale
-    for done in range(0, 0 if is_band else bin_.listed, LISTED):
-        stop = min(done + LISTED, bin_.listed)
-        list_pixels(bin_, done, stop, here, g)
+    done = 0
+    while not is_band and done < bin_.listed:
+        count, stop = list_pixels(bin_, done, here, g)
         factor = scale if stop == bin_.listed else one
         for c in range(p.per_class):
-            pixels, index = _listed_of(b, input_channel(channels, c, g, p), stop - done, here, input, g, p)
+            pixels, index = _listed_of(b, input_channel(channels, c, g, p), count, here, input, g, p)
             target = at(output, (r, first + c, i))
-            plane_weighted_sum(target, Pixels(pixels, index, here.products, stop - done, 1), 1, factor, done > 0)
+            plane_weighted_sum(target, Pixels(pixels, index, here.products, count, 1), 1, factor, done > 0)
+        done = stop
 
 
 @inline_always
@@ -192,13 +196,13 @@ def _add_to_planes(bin_: Any, channels: Any, grads: Any, here: Any, mask: Any, g
             target, room = at(grads.input, (b, channel, np.int64(x[k]))), g.in_h * g.in_w - x[k]
             band = Band(target, rows, count, g.in_w, room, min(BAND, columns - k))
             band_scatter(band, y_weights, advance(x_weights, k), grads.output[r, first + c, i] * scale)
-    for done in range(0, 0 if is_band else bin_.listed, LISTED):
-        stop = min(done + LISTED, bin_.listed)
-        list_pixels(bin_, done, stop, here, g)
+    done = 0
+    while not is_band and done < bin_.listed:
+        pixels, done = list_pixels(bin_, done, here, g)
         for c in range(p.per_class):
             target = at(grads.input, (b, input_channel(channels, c, g, p), 0))
             grad = at(grads.output, (r, first + c, i))
-            plane_scatter(grad, target, here.places, here.products, stop - done, 1, 1, scale)
+            plane_scatter(grad, target, here.places, here.products, pixels, 1, 1, scale)
 
 
 @inline_always
@@ -220,7 +224,7 @@ def _dots_of_bin(
             value, along_y, along_x = value + dots[0] * grad, along_y + dots[1] * grad, along_x + dots[2] * grad
     for done in range(0, 0 if is_band else bin_.listed, LISTED):
         stop = min(done + LISTED, bin_.listed)
-        list_pixels(bin_, done, stop, here, g)
+        list_pixels(bin_, done, here, g)
         list_slopes(bin_, done, stop, here)
         for c in range(p.per_class):
             pixels, index = _listed_of(b, input_channel(channels, c, g, p), stop - done, here, input, g, p)

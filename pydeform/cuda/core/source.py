@@ -26,13 +26,14 @@ class Code(typing.NamedTuple):
     file: str
     axes: int = 2
     active: bool = False  # active convolution: one offset for each tap, that of all images and pixels
+    surface: bool = False  # RoI pooling whose rules say `surface`
 
 
 @functools.cache
 def source(code: Code) -> str:
     """CUDA C++; compilers report errors under the names and lines of our files."""
     if code.file == "roi":
-        text = struct("RoiGeometry", RoiGeometry)
+        text = f"constexpr bool SURFACE = {str(code.surface).lower()};\n" + struct("RoiGeometry", RoiGeometry)
     elif code.file == "gather":
         text = f"constexpr int AXES = {code.axes};\n" + struct("GatherGeometry", GatherGeometry)
     elif code.file == "grid":

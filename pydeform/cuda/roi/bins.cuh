@@ -1,5 +1,5 @@
-// From a box and an offset to what a bin reads on each axis (docs/math/roi.md, eq. 1 to 4): pixels, their weights and
-// derivatives. The twin of cpu/roi/bins.py. Each field of `Rules` is one line here, marked with its name.
+// From a box and an offset to what a bin reads on each axis (docs/math/roi.md, eq. 1 to 4, 10 and 11): pixels, their
+// weights and derivatives. The twin of cpu/roi/bins.py. Each field of `Rules` is one line here, marked with its name.
 //
 // A box may be longer than any integer, so points are numbered in floating point, and only those that count are looked
 // at: they follow each other. Of very many, those between the same two pixels are taken together. No integer is made
@@ -23,6 +23,14 @@ PYDEFORM_DEVICE double round_nearest(double v) { return round(v); }
 template <class A> PYDEFORM_DEVICE A magnitude(A v) { return v < 0 ? -v : v; }
 template <class A> PYDEFORM_DEVICE bool is_finite(A v) { return v - v == 0; }
 template <class A> PYDEFORM_DEVICE A epsilon() { return sizeof(A) == 8 ? (A)0x1p-52 : (A)0x1p-23; }
+
+// As wide as a weight, so that a tap of weights is one load, without padding.
+template <class A> struct PixelOf {
+  using type = int;
+};
+template <> struct PixelOf<double> {
+  using type = long long;
+};
 
 // One axis of a box, eq. 1.
 template <class A> struct Extent {
@@ -74,6 +82,8 @@ template <class A> struct Axis {
   int length;       // of the image
   A count;          // this axis's factor of what the mean divides by
   int walk;         // bits; with MANY, points are in ascending order: start is the first that counts, bin the step, n 1
+  A late,
+      pace;  // with MANY: where the first lies in the bin, 0 its begin and 1 its end, and how far each is from there
 
   // Eq. 3 for the j-th point that counts.
   PYDEFORM_DEVICE A at(int j, const RoiGeometry& g) const {
@@ -131,8 +141,10 @@ template <class A> PYDEFORM_DEVICE void read_pixels(Axis<A>& a, A begin, int p, 
 
 // Eq. 3 with very many points: those that count, numbered from a point near the image, since far from the image their
 // coordinates are rounded to whole pixels or worse.
-template <class A> PYDEFORM_DEVICE void walk_points(Axis<A>& a, A& one, A& other, const RoiGeometry& g) {
-  const A lowest = -(A)g.reach, highest = a.last_counting(g);
+//
+// Points count from `lowest` to `highest`.
+template <class A>
+PYDEFORM_DEVICE void walk_points(Axis<A>& a, A lowest, A highest, A& one, A& other, const RoiGeometry& g) {
   const A n = a.n, first_point = (A)g.first_point;  // first_point
   A step = a.bin / n, near = 0, origin;
   if (g.samples > 0) {
@@ -149,9 +161,10 @@ template <class A> PYDEFORM_DEVICE void walk_points(Axis<A>& a, A& one, A& other
   }
   A least = -near, most = (n - near) - 1;  // numbers of the first and the last point, from there on
   const bool backwards = step < 0;
+  a.pace = 1 / n;
   if (backwards) {
     const A turned = least;
-    least = -most, most = -turned, step = -step;
+    least = -most, most = -turned, step = -step, a.pace = -a.pace;
   }
   A first = least, last = most;
   if (step > 0) {
@@ -167,7 +180,7 @@ template <class A> PYDEFORM_DEVICE void walk_points(Axis<A>& a, A& one, A& other
     } else if (origin + times(last, step) > highest) {
       last -= 1;
     }
-  } else if (!a.counts(origin, g)) {
+  } else if (!(origin >= lowest && origin <= highest)) {
     last = first - 1;
   }
   const bool some = first <= last, before = some && first > least, after = some && last < most;
@@ -175,6 +188,7 @@ template <class A> PYDEFORM_DEVICE void walk_points(Axis<A>& a, A& one, A& other
            ((backwards ? before : after) ? AFTER : 0);
   if (!some) return;
   a.points = clamped(last - first + 1, 0x7fffffff);
+  a.late = (near + first_point) / n + times(first, a.pace);
   a.start = origin + times(first, step);
   a.bin = step;
   a.n = 1;
@@ -216,7 +230,7 @@ template <class A> PYDEFORM_DEVICE void read_points(Axis<A>& a, const RoiGeometr
   if (n > 0 && is_finite(a.start)) {
     A one, other;
     if (n > (A)MANY_POINTS) {
-      walk_points(a, one, other, g);
+      walk_points(a, -(A)g.reach, a.last_counting(g), one, other, g);
     } else {
       if (!is_finite(times(a.bin, n))) a.bin /= n, a.n = 1;  // so that no point of the bin overflows
       find_points(a, n, one, other, g);
@@ -257,9 +271,70 @@ template <class A> PYDEFORM_DEVICE Reading<A> read_cell(const Axis<A>& a, int c,
   return all;
 }
 
-// What a sum over points goes through: each point or, of a walk, each cell.
+// Eq. 10: cells are counted as points are. Pixel low is in the first that the bin touches or, for that before the image,
+// after it. The last cell may have nothing of the bin.
+template <class A> PYDEFORM_DEVICE void read_surface(Axis<A>& a) {
+  read_nothing(a);
+  const A start = a.start, length = (A)a.length;
+  if (!(a.bin > 0 && start < length && start + a.bin > -1)) return;
+  a.low = min((int)max(start, (A)0), a.length - 1);
+  const int last = clamped(round_up(start + a.bin), a.length - 1);
+  a.high = min(last + 2, a.length);
+  a.points = last - (start < 0 ? -1 : a.low) + 1;
+}
+
+template <class A> PYDEFORM_DEVICE int first_cell(const Axis<A>& a) { return SURFACE && a.start < 0 ? -1 : a.low; }
+
+// What lies of a bin in the cell between pixel c and the next; beyond the image there are zeros. The twin of
+// `surface_read`, which says how a small bin keeps its digits.
+template <class A> struct Part {
+  A left,
+      right;  // from the start of the bin to the end of the cell, and from the begin of the cell to the end of the bin
+  A share, low, high;  // of the bin, and what of that the two pixels get
+  PYDEFORM_DEVICE Part(const Axis<A>& a, int c) {
+    const A end = a.start + a.bin, added = end - a.start;
+    const A lost = (a.start - (end - added)) + (a.bin - added);
+    left = c > first_cell(a) ? (A)2 : a.start < 0 ? -a.start : 1 - (a.start - (A)a.low);
+    right = ((end - (A)a.low) - (A)(c - a.low)) + lost;
+    const bool inside = left < 1 && right < 1;
+    const A width = max(inside ? a.bin : min(min(left, right), (A)1), (A)0);
+    const A half = width / 2, place = inside ? 1 - left + half : left < 1 ? 1 - half : half;
+    share = width / a.bin;
+    low = share * (1 - place);
+    high = share * place;
+  }
+  PYDEFORM_DEVICE A weight(bool upper) const { return upper ? high : low; }
+  // Derivatives of the lower or the upper pixel's weight, eq. 11.
+  PYDEFORM_DEVICE void edges(A bin, bool upper, A& by_start, A& by_end) const {
+    if (bin < 1) {  // the differences below would be of close numbers
+      const A half = share / 2, late = left >= 1 ? 1 - half : right < 1 ? (A)0.5 : half, whole = upper ? share : -share;
+      by_end = whole * late;
+      by_start = whole - by_end;
+      return;
+    }
+    const A at_start = left <= 1 ? upper ? 1 - left : left : (A)0,
+            at_end = right <= 1 ? upper ? right : 1 - right : (A)0;
+    by_start = (weight(upper) - at_start) / bin;
+    by_end = (at_end - weight(upper)) / bin;
+  }
+};
+
+// A part as if it were one point. Of two pixels that are one each gets a half, so that none has the weight 0.
+template <class A> PYDEFORM_DEVICE Reading<A> read_part(const Axis<A>& a, int c) {
+  const Part<A> part(a, c);
+  Reading<A> all;
+  all.lower = max(c, 0);
+  all.upper = min(c + 1, a.length - 1);
+  all.slope = 0;
+  all.number = c < 0 ? part.high : c == a.length - 1 ? part.low : part.low + part.high;
+  all.part = all.lower == all.upper ? all.number / 2 : part.high;
+  return all;
+}
+
+// What a sum goes through: each point or, of a walk and of a surface, each cell.
 template <class A> PYDEFORM_DEVICE int readings(const Axis<A>& a) { return a.walk & MANY ? a.high - a.low : a.points; }
 template <class A> PYDEFORM_DEVICE Reading<A> reading(const Axis<A>& a, int j, const RoiGeometry& g) {
+  if (SURFACE) return read_part(a, first_cell(a) + j);
   return a.walk & MANY ? read_cell(a, a.low + j, g) : Reading<A>(a.at(j, g), a.length, g);
 }
 
@@ -281,22 +356,23 @@ template <class A> PYDEFORM_DEVICE bool candidate(const Axis<A>& a, unsigned j, 
   if (c > 0) y = max(y, (A)c);
   return cell.to - cell.from > (int)(j % 2);
 }
+// Its number among the points that count.
+template <class A> PYDEFORM_DEVICE int point_of_candidate(const Axis<A>& a, unsigned j) {
+  if (!(a.walk & MANY)) return (int)j;
+  if (a.walk & BACKWARDS) j = candidates(a) - 1 - j;
+  const Cell<A> cell(a, a.low + (int)(j / 2));
+  return j % 2 ? cell.to - 1 : cell.from;
+}
 
-// A (w) and A' (slope) of the pixels k ... k + N - 1; bit i of the result says that the bin reads pixel k + i.
+// Those that can read pixels k ... k + N - 1: begin <= j < end.
 template <int N, class A>
-PYDEFORM_DEVICE unsigned weights_of(const Axis<A>& a, int k, A (&w)[N], A (&slope)[N], const RoiGeometry& g) {
-  unsigned reads = 0;
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    const bool inside = !g.points && k + i >= a.low && k + i < a.high;  // points
-    w[i] = inside ? 1 : 0;
-    slope[i] = 0;
-    reads |= (unsigned)inside << i;
-  }
-  int begin = 0, end = a.points;
-  if (a.walk & MANY) {
-    begin = max(k - 1 - a.low, 0);
-    end = min(k + N - a.low, a.high - a.low);
+PYDEFORM_DEVICE void readings_near(const Axis<A>& a, int k, int& begin, int& end, const RoiGeometry& g) {
+  begin = 0;
+  end = a.points;
+  if (SURFACE || a.walk & MANY) {
+    const int first = first_cell(a);
+    begin = max(k - 1 - first, 0);
+    end = min(k + N - first, readings(a));
   } else if (end > FEW_POINTS && a.bin / a.n != 0) {
     const A from = k <= 0 ? -(A)g.reach : (A)(k - 1), to = k + N >= a.length ? a.last_counting(g) : (A)(k + N);
     A low, high, margin;
@@ -304,6 +380,21 @@ PYDEFORM_DEVICE unsigned weights_of(const Axis<A>& a, int k, A (&w)[N], A (&slop
     begin = clamped(low - a.first, a.points);
     end = clamped(high - a.first + 1, a.points);
   }
+}
+
+// A (w) and A' (slope) of the pixels k ... k + N - 1; bit i of the result says that the bin reads pixel k + i.
+template <int N, class A>
+PYDEFORM_DEVICE unsigned weights_of(const Axis<A>& a, int k, A (&w)[N], A (&slope)[N], const RoiGeometry& g) {
+  unsigned reads = 0;
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const bool inside = !SURFACE && !g.points && k + i >= a.low && k + i < a.high;  // points
+    w[i] = inside ? 1 : 0;
+    slope[i] = 0;
+    reads |= (unsigned)inside << i;
+  }
+  int begin, end;
+  readings_near<N>(a, k, begin, end, g);
   for (int j = begin; j < end; j++) {
     const Reading<A> point = reading(a, j, g);
     if (point.number == 0) continue;
@@ -311,6 +402,56 @@ PYDEFORM_DEVICE unsigned weights_of(const Axis<A>& a, int k, A (&w)[N], A (&slop
     for (int i = 0; i < N; i++) {
       if (k + i == point.lower) w[i] += point.number - point.part, slope[i] -= point.slope, reads |= 1u << i;
       if (k + i == point.upper) w[i] += point.part, slope[i] += point.slope, reads |= 1u << i;
+    }
+  }
+  return reads;
+}
+
+// What a bin reads at a pixel, and how that changes with where the bin begins and where it ends.
+template <class A> struct RoiEdge {
+  typename PixelOf<A>::type pixel;
+  A weight, by_start, by_end;
+};
+
+// Where in its bin point j of those that count lies: 0 at the begin, 1 at the end. Only of rules whose mean is over all.
+template <class A> PYDEFORM_DEVICE A late_of(const Axis<A>& a, int j, const RoiGeometry& g) {
+  return a.walk & MANY ? a.late + times((A)j, a.pace) : (a.first + (A)j + (A)g.first_point) / a.count;
+}
+
+// Pixel k, whatever its weight; false: the bin does not read it.
+template <class A> PYDEFORM_DEVICE bool read_edge(RoiEdge<A>& edge, const Axis<A>& a, int k, const RoiGeometry& g) {
+  edge.pixel = k;
+  edge.weight = edge.by_start = edge.by_end = 0;
+  bool reads = false;
+  int begin, end;
+  readings_near<1>(a, k, begin, end, g);
+  for (int j = begin; j < end; j++) {
+    const Reading<A> point = reading(a, j, g);
+    if (point.number == 0 || (k != point.lower && k != point.upper)) continue;
+    reads = true;
+    if (SURFACE) {
+      const Part<A> part(a, first_cell(a) + j);
+      const bool upper = k > first_cell(a) + j;
+      A by_start, by_end;
+      part.edges(a.bin, upper, by_start, by_end);
+      edge.weight += part.weight(upper);
+      edge.by_start += by_start;
+      edge.by_end += by_end;
+      continue;
+    }
+    // Of all points of a cell that move, which are the last of it, in closed form.
+    const int latest = a.walk & MANY ? Cell<A>(a, a.low + j).to : j + 1, first = latest - (int)point.slope;
+    const A late =
+        point.slope * late_of(a, first, g) + (a.walk & MANY ? a.pace * (point.slope * (point.slope - 1) / 2) : (A)0);
+    if (k == point.lower) {
+      edge.weight += point.number - point.part;
+      edge.by_start -= point.slope - late;
+      edge.by_end -= late;
+    }
+    if (k == point.upper) {
+      edge.weight += point.part;
+      edge.by_start += point.slope - late;
+      edge.by_end += late;
     }
   }
   return reads;
@@ -366,10 +507,13 @@ PYDEFORM_DEVICE Axis<A> read_axis(const Extent<A>& box, A move, int p, int poole
   a.n = a.first = 0;
   a.count = 1;
   a.walk = 0;
+  a.late = a.pace = 0;
   read_nothing(a);
   if (nothing) return a;
   if (g.points) {  // points
     read_points(a, g);
+  } else if (SURFACE && g.surface) {  // surface
+    read_surface(a);
   } else {
     read_pixels(a, box.begin, p, g);
   }

@@ -11,13 +11,6 @@
 
 constexpr int ROI_THREADS = 256, ROI_WARPS = ROI_THREADS / 32;
 
-// As wide as a weight, so that a tap is one load, without padding.
-template <class A> struct PixelOf {
-  using type = int;
-};
-template <> struct PixelOf<double> {
-  using type = long long;
-};
 template <class A> struct __align__(2 * sizeof(A)) RoiTap {
   typename PixelOf<A>::type pixel;  // row or column
   A weight;
@@ -26,9 +19,21 @@ template <class A> struct RoiSlope {
   typename PixelOf<A>::type pixel;
   A weight, slope;
 };
-template <class A> PYDEFORM_DEVICE void put_tap(RoiTap<A>& tap, int pixel, A weight, A) { tap = {pixel, weight}; }
-template <class A> PYDEFORM_DEVICE void put_tap(RoiSlope<A>& tap, int pixel, A weight, A slope) {
-  tap = {pixel, weight, slope};
+// What a bin reads at pixel k; false: it does not.
+template <class A> PYDEFORM_DEVICE bool read_tap(RoiTap<A>& tap, const Axis<A>& a, int k, const RoiGeometry& g) {
+  A weight[1], slope[1];
+  const bool reads = weights_of<1>(a, k, weight, slope, g);
+  tap = {k, weight[0]};
+  return reads;
+}
+template <class A> PYDEFORM_DEVICE bool read_tap(RoiSlope<A>& tap, const Axis<A>& a, int k, const RoiGeometry& g) {
+  A weight[1], slope[1];
+  const bool reads = weights_of<1>(a, k, weight, slope, g);
+  tap = {k, weight[0], slope[0]};
+  return reads;
+}
+template <class A> PYDEFORM_DEVICE bool read_tap(RoiEdge<A>& tap, const Axis<A>& a, int k, const RoiGeometry& g) {
+  return read_edge(tap, a, k, g);
 }
 
 // A bin as a warp reads it: lanes 0 to 15 have its rows, the others its columns. Every lane of the warp calls all of it.
@@ -64,11 +69,11 @@ template <class A> struct WarpBin {
   template <class Tap>
   PYDEFORM_DEVICE void list(Tap* taps, int y, int x, int& rows, int& columns, const RoiGeometry& g) const {
     const int lane = threadIdx.x % 32, k = (is_x() ? x : y) + lane % 16;
-    A weight[1] = {0}, slope[1] = {0};
-    const bool reads = k < half->high && weights_of<1>(*half, k, weight, slope, g);
+    Tap tap;
+    const bool reads = k < half->high && read_tap(tap, *half, k, g);
     const unsigned all = __ballot_sync(0xffffffffu, reads);
     const unsigned before = all & ((1u << lane) - 1) & (is_x() ? 0xffff0000u : 0xffffu);
-    if (reads) put_tap(taps[lane / 16 * 16 + __popc(before)], k, weight[0], slope[0]);
+    if (reads) taps[lane / 16 * 16 + __popc(before)] = tap;
     rows = __popc(all & 0xffffu);
     columns = __popc(all >> 16);
   }
@@ -77,7 +82,7 @@ template <class A> struct WarpBin {
 // Which images a launch has a copy of. A box without an image belongs to the first launch.
 struct RoiImages {
   int first, number;
-  template <class A> PYDEFORM_DEVICE bool have(const RoiBox<A>& box) const {
+  template <class AnyBox> PYDEFORM_DEVICE bool have(const AnyBox& box) const {
     return box.broken ? first == 0 : box.image >= first && box.image < first + number;
   }
 };
@@ -183,7 +188,7 @@ PYDEFORM_DEVICE void read_point(const T* plane, const Reading<A>& y, const Readi
 template <class A, class T>
 PYDEFORM_DEVICE void read_all(const T* plane, const Bin<A>& bin, const RoiGeometry& g, A& value, A& along_y,
                               A& along_x) {
-  if (g.points) {
+  if (g.points | SURFACE) {
     for (int i = 0; i < readings(bin.y); i++) {
       const Reading<A> y = reading(bin.y, i, g);
       A row = 0, row_y = 0, row_x = 0;  // sums of sums lose far less than one over all points
@@ -234,6 +239,43 @@ __global__ void __launch_bounds__(ROI_THREADS, 2)
 // where no pixel is read. output and winners may be null.
 // Owner: one thread per (r, c, bin), as above. Points that do not count have the value 0: one stands for all that come
 // before the first that counts, and one for all that come after one of its row or of all.
+//
+// Calls take(value, y, x, j, k) for all of them, j and k the numbers of a point as a candidate on each axis.
+template <class A, class T, class Take>
+PYDEFORM_DEVICE void for_each_point(const T* plane, const Bin<A>& bin, const RoiGeometry& g, Take take) {
+  const Axis<A>&y = bin.y, &x = bin.x;
+  const bool any = !bin.broken && !bin.outside && y.count > 0 && x.count > 0;
+  if (any && ((y.walk | x.walk) & BEFORE)) take(0, -1, -1, 0, 0);
+  if (any && x.points > 0) {
+    for (unsigned j = 0; j < candidates(y); j++) {
+      A place_y, place_x;
+      if (!candidate(y, j, place_y, g)) continue;
+      const Reading<A> to_y(place_y, g.in_h, g);
+      for (unsigned k = 0; k < candidates(x); k++) {
+        if (!candidate(x, k, place_x, g)) continue;
+        const Reading<A> to_x(place_x, g.in_w, g);
+        A value, along_y, along_x;
+        read_point(plane, to_y, to_x, g.in_w, value, along_y, along_x);
+        take(value, (A)to_y.lower + to_y.part, (A)to_x.lower + to_x.part, j, k);
+      }
+      if (x.walk & AFTER) take(0, -1, -1, 0, 0);
+    }
+  }
+  if (any && (y.walk & AFTER)) take(0, -1, -1, 0, 0);
+}
+
+// The first of the largest values so far, NaN over all.
+template <class A> struct Best {
+  bool found = false;
+  A value = 0;
+  PYDEFORM_DEVICE bool take(A other) {
+    if (found && !(other > value || (other != other && value == value))) return false;
+    found = true;
+    value = other;
+    return true;
+  }
+};
+
 template <bool POINTS, class A> struct WinnerOf {
   using type = int;
 };
@@ -256,41 +298,18 @@ __global__ void __launch_bounds__(ROI_THREADS, 2)
   const RoiBox<A> box = read_box(boxes, r, g);
   const Bin<A> bin = read_bin<TOffset, I>(box, offset, r, place, c / (g.out_channels / g.classes), g);
   const T* const plane = plane_of<T, I>(input, box.image, c, place, g);
-  bool found = false;
-  A best = 0;
+  Best<A> best;
   Winner at_y = -1, at_x = -1;
-  auto take = [&](A value, Winner y, Winner x) {
-    if (found && !(value > best || (value != value && best == best))) return;
-    found = true;
-    best = value;
-    at_y = y;
-    at_x = x;
+  auto take = [&](A value, Winner y, Winner x, unsigned, unsigned) {
+    if (best.take(value)) at_y = y, at_x = x;
   };
   if constexpr (POINTS) {
-    const Axis<A>&y = bin.y, &x = bin.x;
-    const bool any = !bin.broken && !bin.outside && y.count > 0 && x.count > 0;
-    if (any && ((y.walk | x.walk) & BEFORE)) take(0, -1, -1);
-    if (any && x.points > 0) {
-      for (unsigned j = 0; j < candidates(y); j++) {
-        A place_y, place_x;
-        if (!candidate(y, j, place_y, g)) continue;
-        const Reading<A> to_y(place_y, g.in_h, g);
-        for (unsigned k = 0; k < candidates(x); k++) {
-          if (!candidate(x, k, place_x, g)) continue;
-          const Reading<A> to_x(place_x, g.in_w, g);
-          A value, along_y, along_x;
-          read_point(plane, to_y, to_x, g.in_w, value, along_y, along_x);
-          take(value, (A)to_y.lower + to_y.part, (A)to_x.lower + to_x.part);
-        }
-        if (x.walk & AFTER) take(0, -1, -1);
-      }
-    }
-    if (any && (y.walk & AFTER)) take(0, -1, -1);
+    for_each_point(plane, bin, g, take);
   } else {
     for (int y = bin.y.low; y < bin.y.high; y++)
-      for (int x = bin.x.low; x < bin.x.high; x++) take(to_float(plane[(long long)y * g.in_w + x]), y, x);
+      for (int x = bin.x.low; x < bin.x.high; x++) take(to_float(plane[(long long)y * g.in_w + x]), y, x, 0, 0);
   }
-  if (output) output[i] = from_float<T>(bin.broken ? not_a_number<A>() : mask_of<T, I>(mask, r, place, g) * best);
+  if (output) output[i] = from_float<T>(bin.broken ? not_a_number<A>() : mask_of<T, I>(mask, r, place, g) * best.value);
   if (winners) {
     const I at = 2 * (((I)r * bins + place) * g.out_channels + c);
     winners[at] = at_y;

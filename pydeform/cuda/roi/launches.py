@@ -15,9 +15,12 @@ from pydeform.cuda.core.sizes import COPIES
 from pydeform.cuda.core.source import Code
 from pydeform.cuda.roi.plan import Images, lanes_of, outputs, pitch_of, size_of
 
-CODE = Code("roi")
 THREADS = 256
 SPAN = 64  # bins whose results a block turns at a time
+
+
+def code_of(g: RoiGeometry) -> Code:
+    return Code("roi", surface=bool(g.surface))
 
 
 def copies_of(input: Any, g: RoiGeometry, pitch: int) -> Iterator[tuple[Any, Images]]:
@@ -28,7 +31,7 @@ def copies_of(input: Any, g: RoiGeometry, pitch: int) -> Iterator[tuple[Any, Ima
     for first in range(0, max(g.batch, 1), at_once):
         part = input[first : first + at_once]
         unit = g.out_channels // g.classes
-        yield to_channels_last(CODE, part, unit, pitch, cells), Images(first, int(part.shape[0]))
+        yield to_channels_last(code_of(g), part, unit, pitch, cells), Images(first, int(part.shape[0]))
 
 
 def pool_by_warps(input: Any, boxes: Any, offset: Any, mask: Any, g: RoiGeometry, output: Any) -> None:
@@ -40,7 +43,7 @@ def pool_by_warps(input: Any, boxes: Any, offset: Any, mask: Any, g: RoiGeometry
     for copy, images in copies_of(input, g, pitch):
         index = index_type(copy.size, output.size, size_of(offset))
         launch(
-            kernel(CODE, f"pool_bins<{C_TYPES[input.dtype.name]}, {index}{own_types(input, boxes, offset)}>"),
+            kernel(code_of(g), f"pool_bins<{C_TYPES[input.dtype.name]}, {index}{own_types(input, boxes, offset)}>"),
             (blocks,),
             THREADS,
             (
@@ -71,4 +74,4 @@ def launch_threads(
     """So many threads, of a kernel for the type of `data`. `arrays`: in which it counts places, as in an output."""
     index = index_type(data.size, outputs(g), *map(size_of, arrays))
     expression = f"{name}<{C_TYPES[data.dtype.name]}, {index}{suffix}>"
-    launch(kernel(CODE, expression), (ceil_div(threads, THREADS),), THREADS, arguments)
+    launch(kernel(code_of(g), expression), (ceil_div(threads, THREADS),), THREADS, arguments)

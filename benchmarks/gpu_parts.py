@@ -307,6 +307,9 @@ def exercise(few: bool = False) -> None:
     for channels in () if few else (32, 3):
         for dtype in dtypes:
             exercise_gather(lambda a, dtype=dtype: cupy.asarray(a.astype(dtype)), rng, channels)
+    for size in () if few else ((9, 7), (4, 5, 3)):
+        for dtype in dtypes:
+            exercise_grid(lambda a, dtype=dtype: cupy.asarray(a.astype(dtype)), rng, size)
     cupy.cuda.Device().synchronize()
     print("every kernel ran")
 
@@ -377,6 +380,21 @@ def exercise_gather(send: Any, rng: Any, channels: int) -> None:
         getattr(pydeform, name)(*arrays, **options)
         for deterministic in (False, True):
             getattr(pydeform, f"{name}_backward")(grad, *arrays, **options, deterministic=deterministic)
+
+
+def exercise_grid(send: Any, rng: Any, size: tuple[int, ...]) -> None:
+    """grid_sample and warp in every mode, with points inside and outside."""
+    import pydeform
+
+    axes = len(size)
+    x, y = (send(rng.standard_normal((2, 5, *size))) for _ in range(2))
+    grid, moves = send(rng.uniform(-2, 2, (2, *size, axes))), send(3 * rng.standard_normal((2, axes, *size)))
+    for mode in ("bilinear", "nearest", "bicubic")[: 5 - axes]:
+        for name, places, padding in (("grid_sample", grid, "reflection"), ("warp", moves, "border")):
+            options = {"mode": mode, "padding_mode": padding}
+            getattr(pydeform, name)(x, places, **options)
+            for deterministic in (False, True):
+                getattr(pydeform, f"{name}_backward")(y, x, places, **options, deterministic=deterministic)
 
 
 def exercise_roi(send: Any, rng: Any, h: int, w: int) -> None:

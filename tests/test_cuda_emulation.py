@@ -345,15 +345,6 @@ def test_mma_is_counted():
     assert (found.multiply_adds, found.tf32_multiply_adds, found.operand_bytes) == (16 * 8 * 16, 0, 0)
 
 
-def test_numpys_functions_of_arrays_are_the_devices():
-    a = cupy.asarray(np.arange(3.0))
-    for made, want in ((np.zeros((2,), like=a), [0, 0]), (np.stack([a, a], axis=1), [[0, 0], [1, 1], [2, 2]])):
-        assert type(made) is cupy.ndarray and made.tolist() == want
-    for function in (lambda: np.stack([a, np.zeros(3)]), lambda: np.cross(a, a)):
-        with pytest.raises(TypeError, match="__array_function__"):
-            function()
-
-
 def test_what_has_the_type_and_order_is_not_copied():
     a = cupy.asarray(np.arange(6.0).reshape(2, 3))
     assert a.astype(float, copy=False) is a.astype(float, order="C", copy=False) is a

@@ -215,11 +215,6 @@ class ndarray:
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct one.")
 
-    def __array_function__(self, function: Any, types: Any, arguments: Any, options: Any) -> Any:
-        """NumPy's function of these arrays, or `like` one, is ours."""
-        own = getattr(sys.modules[__name__], function.__name__, None)
-        return NotImplemented if own is None or set(types) != {ndarray} else own(*arguments, **options)
-
     def get(self) -> np.ndarray:
         refuse_synchronisation("ndarray.get")
         return self._alive().copy()
@@ -451,10 +446,6 @@ def arange(*bounds: Any, dtype: Any = None) -> ndarray:
 
 def concatenate(parts: Any, axis: int = 0) -> ndarray:
     return _new(np.concatenate([part._alive() for part in parts], axis))
-
-
-def stack(parts: Any, axis: int = 0) -> ndarray:
-    return _new(np.stack([part._alive() for part in parts], axis))
 
 
 def where(condition: ndarray, a: Any, b: Any) -> ndarray:

@@ -114,7 +114,7 @@ def _modules() -> dict[str, ModuleType]:
             "concatenate",
             "exp",
         ),
-        *("log", "maximum", "minimum", "sign", "sqrt", "square", "stack", "tanh", "where"),
+        *("log", "maximum", "minimum", "sign", "sqrt", "square", "tanh", "where"),
     )
     vars(top).update({name: getattr(arrays, name) for name in functions})
     dtypes = ["bool_", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from pydeform import _backend, _checks, _interop
 from pydeform._gather_geometry import GatherArrays
 from pydeform._geometry import ConvArrays
@@ -57,11 +55,6 @@ def check_arrays(op: str, arrays: dict[str, Any], *needed: str) -> None:
         arrays = {**rest, "grad_output": arrays["grad_output"]}  # last: others set the dtype
     _checks.check_present(op, arrays, *needed)
     _checks.check_dtypes(op, arrays, coordinates=COORDINATES)
-
-
-def compute_dtype(array: Any) -> Any:
-    """float32 for half types."""
-    return array.dtype if array.dtype.itemsize > 2 else np.dtype(np.float32)
 
 
 def forward(op: str, family: str, arrays: dict[str, Any], back: _interop.Back, g: Any, **options: bool) -> Any:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np  # on CuPy arrays its functions call CuPy's
-
-from pydeform import _checks, _interop
+from pydeform import _arrays, _checks, _interop
 from pydeform._geometry import SIZES
 from pydeform._grid_geometry import GRIDS
 from pydeform._types import AnyArray, Array, Int, Needs
@@ -52,14 +51,14 @@ def affine_grid(theta: Array, size: Sequence[Int], align_corners: bool = False) 
     op = "affine_grid"
     arrays, back = _interop.to_native(op, {"theta": theta})
     sizes = _sizes_of(op, arrays, size)
-    given: Any = arrays["theta"]
     with back:
-        wide = given.astype(_call.compute_dtype(given), copy=False)
-        rows = wide.reshape(len(wide), *(1,) * len(sizes), *wide.shape[1:])
-        grid = rows[..., -1] + np.zeros((*sizes, 1), wide.dtype, like=wide)
-        for column, along in enumerate(_coordinates(sizes, wide, align_corners)):
+        wide = _arrays.wide(arrays["theta"])
+        xp = _arrays.namespace(op, "theta", wide)
+        rows = wide.reshape(wide.shape[0], *(1,) * len(sizes), *wide.shape[1:])
+        grid = rows[..., -1] + xp.zeros((*sizes, 1), wide.dtype)
+        for column, along in enumerate(_coordinates(xp, sizes, wide.dtype, align_corners)):
             grid += rows[..., column] * along[..., None]
-        return back(grid.astype(given.dtype, copy=False))
+        return back(_arrays.rounded(grid, arrays["theta"].dtype))
 
 
 def affine_grid_backward(
@@ -91,11 +90,12 @@ def affine_grid_backward(
     if not _checks.needed(op, needs, {"theta": given}):
         return AffineGridGrads(None)
     with back:
-        wide = grad.astype(_call.compute_dtype(grad), order="C", copy=False)  # sums follow the layout
+        wide = _arrays.wide(grad).copy(order="C")  # sums follow the layout
+        xp = _arrays.namespace(op, "grad_output", wide)
         points = tuple(range(1, axes + 1))
-        columns = [(wide * a[..., None]).sum(axis=points) for a in _coordinates(sizes, wide, align_corners)]
-        gradient = np.stack([*columns, wide.sum(axis=points)], axis=-1)
-        return AffineGridGrads(back(gradient.astype(given.dtype, copy=False)))
+        columns = [wide * along[..., None] for along in _coordinates(xp, sizes, wide.dtype, align_corners)]
+        gradient = xp.concatenate([part.sum(axis=points)[..., None] for part in (*columns, wide)], axis=-1)
+        return AffineGridGrads(back(_arrays.rounded(gradient, given.dtype)))
 
 
 def _sizes_of(op: str, arrays: dict[str, Any], size: Any) -> tuple[int, ...]:
@@ -119,12 +119,12 @@ def _sizes_of(op: str, arrays: dict[str, Any], size: Any) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _coordinates(sizes: tuple[int, ...], like: Any, align_corners: bool) -> list[Any]:
+def _coordinates(xp: ModuleType, sizes: tuple[int, ...], dtype: Any, align_corners: bool) -> list[Any]:
     """Of the grid's points, from -1 to 1, of the last axis first; each along its own axis."""
     found = []
     for axis in reversed(range(len(sizes))):
         count = sizes[axis]
-        steps = 2 * np.arange(count, dtype=np.int64, like=like) + (1 - count)  # exact, and symmetric
-        along = steps.astype(like.dtype) / max(count - bool(align_corners), 1)
+        steps = 2 * xp.arange(count, dtype="int64") + (1 - count)  # exact, and symmetric
+        along = steps.astype(dtype) / max(count - bool(align_corners), 1)
         found.append(along.reshape(-1, *(1,) * (len(sizes) - 1 - axis)))
     return found

@@ -6,9 +6,8 @@ from typing import Any, TypeVar, overload
 
 import numpy as np  # on CuPy arrays its functions call CuPy's
 
-from pydeform import _checks, _geometry, _interop
+from pydeform import _arrays, _checks, _geometry, _interop
 from pydeform._types import Array, Padding, Size
-from pydeform.ops import _call
 
 DType = TypeVar("DType", bound="np.dtype[Any]")
 OFFSET_SHAPE = "(N, 2*offset_groups*kernel_h*kernel_w, out_h, out_w)"
@@ -71,7 +70,7 @@ def sampling_locations(
     ends = [(n - 1) * s + (k - 1) * d for n, s, k, d in zip(out, strides, kernel, dilations, strict=True)]
     _geometry.check_taps(op, before, ends, taps.dtype.itemsize)
     with back:
-        locations = np.moveaxis(taps, 4, -1).astype(_call.compute_dtype(taps), order="C", copy=True)
+        locations = np.moveaxis(taps, 4, -1).astype(_arrays.wide_dtype(taps.dtype), order="C", copy=True)
         for axis in (0, 1):
             tap = np.arange(kernel[axis], dtype=np.int64, like=locations) * dilations[axis]
             pixel = np.arange(out[axis], dtype=np.int64, like=locations) * strides[axis] - before[axis]
@@ -115,7 +114,7 @@ def effective_dilation(offset: Array, kernel_size: Size, dilation: Size = 1) -> 
         raise ValueError(f"{op}: kernel_size must have at least two taps, got {kernel_size!r}")
     taps = _taps(op, arrays["offset"], kernel)
     with back, np.errstate(invalid="ignore", over="ignore"):  # inf - inf is NaN, as the docstring says
-        points = taps.astype(_call.compute_dtype(taps), copy=False)
+        points = taps.astype(_arrays.wide_dtype(taps.dtype), copy=False)
         rows = points[:, :, 1:] - points[:, :, :-1]
         columns = points[:, :, :, 1:] - points[:, :, :, :-1]
         total = np.hypot(rows[:, :, :, :, 0] + dilation_h, rows[:, :, :, :, 1]).sum(axis=(2, 3))

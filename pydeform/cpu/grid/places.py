@@ -226,12 +226,11 @@ def _put_two(entry: int, tap: int, one: Tap, other: Tap, axis: Any, pairs: Any) 
         only_one = one.exists & ~(other.exists & (other.pixel < one.pixel))
         first = select(only_one, one.pixel, other.pixel)
         first = select(first < 0, splat(0, first), select(first > axis.size - 2, splat(axis.size - 2, first), first))
+        none, broken = splat(0, one.part), one.part - one.part  # 0, or NaN, which stays
         for k in range(2):
             is_one, is_other = one.exists & (one.pixel == first + k), other.exists & (other.pixel == first + k)
-            part = (select(is_one, one.part, splat(0, one.part)) + select(is_other, other.part, splat(0, one.part))) + (
-                one.part - one.part  # NaN stays
-            )
-            slope = select(is_one, one.slope, splat(0, one.part)) + select(is_other, other.slope, splat(0, one.part))
+            part = select(is_one, one.part, none) + select(is_other, other.part, none) + broken
+            slope = select(is_one, one.slope, none) + select(is_other, other.slope, none) + broken
             _put(entry, tap + k, first + k, is_one | is_other, part, slope, axis)
 
 

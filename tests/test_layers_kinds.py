@@ -33,6 +33,7 @@ from pydeform.layers import (
     Sequential,
     Sigmoid,
     Softmax,
+    SpatialTransformer,
 )
 
 DTYPES = {
@@ -57,6 +58,11 @@ def network(dtype):
         inner,
         Sequential(inner, Sigmoid()),
     )
+
+
+def transformer(dtype):
+    localisation = Sequential(Conv2d(3, 2, 3, rng=0, dtype=dtype), GlobalAvgPool2d())
+    return SpatialTransformer(localisation, padding_mode="border", dtype=dtype)
 
 
 # Every public layer: how it is made, and the shapes of its float inputs.
@@ -86,8 +92,9 @@ LAYERS = {
     "DCNv3": (lambda dtype: DCNv3(4, groups=2, rng=0, dtype=dtype), [(2, 5, 6, 4)]),
     "DCNv4": (lambda dtype: DCNv4(4, groups=2, dw_kernel_size=3, rng=0, dtype=dtype), [(2, 5, 6, 4)]),
     "MSDeformAttn": (lambda dtype: MSDeformAttn(4, 2, 2, 2, rng=0, dtype=dtype), [(2, 3, 4), (2, 3, 1, 2), (2, 16, 4)]),
+    "SpatialTransformer": (transformer, [IMAGE]),
 }
-LEVELS = (4, 3), (2, 2)  # of the last one
+LEVELS = (4, 3), (2, 2)  # of MSDeformAttn
 
 
 def test_every_layer_is_in_the_table():

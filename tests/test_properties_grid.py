@@ -57,8 +57,21 @@ def with_options(problem: Problem, **options: Any) -> Problem:
 @given(st.data(), st.sampled_from(DTYPES))
 @settings(max_examples=60)
 def test_random_problems_against_the_oracle(backend, operator, data, dtype):
-    problem = drawn(data, operator, dtype)
+    problem = drawn(data, operator, dtype, mode=data.draw(st.sampled_from(["bilinear", "nearest"])))
     assert_results(problem, both(backend, problem), solve_oracle(problem), dtype)
+
+
+@each_operator
+@given(st.data())
+@settings(max_examples=60)
+def test_random_bicubic_problems_against_the_oracle(backend, operator, data):
+    """Its shares and slopes may leave nothing of each other, as on an image of one pixel."""
+    problem = drawn(data, operator, "float64", 2, mode="bicubic")
+    (output, grads), (want, want_grads) = both(backend, problem), solve_oracle(problem)
+    image, grad = abs(problem.arrays["input"]).max(), abs(problem.grad_output).max()
+    assert_near(output, want, image)
+    assert_near(grads["input"], want_grads["input"], grad * problem.grad_output[0, 0].size)
+    assert_near(grads[problem.place], want_grads[problem.place], 10 * image * grad * problem.arrays["input"].size)
 
 
 # Of both --------------------------------------------------------------------------------------------------------------

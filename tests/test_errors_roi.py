@@ -283,9 +283,13 @@ OWN: dict[str, Rows] = {
 }
 
 
+WITH_GRADIENT = ("roi_align", "prroi_pool")  # of boxes
+
+
 def backward_errors(operator: str) -> Rows:
     shape = grad_shape(operator)
-    names = ", ".join(name for name in OPERATORS[operator] if name != "boxes")
+    names = ", ".join(name for name in OPERATORS[operator] if name != "boxes" or operator in WITH_GRADIENT)
+    without = [] if operator in WITH_GRADIENT else ["boxes"]
     return [
         ({"grad_output": None}, TypeError, "grad_output must be an array, got None"),
         *of_input_dtype("grad_output", zeros(*shape)),
@@ -298,7 +302,10 @@ def backward_errors(operator: str) -> Rows:
             for wrong in ((4, *shape[1:]), (5, 3, *shape[2:]), (*shape[:2], 4, 1), shape[1:], (*shape, 1))
         ),
         *needs_errors(names),
-        ({"needs": ("boxes",)}, ValueError, f"needs must name gradients among {names}, got 'boxes'"),
+        *(
+            ({"needs": (name,)}, ValueError, f"needs must name gradients among {names}, got {name!r}")
+            for name in without
+        ),
     ]
 
 

@@ -399,7 +399,7 @@ def test_needs(backend, name):
         assert_same_grads(got, {n: every[n] if n in needs else None for n in every})
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in ("roi_align", "prroi_pool")])
 def test_boxes_have_no_gradient_to_need(backend, operator):
     variant = VARIANTS[operator]
     arrays, grad_output = problem(variant)

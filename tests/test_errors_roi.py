@@ -299,6 +299,9 @@ OWN: dict[str, Rows] = {
 }
 
 
+WITH_GRADIENT = ("roi_align", "prroi_pool")  # of boxes
+
+
 def backward_errors(operator: str) -> Rows:
     shape = grad_shape(operator)
     names = ", ".join(name for name in OPERATORS[operator] if name != "boxes" or operator in WITH_GRADIENT)

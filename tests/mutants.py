@@ -44,28 +44,30 @@ AREAS = {
         "pydeform/cpu/**/*.py",
         "cpu",
         "cpu_kernels simd simd_pairs simd_roi conv2d deform_conv2d conv1d conv3d deform_conv1d deform_conv3d "
-        "active_conv2d roi dcnv3 dcnv4 ms_deform_attn ms_deform_attn_fused deform_aggregation threads roi_limits "
-        "not_finite properties properties_axes properties_roi properties_gather properties_dcnv vectors vectors_axes "
-        "vectors_roi vectors_gather cost half waits coordinates kernel_cache cpu_memory layers_kinds runtime "
-        "background twins imports",
+        "active_conv2d roi dcnv3 dcnv4 ms_deform_attn ms_deform_attn_fused deform_aggregation grid_sample warp "
+        "threads roi_limits not_finite properties properties_axes properties_roi properties_gather properties_dcnv "
+        "properties_roi_boxes properties_grid affine_grid vectors vectors_axes vectors_roi vectors_gather "
+        "vectors_grid cost half waits coordinates kernel_cache cpu_memory layers_kinds runtime background twins "
+        "imports",
     ),
     "cuda": Area(
         "pydeform/cuda/**/*.py pydeform/cuda/**/*.cu*",
         "emulated",
-        "cuda_copies cuda_plans cuda_direct cuda_gather cuda_gather_family cuda_convolution cuda_axes cuda_roi "
-        "cuda_primitives conv2d deform_conv2d conv1d conv3d deform_conv1d deform_conv3d active_conv2d roi roi_limits "
-        "ms_deform_attn ms_deform_attn_fused deform_aggregation dcnv3 dcnv4 not_finite interop_cuda coordinates "
-        "properties properties_axes properties_roi properties_gather properties_dcnv vectors vectors_axes vectors_roi "
-        "vectors_gather cost cuda_device cuda_emulation cuda_names cuda_compile layers_kinds twins imports",
+        "cuda_copies cuda_plans cuda_direct cuda_gather cuda_gather_family cuda_grid cuda_convolution cuda_axes "
+        "cuda_roi cuda_primitives conv2d deform_conv2d conv1d conv3d deform_conv1d deform_conv3d active_conv2d roi "
+        "roi_limits ms_deform_attn ms_deform_attn_fused deform_aggregation dcnv3 dcnv4 grid_sample warp not_finite "
+        "interop_cuda coordinates properties properties_axes properties_roi properties_gather properties_dcnv "
+        "properties_roi_boxes properties_grid affine_grid vectors vectors_axes vectors_roi vectors_gather "
+        "vectors_grid cost cuda_device cuda_emulation cuda_names cuda_compile layers_kinds twins imports",
     ),
     "rest": Area(
         "pydeform/*.py pydeform/ops/*.py pydeform/layers/*.py pydeform/testing/*.py",
         "cpu,emulated",
-        "errors errors_axes errors_roi errors_gather options analysis optim losses runtime cli viz imports house types "
-        "testing layers layers_roi layers_kinds layers_files interop interop_cuda half conv2d deform_conv2d conv1d "
-        "conv3d deform_conv1d deform_conv3d active_conv2d roi dcnv3 dcnv4 ms_deform_attn ms_deform_attn_fused "
-        "deform_aggregation not_finite vectors vectors_axes vectors_roi vectors_gather coordinates cost background "
-        "demo",
+        "errors errors_axes errors_roi errors_gather options analysis optim losses runtime cli viz imports house "
+        "types testing layers layers_roi layers_kinds layers_files interop interop_cuda half conv2d deform_conv2d "
+        "conv1d conv3d deform_conv1d deform_conv3d active_conv2d roi dcnv3 dcnv4 ms_deform_attn "
+        "ms_deform_attn_fused deform_aggregation grid_sample warp affine_grid not_finite layers_grid vectors "
+        "vectors_axes vectors_roi vectors_gather coordinates cost background demo",
     ),
 }
 SWAPS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+"} | {

@@ -35,7 +35,8 @@ CONVOLUTIONS |= dict.fromkeys(
 )
 CONVOLUTIONS["active_conv2d"] = ("input", "positions", "weight", "bias")
 GATHER = {name: tuple(_selfcheck.problem(name).arrays) for name in _selfcheck.GATHER}
-NAMES = {**CONVOLUTIONS, **GATHER, **OPERATORS}
+GRID = {name: tuple(_selfcheck.problem(name).arrays) for name in ("grid_sample", "warp")}  # affine_grid has no image
+NAMES = {**CONVOLUTIONS, **GATHER, **GRID, **OPERATORS}
 IMAGES = ("input", "value", "features")
 SMALL, LARGE = (96, 100), (160, 200)  # both so large that a copy for a few results would be a waste
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -56,12 +57,19 @@ def _psroi(channels: int) -> dict[str, Any]:
 WORK = {
     **{name: Work(name, 4) for name in CONVOLUTIONS},
     **{name: Work(name, 8) for name in GATHER},
+    "grid_sample": Work("grid_sample", 8),
+    "grid_sample bicubic": Work("grid_sample", 8, {"mode": "bicubic"}),
+    "warp": Work("warp", 1),
     "roi_pool": Work("roi_pool", 32, {"output_size": 2}),
     "roi_pool 1": Work("roi_pool", 1, {"output_size": 2}),
     "roi_align": Work("roi_align", 32, {"output_size": 2}),
     "roi_align 1": Work("roi_align", 1, {"output_size": 2, "sampling_ratio": 2}),
     "roi_align max": Work("roi_align", 32, {"output_size": 2, "mode": "max"}),
     "roi_align max 1": Work("roi_align", 1, {"output_size": 2, "mode": "max", "sampling_ratio": 2}),
+    "roi_align_rotated": Work("roi_align_rotated", 32, {"output_size": 2}),
+    "roi_align_rotated 1": Work("roi_align_rotated", 1, {"output_size": 2, "sampling_ratio": 2}),
+    "prroi_pool": Work("prroi_pool", 32, {"output_size": 2}),
+    "prroi_pool 1": Work("prroi_pool", 1, {"output_size": 2}),
     "ps_roi_pool": Work("ps_roi_pool", 9, {"output_size": 2}),
     "ps_roi_pool 1": Work("ps_roi_pool", 1, {"output_size": 2}),
     "ps_roi_align": Work("ps_roi_align", 9, {"output_size": 2}),
@@ -92,9 +100,18 @@ def _make(work: Work, size: tuple[int, ...], dtype: str) -> tuple[dict[str, Any]
         grad_output = _numbers(1, 4, *out)
     elif work.operator in GATHER:
         arrays, grad_output, options = _gathered(work.operator, size)
+    elif work.operator in GRID:
+        shape = (1, work.channels, *size)
+        moved = work.operator == "warp"
+        where = {"displacement": _numbers(1, 2, *size)} if moved else {"grid": _numbers(1, 2, 3, 2)}
+        arrays, options = {"input": _numbers(*shape), **where}, work.options or {}
+        grad_output = _numbers(*shape) if moved else _numbers(1, work.channels, 2, 3)
     else:
         per_output = 4 if "ps" in work.operator else 1
         boxes = np.array([[0, 1, 2, 7, 6], [1, width - 9, height - 8, width - 2, height - 3]], float)
+        if work.operator == "roi_align_rotated":
+            first, last = boxes[:, 1:3], boxes[:, 3:]
+            boxes = np.concatenate([boxes[:, :1], (first + last) / 2, last - first, [[0.25], [0.25]]], axis=1)
         if dtype == "bfloat16":
             boxes = np.floor(boxes / 2) * 2  # there is no 199
         arrays = {"input": _numbers(2, work.channels * per_output, height, width), "boxes": boxes}
@@ -130,7 +147,8 @@ def _calls(work: Work, size: tuple[int, int], dtype: str, send: Any = lambda a: 
     arrays, grad_output = {name: send(a) for name, a in arrays.items()}, send(grad_output)
     forward, backward = getattr(pydeform, work.operator), getattr(pydeform, f"{work.operator}_backward")
     yield "forward", lambda: (forward(**arrays, **options),)
-    names = [name for name in NAMES[work.operator] if name != "boxes"]
+    fixed = () if work.operator in ("prroi_pool", "roi_align") else ("boxes",)
+    names = [name for name in NAMES[work.operator] if name not in fixed]
     for needs in [*((name,) for name in names), tuple(names)]:
         yield f"backward {needs}", lambda needs=needs: backward(grad_output, **arrays, **options, needs=needs)
 
@@ -157,7 +175,7 @@ def _beyond(taken: int, results: Any, fields: Any) -> int:
 
 
 def test_every_operator_has_its_cost():
-    operators = {name for name in pydeform.__all__ if f"{name}_backward" in pydeform.__all__}
+    operators = {name for name in pydeform.__all__ if f"{name}_backward" in pydeform.__all__} - {"affine_grid"}
     assert operators == set(NAMES) == {work.operator for work in WORK.values()}
     for name in itertools.chain(operators, (f"{name}_backward" for name in operators)):
         notes = re.split(r"\n    (?=\w)", inspect.getdoc(getattr(pydeform, name)).replace("\n", "\n    "))
@@ -196,7 +214,7 @@ def _count_device_memory(monkeypatch: Any) -> list[int]:
 
 def _assert_no_growth(work: Work, dtype: str, send: Any, measure: Any, copies: bool = False) -> None:
     """`copies`: maps that are gathered may have a copy in float32."""
-    copied = copies and work.operator in GATHER
+    copied = copies and work.operator in {**GATHER, **GRID}
     room = 4096 + copied * 4 * 8 * (math.prod(LARGE) - math.prod(SMALL))
     small, large = (dict(_calls(work, size, dtype, send)) for size in (SMALL, LARGE))
     for what, call in small.items():

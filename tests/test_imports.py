@@ -152,10 +152,12 @@ def test_operators_import_only_the_parts_below_them():
         f"pydeform.{name}"
         for name in (
             "ops",
+            "_arrays",
             "_backend",
             "_checks",
             "_gather_geometry",
             "_geometry",
+            "_grid_geometry",
             "_interop",
             "_roi_geometry",
             "_types",
@@ -165,9 +167,9 @@ def test_operators_import_only_the_parts_below_them():
 
 
 def test_layers_import_only_operators_and_layers():
-    # _checks: the wording of every error; _geometry and _gather_geometry: the names of options, the sizes of levels;
-    # _arrays: what is computed between operators
-    parts = ("ops", "layers", "_checks", "_geometry", "_gather_geometry", "_arrays")
+    # _checks: the wording of every error; _geometry and its kin: the names of options, sizes of levels; _arrays: what
+    # is computed between operators
+    parts = ("ops", "layers", "_checks", "_geometry", "_gather_geometry", "_grid_geometry", "_arrays")
     allowed = tuple(f"pydeform.{name}" for name in parts)
     ours = [i for i in LIBRARY if i.lies_in("pydeform/layers/") and i.of("pydeform")]
     assert_none([i for i in ours if not i.of(*allowed)])

@@ -79,6 +79,26 @@ def gather_backward() -> None:
     pydeform.dcnv4_backward(np.ones_like(arrays["input"]), **arrays, groups=4)
 
 
+def sampled() -> dict[str, Any]:
+    rng = np.random.default_rng(4)
+    arrays = {"input": rng.standard_normal((2, 40, 50, 60)), "grid": rng.uniform(-1.2, 1.2, (2, 90, 100, 2))}
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def sample() -> None:
+    pydeform.grid_sample(**sampled())
+
+
+def sample_backward() -> None:
+    pydeform.grid_sample_backward(np.ones((2, 40, 90, 100), np.float32), **sampled())
+
+
+def move_boxes(name: str) -> None:
+    variant = wide(VARIANTS[name])
+    arrays, grad_output = problem(variant, "float32", corners=CROWD)
+    getattr(pydeform, f"{variant.operator}_backward")(grad_output, **arrays, **variant.options, needs=("boxes",))
+
+
 CROWD = [(0.625, 1.375, 4.875, 4.125), (-1.75, 2.25, 3.125, 7.375)] * 20  # boxes for which a copy of the image pays
 DENSE = Case(2, 80, 14, 15, 18, (3, 3), padding=((1, 1), (1, 1)), groups=1, offset_groups=1)
 DEPTHWISE = Case(2, 140, 16, 15, 140, (2, 2), groups=140, offset_groups=2)
@@ -95,6 +115,10 @@ PROBLEMS = {
     "few": ("_planes", functools.partial(pool, "roi_align_aligned", as_it_is)),
     "mean backward": ("_mean_backward", functools.partial(pool_backward, "deform_roi_pool", wide)),
     "largest backward": ("_largest_backward", functools.partial(pool_backward, "roi_pool", wide)),
+    "boxes of means": ("_edges_of_means", functools.partial(move_boxes, "roi_align_aligned")),
+    "boxes of the largest": ("_edges_of_largest", functools.partial(move_boxes, "roi_align_max")),
+    "grid": ("sample", sample),
+    "grid backward": ("sample_backward", sample_backward),
     "gather": ("gather", gather),
     "gather backward": ("gather_backward", gather_backward),
     "few backward": ("_planes_backward", functools.partial(pool_backward, "deform_psroi_pool_parts", as_it_is)),
@@ -238,7 +262,7 @@ def results_of(call: Call) -> dict[str, np.ndarray]:
 
 
 RESULTS = {"output", "grad_input", "grad_offset", "grad_moves", "grad_mask", "grad_weight", "grad_bias"}
-RESULTS |= {"grad_value", "grad_locations", "grad_weights"}
+RESULTS |= {"grad_value", "grad_locations", "grad_weights", "grad_boxes", "grad_grid"}
 
 
 @pytest.mark.parametrize("call", ["dense backward", "depthwise backward"], indirect=True)

@@ -51,8 +51,9 @@ def grid_sample(
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
     Notes     NaN in a coordinate gives NaN. An infinite one is outside: 0, or the border's pixel; nothing is its mirror
               image, so "reflection" gives 0 too (PyTorch gives other numbers there). The same bits on every run and, on
-              the CPU, for any number of threads. Memory beyond the result: on the CPU a copy of `input`, channels
-              last, and some 100 kB for each thread; on CUDA copies of arrays that are not contiguous.
+              the CPU, for any number of threads. Memory beyond the result: some 100 kB for each
+              thread, whatever the size of the image; on the CPU arrays of half types, and everywhere those that are not
+              contiguous, are copied.
     Source    arXiv:1506.02025 eq. 3 to 5. As torch.nn.functional.grid_sample.
     Example
     >>> import numpy as np
@@ -92,7 +93,9 @@ def grid_sample_backward(
     Notes     As PyTorch's: at a kink, where a point lies on a row or column of pixels, the gradient of the grid is the
               derivative from the right; that along an axis is 0 where "border" or "reflection" holds the point at the
               first or last pixel, and everywhere for "nearest". NaN in a coordinate gives NaN in its point's gradient.
-              Memory beyond the gradients: on the CPU copies of `input` and of its gradient, channels last.
+              Memory beyond the gradients: some 100 kB for each thread, whatever the size of the image, and the copies
+              of the forward; on CUDA one of the input's gradient in float32 where its dtype is a half type and, if
+              deterministic, some numbers for each pixel that a point reads.
     Source    docs/math/grid.md
     Example
     >>> import numpy as np

@@ -44,7 +44,9 @@ def warp(
 
     Returns   array shaped like `input`, of its kind, device and dtype
     Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     What is not finite, determinism and memory as of `grid_sample`.
+    Notes     What is not finite, and determinism, as of `grid_sample`. Memory beyond the result: some 100 kB for each
+              thread, whatever the size of the image; on the CPU arrays of half types, and everywhere those that are not
+              contiguous, are copied.
     Source    arXiv:1506.02025 eq. 3 to 5
     Example
     >>> import numpy as np
@@ -82,7 +84,9 @@ def warp_backward(
     Returns   WarpGrads, of the kind, device and dtype of `grad_output`; that of displacement has the dtype of
               `displacement`
     Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Kinks, what is not finite, and memory as of `grid_sample_backward`
+    Notes     Kinks, and what is not finite, as of `grid_sample_backward`. Memory beyond the gradients: some 100 kB for
+              each thread, whatever the size of the image, and the copies of the forward; on CUDA as of
+              `grid_sample_backward`.
     Source    docs/math/grid.md
     Example
     >>> import numpy as np

@@ -226,12 +226,12 @@ def _edges_of_largest(
     find_boxes(counters, 0, given.boxes, scratch, g)
     if not p.gathers:
         convert_image(counters, 1, given, scratch.image, tables.blocks, g, p)
-    unit = claim(counters, 3)
+    unit = claim(counters, 2)
     while unit < g.boxes:
         _largest_of_box(thread, unit, given, grads, scratch, tables, g, p)
-        finish(counters, 3)
-        unit = claim(counters, 3)
-    wait_for(counters, 3, g.boxes)
+        finish(counters, 2)
+        unit = claim(counters, 2)
+    wait_for(counters, 2, g.boxes)
     let_helpers_go(thread, counters)
 
 

@@ -325,7 +325,7 @@ def edges_plan(kind: Kind, threads: int) -> Prepared:
     sizes = copy_size(g, width) * (not kind.gathers), 0, g.boxes * width * (g.pooled_h * g.pooled_w + 1)
     gathered = LISTED * kind.gathers
     return Prepared(
-        4,
+        3 if g.is_max else 4,
         scratch_of(kind, threads, int(max(blocks["width"])), tile=1, copies=sizes, gathered=gathered, edges=1),
         Tables(bins_of(g), blocks, np.empty(0, dtype)),
         _plan(kind, width=width),

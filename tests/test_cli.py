@@ -55,13 +55,16 @@ def test_check(capsys):
     assert {row[2] for row in rows} == set(_selfcheck.DTYPES)
     assert all(row[-1] == "ok" for row in rows)
     counts = {row[0]: int(row[3]) for row in rows if row[4].startswith("vectors")}
-    assert counts.keys() == set(_selfcheck.operators()) - set(_selfcheck.SPECIAL) and min(counts.values()) >= 1
+    without = {*_selfcheck.SPECIAL, "warp"}  # no other system has it
+    assert counts.keys() == set(_selfcheck.operators()) - without and min(counts.values()) >= 1
     convs = {name: count for name, count in counts.items() if "conv" in name}
     for name, count in convs.items():
         assert f"{count} of `{name}`" in README
     gathered = sum(counts[name] for name in _selfcheck.GATHER)
     assert f"{gathered} of attention, aggregation, DCNv3 and DCNv4" in README
-    assert f"{sum(counts.values()) - sum(convs.values()) - gathered} of the RoI operators" in README
+    sampled = sum(counts.get(name, 0) for name in _selfcheck.GRID)
+    assert f"{sampled} of grid sampling" in README
+    assert f"{sum(counts.values()) - sum(convs.values()) - gathered - sampled} of the RoI operators" in README
 
 
 def spoil(monkeypatch, name, change):
@@ -125,7 +128,10 @@ for name in ("float32", "float64"):
 
 
 def test_warmup_of_what_there_is_not(capsys):
-    for argv, said in ((["deform_conv"], "must be one of active_conv2d, conv1d"), (["--dtype", "int8"], "'int8'")):
+    for argv, said in (
+        (["deform_conv"], "must be one of active_conv2d, affine_grid, conv1d"),
+        (["--dtype", "int8"], "'int8'"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             cli.main(["warmup", *argv])
         assert stopped.value.code == 2

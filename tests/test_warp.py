@@ -68,7 +68,7 @@ def test_slopes_at_kinks_by_differences(backend):
 # Other ways to the same numbers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["zeros", "border", "reflection", "nearest", "bicubic", "volume", "volume_reflection"])
+@pytest.mark.parametrize("name", ["zeros", "border", "reflection", "nearest", "bicubic", "volume"])
 def test_is_grid_sample_in_pixels(backend, name):
     problem = make(OPERATOR, name)
     image, displacement = problem.arrays.values()

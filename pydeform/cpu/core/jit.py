@@ -230,8 +230,9 @@ class Kernel:
         return sum(self.call.stats.cache_misses.values())
 
     def _say_compiling(self) -> None:
-        # Looked at as they are now: another thread, which compiles, adds to them.
-        misses, ready = tuple(self.call.stats.cache_misses), tuple(self.call.overloads)
+        # Looked at as they are now: another thread, which compiles, adds to them. An OrderedDict's own iterator looks
+        # each key up, in Python, where threads may change.
+        misses, ready = tuple(self.call.stats.cache_misses), tuple(dict.keys(self.call.overloads))
         if set(misses) - set(ready):  # not loading, nor waiting for another kernel
             where = cache_directory()
             kept = f"kept in {where}" if where else "not kept: no writable cache folder"

@@ -408,22 +408,26 @@ def exercise_roi(send: Any, rng: Any, h: int, w: int) -> None:
     corners = rng.uniform(-3, max(h, w), (5, 5))  # across every border, and some upside down
     corners[:, 0] = 0, 1, 1, 0, 1
     boxes = send(corners)
+    turned = send(np.concatenate([corners, rng.uniform(-3, 3, (5, 1))], axis=1))
+    moved = {"needs": ("input", "boxes")}
     for c in (40, 2):
         x, y = array(2, c, h, w), array(5, c, size, size)
         cells = array(2, c * size**2, h, w)
         offset, trans, mask = array(5, 2, size, size), array(5, 4, size, size), array(5, 1, size, size)
         psroi = {"output_dim": c, "pooled_size": size, "group_size": size, "sample_per_part": 2, "trans_std": 0.1}
-        for name, arrays, options in (
-            ("roi_pool", (x, boxes), {"output_size": size}),
-            ("roi_align", (x, boxes), {"output_size": size, "aligned": True}),
-            ("roi_align", (x, boxes), {"output_size": size, "sampling_ratio": 2, "mode": "max"}),
-            ("ps_roi_pool", (cells, boxes), {"output_size": size}),
-            ("ps_roi_align", (cells, boxes), {"output_size": size}),
-            ("deform_roi_pool", (x, boxes, offset), {"output_size": size, "mask": mask}),
-            ("deform_psroi_pool", (cells, boxes, trans), {**psroi, "mask": mask}),
+        for name, arrays, options, needs in (
+            ("roi_pool", (x, boxes), {"output_size": size}, {}),
+            ("roi_align", (x, boxes), {"output_size": size, "aligned": True}, moved),
+            ("roi_align", (x, boxes), {"output_size": size, "sampling_ratio": 2, "mode": "max"}, moved),
+            ("roi_align_rotated", (x, turned), {"output_size": size}, {}),
+            ("prroi_pool", (x, boxes), {"output_size": size}, moved),
+            ("ps_roi_pool", (cells, boxes), {"output_size": size}, {}),
+            ("ps_roi_align", (cells, boxes), {"output_size": size}, {}),
+            ("deform_roi_pool", (x, boxes, offset), {"output_size": size, "mask": mask}, {}),
+            ("deform_psroi_pool", (cells, boxes, trans), {**psroi, "mask": mask}, {}),
         ):
             getattr(pydeform, name)(*arrays, **options)
-            getattr(pydeform, f"{name}_backward")(y, *arrays, **options)
+            getattr(pydeform, f"{name}_backward")(y, *arrays, **options, **needs)
 
 
 PARTS: dict[str, Callable[[], int | None]] = {

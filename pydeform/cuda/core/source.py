@@ -33,7 +33,9 @@ class Code(typing.NamedTuple):
 def source(code: Code) -> str:
     """CUDA C++; compilers report errors under the names and lines of our files."""
     if code.file == "roi":
-        text = f"constexpr bool SURFACE = {str(code.surface).lower()};\n" + struct("RoiGeometry", RoiGeometry)
+        text = f"[[maybe_unused]] constexpr bool SURFACE = {str(code.surface).lower()};\n" + struct(
+            "RoiGeometry", RoiGeometry
+        )
     elif code.file == "gather":
         text = f"constexpr int AXES = {code.axes};\n" + struct("GatherGeometry", GatherGeometry)
     elif code.file == "grid":

@@ -52,7 +52,8 @@ def compare(problem: Problem, results: dict[str, Any]) -> None:
     """With the oracle, in all that it can tell of this problem."""
     if "output" in problem.beyond_oracle:
         return
-    roundings = rounded_terms(problem) | rounded_sums(problem) | rounded_softmax(problem) | rounded_cubics(problem)
+    roundings = rounded_terms(problem) | rounded_sums(problem) | rounded_softmax(problem)
+    roundings |= rounded_cubics(problem) | rounded_means(problem)
     for name, want in oracle(problem).items():
         if want is None:
             assert results[name] is None, f"{name} should be None"
@@ -131,6 +132,20 @@ def rounded_cubics(problem: Problem) -> dict[str, Any]:
         "output": unit * image.max(),
         "input": unit * grad.max() * grad[0, 0].size,
     } | dict.fromkeys(("grid", "displacement"), unit * image.max() * grad.max() * len(image[0]) * max(image.shape[2:]))
+
+
+def rounded_means(problem: Problem) -> dict[str, Any]:
+    """What may be lost of a box's gradient: bins' means over an edge less their means over all, which may be equal, over
+    a bin's length."""
+    if problem.operator != "prroi_pool" or not problem.grad_output.size:
+        return {}
+    unit = 2.0**-49 if problem.dtype == "float64" else 2.0**-20
+    image, grad = (abs(a.astype(np.float64)) for a in (problem.arrays["input"], problem.grad_output))
+    boxes, (rows, columns) = problem.arrays["boxes"].astype(np.float64), problem.options["output_size"]
+    sides = (boxes[:, 3:] - boxes[:, 1:3]) * problem.options["spatial_scale"] / (columns, rows)
+    with np.errstate(all="ignore"):
+        lost = unit * image.max() * grad.sum(axis=(1, 2, 3)) / abs(sides).min(axis=1)
+        return {"boxes": np.nan_to_num(lost, nan=0.0, posinf=0.0)[:, None] * problem.options["spatial_scale"]}
 
 
 def _assert_close(got: Any, want: Any, problem: Problem, name: str, slack: Any) -> None:

@@ -121,31 +121,31 @@ def _of_deformable_bins(shapes: Mapping[str, Shape], options: Mapping[str, Any])
     return shapes["boxes"][0], options["output_dim"], options["pooled_size"], options["pooled_size"]
 
 
-def _of_kernel_on_maps(shapes: Mapping[str, Shape], options: Mapping[str, Any]) -> Shape:
+def _of_kernel_on_maps(shapes: Mapping[str, Shape], _options: Mapping[str, Any]) -> Shape:
     batch, _, _, channels = shapes["input"]
     moves = shapes["offset"] if "offset" in shapes else shapes["offset_mask"]
     return batch, *moves[1:3], channels
 
 
-def _of_attention(shapes: Mapping[str, Shape], options: Mapping[str, Any]) -> Shape:
+def _of_attention(shapes: Mapping[str, Shape], _options: Mapping[str, Any]) -> Shape:
     batch, _, heads, channels = shapes["value"]
     places = shapes["sampling_locations"] if "sampling_locations" in shapes else shapes["sampling_offsets"]
     return batch, places[1], heads * channels
 
 
-def _of_aggregation(shapes: Mapping[str, Shape], options: Mapping[str, Any]) -> Shape:
+def _of_aggregation(shapes: Mapping[str, Shape], _options: Mapping[str, Any]) -> Shape:
     return shapes["features"][0], shapes["sampling_locations"][1], shapes["features"][2]
 
 
-def _of_grid(shapes: Mapping[str, Shape], options: Mapping[str, Any]) -> Shape:
+def _of_grid(shapes: Mapping[str, Shape], _options: Mapping[str, Any]) -> Shape:
     return *shapes["input"][:2], *shapes["grid"][1:-1]
 
 
-def _of_image(shapes: Mapping[str, Shape], options: Mapping[str, Any]) -> Shape:
+def _of_image(shapes: Mapping[str, Shape], _options: Mapping[str, Any]) -> Shape:
     return shapes["input"]
 
 
-def _of_affine_grid(shapes: Mapping[str, Shape], options: Mapping[str, Any]) -> Shape:
+def _of_affine_grid(_shapes: Mapping[str, Shape], options: Mapping[str, Any]) -> Shape:
     batch, _, *size = options["size"]
     return batch, *size, len(size)
 

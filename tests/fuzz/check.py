@@ -135,8 +135,8 @@ def rounded_cubics(problem: Problem) -> dict[str, Any]:
 
 
 def rounded_means(problem: Problem) -> dict[str, Any]:
-    """What may be lost of a box's gradient: bins' means over an edge less their means over all, which may be equal, over
-    a bin's length."""
+    """What may be lost of a box's gradient: bins' means over an edge less those over all, which may be equal, over a
+    bin's length."""
     if problem.operator != "prroi_pool" or not problem.grad_output.size:
         return {}
     unit = 2.0**-49 if problem.dtype == "float64" else 2.0**-20

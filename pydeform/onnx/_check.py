@@ -100,7 +100,7 @@ def check(
 
 def _evaluated(model: Any, node: Any, names: list[str], values: Mapping[str, Any]) -> dict[str, Any] | None:
     """None: there is no code for it."""
-    alone = _nodes.model_of(node, model.opset_import, model.functions, values)
+    alone = _nodes.model_of(node, model.opset_import, values)
     try:
         return _nodes.evaluate(alone, names, values)
     except NotImplementedError:

@@ -84,36 +84,46 @@ def _window(layer: Any, x: Value) -> dict[str, Any]:
     return {"kernel_shape": layer.kernel_size, "strides": stride, "dilations": dilation, "pads": pads}
 
 
-def _deformed(graph: Graph, layer: Any, x: Value, offset: str, mask: str = "") -> str:
-    params, settings = layer.params, layer.settings
-    weight, bias = graph.constant(params["weight"]), graph.constant(params["bias"]) if "bias" in params else ""
-    groups = {
-        "group": settings["groups"],
-        "offset_group": settings.get("offset_groups", settings.get("position_groups")),
-    }
-    return graph.add("DeformConv", x.name, weight, offset, bias, mask, **groups, **_window(layer, x))
-
-
 def _deformable_convolution(graph: Graph, layer: Any, x: Value) -> str:
     if layer.boundary == "dcnv1":
         raise _refusal(layer, "with boundary 'dcnv1': what DeformConv reads outside is 0")
-    if layer.modulated and layer.axes != 2:
-        raise _refusal(layer, "with a mask: the standard gives DeformConv's two shapes, but in two axes")
-    window = _window(layer, x)
+    if layer.modulated and layer.axes == 3:
+        raise _refusal(layer, "with a mask: the standard contradicts itself on its shape over three axes")
+    window, weight = _window(layer, x), graph.constant(layer.params["weight"])
     arguments = [graph.constant(layer.params[name]) for name in ("offset.weight", "offset.bias")]
-    branch = graph.add("Conv", x.name, *arguments, **window)
-    if not layer.modulated:
-        return _deformed(graph, layer, x, branch)
-    offset, logits = graph.parts(branch, 1, layer.offset_channels, layer.offset_channels // layer.axes)
-    mask = graph.add("Mul", graph.add("Sigmoid", logits), graph.constant(layer.mask_scale))
-    return _deformed(graph, layer, x, offset, mask)
+    offset, mask = graph.add("Conv", x.name, *arguments, **window), ""
+    if layer.modulated:
+        offset, logits = graph.parts(offset, 1, layer.offset_channels, layer.offset_channels // layer.axes)
+        mask = graph.add("Mul", graph.add("Sigmoid", logits), graph.constant(layer.mask_scale))
+    if layer.axes == 1:
+        return _deformed_signal(graph, layer, (x.name, weight, offset, mask), window)
+    return _deformed(graph, layer, (x.name, weight, offset, mask), window)
+
+
+def _deformed(graph: Graph, layer: Any, arrays: Sequence[str], window: dict[str, Any]) -> str:
+    x, weight, offset, mask = arrays
+    settings, bias = layer.settings, graph.constant(layer.params["bias"]) if "bias" in layer.params else ""
+    moving = settings.get("offset_groups", settings.get("position_groups"))
+    groups = {"group": settings["groups"], "offset_group": moving}
+    return graph.add("DeformConv", x, weight, offset, bias, mask, **groups, **window)
+
+
+def _deformed_signal(graph: Graph, layer: Any, arrays: Sequence[str], window: dict[str, Any]) -> str:
+    """As images of one row: runtimes have DeformConv over two axes alone."""
+    rows = [graph.add("Unsqueeze", array, graph.integers(2)) if array else "" for array in arrays]
+    paired = graph.add("Pad", rows[2], graph.integers(0, 0, 1, 0, 0, 0, 0, 0))  # a 0 for y before each x
+    rows[2] = graph.reshape(paired, 0, 2 * layer.offset_channels, 1, -1)
+    first, last = window["pads"]
+    flat = {name: (1, *numbers) for name, numbers in window.items()} | {"pads": (0, first, 0, last)}
+    return graph.add("Squeeze", _deformed(graph, layer, rows, flat), graph.integers(2))
 
 
 def _active_convolution(graph: Graph, layer: Any, x: Value) -> str:
-    positions = graph.constant(layer.params["positions"])
+    weight, positions = (graph.constant(layer.params[name]) for name in ("weight", "positions"))
     size = layer(np.zeros(x.shape, graph.dtype), train=False)[0].shape[2:]
     shape = graph.add("Concat", _sizes(graph, x, 1), graph.integers(len(layer.params["positions"]), *size), axis=0)
-    return _deformed(graph, layer, x, graph.add("Expand", graph.reshape(positions, 1, -1, 1, 1), shape))
+    offset = graph.add("Expand", graph.reshape(positions, 1, -1, 1, 1), shape)
+    return _deformed(graph, layer, (x.name, weight, offset, ""), _window(layer, x))
 
 
 def _sizes(graph: Graph, x: Value, count: int) -> str:
@@ -357,12 +367,13 @@ def export(
     Parameters
     ----------
     layer : of `pydeform.layers`, on the CPU. Not DeformRoIPool and DeformPSRoIPool, which no nodes equal; not with
-        boundary "dcnv1", method "discrete" or RoIAlign's mode "max". DeformConv1d and DeformConv3d only without a mask
+        boundary "dcnv1", method "discrete" or RoIAlign's mode "max". DeformConv3d only without a mask
     input_shape : of x, say (1, 3, 224, 224); None in the place of 1: a batch of any size. RoIAlign's model has an input
         boxes (R, 5) beside it. For MSDeformAttn a dict of the shapes of query and reference_points, and spatial_shapes
         itself: its model is for maps of those sizes, its input called "input"; it has no padding_mask
     path : of a file to write; None: there is none
-    opset : 20 or newer. onnxruntime 1.32 has no RoiAlign in 22 on the CPU, and DeformConv over two axes alone in any
+    opset : 20 or newer. onnxruntime 1.32 has no RoiAlign in 22 on the CPU, and DeformConv over two axes alone in
+        any, so that it runs no DeformConv3d; DeformConv1d is written as images of one row
 
     Returns   onnx.ModelProto, which onnx.checker has checked; its output is called "y"
     Raises    ValueError (a shape or opset does not fit; a layer that has no equal, with its name), TypeError (kind)

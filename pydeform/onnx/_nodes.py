@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_grid_sample import GridSample
@@ -164,7 +165,8 @@ def new_ops() -> list[type]:
     Each follows the version of its node that the model asks for. What pydeform has no operator for is left to the
     reference's own code: RoiAlign with mode "max", which is not that of `roi_align`, and GridSample of integers, along
     one axis or more than three, or cubic in volumes. DeformConv has one, two or three axes here; its mask has one
-    channel for each tap and offset group on all of them. float16 and bfloat16 are summed in float32.
+    channel for each tap and offset group on all of them. float16 and bfloat16 are summed in float32. In a model's own
+    functions the reference keeps its nodes: `onnx.inliner` puts them in place, as `run` and `check` do.
 
     Returns   list of subclasses of onnx.reference.op_run.OpRun
     Example
@@ -185,12 +187,12 @@ def new_ops() -> list[type]:
 
 
 def loaded(op: str, model: Any) -> Any:
-    """A ModelProto, of what may be one or the path of one."""
-    if isinstance(model, onnx.ModelProto):
-        return model
+    """A ModelProto, of what may be one or the path of one, without functions of its own: no new op gets into them."""
     if isinstance(model, str | os.PathLike):
-        return onnx.load(model)
-    raise TypeError(f"{op}: model must be an onnx.ModelProto or the path of one, got {type(model).__name__}")
+        model = onnx.load(model)
+    if not isinstance(model, onnx.ModelProto):
+        raise TypeError(f"{op}: model must be an onnx.ModelProto or the path of one, got {type(model).__name__}")
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
 def check_feed(op: str, model: Any, feed: Mapping[str, Any]) -> None:
@@ -214,12 +216,12 @@ def evaluate(model: Any, outputs: Sequence[str], feed: Mapping[str, Any]) -> dic
     return {n: np.array(a) if isinstance(a, np.ndarray) else a for n, a in zip(outputs, found, strict=True)}
 
 
-def model_of(node: Any, opset_imports: Sequence[Any], functions: Sequence[Any], feed: Mapping[str, Any]) -> Any:
-    """A model of one node. Its inputs are those that `feed` has."""
-    inputs = [_value(name, feed[name]) for name in dict.fromkeys(node.input) if name in feed]
+def model_of(node: Any, opset_imports: Sequence[Any], feed: Mapping[str, Any]) -> Any:
+    """A model of one node, for inputs like these."""
+    inputs = [_value(name, feed.get(name)) for name in dict.fromkeys(node.input) if name]
     outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
     graph = onnx.helper.make_graph([node], node.op_type, inputs, outputs)
-    return onnx.helper.make_model(graph, opset_imports=opset_imports, functions=functions)
+    return onnx.helper.make_model(graph, opset_imports=opset_imports)
 
 
 def _value(name: str, array: Any) -> Any:
@@ -250,7 +252,7 @@ def run(model: Any, feed: Mapping[str, Any], *, opset: int | None = None) -> dic
     """
     if isinstance(model, onnx.NodeProto):
         version = onnx.defs.onnx_opset_version() if opset is None else opset
-        model = model_of(model, [onnx.helper.make_opsetid("", version)], (), feed)
+        model = model_of(model, [onnx.helper.make_opsetid("", version)], feed)
     elif opset is not None:
         raise TypeError("run: opset must be None where the model says its own")
     model = loaded("run", model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -491,14 +493,19 @@ def test_nodes_that_nobody_else_knows():
     model, x = onnx.parser.parse_model(text + "{ z = own.Thing (x) y = Relu (z) }"), values(4)
     assert bridge.check(model, {"x": x}, runtime=lambda _: {"z": -x, "y": np.maximum(-x, 0)}) is None
     assert bridge.check(model, {"x": x}, runtime=lambda _: {"z": -x, "y": np.maximum(x, 0)}).op_type == "Relu"
+    with pytest.raises(ValueError, match="check: runtime must tell results that can be compared, got z"):
+        bridge.check(model, {"x": x}, runtime=lambda _: {"z": -x})
     with pytest.raises(ValueError, match="check: the reference has no Thing, so runtime must tell z"):
         bridge.check(model, {"x": x}, runtime=lambda _: {"y": x})
 
 
 def test_errors_of_check():
     model, feed, _ = chain()
-    with pytest.raises(ValueError, match="check: runtime must tell results of nodes, got other"):
-        bridge.check(model, feed, runtime=lambda _: {"other": 1})
+    for told, got in (({}, "nothing"), ({"x": feed["x"]}, "x")):
+        with pytest.raises(ValueError, match=f"check: runtime must tell results that can be compared, got {got}"):
+            bridge.check(model, feed, runtime=lambda _, told=told: told)
+    with pytest.raises(ValueError, match="check: runtime must tell results of nodes by name, got other"):
+        bridge.check(model, feed, runtime=lambda _: {"y": 1, "other": 2})
     with pytest.raises(ValueError, match="check: feed must have the inputs of the model, x, grid; missing: grid"):
         bridge.check(model, {"x": feed["x"]})
     with pytest.raises(TypeError, match="check: model must be"):
@@ -733,6 +740,7 @@ def test_page_runs(tmp_path):
     blocks = SNIPPET.findall(read("docs/bridges/onnx.md"))
     assert blocks
     (tmp_path / "page.py").write_text("\n".join(blocks), encoding="utf-8")
-    arguments = [sys.executable, str(tmp_path / "page.py")]
-    done = subprocess.run(arguments, cwd=tmp_path, env=None, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert re.match(r"node deformconv_8 \(DeformConv\), output deformconv_\d+: differs by [1-9]", done.stdout)

@@ -76,25 +76,29 @@ def check(
     _nodes.check_feed("check", model, feed)
     told = dict(_onnxruntime(model, feed, providers) if runtime is None else runtime(feed))
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer} | dict(feed)
-    compared = False
+    results = {name for node in model.graph.node for name in node.output if name}
+    unknown = sorted(told.keys() - results - values.keys())
+    if unknown:
+        raise ValueError(f"check: runtime must tell results of nodes by name, got {', '.join(unknown)}")
+    compared = 0
     for number, node in enumerate(model.graph.node):
         names = [name for name in node.output if name]
         want = _evaluated(model, node, names, values)
         if want is None:
-            unknown = [name for name in names if name not in told]
-            if unknown:
+            missing = [name for name in names if name not in told]
+            if missing:
                 raise ValueError(
-                    f"check: the reference has no {node.op_type}, so runtime must tell {', '.join(unknown)}"
+                    f"check: the reference has no {node.op_type}, so runtime must tell {', '.join(missing)}"
                 )
         for name in names:
             if name in told and want is not None:
-                compared = True
+                compared += 1
                 what = _difference(told[name], want[name], tolerance)
                 if what:
                     return Difference(node.name or str(number), node.op_type, name, what)
             values[name] = told[name] if want is None or name in told else want[name]
     if not compared:
-        raise ValueError(f"check: runtime must tell results of nodes, got {', '.join(told) or 'nothing'}")
+        raise ValueError(f"check: runtime must tell results that can be compared, got {', '.join(told) or 'nothing'}")
     return None
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 
 from pydeform import _checks
 from pydeform._operators import Operator, operators, signature_of
@@ -140,25 +142,25 @@ def _register(operator: Operator) -> Callable[..., Any]:
         forwards, needs = dict(zip(names, arguments, strict=False)), arguments[-1]
         return [forwards[key].new_empty(forwards[key].shape) for key in needs]
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 (called by these names)
+    def save(ctx: Any, inputs: Sequence[Any]) -> None:
         ctx.save_for_backward(*inputs[:count])
         ctx.options = inputs[count:]
 
     def differentiate(ctx: Any, grad_output: Any) -> tuple[Any, ...]:
-        asked = zip(names, ctx.needs_input_grad, strict=False)
+        asked = zip(names, ctx.needs_input_grad[1:], strict=False)  # [0]: the dispatcher's keys
         needs = [key for key, is_asked in asked if is_asked and key not in operator.fixed]
         grads = call_backward(grad_output, *ctx.saved_tensors, *ctx.options, needs) if needs else []
         found = dict(zip(needs, grads, strict=True))
         return *map(found.get, names), None, None, None
 
-    def refuse(_ctx: Any, *_grads: Any) -> None:
+    def refuse(_ctx: Any, *_grads: Any) -> tuple[Any, ...]:
         raise NotImplementedError(f"{name}: differentiable once, got a call for a second derivative")
 
     call = _define(name, f"({arrays}, {OPTIONS}) -> Tensor", forward, forward_fake)
     schema = f"(Tensor grad_output, {arrays}, {OPTIONS}, str[] needs) -> Tensor[]"
     call_backward = _define(f"{name}_backward", schema, backward, backward_fake)
-    torch.library.register_autograd(f"pydeform::{name}", differentiate, setup_context=save, lib=LIBRARY)
-    torch.library.register_autograd(f"pydeform::{name}_backward", refuse, lib=LIBRARY)
+    _record(call, save, differentiate)
+    _record(call_backward, lambda _ctx, _inputs: None, refuse)
     rule = functools.partial(_over_a_new_axis, operator, call, names)
     torch.library.register_vmap(f"pydeform::{name}", rule, lib=LIBRARY)
     rule = functools.partial(_over_a_new_axis, operator, call_backward, ("grad_output", *names))
@@ -171,6 +173,34 @@ def _define(name: str, schema: str, compute: Callable[..., Any], fake: Callable[
     LIBRARY.impl(name, compute, "CompositeExplicitAutograd")  # on every device; _interop says which are none of ours
     torch.library.register_fake(f"pydeform::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.pydeform, name).default
+
+
+def _record(call: Any, save: Callable[..., None], differentiate: Callable[..., Any]) -> None:
+    """What autograd does with `call`: torch.library.register_autograd, in a way that torch.func takes as well."""
+
+    def below(keys: Any, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return call.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    class Recorded(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            save(ctx, arguments[1:])
+            found = below(*arguments)
+            return tuple(found) if isinstance(found, list) else found  # only of a tuple are the tensors results
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            return None, *differentiate(ctx, *grads)
+
+    def kernel(keys: Any, *arguments: Any) -> Any:
+        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*arguments):
+            return below(keys, *arguments)
+        with enable_single_level_autograd_function():
+            found = Recorded.apply(keys, *arguments)
+        return list(found) if isinstance(found, tuple) else found
+
+    LIBRARY.impl(call._opname, kernel, "Autograd", with_keyset=True)
 
 
 def _over_a_new_axis(

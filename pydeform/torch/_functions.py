@@ -186,7 +186,9 @@ def _record(call: Any, save: Callable[..., None], differentiate: Callable[..., A
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             save(ctx, arguments[1:])
-            found = below(*arguments)
+            # What comes below is another level of torch.func, where derivatives may be wanted too, or the computation.
+            with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
+                found = below(*arguments)
             return tuple(found) if isinstance(found, list) else found  # only of a tuple are the tensors results
 
         @staticmethod

@@ -4,8 +4,6 @@ import importlib.util
 import inspect
 import pickle
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -410,6 +408,33 @@ def test_vmap_folds_what_it_can():
     assert [arguments[0].shape[0] for arguments in seen.calls] == [3 * 2]
 
 
+@pytest.mark.parametrize("key", ["input", "weight"])
+def test_vmap_over_nothing(key):
+    problem = _selfcheck.problem("deform_conv2d")
+    arrays = tensors(problem)
+
+    def function(array):
+        return bridge.deform_conv2d(**{**arrays, key: array}, **problem.options)
+
+    nothing = arrays[key].new_empty(0, *arrays[key].shape)
+    assert torch.func.vmap(function)(nothing).shape == (0, *problem.grad_output.shape)
+    assert torch.func.vmap(torch.func.grad(lambda array: function(array).sum()))(nothing).shape == nothing.shape
+
+
+def test_vmap_in_vmap():
+    problem = _selfcheck.problem("deform_conv2d")
+    arrays = tensors(problem)
+    weights = torch.stack([arrays["weight"], -arrays["weight"]])
+    inputs = torch.stack([arrays["input"], arrays["input"] / 2, arrays["input"] / 4])
+
+    def function(weight, input):
+        return bridge.deform_conv2d(**{**arrays, "weight": weight, "input": input}, **problem.options)
+
+    of_inputs = torch.func.vmap(function, in_dims=(None, 0))
+    got = torch.func.vmap(of_inputs, in_dims=(0, None))(weights, inputs)
+    assert torch.equal(got, torch.stack([torch.stack([function(w, x) for x in inputs]) for w in weights]))
+
+
 def test_jacobians():
     problem = _selfcheck.problem("roi_align")
     input, boxes = tensors(problem).values()
@@ -449,6 +474,23 @@ def test_second_derivatives_are_refused(name):
     first = torch.func.grad(lambda x: (function(x, *arrays[1:]) ** 2).sum())
     with pytest.raises(NotImplementedError, match=f"^{name}: differentiable once"):
         torch.func.grad(lambda x: first(x).sum())(arrays[0].detach())
+
+
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda f, x: torch.func.jacfwd(f)(x),
+        lambda f, x: torch.func.hessian(lambda x: (f(x) ** 2).sum())(x),
+        lambda f, x: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (x,))[1].sum())(x),
+        lambda f, x: torch.func.jvp(torch.func.grad(lambda x: (f(x) ** 2).sum()), (x,), (x,)),
+    ],
+    ids=["forward", "forward of backward's", "backward of forward's", "forward of two levels"],
+)
+def test_forward_mode_is_refused(derivative):
+    """Rather than answered with a tangent of zeros."""
+    function, (input, *others) = differentiable("deform_conv2d", tensors(_selfcheck.problem("deform_conv2d")))
+    with pytest.raises(NotImplementedError, match=r"^deform_conv2d(_backward)?: has no forward-mode derivatives"):
+        derivative(lambda input: function(input, *others), input)
 
 
 @pytest.mark.parametrize(
@@ -546,11 +588,27 @@ def test_checkpoint_and_a_function_around_it():
     assert all(map(torch.equal, torch.autograd.grad(Around.apply(*arrays).sum(), arrays), want))
 
 
-def test_page_runs(tmp_path):
+def test_a_forked_worker_computes():
+    problem = _selfcheck.problem("deform_conv2d")
+    arrays = recorded("deform_conv2d", tensors(problem))
+    want = bridge.deform_conv2d(**arrays, **problem.options).detach()
+
+    class Results(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            output = bridge.deform_conv2d(**arrays, **problem.options)
+            output.sum().backward()
+            return output.detach()
+
+    loader = torch.utils.data.DataLoader(Results(), batch_size=None, num_workers=1, multiprocessing_context="fork")
+    assert all(torch.equal(result, want) for result in loader)
+
+
+def test_page_runs():
+    """In this process, which has spent the seconds for importing PyTorch."""
     page = (ROOT / "docs" / "bridges" / "torch.md").read_text("utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert blocks
-    script = tmp_path / "page.py"
-    script.write_text("\n".join(blocks), encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    exec("\n".join(blocks), {})

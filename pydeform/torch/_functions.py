@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from pydeform import _checks
@@ -186,8 +187,9 @@ def _record(call: Any, save: Callable[..., None], differentiate: Callable[..., A
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             save(ctx, arguments[1:])
-            # What comes below is another level of torch.func, where derivatives may be wanted too, or the computation.
-            with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
+            # Below is either another level of torch.func, where derivatives may be wanted too, or the computation.
+            is_level = torch._C._are_functorch_transforms_active()
+            with torch.set_grad_enabled(is_level), forward_ad._set_fwd_grad_enabled(is_level):
                 found = below(*arguments)
             return tuple(found) if isinstance(found, list) else found  # only of a tuple are the tensors results
 
@@ -196,6 +198,8 @@ def _record(call: Any, save: Callable[..., None], differentiate: Callable[..., A
             return None, *differentiate(ctx, *grads)
 
     def kernel(keys: Any, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
+            raise NotImplementedError(f"{call._opname}: has no forward-mode derivatives")
         if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*arguments):
             return below(keys, *arguments)
         with enable_single_level_autograd_function():
@@ -205,28 +209,35 @@ def _record(call: Any, save: Callable[..., None], differentiate: Callable[..., A
     LIBRARY.impl(call._opname, kernel, "Autograd", with_keyset=True)
 
 
+def _has_tangent(argument: Any) -> bool:
+    return isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+
+
 def _over_a_new_axis(
     operator: Operator, call: Any, names: Sequence[str], info: Any, axes: Sequence[Any], *arguments: Any
 ) -> tuple[Any, Any]:
     """vmap's rule: as a larger batch or, where that would mix results or an option counts the batch, one by one."""
-    size, options = info.batch_size, arguments[len(names) :]
+    options = arguments[len(names) :]
     arrays, mapped = dict(zip(names, arguments, strict=False)), set()
+    size = max(info.batch_size, 1)  # one of zeros tells what shapes there are none of
     for name, axis in zip(names, axes, strict=False):
         if axis is not None:
-            arrays[name] = arrays[name].movedim(axis, 0)
+            moved = arrays[name].movedim(axis, 0)
+            arrays[name] = moved if info.batch_size else moved.new_zeros((1, *moved.shape[1:]))
             mapped.add(name)
     if operator.shared & mapped.union(*options[3:]) or "size" in operator.options:  # options[3]: needs
         parts = [
             call(*[array[index] if name in mapped else array for name, array in arrays.items()], *options)
             for index in range(size)
         ]
-        if isinstance(parts[0], list):
-            return [torch.stack(grads) for grads in zip(*parts, strict=True)], [0] * len(parts[0])
-        return torch.stack(parts), 0
-    for name, array in arrays.items():
-        if array is not None and name not in operator.shared:
-            arrays[name] = (array if name in mapped else array.expand(size, *array.shape)).flatten(0, 1)
-    found = call(*arrays.values(), *options)
-    if isinstance(found, list):
-        return [grad.unflatten(0, (size, grad.shape[0] // size)) for grad in found], [0] * len(found)
-    return found.unflatten(0, (size, found.shape[0] // size)), 0
+        is_list = isinstance(parts[0], list)
+        found = [torch.stack(grads) for grads in zip(*parts, strict=True)] if is_list else [torch.stack(parts)]
+    else:
+        for name, array in arrays.items():
+            if array is not None and name not in operator.shared:
+                arrays[name] = (array if name in mapped else array.expand(size, *array.shape)).flatten(0, 1)
+        folded = call(*arrays.values(), *options)
+        is_list = isinstance(folded, list)
+        found = [part.unflatten(0, (size, part.shape[0] // size)) for part in (folded if is_list else [folded])]
+    found = [part[: info.batch_size] for part in found]
+    return (found, [0] * len(found)) if is_list else (found[0], 0)

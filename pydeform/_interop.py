@@ -110,12 +110,15 @@ def _take_torch(must_be: str, tensor: Any) -> Taken:
         )
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise TypeError(f"{must_be} a dense tensor, got layout {tensor.layout} and dtype {tensor.dtype}")
-    if tensor.device.type not in ("cpu", "cuda"):
+    if not (tensor.is_cpu or tensor.is_cuda):
         raise TypeError(f"{must_be} on the CPU or a CUDA device, got device {tensor.device}")
-    cuda = _cuda(must_be) if tensor.device.type == "cuda" else None
+    cuda = _cuda(must_be) if tensor.is_cuda else None
+    is_bfloat16 = tensor.dtype is torch.bfloat16
     try:
-        plain = tensor.detach().resolve_conj().resolve_neg()  # NumPy would ignore the bits that stand for conj and neg
-        if tensor.dtype is torch.bfloat16:
+        plain = tensor.detach() if tensor.requires_grad else tensor
+        if plain.is_neg() or plain.is_conj():  # NumPy would ignore the bits that stand for them
+            plain = plain.resolve_conj().resolve_neg()
+        if is_bfloat16:
             plain = plain.view(torch.int16)
         stream = _torch_stream(tensor.device) if cuda else None
         native = cuda.from_dlpack(plain, stream) if cuda else plain.numpy()
@@ -124,14 +127,22 @@ def _take_torch(must_be: str, tensor: Any) -> Taken:
             f"{must_be} a tensor whose memory NumPy can read, got {_type_name(tensor)} of dtype {tensor.dtype} "
             f"(torch.func and torch.compile cannot trace the call): {error}"
         ) from None
-    if tensor.dtype is torch.bfloat16:
+    if is_bfloat16:
         native = native.view(_bfloat16())
-    to_tensor = torch.from_dlpack if cuda else torch.from_numpy
+    return Taken(native, _torch_from_cuda if cuda else _torch_from_numpy, stream)
 
-    def export(result: Any) -> Any:
-        return to_tensor(result) if result.dtype.kind == "f" else to_tensor(result.view(np.int16)).view(torch.bfloat16)
 
-    return Taken(native, export, stream)
+def _torch_from_numpy(result: Any) -> Any:
+    return _to_torch(sys.modules["torch"].from_numpy, result)
+
+
+def _torch_from_cuda(result: Any) -> Any:
+    return _to_torch(sys.modules["torch"].from_dlpack, result)
+
+
+def _to_torch(to_tensor: Callable[[Any], Any], result: Any) -> Any:
+    is_float = result.dtype.kind == "f"
+    return to_tensor(result) if is_float else to_tensor(result.view(np.int16)).view(sys.modules["torch"].bfloat16)
 
 
 def _torch_stream(device: Any) -> Stream:

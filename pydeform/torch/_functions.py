@@ -1,11 +1,11 @@
 """The operators as PyTorch's own custom operators, made from the table.
 
-    pydeform::name(Tensor or Tensor? for each array, str options, SymInt[] numbers) -> Tensor
+    pydeform::name(Tensor or Tensor? for each array, str options, SymInt[] ints, float[] floats) -> Tensor
     pydeform::name_backward(Tensor grad_output, and these, str[] needs) -> Tensor[]
 
-`options` is the literal of a dict of those that the caller gave, in which `...` stands for every int. The ints are
-`numbers`, in this order, since in a traced graph they may be symbols. A backward returns the gradients that `needs`
-names.
+`options` is the literal of a dict of those that the caller gave, where `...` stands for every int and `0.0` for every
+float: these come beside it, in order, since in a traced graph they may be symbols. A backward returns the gradients
+that `needs` names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,12 @@ from pydeform import _checks
 from pydeform._operators import Operator, operators, signature_of
 
 LIBRARY = torch.library.Library("pydeform", "FRAGMENT")  # registrations last as long as this object
+OPTIONS = "str options, SymInt[] ints, float[] floats"
+DOCUMENTATION = """{summary}
+
+`pydeform.{name}` of tensors, differentiable once: its arguments and its result are described there. An array is a
+`torch.Tensor`; `boxes` may also be a list of one tensor for each image, without the column of its number.
+"""
 
 
 def functions() -> dict[str, Callable[..., Any]]:
@@ -46,94 +52,87 @@ def _function(operator: Operator) -> Callable[..., Any]:
         for key, array in zip(operator.arrays, arrays, strict=True):
             if not isinstance(array, torch.Tensor) and (array is not None or key not in operator.optional):
                 raise TypeError(f"{name}: {key} must be a torch.Tensor, got {type(array).__qualname__}")
-        numbers: list[Any] = []
-        options = "{" + "".join(f"{key!r}: {_packed(name, key, given[key], numbers)}, " for key in given) + "}"
-        dtype, device = arrays[0].dtype, arrays[0].device.type
-        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-            return call(*map(_widened, arrays), options, numbers).to(dtype)
-        return call(*arrays, options, numbers)
+        ints: list[Any] = []
+        floats: list[Any] = []
+        options = "{" + ", ".join([f"{key!r}: {_packed(name, key, given[key], ints, floats)}" for key in given]) + "}"
+        first = arrays[0]
+        if torch.is_autocast_enabled("cuda" if first.is_cuda else "cpu"):
+            return call(*map(_widened, arrays), options, ints, floats).to(first.dtype)
+        return call(*arrays, options, ints, floats)
 
     differentiable.__name__ = differentiable.__qualname__ = name
     differentiable.__module__ = "pydeform.torch"
     differentiable.__signature__ = signature_of(name)  # type: ignore[attr-defined]
-    differentiable.__doc__ = DOCUMENTATION.format(name=name, first=inspect.getdoc(operator.forward).splitlines()[0])
+    summary = str(operator.forward.__doc__).partition("\n")[0]
+    differentiable.__doc__ = DOCUMENTATION.format(name=name, summary=summary)
     return differentiable
-
-
-DOCUMENTATION = """{first}
-
-`pydeform.{name}` of tensors, differentiable; arguments and result are described there.
-"""
 
 
 def _with_batch_index(op: str, boxes: Sequence[Any]) -> Any:
     """One tensor of all images' boxes, from one for each image."""
     if not boxes or not all(isinstance(rows, torch.Tensor) and rows.ndim == 2 for rows in boxes):
-        raise TypeError(
-            f"{op}: boxes must be a tensor, or one tensor (n, 4) for each image, got {_checks.shown(boxes)}"
-        )
-    indices = [rows.new_full((rows.shape[0], 1), image) for image, rows in enumerate(boxes)]
-    return torch.cat([torch.cat(pair, 1) for pair in zip(indices, boxes, strict=True)])
+        raise TypeError(f"{op}: boxes must be a tensor, or a list of one for each image, got {_checks.shown(boxes)}")
+    images = [rows.new_full((rows.shape[0], 1), image) for image, rows in enumerate(boxes)]
+    return torch.cat([torch.cat(pair, 1) for pair in zip(images, boxes, strict=True)])
 
 
 def _widened(array: Any) -> Any:
-    """As autocast does where an operator computes in float32."""
-    return array.float() if array is not None and array.is_floating_point() and array.dtype != torch.float64 else array
+    """As autocast gives it to what computes in float32."""
+    return array if array is None or not array.is_floating_point() or array.dtype is torch.float64 else array.float()
 
 
-def _packed(op: str, name: str, value: Any, numbers: list[Any]) -> str:
-    """The literal of an option, but its ints."""
+def _packed(op: str, name: str, value: Any, ints: list[Any], floats: list[Any]) -> str:
+    """The literal of an option, whose numbers go into the lists."""
     if isinstance(value, list | tuple):
-        return "(" + "".join([_packed(op, name, item, numbers) + ", " for item in value]) + ")"
+        return "(" + "".join([_packed(op, name, item, ints, floats) + "," for item in value]) + ")"
     if value is None or isinstance(value, bool | str):
         return repr(value)
     if isinstance(value, int | torch.SymInt):
-        numbers.append(value)
+        ints.append(value)
         return "..."
-    if isinstance(value, float):
-        return repr(_checks.number(op, name, value))
-    if hasattr(value, "tolist"):  # a tensor, NumPy's array or number
-        return _packed(op, name, value.tolist(), numbers)
+    if isinstance(value, float | torch.SymFloat):
+        floats.append(value)
+        return "0.0"
+    if hasattr(value, "tolist"):  # a tensor, an array or a number of NumPy
+        return _packed(op, name, value.tolist(), ints, floats)
     raise TypeError(f"{op}: {name} must be of numbers, texts, None and tuples of them, got {_checks.shown(value)}")
 
 
-def _unpacked(options: str, numbers: Sequence[Any]) -> dict[str, Any]:
-    rest = iter(numbers)
-    return {key: _filled(value, rest) for key, value in _literal(options).items()}
+def _unpacked(options: str, ints: Sequence[Any], floats: Sequence[Any]) -> dict[str, Any]:
+    next_int, next_float = iter(ints), iter(floats)
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple([filled(item) for item in value])
+        if value is ...:
+            return next(next_int)
+        return next(next_float) if isinstance(value, float) else value
+
+    return {key: filled(value) for key, value in _literal(options).items()}
 
 
 _literal = functools.lru_cache(maxsize=1024)(ast.literal_eval)
 
 
-def _filled(value: Any, numbers: Iterator[Any]) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_filled(item, numbers) for item in value)
-    return next(numbers) if value is ... else value
-
-
 def _register(operator: Operator) -> Callable[..., Any]:
     """Defines `pydeform::name` and its backward. Returns the former."""
-    name, names = operator.name, operator.arrays
-    count = len(names)
+    name, names, count = operator.name, operator.arrays, len(operator.arrays)
     arrays = ", ".join(f"Tensor{'?' if key in operator.optional else ''} {key}" for key in names)
-    differentiable = [key for key in names if key not in operator.fixed]
-    is_deterministic_on_request = "deterministic" in inspect.signature(operator.backward).parameters
+    has_deterministic = "deterministic" in inspect.signature(operator.backward).parameters
 
     def forward(*arguments: Any) -> Any:
-        *given, options, numbers = arguments
-        return operator.forward(**dict(zip(names, given, strict=True)), **_unpacked(options, numbers))
+        return operator.forward(**dict(zip(names, arguments, strict=False)), **_unpacked(*arguments[count:]))
 
     def forward_fake(*arguments: Any) -> Any:
-        *given, options, numbers = arguments
-        every = {**operator.options, **_unpacked(options, numbers)}
-        return given[0].new_empty(operator.result_shape(dict(zip(names, given, strict=True)), every))
+        options = {**operator.options, **_unpacked(*arguments[count:])}
+        return arguments[0].new_empty(operator.result_shape(dict(zip(names, arguments, strict=False)), options))
 
     def backward(grad_output: Any, *arguments: Any) -> list[Any]:
-        *given, options, numbers, needs = arguments
-        forwards, keywords = dict(zip(names, given, strict=True)), _unpacked(options, numbers)
-        if is_deterministic_on_request:
-            keywords["deterministic"] = torch.are_deterministic_algorithms_enabled()
-        grads = operator.backward(grad_output, **forwards, **keywords, needs=tuple(needs))
+        forwards, needs = dict(zip(names, arguments, strict=False)), arguments[-1]
+        options = _unpacked(*arguments[count:-1])
+        if has_deterministic:
+            options["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        grads = operator.backward(grad_output, **forwards, **options, needs=needs)
         found = [(key, getattr(grads, key)) for key in needs]
         return [torch.zeros_like(forwards[key]) if grad is None else grad for key, grad in found]
 
@@ -141,34 +140,35 @@ def _register(operator: Operator) -> Callable[..., Any]:
         forwards, needs = dict(zip(names, arguments, strict=False)), arguments[-1]
         return [forwards[key].new_empty(forwards[key].shape) for key in needs]
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 (called by these names)
         ctx.save_for_backward(*inputs[:count])
         ctx.options = inputs[count:]
 
     def differentiate(ctx: Any, grad_output: Any) -> tuple[Any, ...]:
-        asked = dict(zip(names, ctx.needs_input_grad, strict=False))
-        needs = [key for key in differentiable if asked[key]]
+        asked = zip(names, ctx.needs_input_grad, strict=False)
+        needs = [key for key, is_asked in asked if is_asked and key not in operator.fixed]
         grads = call_backward(grad_output, *ctx.saved_tensors, *ctx.options, needs) if needs else []
         found = dict(zip(needs, grads, strict=True))
-        return *map(found.get, names), None, None
+        return *map(found.get, names), None, None, None
 
     def refuse(_ctx: Any, *_grads: Any) -> None:
-        raise NotImplementedError(f"{name}: differentiable once, got a request for second derivatives")
+        raise NotImplementedError(f"{name}: differentiable once, got a call for a second derivative")
 
-    call = _define(name, f"({arrays}, str options, SymInt[] numbers) -> Tensor", forward, forward_fake)
-    schema = f"(Tensor grad_output, {arrays}, str options, SymInt[] numbers, str[] needs) -> Tensor[]"
+    call = _define(name, f"({arrays}, {OPTIONS}) -> Tensor", forward, forward_fake)
+    schema = f"(Tensor grad_output, {arrays}, {OPTIONS}, str[] needs) -> Tensor[]"
     call_backward = _define(f"{name}_backward", schema, backward, backward_fake)
     torch.library.register_autograd(f"pydeform::{name}", differentiate, setup_context=save, lib=LIBRARY)
     torch.library.register_autograd(f"pydeform::{name}_backward", refuse, lib=LIBRARY)
-    for function, arguments in ((call, names), (call_backward, ("grad_output", *names))):
-        rule = functools.partial(_over_a_new_axis, operator, function, arguments)
-        torch.library.register_vmap(f"pydeform::{function._opname}", rule, lib=LIBRARY)
+    rule = functools.partial(_over_a_new_axis, operator, call, names)
+    torch.library.register_vmap(f"pydeform::{name}", rule, lib=LIBRARY)
+    rule = functools.partial(_over_a_new_axis, operator, call_backward, ("grad_output", *names))
+    torch.library.register_vmap(f"pydeform::{name}_backward", rule, lib=LIBRARY)
     return call
 
 
 def _define(name: str, schema: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    LIBRARY.define(name + schema)
-    LIBRARY.impl(name, compute, "CompositeExplicitAutograd")  # every device: what is refused, _interop says
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, compute, "CompositeExplicitAutograd")  # on every device; _interop says which are none of ours
     torch.library.register_fake(f"pydeform::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.pydeform, name).default
 
@@ -176,23 +176,21 @@ def _define(name: str, schema: str, compute: Callable[..., Any], fake: Callable[
 def _over_a_new_axis(
     operator: Operator, call: Any, names: Sequence[str], info: Any, axes: Sequence[Any], *arguments: Any
 ) -> tuple[Any, Any]:
-    """A rule of vmap: as a larger batch, or, where results would mix or an option counts the batch, one by one."""
-    size, count = info.batch_size, len(names)
-    mapped = {name for name, axis in zip(names, axes, strict=False) if axis is not None}
-    arrays = {
-        name: array.movedim(axis, 0) if name in mapped else array
-        for name, array, axis in zip(names, arguments, axes, strict=False)
-    }
-    options = arguments[count:]
-    whole = mapped if len(options) == 2 else mapped.union(options[2])  # of which results or gradients stay apart
-    if whole & operator.shared or "size" in operator.options:
-        results = [
+    """vmap's rule: as a larger batch or, where that would mix results or an option counts the batch, one by one."""
+    size, options = info.batch_size, arguments[len(names) :]
+    arrays, mapped = dict(zip(names, arguments, strict=False)), set()
+    for name, axis in zip(names, axes, strict=False):
+        if axis is not None:
+            arrays[name] = arrays[name].movedim(axis, 0)
+            mapped.add(name)
+    if operator.shared & mapped.union(*options[3:]) or "size" in operator.options:  # options[3]: needs
+        parts = [
             call(*[array[index] if name in mapped else array for name, array in arrays.items()], *options)
             for index in range(size)
         ]
-        if isinstance(results[0], list):
-            return [torch.stack(parts) for parts in zip(*results, strict=True)], [0] * len(results[0])
-        return torch.stack(results), 0
+        if isinstance(parts[0], list):
+            return [torch.stack(grads) for grads in zip(*parts, strict=True)], [0] * len(parts[0])
+        return torch.stack(parts), 0
     for name, array in arrays.items():
         if array is not None and name not in operator.shared:
             arrays[name] = (array if name in mapped else array.expand(size, *array.shape)).flatten(0, 1)

@@ -208,14 +208,6 @@ def test_nested_blocks(library):
         with patch_torchvision():
             pass
         assert library["torchvision.ops"].roi_align is bridge.roi_align
-        late = types.ModuleType("torchvision.late")
-        late.roi_align = before["torchvision.ops", "roi_align"]
-        sys.modules["torchvision.late"] = late
-        try:
-            with patch_torchvision():
-                assert library["torchvision.ops.poolers"].roi_align is bridge.roi_align
-        finally:
-            del sys.modules["torchvision.late"]
     assert functions_of(library) == before
 
 

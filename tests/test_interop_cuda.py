@@ -116,6 +116,7 @@ class Tensor(Producer):
     """As much of torch.Tensor on CUDA as we look at."""
 
     requires_grad, layout, is_quantized, is_nested = False, "strided", False, False
+    is_cpu, is_cuda = False, True
 
     @property
     def device(self):
@@ -128,7 +129,10 @@ class Tensor(Producer):
     def detach(self):
         return self
 
-    resolve_conj = resolve_neg = detach
+    def is_neg(self):
+        return False
+
+    is_conj = is_neg
 
     def view(self, dtype):
         viewed = Tensor(self.host.view(getattr(ml_dtypes, dtype, dtype)), self.number)

@@ -17,6 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from pydeform import _checks
 from pydeform._operators import Operator, operators, signature_of
@@ -140,25 +143,25 @@ def _register(operator: Operator) -> Callable[..., Any]:
         forwards, needs = dict(zip(names, arguments, strict=False)), arguments[-1]
         return [forwards[key].new_empty(forwards[key].shape) for key in needs]
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 (called by these names)
+    def save(ctx: Any, inputs: Sequence[Any]) -> None:
         ctx.save_for_backward(*inputs[:count])
         ctx.options = inputs[count:]
 
     def differentiate(ctx: Any, grad_output: Any) -> tuple[Any, ...]:
-        asked = zip(names, ctx.needs_input_grad, strict=False)
+        asked = zip(names, ctx.needs_input_grad[1:], strict=False)  # [0]: the dispatcher's keys
         needs = [key for key, is_asked in asked if is_asked and key not in operator.fixed]
         grads = call_backward(grad_output, *ctx.saved_tensors, *ctx.options, needs) if needs else []
         found = dict(zip(needs, grads, strict=True))
         return *map(found.get, names), None, None, None
 
-    def refuse(_ctx: Any, *_grads: Any) -> None:
+    def refuse(_ctx: Any, *_grads: Any) -> tuple[Any, ...]:
         raise NotImplementedError(f"{name}: differentiable once, got a call for a second derivative")
 
     call = _define(name, f"({arrays}, {OPTIONS}) -> Tensor", forward, forward_fake)
     schema = f"(Tensor grad_output, {arrays}, {OPTIONS}, str[] needs) -> Tensor[]"
     call_backward = _define(f"{name}_backward", schema, backward, backward_fake)
-    torch.library.register_autograd(f"pydeform::{name}", differentiate, setup_context=save, lib=LIBRARY)
-    torch.library.register_autograd(f"pydeform::{name}_backward", refuse, lib=LIBRARY)
+    _record(call, save, differentiate)
+    _record(call_backward, lambda _ctx, _inputs: None, refuse)
     rule = functools.partial(_over_a_new_axis, operator, call, names)
     torch.library.register_vmap(f"pydeform::{name}", rule, lib=LIBRARY)
     rule = functools.partial(_over_a_new_axis, operator, call_backward, ("grad_output", *names))
@@ -173,28 +176,68 @@ def _define(name: str, schema: str, compute: Callable[..., Any], fake: Callable[
     return getattr(torch.ops.pydeform, name).default
 
 
+def _record(call: Any, save: Callable[..., None], differentiate: Callable[..., Any]) -> None:
+    """What autograd does with `call`: torch.library.register_autograd, in a way that torch.func takes as well."""
+
+    def below(keys: Any, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return call.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    class Recorded(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            save(ctx, arguments[1:])
+            # Below is either another level of torch.func, where derivatives may be wanted too, or the computation.
+            is_level = torch._C._are_functorch_transforms_active()
+            with torch.set_grad_enabled(is_level), forward_ad._set_fwd_grad_enabled(is_level):
+                found = below(*arguments)
+            return tuple(found) if isinstance(found, list) else found  # only of a tuple are the tensors results
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            return None, *differentiate(ctx, *grads)
+
+    def kernel(keys: Any, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
+            raise NotImplementedError(f"{call._opname}: has no forward-mode derivatives")
+        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*arguments):
+            return below(keys, *arguments)
+        with enable_single_level_autograd_function():
+            found = Recorded.apply(keys, *arguments)
+        return list(found) if isinstance(found, tuple) else found
+
+    LIBRARY.impl(call._opname, kernel, "Autograd", with_keyset=True)
+
+
+def _has_tangent(argument: Any) -> bool:
+    return isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+
+
 def _over_a_new_axis(
     operator: Operator, call: Any, names: Sequence[str], info: Any, axes: Sequence[Any], *arguments: Any
 ) -> tuple[Any, Any]:
     """vmap's rule: as a larger batch or, where that would mix results or an option counts the batch, one by one."""
-    size, options = info.batch_size, arguments[len(names) :]
+    options = arguments[len(names) :]
     arrays, mapped = dict(zip(names, arguments, strict=False)), set()
+    size = max(info.batch_size, 1)  # one of zeros tells what shapes there are none of
     for name, axis in zip(names, axes, strict=False):
         if axis is not None:
-            arrays[name] = arrays[name].movedim(axis, 0)
+            moved = arrays[name].movedim(axis, 0)
+            arrays[name] = moved if info.batch_size else moved.new_zeros((1, *moved.shape[1:]))
             mapped.add(name)
     if operator.shared & mapped.union(*options[3:]) or "size" in operator.options:  # options[3]: needs
         parts = [
             call(*[array[index] if name in mapped else array for name, array in arrays.items()], *options)
             for index in range(size)
         ]
-        if isinstance(parts[0], list):
-            return [torch.stack(grads) for grads in zip(*parts, strict=True)], [0] * len(parts[0])
-        return torch.stack(parts), 0
-    for name, array in arrays.items():
-        if array is not None and name not in operator.shared:
-            arrays[name] = (array if name in mapped else array.expand(size, *array.shape)).flatten(0, 1)
-    found = call(*arrays.values(), *options)
-    if isinstance(found, list):
-        return [grad.unflatten(0, (size, grad.shape[0] // size)) for grad in found], [0] * len(found)
-    return found.unflatten(0, (size, found.shape[0] // size)), 0
+        is_list = isinstance(parts[0], list)
+        found = [torch.stack(grads) for grads in zip(*parts, strict=True)] if is_list else [torch.stack(parts)]
+    else:
+        for name, array in arrays.items():
+            if array is not None and name not in operator.shared:
+                arrays[name] = (array if name in mapped else array.expand(size, *array.shape)).flatten(0, 1)
+        folded = call(*arrays.values(), *options)
+        is_list = isinstance(folded, list)
+        found = [part.unflatten(0, (size, part.shape[0] // size)) for part in (folded if is_list else [folded])]
+    found = [part[: info.batch_size] for part in found]
+    return (found, [0] * len(found)) if is_list else (found[0], 0)

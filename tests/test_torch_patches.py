@@ -43,13 +43,20 @@ def some(*shape):
     return torch.randn(shape, generator=generator)
 
 
+def d_fine(points):
+    """With other numbers of points in each level."""
+    config = test_models.d_fine()
+    config.decoder_n_points = points
+    return config
+
+
 @pytest.mark.usefixtures("_transformers")
 @pytest.mark.parametrize(
     ("name", "config", "head", "expected"),
     [
         ("deformable_detr", test_models.deformable_detr, "DeformableDetrForObjectDetection", 4),
         ("rt_detr_v2", lambda: test_models.rt_detr_v2("discrete"), "RTDetrV2ForObjectDetection", 2),
-        ("d_fine", test_models.d_fine, "DFineForObjectDetection", 2),
+        ("d_fine", lambda: d_fine([4, 2, 3]), "DFineForObjectDetection", 2),
     ],
 )
 def test_detectors(calls, name, config, head, expected):

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import pickle
 import re
+import sys
 import threading
 from pathlib import Path
 
@@ -179,6 +180,16 @@ def test_gradients_that_nobody_asked_for_are_not_computed():
             output.sum().backward()
         assert [arguments[-1] for arguments in seen.calls] == [wanted]
         assert [key for key, a in arrays.items() if a.grad is not None] == wanted
+
+
+def test_arrays_without_a_gradient_may_require_one():
+    """They get none, beside others and alone."""
+    problem = _selfcheck.problem("roi_pool")
+    for wanted in (["input", "boxes"], ["boxes"]):
+        arrays = {key: a.requires_grad_(key in wanted) for key, a in tensors(problem).items()}
+        bridge.roi_pool(**arrays, **problem.options).sum().backward()
+        assert arrays["boxes"].grad is None
+        assert (arrays["input"].grad is not None) == ("input" in wanted)
 
 
 def test_strides_do_not_matter():
@@ -588,6 +599,7 @@ def test_checkpoint_and_a_function_around_it():
     assert all(map(torch.equal, torch.autograd.grad(Around.apply(*arrays).sum(), arrays), want))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are not forked")
 def test_a_forked_worker_computes():
     problem = _selfcheck.problem("deform_conv2d")
     arrays = recorded("deform_conv2d", tensors(problem))

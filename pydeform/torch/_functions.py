@@ -25,6 +25,8 @@ from pydeform import _checks
 from pydeform._operators import Operator, operators, signature_of
 
 LIBRARY = torch.library.Library("pydeform", "FRAGMENT")  # registrations last as long as this object
+ROWS, PLAIN = (list, tuple), (bool, str, type(None))
+INTS, FLOATS = (int, torch.SymInt), (float, torch.SymFloat)
 OPTIONS = "str options, SymInt[] ints, float[] floats"
 DOCUMENTATION = """{summary}
 
@@ -49,7 +51,7 @@ def _function(operator: Operator) -> Callable[..., Any]:
         given = {**dict(zip(positional, arguments, strict=False)), **keywords}
         if len(given) != len(arguments) + len(keywords) or not required <= given.keys() <= known:
             return operator.forward(*arguments, **keywords)  # which raises what Python says of such a call
-        if isinstance(given.get("boxes"), list | tuple):
+        if isinstance(given.get("boxes"), ROWS):
             given["boxes"] = _with_batch_index(name, given["boxes"])
         arrays = [given.pop(key, None) for key in operator.arrays]
         for key, array in zip(operator.arrays, arrays, strict=True):
@@ -86,14 +88,14 @@ def _widened(array: Any) -> Any:
 
 def _packed(op: str, name: str, value: Any, ints: list[Any], floats: list[Any]) -> str:
     """The literal of an option, whose numbers go into the lists."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, ROWS):
         return "(" + "".join([_packed(op, name, item, ints, floats) + "," for item in value]) + ")"
-    if value is None or isinstance(value, bool | str):
+    if isinstance(value, PLAIN):
         return repr(value)
-    if isinstance(value, int | torch.SymInt):
+    if isinstance(value, INTS):
         ints.append(value)
         return "..."
-    if isinstance(value, float | torch.SymFloat):
+    if isinstance(value, FLOATS):
         floats.append(value)
         return "0.0"
     if hasattr(value, "tolist"):  # a tensor, an array or a number of NumPy

@@ -4,7 +4,7 @@ from pydeform._runtime import get_num_threads, num_threads, set_num_threads
 from pydeform._version import __version__
 from pydeform.ops.active_conv2d import ActiveConv2dGrads, active_conv2d, active_conv2d_backward
 from pydeform.ops.affine_grid import AffineGridGrads, affine_grid, affine_grid_backward
-from pydeform.ops.analysis import effective_dilation, sampling_locations
+from pydeform.ops.analysis import convert_offset, effective_dilation, sampling_locations
 from pydeform.ops.conv1d import Conv1dGrads, conv1d, conv1d_backward
 from pydeform.ops.conv2d import Conv2dGrads, conv2d, conv2d_backward
 from pydeform.ops.conv3d import Conv3dGrads, conv3d, conv3d_backward
@@ -66,6 +66,7 @@ __all__ = [
     "conv2d_backward",
     "conv3d",
     "conv3d_backward",
+    "convert_offset",
     "dcnv3",
     "dcnv3_backward",
     "dcnv4",

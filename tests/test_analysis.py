@@ -1,4 +1,7 @@
-"""sampling_locations and effective_dilation against loops over their definitions, and against deform_conv2d itself."""
+"""sampling_locations, effective_dilation and convert_offset against loops over their definitions.
+
+The first and the last against the operators themselves, too.
+"""
 
 import re
 
@@ -6,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pydeform import deform_conv2d, effective_dilation, sampling_locations
+from pydeform import convert_offset, dcnv3, deform_conv2d, effective_dilation, sampling_locations
 from tests.reference import analysis as reference
 
 EPSILON = {np.float64: 1e-13, np.float32: 1e-6, np.float16: 1e-3, ml_dtypes.bfloat16: 8e-3}
@@ -145,3 +148,96 @@ def test_errors_of_one_function():
         sampling_locations(ZEROS, 3, padding="valid")
     with pytest.raises(ValueError, match=r"^sampling_locations: padding must be given in numbers where stride > 1"):
         sampling_locations(ZEROS, 3, stride=(1, 2), padding="same")
+
+
+# convert_offset -------------------------------------------------------------------------------------------------------
+LAYOUTS = ["torchvision", "mxnet", "mmcv", "onnx", "paddle", "chainer", "dcnv3", "blocked_yx"]
+
+
+def in_all_layouts(kernel=(3, 2), groups=3, out=(4, 5), dtype=np.float64):
+    canonical = np.random.default_rng(0).normal(0, 2, (2, groups, *kernel, 2, *out)).astype(dtype)
+    return {layout: reference.offset_in(layout, canonical) for layout in LAYOUTS}
+
+
+@pytest.mark.parametrize("source", LAYOUTS)
+@pytest.mark.parametrize("target", LAYOUTS)
+def test_convert_offset(source, target):
+    for kernel, groups, out in (((3, 2), 3, (4, 5)), ((1, 4), 1, (2, 3)), ((3, 3), 2, (1, 0))):
+        offset = in_all_layouts(kernel, groups, out)
+        given, untouched = offset[source], offset[source].copy()
+        result = convert_offset(given, kernel, source, target)
+        assert np.array_equal(result, offset[target]) and result.shape == offset[target].shape
+        assert not np.shares_memory(result, given) and np.array_equal(given, untouched)
+        assert result.flags.c_contiguous and result.flags.writeable
+        assert np.array_equal(convert_offset(result, kernel, target, source), given)
+
+
+def test_layouts_differ():
+    """Or the test above would say nothing."""
+    found = in_all_layouts(kernel=(3, 3), groups=2)
+    bytes_of = {layout: array.tobytes() for layout, array in found.items()}
+    assert len(set(bytes_of.values())) == 4
+
+
+@pytest.mark.parametrize("dtype", EPSILON, ids=lambda dtype: np.dtype(dtype).name)
+def test_convert_offset_keeps_dtype_and_takes_any_strides(dtype):
+    offset = in_all_layouts(dtype=dtype)
+    given = np.repeat(offset["torchvision"], 2, axis=3)[..., ::-2][..., ::-1]
+    given.flags.writeable = False
+    result = convert_offset(given, (3, 2), "torchvision", "dcnv3")
+    assert result.dtype == dtype and result.tobytes() == offset["dcnv3"].tobytes()
+    same = convert_offset(given, (3, 2), "mmcv", "onnx")
+    assert same.tobytes() == offset["torchvision"].tobytes() and not np.shares_memory(same, given)
+
+
+def test_dcnv3_samples_where_deform_conv2d_does():
+    """The same points in both operators: with weights that let one tap through."""
+    rng = np.random.default_rng(3)
+    image, groups, kernel = rng.standard_normal((2, 4, 6, 7)), 2, (3, 3)
+    offset, mask = rng.normal(0, 1.5, (2, 36, 6, 7)), rng.random((2, 18, 6, 7))
+    weight = np.zeros((4, 4, 3, 3))
+    weight[range(4), range(4)] = 1  # each channel's own sum over the taps
+    want = deform_conv2d(image, offset, weight, padding=1, mask=mask)
+    masks = mask.reshape(2, groups, *kernel, 6, 7).transpose(0, 4, 5, 1, 3, 2).reshape(2, 6, 7, 18)
+    last = np.ascontiguousarray(image.transpose(0, 2, 3, 1))
+    got = dcnv3(last, convert_offset(offset, 3, "torchvision", "dcnv3"), masks, groups=groups)
+    np.testing.assert_allclose(got.transpose(0, 3, 1, 2), want, rtol=1e-12, atol=1e-12)
+
+
+def test_convert_offset_of_other_kinds():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    offset = in_all_layouts(dtype=np.float32)
+    result = convert_offset(torch.tensor(offset["chainer"]), (3, 2), "chainer", "dcnv3")
+    assert isinstance(result, torch.Tensor) and np.array_equal(result, offset["dcnv3"])
+
+
+def test_convert_offset_on_a_device(backend):
+    offset = in_all_layouts(dtype=np.float32)
+    result = convert_offset(backend.array(offset["chainer"]), (3, 2), "chainer", "dcnv3")
+    assert np.array_equal(backend.numpy(result), offset["dcnv3"]) and type(result) is type(backend.array(ZEROS))
+
+
+@pytest.mark.parametrize(
+    "offset, options, error, message",
+    [
+        (None, {}, TypeError, "offset must be an array, got None"),
+        (ZEROS.astype(int), {}, TypeError, "offset must have dtype float64, float32, float16, bfloat16, got int64"),
+        (ZEROS, {"source": "tensorflow"}, ValueError,
+         "source must be one of 'torchvision', 'mxnet', 'mmcv', 'onnx', 'paddle', 'chainer', 'dcnv3', 'blocked_yx', "
+         "got 'tensorflow'"),
+        (ZEROS, {"target": None}, ValueError,
+         "target must be one of 'torchvision', 'mxnet', 'mmcv', 'onnx', 'paddle', 'chainer', 'dcnv3', 'blocked_yx', "
+         "got None"),
+        (ZEROS[:, :17], {}, ValueError, f"offset must have shape {SHAPE} = (1, 18, 2, 2), got (1, 17, 2, 2)"),
+        (ZEROS, {"source": "dcnv3"}, ValueError,
+         "offset must have shape (N, out_h, out_w, 2*offset_groups*kernel_h*kernel_w) = (1, 18, 2, 18), "
+         "got (1, 18, 2, 2)"),
+        (ZEROS[0], {"source": "dcnv3"}, ValueError,
+         "offset must have shape (N, out_h, out_w, 2*offset_groups*kernel_h*kernel_w), got (18, 2, 2)"),
+        (ZEROS, {"kernel_size": 0}, ValueError, "kernel_size must be an int >= 1 or 2 of them, got 0"),
+    ],
+)  # fmt: skip
+def test_errors_of_convert_offset(offset, options, error, message):
+    arguments = {"kernel_size": 3, "source": "torchvision", "target": "chainer", **options}
+    with pytest.raises(error, match=f"^convert_offset: {re.escape(message)}$"):
+        convert_offset(offset, **arguments)

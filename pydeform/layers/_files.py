@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -41,7 +41,7 @@ def save(layer: _layer.Layer, path: str | os.PathLike[str], optimiser: Stateful 
     >>> bool((a.params["weight"] == b.params["weight"]).all())
     True
     """
-    suffix = _suffix("save", path)
+    suffix = _suffix("save", path, READERS)
     held: dict[str, Any] = {**layer.params, **layer.state}
     if optimiser is not None:
         _check_optimiser("save", layer, optimiser)
@@ -67,7 +67,7 @@ def load(layer: _layer.Layer, path: str | os.PathLike[str], optimiser: Stateful 
     """
     if optimiser is not None:
         _check_optimiser("load", layer, optimiser)
-    arrays = _read(path)
+    arrays = read("load", path, READERS)
     state = {name.removeprefix(PREFIX): arrays.pop(name) for name in list(arrays) if name.startswith(PREFIX)}
     targets = {**layer.params, **layer.state}
     found = _layer.fitting("load", os.fspath(path), layer.name, targets, arrays)
@@ -79,16 +79,17 @@ def load(layer: _layer.Layer, path: str | os.PathLike[str], optimiser: Stateful 
         targets[name][...] = array
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    suffix = _suffix("load", path)
-    read = _read_npz if suffix == ".npz" else _safetensors("load").load_file
+def read(
+    op: str, path: str | os.PathLike[str], readers: Mapping[str, Callable[[str], dict[str, Any]]]
+) -> dict[str, Any]:
+    """The arrays in a file, with the reader of its suffix. Whatever is wrong with its content is a ValueError."""
+    suffix = _suffix(op, path, readers)
     try:
-        arrays: dict[str, Any] = read(os.fspath(path))
-    except OSError:
-        raise  # no such file, no permission: it says so itself
+        return readers[suffix](os.fspath(path))
+    except (OSError, ImportError):
+        raise  # no such file, no permission, no package: it says so itself
     except Exception as error:  # each library and each kind of damage has its own
-        raise ValueError(f"load: {os.fspath(path)} cannot be read as a {suffix} file: {error}") from error
-    return arrays
+        raise ValueError(f"{op}: {os.fspath(path)} cannot be read as a {suffix} file: {error}") from error
 
 
 def _read_npz(path: str) -> dict[str, Any]:
@@ -96,6 +97,14 @@ def _read_npz(path: str) -> dict[str, Any]:
         arrays = {name: file[name] for name in file.files}
     # .npz keeps the bytes of bfloat16 but not its name
     return {name: array.view(_bfloat16()) if array.dtype == "V2" else array for name, array in arrays.items()}
+
+
+def _read_safetensors(path: str) -> dict[str, Any]:
+    arrays: dict[str, Any] = _safetensors("load").load_file(path)
+    return arrays
+
+
+READERS: dict[str, Callable[[str], dict[str, Any]]] = {".npz": _read_npz, ".safetensors": _read_safetensors}
 
 
 def _bfloat16() -> Any:
@@ -128,10 +137,11 @@ def _check_optimiser(op: str, layer: _layer.Layer, optimiser: Any) -> None:
         raise ValueError(f"{op}: optimiser must be that of the layer, got that of another {optimiser.layer.name}")
 
 
-def _suffix(op: str, path: str | os.PathLike[str]) -> str:
+def _suffix(op: str, path: str | os.PathLike[str], known: Iterable[str]) -> str:
     suffix = os.path.splitext(os.fspath(path))[1]
-    if suffix not in (".npz", ".safetensors"):
-        raise ValueError(f"{op}: path must end in .npz or .safetensors, got {os.fspath(path)!r}")
+    if suffix not in known:
+        *others, last = known
+        raise ValueError(f"{op}: path must end in {', '.join(others)} or {last}, got {os.fspath(path)!r}")
     return suffix
 
 

@@ -1,4 +1,4 @@
-"""Where a deformable convolution samples, and how far apart."""
+"""Where a deformable convolution samples, and how far apart; its offsets in the layouts of other systems."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from pydeform._types import Array, Padding, Size
 
 DType = TypeVar("DType", bound="np.dtype[Any]")
 OFFSET_SHAPE = "(N, 2*offset_groups*kernel_h*kernel_w, out_h, out_w)"
+
+# Axes from the slowest to the fastest: n image, g offset group, y and x of the tap, a which coordinate, H and W of the
+# output; and whether x is the first of the coordinates.
+LAYOUTS = dict.fromkeys(("torchvision", "mxnet", "mmcv", "onnx", "paddle"), ("ngyxaHW", False)) | {
+    "chainer": ("ngayxHW", True),
+    "dcnv3": ("nHWgxya", True),
+    "blocked_yx": ("ngayxHW", False),
+}
 
 
 # An array's type may name its axes, of which the result has others.
@@ -122,13 +130,75 @@ def effective_dilation(offset: Array, kernel_size: Size, dilation: Size = 1) -> 
         return back((total / pairs).astype(taps.dtype, copy=False))
 
 
+def convert_offset(offset: Array, kernel_size: Size, source: str, target: str) -> Array:
+    """The offsets of one system in the layout of another. Nothing is computed: numbers change their places.
+
+    With K = kernel_h*kernel_w taps, number k = ky*kernel_w + kx, in offset group og:
+
+        "torchvision"   (N, 2*offset_groups*K, out_h, out_w), dy in channel 2*(og*K + k), dx in the next. Other names of
+                        it are "mxnet", "mmcv", "onnx" and "paddle"
+        "chainer"       the same shape, dx in channel og*2*K + k, dy in og*2*K + K + k
+        "blocked_yx"    the same shape, dy in channel og*2*K + k, dx in og*2*K + K + k (pytorch-deform-conv-v2)
+        "dcnv3"         (N, out_h, out_w, offset_groups*K*2), dx in channel 2*(og*K + kx*kernel_h + ky), dy in the next
+
+    Chainer and blocked_yx know one group; of several, each has its channels together, as it would have them alone.
+
+    Parameters
+    ----------
+    offset : array of the shape that `source` has
+    kernel_size : int or (height, width)
+    source, target : one of the names above
+
+    Returns   array of the shape that `target` has, of the kind and dtype of `offset`, never the same memory
+    Raises    ValueError (a shape or option does not fit), TypeError (kind or dtype)
+    Notes     What offsets mean is the same for all, pixels of the input, where DCNv3's offset_scale is 1. DCNv4 packs
+              its offsets, which are as DCNv3's, with masks.
+    Source    the code of these systems. Same result each run.
+    Example
+    >>> import numpy as np
+    >>> from pydeform import convert_offset
+    >>> offset = np.arange(4.0).reshape(1, 4, 1, 1)  # dy, dx of the upper tap, dy, dx of the lower one
+    >>> convert_offset(offset, (2, 1), "torchvision", "chainer").ravel().tolist()
+    [1.0, 3.0, 0.0, 2.0]
+    """
+    op = "convert_offset"
+    arrays, back = _interop.to_native(op, {"offset": offset})
+    kernel = _checks.per_axis(op, "kernel_size", kernel_size, 2, 1)
+    for name, layout in (("source", source), ("target", target)):
+        _checks.check_choice(op, name, layout, tuple(LAYOUTS))
+    (axes, x_first), (wanted, x_first_wanted) = LAYOUTS[source], LAYOUTS[target]
+    # Channels are the axes that are not n, H and W.
+    last = axes.endswith("a")
+    formula = "(N, out_h, out_w, 2*offset_groups*kernel_h*kernel_w)" if last else OFFSET_SHAPE
+    batch, channels, out, groups = _parts(op, arrays["offset"], kernel, formula, 3 if last else 1)
+    sizes = {"n": batch, "g": groups, "y": kernel[0], "x": kernel[1], "a": 2, "H": out[0], "W": out[1]}
+    with back:
+        parts = arrays["offset"].reshape([sizes[axis] for axis in axes])
+        if x_first != x_first_wanted:
+            parts = np.flip(parts, axes.index("a"))
+        moved = parts.transpose([axes.index(axis) for axis in wanted]).copy(order="C")
+        shape = (batch, *out, channels) if wanted.endswith("a") else (batch, channels, *out)
+        return back(moved.reshape(shape))
+
+
 def _taps(op: str, offset: Any, kernel: tuple[int, ...]) -> Any:
     """Check `offset` and take its channel axis apart: (N, offset_groups, kernel_h, kernel_w, 2, out_h, out_w)."""
+    batch, _, out, groups = _parts(op, offset, kernel, OFFSET_SHAPE, 1)
+    return offset.reshape(batch, groups, *kernel, 2, *out)
+
+
+def _parts(
+    op: str, offset: Any, kernel: tuple[int, ...], formula: str, axis: int
+) -> tuple[int, int, tuple[int, int], int]:
+    """Check `offset`, whose channels are `axis`: batch, channels, size of the output, offset groups."""
     if offset is None:
         raise TypeError(f"{op}: offset must be an array, got None")
     _checks.check_dtypes(op, {"offset": offset})
-    _checks.check_ndim(op, "offset", offset.shape, OFFSET_SHAPE, 4)
-    batch, channels, *out = offset.shape
-    groups = max(channels // (2 * kernel[0] * kernel[1]), 1)
-    _checks.check_shape(op, "offset", offset.shape, OFFSET_SHAPE, (batch, 2 * groups * kernel[0] * kernel[1], *out))
-    return offset.reshape(batch, groups, *kernel, 2, *out)
+    _checks.check_ndim(op, "offset", offset.shape, formula, 4)
+    batch, *out = offset.shape[:axis] + offset.shape[axis + 1 :]
+    channels, taps = offset.shape[axis], kernel[0] * kernel[1]
+    groups = max(channels // (2 * taps), 1)
+    expected = [batch, *out]
+    expected.insert(axis, 2 * groups * taps)
+    _checks.check_shape(op, "offset", offset.shape, formula, expected)
+    return batch, channels, (out[0], out[1]), groups

@@ -35,3 +35,29 @@ def effective_dilation(offset, kernel, dilation):
                     distances.append(math.dist(here, there))
         result[b, og, oy, ox] = sum(distances) / len(distances)
     return result
+
+
+def channel_of(layout, group, taps, kernel, ky, kx, axis):
+    """Where a layout has the offset of one tap: axis 0 is y, 1 is x."""
+    tap = ky * kernel[1] + kx
+    if layout == "chainer":
+        return group * 2 * taps + (taps if axis == 0 else 0) + tap
+    if layout == "blocked_yx":
+        return group * 2 * taps + (taps if axis == 1 else 0) + tap
+    if layout == "dcnv3":
+        return 2 * (group * taps + kx * kernel[0] + ky) + (1 if axis == 0 else 0)
+    return 2 * (group * taps + tap) + axis
+
+
+def offset_in(layout, canonical):
+    """`canonical` (N, offset_groups, kernel_h, kernel_w, 2, out_h, out_w) with (y, x), as `layout` has it."""
+    batch, groups, *kernel, _, out_h, out_w = canonical.shape
+    taps = kernel[0] * kernel[1]
+    last = layout == "dcnv3"
+    channels = groups * taps * 2
+    result = np.zeros((batch, out_h, out_w, channels) if last else (batch, channels, out_h, out_w), canonical.dtype)
+    for b, og, ky, kx, axis, oy, ox in np.ndindex(canonical.shape):
+        channel = channel_of(layout, og, taps, kernel, ky, kx, axis)
+        place = (b, oy, ox, channel) if last else (b, channel, oy, ox)
+        result[place] = canonical[b, og, ky, kx, axis, oy, ox]
+    return result

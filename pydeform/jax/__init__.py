@@ -153,16 +153,18 @@ def _differentiable(text: str) -> Any:
     def save(*primals: Any) -> Any:
         arrays = tuple(primal.value for primal in primals)
         asked = {name for name, primal in zip(call.arrays, primals, strict=True) if primal.perturbed}
-        return forward(*arrays), (arrays, dict.fromkeys(asked - operator.fixed))  # names only: no leaves for JAX
+        return output_of(*arrays), (arrays, dict.fromkeys(asked - operator.fixed))  # names only: no leaves for JAX
 
     def pull(saved: Any, grad_output: Any) -> tuple[Any, ...]:
         arrays, asked = saved
         needs = tuple(name for name in call.arrays if name in asked)
         if not needs or isinstance(grad_output, jax.custom_derivatives.SymbolicZero):
             return (None,) * len(arrays)
-        grads = _backward(call._replace(arrays=("grad_output", *call.arrays), needs=needs).text())(grad_output, *arrays)
+        backward = _backward(call._replace(arrays=("grad_output", *call.arrays), needs=needs).text())
+        grads = backward(jax.numpy.asarray(grad_output), *arrays)
         return tuple(grads.get(name) for name in call.arrays)
 
+    output_of = _not_differentiable(call.name, forward)
     function = jax.custom_vjp(forward)
     function.defvjp(save, pull, symbolic_zeros=True)
     return function
@@ -174,7 +176,6 @@ def _backward(text: str) -> Any:
     assert call.needs is not None
     needs, operator = call.needs, call.operator
 
-    @jax.custom_jvp
     def backward(*arrays: Any) -> dict[str, Any]:
         given = dict(zip(call.arrays, arrays, strict=True))
         if _are_on_another_device(arrays):
@@ -184,28 +185,34 @@ def _backward(text: str) -> Any:
         results = [(given[name].shape, given[name].dtype) for name in needs]
         return dict(zip(needs, _through_xla(call, arrays, results), strict=True))
 
-    @backward.defjvp
-    def refuse(_primals: Any, _tangents: Any) -> Any:
-        raise NotImplementedError(f"{call.name}: its gradient cannot be differentiated again")
+    return _not_differentiable(call.name, backward)
 
-    return backward
+
+def _not_differentiable(name: str, function: Callable[..., Any]) -> Any:
+    """What a gradient is computed with."""
+    guarded = jax.custom_jvp(function)
+
+    @guarded.defjvp
+    def refuse(_primals: Any, _tangents: Any) -> Any:
+        raise NotImplementedError(f"{name}: its gradient cannot be differentiated again")
+
+    return guarded
 
 
 def _all_of(operator: Operator, given: Arrays) -> Arrays:
     return {name: given.get(name) for name in operator.arrays}
 
 
-def _are_on_another_device(arrays: Iterable[Any]) -> bool:
+def _are_on_another_device(arrays: tuple[Any, ...]) -> bool:
     """Arrays that are there, not traced, and not on the CPU: XLA has no part of ours for them, but they are ours to
     read, through DLPack."""
-    return all(
-        not isinstance(array, jax.core.Tracer) and any(device.platform != "cpu" for device in array.devices())
-        for array in arrays
-    )
+    there = [array for array in arrays if not isinstance(array, jax.core.Tracer)]
+    return len(there) == len(arrays) and any(device.platform != "cpu" for array in there for device in array.devices())
 
 
 # XLA ------------------------------------------------------------------------------------------------------------------
 def _through_xla(call: _Call, arrays: tuple[Any, ...], results: list[tuple[Any, Any]]) -> list[Any]:
+    _ffi.end_in_order()
     structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
     text = call._replace(rank=len(structs[0].shape)).text()
     # Arrays that vmap does not map come with axes of 1; `_fill` knows what to do with them.

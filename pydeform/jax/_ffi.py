@@ -5,10 +5,15 @@ The structures are those of xla/ffi/api/c_api.h, version 0.1, which comes with j
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
-from collections.abc import Callable
+import functools
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -121,14 +126,50 @@ def handler(compute: Compute) -> Any:
         if frame.extension:
             return _describe(frame.extension)
         try:
-            span = frame.attributes.items[0].contents
-            text = ctypes.string_at(span.begin, span.size).decode()
-            compute(text, _arrays(frame.inputs, writeable=False), _arrays(frame.results, writeable=True))
+            with _counted():
+                span = frame.attributes.items[0].contents
+                text = ctypes.string_at(span.begin, span.size).decode()
+                compute(text, _arrays(frame.inputs, writeable=False), _arrays(frame.results, writeable=True))
         except BaseException as error:  # whatever it is: no exception can pass through XLA
             return _error(frame, error)
         return None
 
     return _Handler(handle)
+
+
+_ended = threading.Condition()
+_running = 0  # calls that have begun and not ended
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[None]:
+    global _running
+    end_in_order()
+    with _ended:
+        _running += 1
+    try:
+        yield
+    finally:
+        with _ended:
+            _running -= 1
+            _ended.notify_all()
+
+
+@functools.cache
+def end_in_order() -> None:
+    """Python is to end after XLA's programs: a thread of theirs would never get the interpreter's lock again, and XLA
+    waits for its threads."""
+    atexit.register(_wait_for_programs)
+
+
+def _wait_for_programs() -> None:
+    for array in jax.live_arrays("cpu"):
+        with contextlib.suppress(Exception):  # its program failed, or it was given away
+            array.block_until_ready()
+    for device in jax.local_devices(backend="cpu"):  # a device computes in order: also what nobody waits for is done
+        jax.block_until_ready(jax.device_put(np.zeros(1), device) + 1)
+    with _ended:
+        _ended.wait_for(lambda: not _running)
 
 
 def _describe(address: int) -> None:
@@ -149,9 +190,9 @@ def _arrays(buffers: _Buffers, writeable: bool) -> list[Any]:
         nbytes = dtype.itemsize
         for size in shape:
             nbytes *= size
-        memory = (ctypes.c_char * nbytes).from_address(buffer.data) if nbytes else b""
-        array = np.ndarray(shape, dtype, memory)
-        array.flags.writeable = writeable and nbytes > 0
+        memory = (ctypes.c_char * nbytes).from_address(buffer.data) if nbytes else bytearray()
+        array: Any = np.ndarray(shape, dtype, memory)
+        array.flags.writeable = writeable
         found.append(array)
     return found
 

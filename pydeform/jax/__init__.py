@@ -1,4 +1,4 @@
-"""Every operator as a JAX function with its gradients: under jit, vmap, grad, checkpoint, scan and shard_map on the CPU.
+"""Every operator as a JAX function with its gradients, under jit, vmap, checkpoint, scan and shard_map on the CPU.
 
 `pydeform.jax.NAME` has the arguments of `pydeform.NAME`; arrays may be traced, options are static. A gradient is
 computed for the arrays that are differentiated, and for no other. docs/bridges/jax.md says more.

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,6 @@ Compute = Callable[[str, list[Any], list[Any]], None]  # text, inputs (read-only
 
 VERSION = (0, 1)
 METADATA = 1  # XLA_FFI_Extension_Metadata
-EXECUTE = 3  # XLA_FFI_ExecutionStage_EXECUTE
 INVALID_ARGUMENT, UNIMPLEMENTED, INTERNAL = 3, 12, 13  # XLA_FFI_Error_Code
 DTYPES = {
     10: np.dtype(np.float16),
@@ -31,88 +31,39 @@ DTYPES = {
 }
 
 
-class _Struct(ctypes.Structure):
-    """What all structures begin with."""
-
-    _fields_ = (("struct_size", ctypes.c_size_t), ("extension", ctypes.c_void_p))
+def _struct(**fields: Any) -> Any:
+    return type("Struct", (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-class _Extension(ctypes.Structure):
-    _fields_ = (("struct_size", ctypes.c_size_t), ("type", ctypes.c_int), ("next", ctypes.c_void_p))
+_pointer_to: Any = ctypes.POINTER
+_pointer, _integer, _count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_HEAD = {"struct_size": ctypes.c_size_t, "extension": _pointer}  # of nearly all structures
 
+_Version = _struct(**_HEAD, major=_integer, minor=_integer)
+_Metadata = _struct(struct_size=ctypes.c_size_t, version=_Version, traits=ctypes.c_uint32)
+_Extension = _struct(
+    struct_size=ctypes.c_size_t, type=_integer, next=_pointer, metadata=_pointer_to(_Metadata)
+)  # one that asks for metadata
 
-class _Version(_Struct):
-    _fields_ = (("major", ctypes.c_int), ("minor", ctypes.c_int))
+_Buffer = _struct(**_HEAD, dtype=_integer, data=_pointer, rank=_count, dims=_pointer_to(_count))
+_Buffers = _struct(**_HEAD, size=_count, types=_pointer, items=_pointer_to(_pointer_to(_Buffer)))
+_Text = _struct(begin=_pointer, size=ctypes.c_size_t)
+_Texts = _struct(**_HEAD, size=_count, types=_pointer, names=_pointer, items=_pointer_to(_pointer_to(_Text)))
 
+_ErrorArguments = _struct(**_HEAD, message=ctypes.c_char_p, code=_integer)
+_CreateError = ctypes.CFUNCTYPE(_pointer, _pointer_to(_ErrorArguments))
+_Api = _struct(**_HEAD, version=_Version, internal=_pointer, create_error=_CreateError)  # and more functions
+_CallFrame = _struct(
+    **_HEAD,
+    api=_pointer_to(_Api),
+    context=_pointer,
+    stage=_integer,
+    inputs=_Buffers,
+    results=_Buffers,
+    attributes=_Texts,  # one, as `jax.ffi.ffi_call` was given one
+)
 
-class _Metadata(ctypes.Structure):
-    _fields_ = (("struct_size", ctypes.c_size_t), ("version", _Version), ("traits", ctypes.c_uint32))
-
-
-class _MetadataExtension(ctypes.Structure):
-    _fields_ = (("base", _Extension), ("metadata", ctypes.POINTER(_Metadata)))
-
-
-class _Buffer(_Struct):
-    _fields_ = (
-        ("dtype", ctypes.c_int),
-        ("data", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-        ("dims", ctypes.POINTER(ctypes.c_int64)),
-    )
-
-
-class _Buffers(_Struct):
-    """XLA_FFI_Args and XLA_FFI_Rets."""
-
-    _fields_ = (
-        ("size", ctypes.c_int64),
-        ("types", ctypes.c_void_p),
-        ("items", ctypes.POINTER(ctypes.POINTER(_Buffer))),
-    )
-
-
-class _Span(ctypes.Structure):
-    _fields_ = (("begin", ctypes.c_void_p), ("size", ctypes.c_size_t))
-
-
-class _Attributes(_Struct):
-    """Ours has one, a text."""
-
-    _fields_ = (
-        ("size", ctypes.c_int64),
-        ("types", ctypes.c_void_p),
-        ("names", ctypes.c_void_p),
-        ("items", ctypes.POINTER(ctypes.POINTER(_Span))),
-    )
-
-
-class _ErrorArguments(_Struct):
-    _fields_ = (("message", ctypes.c_char_p), ("code", ctypes.c_int))
-
-
-class _Api(_Struct):
-    """Its first function only."""
-
-    _fields_ = (
-        ("version", _Version),
-        ("internal", ctypes.c_void_p),
-        ("create_error", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_ErrorArguments))),
-    )
-
-
-class _CallFrame(_Struct):
-    _fields_ = (
-        ("api", ctypes.POINTER(_Api)),
-        ("context", ctypes.c_void_p),
-        ("stage", ctypes.c_int),
-        ("inputs", _Buffers),
-        ("results", _Buffers),
-        ("attributes", _Attributes),
-    )
-
-
-_Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_CallFrame))
+_Handler = ctypes.CFUNCTYPE(_pointer, _pointer_to(_CallFrame))
 
 
 def handler(compute: Compute) -> Any:
@@ -124,7 +75,8 @@ def handler(compute: Compute) -> Any:
     def handle(pointer: Any) -> int | None:
         frame = pointer.contents
         if frame.extension:
-            return _describe(frame.extension)
+            _describe(_Extension.from_address(frame.extension))
+            return None
         try:
             with _counted():
                 span = frame.attributes.items[0].contents
@@ -172,24 +124,21 @@ def _wait_for_programs() -> None:
         _ended.wait_for(lambda: not _running)
 
 
-def _describe(address: int) -> None:
+def _describe(extension: Any) -> None:
     """Answers XLA's question, when it registers a handler, for which version it was written."""
-    extension = _MetadataExtension.from_address(address)
-    if extension.base.type == METADATA:
-        version = extension.metadata.contents.version
-        version.major, version.minor = VERSION
-        extension.metadata.contents.traits = 0
+    if extension.type == METADATA:
+        metadata = extension.metadata.contents
+        metadata.version.major, metadata.version.minor = VERSION
+        metadata.traits = 0
 
 
-def _arrays(buffers: _Buffers, writeable: bool) -> list[Any]:
+def _arrays(buffers: Any, writeable: bool) -> list[Any]:
     """The buffers' memory itself."""
     found = []
     for k in range(buffers.size):
         buffer = buffers.items[k].contents
         dtype, shape = DTYPES[buffer.dtype], tuple(buffer.dims[: buffer.rank])
-        nbytes = dtype.itemsize
-        for size in shape:
-            nbytes *= size
+        nbytes = math.prod(shape) * dtype.itemsize
         memory = (ctypes.c_char * nbytes).from_address(buffer.data) if nbytes else bytearray()
         array: Any = np.ndarray(shape, dtype, memory)
         array.flags.writeable = writeable
@@ -197,7 +146,7 @@ def _arrays(buffers: _Buffers, writeable: bool) -> list[Any]:
     return found
 
 
-def _error(frame: _CallFrame, error: BaseException) -> int:
+def _error(frame: Any, error: BaseException) -> int:
     code = INVALID_ARGUMENT if isinstance(error, TypeError | ValueError) else INTERNAL
     if isinstance(error, NotImplementedError):
         code = UNIMPLEMENTED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -75,6 +76,14 @@ def test_the_bridge_is_the_table():
         assert (function.__name__, function.__module__) == (name, "pydeform.jax")
         assert getattr(pydeform.jax, name) is function
     assert not hasattr(pydeform.jax, "sampling_locations")
+
+
+def test_the_page_runs():
+    page = (ROOT / "docs" / "bridges" / "jax.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
 
 
 # Values and gradients -------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def _function(name: str) -> Callable[..., Any]:
 def _array(op: str, name: str, array: Any) -> Any:
     if not isinstance(array, jax.Array | np.ndarray):
         raise TypeError(f"{op}: {name} must be a JAX or NumPy array, got {type(array).__name__}")
-    return jax.numpy.asarray(array)
+    return array if isinstance(array, jax.Array) else jax.numpy.asarray(array)
 
 
 def _static(op: str, name: str, value: Any) -> Any:
@@ -105,7 +105,8 @@ def _call_on_zeros(operator: Operator, arrays: Arrays, options: Options, empty: 
 def _varying(arrays: Iterable[Any], axes: frozenset[Any]) -> list[Any]:
     """Inside of shard_map: arrays, marked as if they differed from device to device along these axes of the mesh. The
     transpose of that adds the devices' gradients up."""
-    return [jax.lax.pcast(a, tuple(axes - own), to="varying") if axes != (own := _axes_of([a])) else a for a in arrays]
+    mark = functools.partial(jax.lax.pcast, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary
+    return [mark(a, tuple(axes - own)) if axes != (own := _axes_of([a])) else a for a in arrays]
 
 
 def _axes_of(arrays: Iterable[Any]) -> frozenset[Any]:
@@ -151,7 +152,7 @@ def _differentiable(text: str) -> Any:
         return _through_xla(call, arrays, [(shape, arrays[0].dtype)])[0]
 
     def save(*primals: Any) -> Any:
-        arrays = tuple(primal.value for primal in primals)
+        arrays = tuple(jax.numpy.asarray(primal.value) for primal in primals)  # older JAX has NumPy's here
         asked = {name for name, primal in zip(call.arrays, primals, strict=True) if primal.perturbed}
         return output_of(*arrays), (arrays, dict.fromkeys(asked - operator.fixed))  # names only: no leaves for JAX
 
@@ -161,7 +162,7 @@ def _differentiable(text: str) -> Any:
         if not needs or isinstance(grad_output, jax.custom_derivatives.SymbolicZero):
             return (None,) * len(arrays)
         backward = _backward(call._replace(arrays=("grad_output", *call.arrays), needs=needs).text())
-        grads = backward(jax.numpy.asarray(grad_output), *arrays)
+        grads = backward(*map(jax.numpy.asarray, (grad_output, *arrays)))
         return tuple(grads.get(name) for name in call.arrays)
 
     output_of = _not_differentiable(call.name, forward)

@@ -23,6 +23,7 @@ Compute = Callable[[str, list[Any], list[Any]], None]  # text, inputs (read-only
 VERSION = (0, 1)
 METADATA = 1  # XLA_FFI_Extension_Metadata
 INVALID_ARGUMENT, UNIMPLEMENTED, INTERNAL = 3, 12, 13  # XLA_FFI_Error_Code
+READ, WRITE = 0x100, 0x200  # PyBUF_READ, PyBUF_WRITE
 DTYPES = {
     10: np.dtype(np.float16),
     11: np.dtype(np.float32),
@@ -63,6 +64,8 @@ _CallFrame = _struct(
     attributes=_Texts,  # one, as `jax.ffi.ffi_call` was given one
 )
 
+_memory = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory.restype, _memory.argtypes = ctypes.py_object, (_pointer, ctypes.c_ssize_t, _integer)
 _Handler = ctypes.CFUNCTYPE(_pointer, _pointer_to(_CallFrame))
 
 
@@ -81,7 +84,7 @@ def handler(compute: Compute) -> Any:
             with _counted():
                 span = frame.attributes.items[0].contents
                 text = ctypes.string_at(span.begin, span.size).decode()
-                compute(text, _arrays(frame.inputs, writeable=False), _arrays(frame.results, writeable=True))
+                compute(text, _arrays(frame.inputs, READ), _arrays(frame.results, WRITE))
         except BaseException as error:  # whatever it is: no exception can pass through XLA
             return _error(frame, error)
         return None
@@ -132,17 +135,15 @@ def _describe(extension: Any) -> None:
         metadata.traits = 0
 
 
-def _arrays(buffers: Any, writeable: bool) -> list[Any]:
+def _arrays(buffers: Any, access: int) -> list[Any]:
     """The buffers' memory itself."""
-    found = []
+    found: list[Any] = []
     for k in range(buffers.size):
         buffer = buffers.items[k].contents
         dtype, shape = DTYPES[buffer.dtype], tuple(buffer.dims[: buffer.rank])
         nbytes = math.prod(shape) * dtype.itemsize
-        memory = (ctypes.c_char * nbytes).from_address(buffer.data) if nbytes else bytearray()
-        array: Any = np.ndarray(shape, dtype, memory)
-        array.flags.writeable = writeable
-        found.append(array)
+        memory = _memory(buffer.data, nbytes, access) if nbytes else bytearray()
+        found.append(np.ndarray(shape, dtype, memory))
     return found
 
 

@@ -304,7 +304,7 @@ def test_several_python_threads():
 # one has compiled, and ends while one still runs.
 PROGRAM = """
 import sys
-import jax, numpy as np, pydeform.jax
+import jax, jax.export, numpy as np, pydeform.jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 shard_map = jax.shard_map if hasattr(jax, "shard_map") else jax.experimental.shard_map.shard_map
 exported, expected = np.load(sys.argv[1]).values()
@@ -335,9 +335,11 @@ jax.jit(pydeform.jax.conv2d)(np.ones((8, 32, 128, 128), "f"), np.ones((32, 32, 3
 
 
 def test_several_devices_and_other_processes(tmp_path):
-    target = jax.export.DisabledSafetyCheck.custom_call("pydeform.conv2d")
+    from jax import export
+
+    target = export.DisabledSafetyCheck.custom_call("pydeform.conv2d")
     small, kernel = SMALL["input"], SMALL["weight"]
-    exported = jax.export.export(jax.jit(pydeform.jax.conv2d), disabled_checks=[target])(small, kernel).serialize()
+    exported = export.export(jax.jit(pydeform.jax.conv2d), disabled_checks=[target])(small, kernel).serialize()
     expected = pydeform.conv2d(small, kernel)
     np.savez(tmp_path / "program.npz", np.frombuffer(exported, np.uint8), expected)
     program = PROGRAM.replace("SMALL", "np.ones((2, 2, 5, 6), 'f')").replace("KERNEL", "np.ones((3, 2, 3, 3), 'f')")

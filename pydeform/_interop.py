@@ -165,7 +165,7 @@ def _take_jax(must_be: str, array: Any) -> Taken:
     if isinstance(array, jax.core.Tracer):
         raise TypeError(
             f"{must_be} a concrete array, got a JAX tracer: "
-            "call the operator outside of jit, grad and vmap, or through jax.pure_callback"
+            "call the operator of this name in pydeform.jax, or this one outside of jit, grad and vmap"
         )
     devices = array.devices()
     if len(devices) > 1:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 import pydeform
 from pydeform import _checks
@@ -45,6 +47,32 @@ class Operator(NamedTuple):
     def result_shape(self, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> Shape:
         """Of anything with a shape; nothing is checked."""
         return self.shape({name: array.shape for name, array in arrays.items() if array is not None}, options)
+
+    def for_batch(self, options: Mapping[str, Any], batch: int) -> dict[str, Any]:
+        """Options of a part of a call: where they say the number of images once more, that of the part."""
+        size = options.get("size")
+        return {**options, "size": (batch, *size[1:])} if isinstance(size, Sequence) and size else dict(options)
+
+    def without_batch(
+        self, op: str, arrays: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The call for no image or box at all, of anything with a shape and a dtype, `grad_output` too: it computes
+        nothing, has the dtypes and other sizes that the whole call has, and the errors, but for those of values."""
+        first, batch = "", 0
+        if "size" in options and isinstance(options["size"], Sequence) and options["size"]:
+            first, batch = "size", options["size"][0]
+        for key, array in arrays.items():
+            if array is None or key in self.shared or not array.shape:
+                continue
+            if first and array.shape[0] != batch:
+                raise ValueError(
+                    f"{op}: {key} must have as many along its first axis as {first}, {batch}, got {array.shape}"
+                )
+            first, batch = key, array.shape[0]
+        return {
+            key: None if array is None else np.zeros(array.shape if key in SHARED else (0, *array.shape[1:]), array.dtype)
+            for key, array in arrays.items()
+        }, self.for_batch(options, 0)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ def test_all_convolutions_and_warp_are_tiled():
 @pytest.mark.parametrize("name", NAMES)
 def test_tiles_equal_the_whole(name):
     """Problems are exact in float64 up to sums: no rounding of coordinates."""
-    for problem, tile_size in itertools.product([_selfcheck.problem(name)], (2, 5)):
+    for problem, tile_size in itertools.product(_selfcheck.problems(name), (2, 5)):
         given = {**problem.arrays, **problem.options}
         more = {**moved(name), "tile_size": tile_size}
         whole = getattr(pydeform, name)(**given)

@@ -1,13 +1,14 @@
 """Operators on dask arrays: every function of `pydeform` that has a backward, and its backward, under its own name.
 
-Arrays are dask's or, for what every task needs, NumPy's; results are dask's, and nothing is computed until they are. Work
-is divided along the axes that results are apart on: images or boxes, and queries of attention. An array that all parts of
-a result need has a gradient that is a sum over parts, in wide dtype, of a tree whose form follows from the chunks alone:
-for given chunks it has the same bits whatever computes it, in whatever order.
+Arrays are dask's or NumPy's, results are dask's, and nothing is computed until they are. Work is divided along the axes
+that results are apart on: images or boxes, and queries of attention; other axes become one chunk. The gradient of an
+array that several parts of a result need is a sum over these parts, each rounded to its dtype, in float32 at least, by
+a tree whose form follows from the chunks alone: for given chunks it has the same bits, whatever computes it and in
+whatever order.
 
-Convolutions and `warp` also divide images. Where samples are moved, `max_offset` says by how many pixels at most, along any
-axis; tasks read so many around what they compute, and one that meets a longer finite offset raises a ValueError that names
-the block. The rest is as in `pydeform.tiling`.
+Convolutions and `warp` also divide images. Where samples are moved, `max_offset` says by how many pixels of the input
+at most, along any axis. Tasks read that much around what they compute, and one that meets a longer finite offset raises
+a ValueError that names its block. The rest is as in `pydeform.tiling`.
 
 >>> import dask.array as da
 >>> import numpy as np
@@ -44,7 +45,7 @@ WITH_QUERIES = ("ms_deform_attn", "ms_deform_attn_fused", "deform_aggregation")
 
 
 def _apart(operator: Operator, key: str) -> Labels:
-    """First axes of an array, along which it is divided as the results are: "batch", which may be boxes, and "query"."""
+    """First axes of an array, that divide it as they divide results: "batch", which may be boxes, and "query"."""
     if key in operator.shared:
         return ()
     return ("batch", "query") if operator.name in WITH_QUERIES and key != operator.arrays[0] else ("batch",)
@@ -69,21 +70,22 @@ class _Call:
         self.empty = (operator.backward if is_backward else operator.forward)(**nothing, **options)
         self.of_forward = {key: self.arrays[key] for key in operator.arrays}
         self.out = tuple(operator.result_shape(self.of_forward, {key: given[key] for key in operator.options}))
-        self.tiles = self._tiles() if operator.name in tiling.TILED else np.array(None, object)
+        self.tiles = self._tiles() if operator.name in tiling.TILED else np.full((1,), None)
 
     def _tiles(self) -> Any:
         """An array of `Tile`, or of None where an image is one."""
         axes = len(self.out) - 2
         whole = np.full((1,) * axes, None)
         of_images = {key: a for key, a in self.arrays.items() if a is not None and key not in self.operator.shared}
-        if all(len(sizes) == 1 for array in of_images.values() for sizes in array.chunks[2:]):
-            return whole
-        if self.max_offset is None and tiling.moved_by(self.operator):
-            key, array = next((k, a) for k, a in of_images.items() if any(len(sizes) > 1 for sizes in a.chunks[2:]))
-            raise ValueError(
-                f"{self.op}: {key} must have one chunk along the axes of an image where max_offset is not stated, "
-                f"got chunks {array.chunks[2:]}"
-            )
+        divided = [key for key, a in of_images.items() if math.prod(a.numblocks[2:]) != 1]
+        if self.max_offset is None:
+            if divided and tiling.moved_by(self.operator):
+                raise ValueError(
+                    f"{self.op}: {divided[0]} must have one chunk along the axes of an image where max_offset is not "
+                    f"stated, got chunks {self.arrays[divided[0]].chunks[2:]}"
+                )
+            if not divided:
+                return whole
         options = {key: self.options[key] for key in self.operator.options}
         plan = tiling.plan(self.operator, self.op, self.of_forward, options, self.max_offset)
         edges = [_slices(sizes) for sizes in self._chunks_of_images(of_images, plan)]
@@ -93,10 +95,11 @@ class _Call:
         return tiles
 
     def _chunks_of_images(self, arrays: dict[str, Any], plan: tiling.Plan) -> Sequence[tuple[int, ...]]:
-        """Of the result: those of an array that has its size, or else where the input's come out."""
-        for key, array in arrays.items():
-            if key != "input":
-                return tuple(array.chunks[2:])
+        """Of the result: those of the array of its size that has most, or else where the input's come out."""
+        of_result = [array for key, array in arrays.items() if key != "input"]
+        most = max(of_result, key=lambda array: math.prod(array.numblocks[2:]), default=arrays["input"])
+        if most is not arrays["input"] and math.prod(most.numblocks[2:]) > 1:
+            return tuple(most.chunks[2:])
         chunks = []
         for sizes, out, stride in zip(arrays["input"].chunks[2:], plan.out, plan.stride, strict=True):
             edges = sorted({min(-(-edge // stride), out) for edge in (0, *itertools.accumulate(sizes[:-1]))} | {out})
@@ -118,7 +121,7 @@ class _Call:
     def _part(self, key: str, array: Any, tile: Tile | None) -> Any:
         """What a tile needs, in one chunk along axes that are not divided."""
         if tile is not None and key not in self.operator.shared:
-            array = array[(slice(None), slice(None), *(tile.input if key == "input" else tile.output))]
+            array = array[tiling.index(tile.input if key == "input" else tile.output)]
         return array.rechunk(dict.fromkeys(range(len(_apart(self.operator, key)), array.ndim), -1))
 
 
@@ -128,7 +131,9 @@ def _as_dask(op: str, key: str, array: Any) -> Any:
     if isinstance(array, np.ndarray):
         return da.from_array(array, chunks=-1)
     if not isinstance(array, da.Array):
-        raise TypeError(f"{op}: {key} must be a dask or NumPy array, got {type(array).__module__}.{type(array).__name__}")
+        raise TypeError(
+            f"{op}: {key} must be a dask or NumPy array, got {type(array).__module__}.{type(array).__name__}"
+        )
     if any(math.isnan(size) for size in array.shape):
         raise ValueError(f"{op}: {key} must have a known shape, got {array.shape}: call its compute_chunk_sizes()")
     return array
@@ -154,18 +159,20 @@ def _compute(
     arrays = dict.fromkeys(operator.arrays) | {key: _only(block) for key, block in zip(keys, blocks, strict=True)}
     is_backward = "grad_output" in arrays
     if tile is None:
-        batch = next(array.shape[0] for key, array in arrays.items() if array is not None and key not in operator.shared)
+        batch = next(
+            array.shape[0] for key, array in arrays.items() if array is not None and key not in operator.shared
+        )
         options = operator.for_batch(options, batch)
         result = (operator.backward if is_backward else operator.forward)(**arrays, **options)
         return result._asdict() if is_backward else result
-    tiling.check_offset(op, operator, arrays, max_offset, tiling.place(tile.output))
+    tiling.check_offset(op, operator, arrays, max_offset, tile)
     return (tiling.backward_of_tile if is_backward else tiling.forward_of_tile)(operator, arrays, options, tile)
 
 
 def _pick(key: str | None, new_axes: int, block: Any) -> Any:
     """One of the arrays that a task gave."""
     array = block if key is None else block[key]
-    return array[(None,) * new_axes] if new_axes == 0 else array[(None,) * new_axes].astype(wide_dtype(array.dtype))
+    return array if new_axes == 0 else array[(None,) * new_axes].astype(wide_dtype(array.dtype))
 
 
 def _picked(call: _Call, computed: Any, key: str | None, shape: Sequence[int], dtype: Any) -> Any:
@@ -244,9 +251,13 @@ def _overlaid(call: _Call, array: Any, parts: list[tuple[Tile, Any]], dtype: Any
         for tile, part in parts:
             common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(tile.input, box, strict=True)]
             if all(both.start < both.stop for both in common):
-                inside = (slice(both.start - a.start, both.stop - a.start) for both, a in zip(common, tile.input, strict=True))
-                pieces.append(part[(slice(None), slice(None), *inside)])
-                places.append(tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box, strict=True)))
+                inside = (
+                    slice(both.start - a.start, both.stop - a.start) for both, a in zip(common, tile.input, strict=True)
+                )
+                pieces.append(part[tiling.index(tuple(inside))])
+                places.append(
+                    tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box, strict=True))
+                )
         shape = (array.shape[1], *sizes)
         if not pieces:  # no tap reaches it
             chunks[index] = da.zeros((array.shape[0], *shape), chunks=(batch, *((n,) for n in shape)), dtype=dtype)
@@ -268,29 +279,15 @@ def _overlay(shape: tuple[int, ...], places: Sequence[tuple[slice, ...]], dtype:
     pieces = list(map(_only, blocks))
     total = np.zeros_like(pieces[0], wide_dtype(dtype), shape=(pieces[0].shape[0], *shape))
     for piece, place in zip(pieces, places, strict=True):
-        total[(slice(None), slice(None), *place)] += piece
+        total[tiling.index(place)] += piece
     return total.astype(dtype)
 
 
-def _lazy(operator: Operator, function: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
-    op = function.__name__
-    moved = operator.name in tiling.TILED and tiling.moved_by(operator)
-    signature = tiling.keywords(function, **({"max_offset": None} if moved else {}))
-
-    def call(*arguments: Any, **given: Any) -> Any:
-        bound = signature.bind(*arguments, **given)
-        bound.apply_defaults()
-        return compute(operator, op, bound.arguments)
-
-    call.__name__ = call.__qualname__ = op
-    call.__signature__ = signature  # type: ignore[attr-defined]
-    call.__doc__ = f"`pydeform.{op}` of dask arrays: see `pydeform.dask`."
-    return call
-
-
+_DOC = "`pydeform.{}` of dask arrays: see `pydeform.dask`."
 for _operator in operators().values():
-    globals()[_operator.name] = _lazy(_operator, _operator.forward, _forward)
-    globals()[f"{_operator.name}_backward"] = _lazy(_operator, _operator.backward, _backward)
+    _more = {"max_offset": None} if _operator.name in tiling.TILED and tiling.moved_by(_operator) else {}
+    globals()[_operator.name] = tiling.adapted(_operator, False, _forward, _DOC, **_more)
+    globals()[f"{_operator.name}_backward"] = tiling.adapted(_operator, True, _backward, _DOC, **_more)
 
 __all__ = [name for key in operators() for name in (key, f"{key}_backward")]
 

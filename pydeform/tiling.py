@@ -1,14 +1,16 @@
 """Convolutions and `warp` of images that fit no memory: tile by tile, each with the pixels around it that it reads.
 
-Every function here is the operator of that name with the same arguments and, by keyword, `tile_size`: how many pixels of
-the result a tile has along each axis, one int or one per axis. Where pixels move, `max_offset` is how far at most, in
-pixels of the input, along any axis; a tile that has a longer finite offset is a ValueError that names it. Arrays are
-anything with `shape` and `dtype` that slices give NumPy arrays of: NumPy's, `numpy.memmap`, of Zarr, or an object that
-computes what it is asked for. A tile reads the slices that it needs, `weight`, `bias` and `positions` are read once.
-`out` is what to write to, slice by slice: an array of the result's shape and dtype, or for a backward a mapping from names
-to such arrays, which need not have all; what is not there is a new NumPy array.
+Every function here is the operator of that name with the same arguments and more, by keyword. `tile_size`: how many
+pixels of the result a tile has along each axis, one int or one per axis. `max_offset`, where samples are moved: by how
+many pixels of the input at most, along any axis; a tile with a longer finite offset raises a ValueError that names it.
 
-Results are those of the operator up to rounding: coordinates within a tile are smaller numbers, so they are rounded less.
+Arrays are anything with `shape` and `dtype` that slices give NumPy arrays of: NumPy's, `numpy.memmap`, of Zarr, or an
+object that computes what it is asked for. A tile reads the slices that it needs, and `weight`, `bias` and `positions`
+are read once. `out` is what to write to, slice by slice: an array of the result's shape and dtype, or for a backward a
+mapping from names to such arrays, which need not have all. What is not there is a new NumPy array.
+
+Results are those of the operator up to rounding. Coordinates within a tile are smaller numbers and rounded less; what
+tiles add to a gradient is rounded to its dtype and then added, for `input` in that dtype, else in float32 at least.
 
 >>> import numpy as np
 >>> import pydeform
@@ -17,7 +19,7 @@ Results are those of the operator up to rounding: coordinates within a tile are 
 >>> image, weight = rng.standard_normal((1, 2, 40, 50)), rng.standard_normal((3, 2, 3, 3))
 >>> offset = rng.uniform(-4, 4, (1, 18, 40, 50))
 >>> tiled = tiling.deform_conv2d(image, offset, weight, padding=1, tile_size=16, max_offset=4)
->>> np.abs(tiled - pydeform.deform_conv2d(image, offset, weight, padding=1)).max() < 1e-12
+>>> np.allclose(tiled, pydeform.deform_conv2d(image, offset, weight, padding=1), rtol=0, atol=1e-12)
 True
 """
 
@@ -59,6 +61,7 @@ class Plan(NamedTuple):
     before: tuple[int, ...]  # padding
     below: int  # pixels that a sample may read before its place, and after it
     above: int
+    even: bool  # of two equally near pixels the even one is read, so that a part begins with an even one
 
     def tile(self, output: tuple[slice, ...]) -> Tile:
         parts = [self._along(axis, part.start, part.stop) for axis, part in enumerate(output)]
@@ -79,6 +82,7 @@ class Plan(NamedTuple):
         first = start * stride - self.before[axis]
         last = (stop - 1) * stride - self.before[axis] + self.dilation[axis] * (self.kernel[axis] - 1)
         low = min(max(first - self.below, 0), size - 1)
+        low -= low % 2 * self.even
         high = min(max(last + self.above + 1, low + 1), size)
         extra = _steps(first - low, stride), _steps(high - 1 - last, stride)
         padding = low - first + extra[0] * stride, last + 1 - high + extra[1] * stride
@@ -87,6 +91,11 @@ class Plan(NamedTuple):
 
 def _steps(pixels: int, stride: int) -> int:
     return max(-(-pixels // stride), 0)
+
+
+def index(places: Sequence[slice], images: slice = slice(None)) -> tuple[slice, ...]:
+    """Of a part of an array (N, C, *image)."""
+    return (images, slice(None), *places)
 
 
 def moved_by(operator: Operator) -> str | None:
@@ -107,10 +116,11 @@ def plan(operator: Operator, op: str, arrays: Mapping[str, Any], options: Mappin
         far = _checks.number(op, "max_offset", max_offset)
         if far < 0:
             raise ValueError(f"{op}: max_offset must be a number >= 0, got {max_offset}")
-        more = options.get("mode") == "bicubic"  # which reads one pixel further than those around a place
-        below = math.ceil(far) + more
+        # `warp` may read one pixel further than those around a place, and at a border, where it stops, has other slopes.
+        below = math.ceil(far) + ("displacement" in arrays)
         above = below + 1
-    return Plan(size, out, kernel, stride, dilation, tuple(pair[0] for pair in before), below, above)
+    even = options.get("mode") == "nearest"
+    return Plan(size, out, kernel, stride, dilation, tuple(pair[0] for pair in before), below, above, even)
 
 
 def forward_of_tile(operator: Operator, arrays: dict[str, Any], options: dict[str, Any], tile: Tile) -> Any:
@@ -118,9 +128,7 @@ def forward_of_tile(operator: Operator, arrays: dict[str, Any], options: dict[st
     return _inner(tile, operator.forward(**_surrounded(operator, tile, arrays), **_of_tile(options, tile)))
 
 
-def backward_of_tile(
-    operator: Operator, arrays: dict[str, Any], options: dict[str, Any], tile: Tile
-) -> dict[str, Any]:
+def backward_of_tile(operator: Operator, arrays: dict[str, Any], options: dict[str, Any], tile: Tile) -> dict[str, Any]:
     """What the tile adds to the gradients of its parts of the arrays. `arrays`: with `grad_output`; `options`: also
     those of the backward alone."""
     grads = operator.backward(**_surrounded(operator, tile, arrays), **_of_tile(options, tile))._asdict()
@@ -158,23 +166,23 @@ def _inner(tile: Tile, array: Any) -> Any:
         return array
     sizes = [part.stop - part.start for part in tile.output]
     inner = [slice(before, before + n) for (before, _), n in zip(tile.extra, sizes, strict=True)]
-    return array[(..., *inner)].copy()
+    return array[index(inner)].copy()
 
 
-def check_offset(op: str, operator: Operator, arrays: Mapping[str, Any], max_offset: float, where: str) -> None:
+def check_offset(op: str, operator: Operator, arrays: Mapping[str, Any], max_offset: float, tile: Tile) -> None:
     """No finite one is longer than was stated. Others read nothing: they are outside, or not a number."""
     key = moved_by(operator)
     if key is None:
         return
-    longest = abs(arrays[key]).astype(np.float64)
-    longest = float(np.max(longest, where=np.isfinite(longest), initial=0))
+    offset = arrays[key]
+    limits = {"where": np.isfinite(offset), "initial": 0}
+    longest = max(float(offset.max(**limits)), -float(offset.min(**limits)))
     if longest > max_offset:
-        raise ValueError(f"{op}: {key} must be at most max_offset = {max_offset} pixels, got {longest:.6g} in {where}")
-
-
-def place(output: Sequence[slice]) -> str:
-    """How errors call a part of the result."""
-    return "the result's block [" + ", ".join(f"{part.start}:{part.stop}" for part in output) + "]"
+        block = ", ".join(f"{part.start}:{part.stop}" for part in tile.output)
+        raise ValueError(
+            f"{op}: {key} must be at most max_offset = {max_offset} pixels, got {longest:.6g} in the block [{block}] "
+            "of the result"
+        )
 
 
 class _Parts(NamedTuple):
@@ -190,16 +198,17 @@ class _Parts(NamedTuple):
 
     def __iter__(self) -> Iterator[tuple[slice, Tile, dict[str, Any]]]:
         """Image, tile and its arrays, which have one image."""
-        shared = {key: _read(a, (...,)) for key, a in self.arrays.items() if a is not None and key in self.operator.shared}
+        shared = {
+            key: _read(a, (...,)) for key, a in self.arrays.items() if a is not None and key in self.operator.shared
+        }
         for image in range(self.arrays["input"].shape[0]):
             one = slice(image, image + 1)
             for tile in self.plan.tiles(self.sizes):
                 parts = dict.fromkeys(self.arrays) | shared
                 for key, array in self.arrays.items():
                     if array is not None and key not in shared:
-                        parts[key] = _read(array, (one, slice(None), *(tile.input if key == "input" else tile.output)))
-                where = place((one, *tile.output))
-                check_offset(self.op, self.operator, parts, self.max_offset, where)
+                        parts[key] = _read(array, index(tile.input if key == "input" else tile.output, one))
+                check_offset(self.op, self.operator, parts, self.max_offset, tile)
                 yield one, tile, parts
 
 
@@ -227,7 +236,7 @@ def _forward(operator: Operator, op: str, given: dict[str, Any]) -> Any:
     parts, empty = _parts(operator, op, given)
     out = _target(op, "out", out, (parts.arrays["input"].shape[0], *empty.shape[1:]), empty.dtype)
     for one, tile, arrays in parts:
-        out[(one, slice(None), *tile.output)] = forward_of_tile(operator, arrays, parts.options, tile)
+        out[index(tile.output, one)] = forward_of_tile(operator, arrays, parts.options, tile)
     return out
 
 
@@ -251,10 +260,10 @@ def _backward(operator: Operator, op: str, given: dict[str, Any]) -> Any:
             if key in sums:
                 sums[key] += grad
             elif key == "input":
-                place_of = (one, slice(None), *tile.input)
-                targets[key][place_of] = targets[key][place_of] + grad
+                place = index(tile.input, one)
+                targets[key][place] = targets[key][place] + grad
             else:
-                targets[key][(one, slice(None), *tile.output)] = grad
+                targets[key][index(tile.output, one)] = grad
     for key, total in sums.items():
         targets[key][...] = total.astype(targets[key].dtype)
     return operator.grads(**targets)
@@ -270,17 +279,15 @@ def _target(op: str, name: str, out: Any, shape: tuple[int, ...], dtype: Any) ->
     return out
 
 
-def keywords(function: Callable[..., Any], **more: Any) -> inspect.Signature:
-    """Its signature with more arguments by keyword, and their defaults."""
-    signature = inspect.signature(function)
-    extra = [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=value) for key, value in more.items()]
-    return signature.replace(parameters=[*signature.parameters.values(), *extra])
-
-
-def _tiled(operator: Operator, function: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
-    op = function.__name__
-    moved = {"max_offset": inspect.Parameter.empty} if moved_by(operator) else {}
-    signature = keywords(function, tile_size=inspect.Parameter.empty, **moved, out=None)
+def adapted(
+    operator: Operator, backward: bool, compute: Callable[..., Any], doc: str, **more: Any
+) -> Callable[..., Any]:
+    """A function with the signature of an operator or its backward, and `more` arguments by keyword with defaults. It
+    calls `compute` with the operator, the function's name and all arguments."""
+    function = operator.backward if backward else operator.forward
+    op, signature = function.__name__, inspect.signature(function)
+    extra = [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default) for key, default in more.items()]
+    signature = signature.replace(parameters=[*signature.parameters.values(), *extra])
 
     def call(*arguments: Any, **given: Any) -> Any:
         bound = signature.bind(*arguments, **given)
@@ -289,13 +296,15 @@ def _tiled(operator: Operator, function: Callable[..., Any], compute: Callable[.
 
     call.__name__ = call.__qualname__ = op
     call.__signature__ = signature  # type: ignore[attr-defined]
-    call.__doc__ = f"`pydeform.{op}`, tile by tile: see `pydeform.tiling`."
+    call.__doc__ = doc.format(op)
     return call
 
 
+_DOC = "`pydeform.{}`, tile by tile: see `pydeform.tiling`."
 for _operator in TILED.values():
-    globals()[_operator.name] = _tiled(_operator, _operator.forward, _forward)
-    globals()[f"{_operator.name}_backward"] = _tiled(_operator, _operator.backward, _backward)
+    _more = dict.fromkeys(("tile_size", *(["max_offset"] if moved_by(_operator) else [])), inspect.Parameter.empty)
+    globals()[_operator.name] = adapted(_operator, False, _forward, _DOC, **_more, out=None)
+    globals()[f"{_operator.name}_backward"] = adapted(_operator, True, _backward, _DOC, **_more, out=None)
 
 __all__ = [name for key in TILED for name in (key, f"{key}_backward")]
 

@@ -141,7 +141,7 @@ def _as_dask(op: str, key: str, array: Any) -> Any:
 
 def _slices(sizes: Iterable[int]) -> list[slice]:
     edges = [0, *itertools.accumulate(sizes)]
-    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]  # a filter may have left a chunk empty
 
 
 def _only(block: Any) -> Any:

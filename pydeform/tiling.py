@@ -116,7 +116,7 @@ def plan(operator: Operator, op: str, arrays: Mapping[str, Any], options: Mappin
         far = _checks.number(op, "max_offset", max_offset)
         if far < 0:
             raise ValueError(f"{op}: max_offset must be a number >= 0, got {max_offset}")
-        # `warp` may read one pixel further than those around a place, and at a border, where it stops, has other slopes.
+        # `warp` may read one pixel further than those around a place, and where it stops at a border has other slopes.
         below = math.ceil(far) + ("displacement" in arrays)
         above = below + 1
     even = options.get("mode") == "nearest"

@@ -102,7 +102,7 @@ class _Call:
             return tuple(most.chunks[2:])
         chunks = []
         for sizes, out, stride in zip(arrays["input"].chunks[2:], plan.out, plan.stride, strict=True):
-            edges = sorted({min(-(-edge // stride), out) for edge in (0, *itertools.accumulate(sizes[:-1]))} | {out})
+            edges = sorted({min(edge // stride, out) for edge in (0, *itertools.accumulate(sizes[:-1]))} | {out})
             chunks.append(tuple(b - a for a, b in itertools.pairwise(edges)))
         return chunks
 

@@ -83,7 +83,7 @@ class Plan(NamedTuple):
         last = (stop - 1) * stride - self.before[axis] + self.dilation[axis] * (self.kernel[axis] - 1)
         low = min(max(first - self.below, 0), size - 1)
         low -= low % 2 * self.even
-        high = min(max(last + self.above + 1, low + 1), size)
+        high = min(max(last + self.above + 1, 1), size)
         extra = _steps(first - low, stride), _steps(high - 1 - last, stride)
         padding = low - first + extra[0] * stride, last + 1 - high + extra[1] * stride
         return slice(low, high), padding, extra

@@ -1,5 +1,6 @@
 # make demo    watch a deformable network learn on real data
-# make test    lint, types, tests, half a minute of fuzzing
+# make test    lint, types, half a minute of fuzzing, tests: of those with many parameters a sample, another at every commit
+# make test-all  all tests, and no fuzzing
 # make bench   time every operator against the peers that are installed
 # make fuzz    MINUTES=10: random problems of every operator against the float64 oracles, fresh seeds
 # make mutants SAMPLE=10: plant that many small faults in each part of the source and see whether the tests notice; long
@@ -15,7 +16,10 @@ SAMPLE ?= 10
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test bench fuzz mutants gpu clean
+# What a commit's sample of tests and random problems are drawn from: the same for all who test it.
+COMMIT := $(or $(shell git rev-parse --short=12 HEAD 2>/dev/null),0)
+
+.PHONY: demo test test-all bench fuzz mutants gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -26,8 +30,11 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror pydeform/cuda/*/*.cu pydeform/cuda/*/*.cuh benchmarks/*.cu
 	$(BIN)/mypy
+	PYDEFORM_TEST_DRAW=$(COMMIT) $(BIN)/python -m pytest --numprocesses=auto
+	$(BIN)/python -m tests.fuzz --minutes 0.5 --first $$((0x$(COMMIT)))
+
+test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses=auto
-	$(BIN)/python -m tests.fuzz --minutes 0.5
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_deform_conv2d.py

@@ -16,6 +16,8 @@ import hypothesis
 import numpy as np
 import pytest
 
+from tests import draw
+
 hypothesis.settings.register_profile("pydeform", derandomize=True, max_examples=20, deadline=None, database=None)
 hypothesis.settings.load_profile("pydeform")
 
@@ -140,7 +142,8 @@ def _kinds() -> tuple[str, ...]:
 
 def pytest_report_header() -> str:
     missing = [f"{kind} ({_missing(kind)})" for kind in KINDS if kind not in _kinds() and _missing(kind)]
-    return f"backends: {', '.join(_kinds())}" + (f"; not here: {', '.join(missing)}" if missing else "")
+    drawn = f"; drawn by {os.environ[draw.VARIABLE]}" if os.environ.get(draw.VARIABLE) else ""
+    return f"backends: {', '.join(_kinds())}" + (f"; not here: {', '.join(missing)}" if missing else "") + drawn
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -148,6 +151,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         gathers = any(part in metafunc.module.__name__ for part in GATHER)
         names = [kind + way for kind in _kinds() for way in ([""] if kind == "cpu" or gathers else WAYS)]
         metafunc.parametrize("backend", [Backend(name) for name in names], ids=names, scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = os.environ.get(draw.VARIABLE)
+    if seed:
+        items[:], others = draw.split(items, seed)
+        config.hook.pytest_deselected(items=others)
 
 
 # Tests that choose what device they run on. One process has either CuPy or its stand-in.

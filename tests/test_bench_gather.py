@@ -36,23 +36,37 @@ def test_others_compute_the_same(name):
         np.testing.assert_allclose(other(), p.forward(), rtol=1e-3, atol=1e-5)
 
 
-def test_reading_reads_the_pixels_of_all_samples():
+@pytest.mark.parametrize("name", ["rf-detr", "encoder", "sparse4d", "dcnv3 7"])
+def test_reading_reads_the_pixels_of_all_samples(name):
     """With a unit vector in each pixel the operator gives the shares of the pixels that it reads."""
-    p = bench.problem(SMALL["sparse4d"])
-    features, _, weights = p.arrays.values()
-    unit = np.eye(features.shape[1], dtype=np.float32)[None]
-    p = p._replace(arrays={**p.arrays, "features": unit, "weights": np.ones_like(weights)})
-    read, shares = bench.reading_call(p)(), p.forward()[0]
-    assert read.sum() > 0 and (shares[read == 0] == 0).all()
+    p = bench.problem(SMALL[name])
+    maps, _, weights = p.arrays
+    shape, groups = p.arrays[maps].shape, p.options.get("groups", 1)
+    if name.startswith("dcn"):
+        pixels = shape[1] * shape[2]
+        unit = np.tile(np.eye(pixels, dtype=np.float32), groups).reshape(*shape[:3], groups * pixels)
+    elif name == "sparse4d":
+        unit = np.eye(shape[1], dtype=np.float32)[None]
+    else:
+        unit = np.tile(np.eye(shape[1], dtype=np.float32), shape[2]).reshape(1, shape[1], shape[2], shape[1])
+    arrays = {**p.arrays, maps: unit, weights: np.ones_like(p.arrays[weights])}
+    if "sampling_locations" in arrays:  # what lies outside by less than a pixel has a share, but is not read
+        arrays["sampling_locations"] = np.clip(arrays["sampling_locations"], 0.01, 0.99)
+    p = p._replace(arrays=arrays)
+    shares, read = p.forward().reshape(-1, unit.shape[-1] // groups), bench.reading_call(p)()
+    assert read.any()
+    assert (shares[read > 0] > 0).all()
+    assert name.startswith("dcn") or (read[shares > 0] > 0).all()
 
 
 def test_a_run(small, capsys):
-    assert bench.main(["--threads", "1", "--rounds", "1", "--problems", "rf-detr,sparse4d"]) == 0
+    assert bench.main(["--threads", "1", "--rounds", "1", "--problems", "rf-detr,sparse4d,dcnv3 7"]) == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(results) == ["rf-detr", "sparse4d"]
+    assert list(results) == ["rf-detr", "sparse4d", "dcnv3 7"]
     table = bench.report(results).splitlines()
-    assert len(table) == 3 and "ours/loop" in table[0]
+    assert len(table) == 4 and "ours/loop" in table[0]
     assert bench.ratios(results["sparse4d"]["times"])["ours/reading"] > 0
+    assert ("grid_sample/ours, repeated" in bench.ratios(results["dcnv3 7"]["times"])) == bench.installed("torch")
 
 
 def test_what_computes_something_else_is_not_timed(small, monkeypatch):

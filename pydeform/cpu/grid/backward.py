@@ -42,13 +42,13 @@ def sample_backward(thread: int, counters: Any, given: Any, grads: Any, scratch:
             last = min(first + p.block, g.channels)
             for number in range(image * tiles, (image + 1) * tiles):
                 tile = tile_of(thread, number, tiles, g, p)
-                locate(tile, given.grid, scratch, g, p)
+                locate(tile, given.grid, scratch.slopes, scratch, g, p)
                 for c in range(first, last, TOGETHER):
                     grad, planes = at(grads.output, (image, c, tile.query)), at(grads.input, (image, c, 0))
                     _scatter_planes(tile, grad, planes, min(TOGETHER, last - c), scratch, g, p)
         else:
             tile = tile_of(thread, unit - scattering, tiles, g, p)
-            locate(tile, given.grid, scratch, g, p)
+            locate(tile, given.grid, scratch.slopes, scratch, g, p)
             _clear_dots(tile, scratch, p)
             for c in range(g.channels):
                 plane = at(given.input, (tile.image, c, 0))

@@ -19,7 +19,7 @@ def sample(thread: int, counters: Any, given: Any, output: Any, scratch: Any, g:
     unit = claim(counters, 0)
     while unit < units:
         tile = tile_of(thread, unit, tiles, g, p)
-        locate(tile, given.grid, scratch, g, p)
+        locate(tile, given.grid, None, scratch, g, p)
         for c in range(g.channels):
             target = at(output, (tile.image, c, tile.query))
             _sample_plane(tile, at(given.input, (tile.image, c, 0)), target, scratch, p)

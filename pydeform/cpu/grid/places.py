@@ -43,24 +43,68 @@ class Tile(NamedTuple):
 
 
 @inline
-def locate(tile: Any, grid: Any, scratch: Any, g: Any, p: Any) -> None:
-    """Fills the tables of the tile's queries. No pixel is named by a number that is not known to be in range."""
+def locate(tile: Any, grid: Any, slopes: Any, scratch: Any, g: Any, p: Any) -> None:
+    """Fills the tables of the tile's queries; `slopes`: None, or that table, which may be empty. No pixel is named by a
+    number that is not known to be in range."""
     _bring_together(tile, grid, scratch, g)
     last = len(g.in_size) - 1
-    for number in range(last):
-        _name_axis(tile.queries, axis_of(tile, number, 1 << p.bits, scratch, g), None, p)
-    _name_axis(tile.queries, axis_of(tile, last, 1 << p.bits, scratch, g), p.pairs, p)
-    _name_corners(tile, scratch, g, p)
+    along_x, along_y = axis_of(tile, last, p.pairs, scratch, g), axis_of(tile, last - 1, None, scratch, g)
+    for i in range(0, tile.queries, lanes_of(along_x.numbers)):
+        x, y = _taps(i, along_x, p), _taps(i, along_y, p)
+        if p.volume is None:
+            _put_corners(i, (_whole(x[0]),), y, x, tile, scratch)
+        else:
+            along_z = axis_of(tile, 0, None, scratch, g)
+            z = _taps(i, along_z, p)
+            if slopes is not None:
+                _keep(i, 0, z, tile, slopes, scratch, p)
+            _put_corners(i, z, y, x, tile, scratch)
+        if slopes is not None:
+            _keep(i, last, x, tile, slopes, scratch, p)
+            _keep(i, last - 1, y, tile, slopes, scratch, p)
 
 
 @inline_always
-def _name_axis(queries: int, axis: Any, pairs: Any, p: Any) -> None:
+def _taps(i: int, axis: Any, p: Any) -> Any:
+    """Pixels along an axis of the queries from number i on."""
+    room = advance(axis.numbers, i)
     if p.nearest is not None:
-        _name_nearest(queries, axis)
-    elif p.cubic is not None:
-        _name_four(queries, axis, pairs)
-    else:
-        _name_two(queries, axis, pairs)
+        return (_nearest(room, axis),)
+    if p.cubic is not None:
+        return _four(room, axis)
+    return _two(room, axis)
+
+
+@inline_always
+def _whole(like: Any) -> Any:
+    """Of the axis that an image does not have."""
+    return Tap(splat(0, like.pixel), like.pixel == like.pixel, splat(1, like.part), like.slope)
+
+
+@inline_always
+def _put_corners(i: int, zs: Any, ys: Any, xs: Any, tile: Any, scratch: Any) -> None:
+    """Eq. 5: the last axis is the fastest."""
+    row = scratch.shares.shape[2]
+    corners, shares = at(scratch.corners, (tile.thread, 0, i)), at(scratch.shares, (tile.thread, 0, i))
+    place = 0
+    for z in zs:
+        for y in ys:
+            first, exists = z.pixel + y.pixel, z.exists & y.exists
+            for x in xs:
+                store(select(exists & x.exists, first + x.pixel, -1), advance(corners, place))
+                store(y.part * (z.part * x.part), advance(shares, place))
+                place += row
+
+
+@inline_always
+def _keep(i: int, axis: int, taps: Any, tile: Any, slopes: Any, scratch: Any, p: Any) -> None:
+    """What the gradient along an axis needs."""
+    if slopes.shape[1]:
+        place = axis << p.bits
+        for tap in taps:
+            store(tap.part, at(scratch.parts, (tile.thread, place, i)))
+            store(tap.slope, at(slopes, (tile.thread, place, i)))
+            place += 1
 
 
 @inline
@@ -101,7 +145,7 @@ def step_of(axis: int, g: Any) -> int:
 
 
 class Axis(NamedTuple):
-    """Numbers of the geometry, of one axis, and its pixels of the queries of a tile."""
+    """Numbers of the geometry, of one axis, and those of the queries of a tile."""
 
     padding: int
     shift: float
@@ -110,32 +154,16 @@ class Axis(NamedTuple):
     span: float
     size: int
     step: int  # pixels from one to the next
-    row: int  # queries from one of its pixels to the next in the tables
     numbers: Any
-    pixels: Any
-    parts: Any
-    slopes: Any
-    has_slopes: int
+    integer: Any  # points to the type of a pixel's number
+    pairs: Any
 
 
 @inline_always
-def axis_of(tile: Any, axis: int, taps: int, scratch: Any, g: Any) -> Axis:
-    place = (tile.thread, axis * taps, 0)
-    return Axis(
-        g.padding,
-        g.shift,
-        g.half[axis],
-        g.back,
-        g.span[axis],
-        g.in_size[axis],
-        step_of(axis, g),
-        scratch.parts.shape[2],
-        at(scratch.numbers, (tile.thread, axis, 0)),
-        at(scratch.pixels, place),
-        at(scratch.parts, place),
-        at(scratch.slopes, place),
-        scratch.slopes.shape[1],
-    )
+def axis_of(tile: Any, axis: int, pairs: Any, scratch: Any, g: Any) -> Axis:
+    numbers, integer = at(scratch.numbers, (tile.thread, axis, 0)), at(scratch.corners, (0, 0, 0))
+    step, size = step_of(axis, g), g.in_size[axis]
+    return Axis(g.padding, g.shift, g.half[axis], g.back, g.span[axis], size, step, numbers, integer, pairs)
 
 
 @inline_always
@@ -196,88 +224,78 @@ def source_of(p: Any, axis: Any, room: Any) -> tuple[Any, Any, Any]:
     return p, select(p == p, slope, np.nan), is_there
 
 
-@inline_always
-def _put(entry: int, tap: int, pixel: Any, exists: Any, part: Any, slope: Any, axis: Any) -> None:
-    """One of an axis' pixels for a vector of queries."""
-    place = tap * axis.row + entry
-    store(select(exists, pixel * axis.step, -1), advance(axis.pixels, place))
-    store(part, advance(axis.parts, place))
-    if axis.has_slopes:
-        store(slope, advance(axis.slopes, place))
-
-
 class Tap(NamedTuple):
     """For a vector of queries one of the pixels along an axis, and its part of the sample."""
 
-    pixel: Any
+    pixel: Any  # its number, then times the pixels that a step takes
     exists: Any
     part: Any
-    slope: Any
+    slope: Any  # how the part grows with the number
 
 
 @inline_always
-def _put_two(entry: int, tap: int, one: Tap, other: Tap, axis: Any, pairs: Any) -> None:
+def _two_of(one: Tap, other: Tap, axis: Any) -> Any:
     """Two neighbours; with `pairs` in the order of the image, so that they are read at once: a pixel and the one behind
     it, with no part for either that is not meant."""
-    if pairs is None:
-        _put(entry, tap, one.pixel, one.exists, one.part, one.slope, axis)
-        _put(entry, tap + 1, other.pixel, other.exists, other.part, other.slope, axis)
-    else:
-        only_one = one.exists & ~(other.exists & (other.pixel < one.pixel))
-        first = select(only_one, one.pixel, other.pixel)
-        first = select(first < 0, splat(0, first), select(first > axis.size - 2, splat(axis.size - 2, first), first))
-        none, broken = splat(0, one.part), one.part - one.part  # 0, or NaN, which stays
-        for k in range(2):
-            is_one, is_other = one.exists & (one.pixel == first + k), other.exists & (other.pixel == first + k)
-            part = select(is_one, one.part, none) + select(is_other, other.part, none) + broken
-            slope = select(is_one, one.slope, none) + select(is_other, other.slope, none) + broken
-            _put(entry, tap + k, first + k, is_one | is_other, part, slope, axis)
-
-
-@inline
-def _name_nearest(queries: int, axis: Any) -> None:
-    for i in range(0, queries, lanes_of(axis.numbers)):
-        room = advance(axis.numbers, i)
-        p, _, is_there = source_of(position_of(room, axis), axis, room)
-        near = rint(p)
-        exists = is_there & in_range(near, 0, float(axis.size))
-        pixel = convert(select(exists, near, splat(0, p)), axis.pixels)
-        _put(i, 0, pixel, exists, select(p == p, splat(1, p), np.nan), splat(0, p), axis)
-
-
-@inline
-def _name_two(queries: int, axis: Any, pairs: Any) -> None:
-    """Eq. 4, linear."""
-    end = float(axis.size)
-    for i in range(0, queries, lanes_of(axis.numbers)):
-        room = advance(axis.numbers, i)
-        p, slope, is_there = source_of(position_of(room, axis), axis, room)
-        first, second, has_first, has_second, part = axis_corners(p, -1.0, end, axis.size, axis.size, axis.pixels)
-        one, other = (
-            Tap(first, has_first & is_there, 1 - part, 0 - slope),
-            Tap(second, has_second & is_there, part, slope),
-        )
-        _put_two(i, 0, one, other, axis, pairs)
-
-
-@inline
-def _name_four(queries: int, axis: Any, pairs: Any) -> None:
-    """Eq. 4, cubic: each pixel, not the position, is held or mirrored."""
-    for i in range(0, queries, lanes_of(axis.numbers)):
-        room = advance(axis.numbers, i)
-        p = position_of(room, axis)
-        before = floor(p)
-        t = select(p == p, select(fabs(p) < np.inf, p - before, splat(0, p)), np.nan)
-        for tap in range(0, 4, 2):
-            one, other = _cubic_tap(tap, before, t, room, axis), _cubic_tap(tap + 1, before, t, room, axis)
-            _put_two(i, tap, one, other, axis, pairs)
+    if axis.pairs is None:
+        return _stepped(one, axis), _stepped(other, axis)
+    only_one = one.exists & ~(other.exists & (other.pixel < one.pixel))
+    first = select(only_one, one.pixel, other.pixel)
+    first = select(first < 0, splat(0, first), select(first > axis.size - 2, splat(axis.size - 2, first), first))
+    return _stepped(_behind(0, first, one, other), axis), _stepped(_behind(1, first, one, other), axis)
 
 
 @inline_always
-def _cubic_tap(tap: int, before: Any, t: Any, room: Any, axis: Any) -> Tap:
+def _behind(k: int, first: Any, one: Tap, other: Tap) -> Any:
+    """The pixel k behind `first`, with the parts of those that it is."""
+    none, broken = splat(0, one.part), one.part - one.part  # 0, or NaN, which stays
+    is_one, is_other = one.exists & (one.pixel == first + k), other.exists & (other.pixel == first + k)
+    part = select(is_one, one.part, none) + select(is_other, other.part, none) + broken
+    slope = select(is_one, one.slope, none) + select(is_other, other.slope, none) + broken
+    return Tap(first + k, is_one | is_other, part, slope)
+
+
+@inline_always
+def _stepped(tap: Tap, axis: Any) -> Any:
+    return Tap(tap.pixel * axis.step, tap.exists, tap.part, tap.slope)
+
+
+@inline_always
+def _nearest(room: Any, axis: Any) -> Any:
+    p, _, is_there = source_of(position_of(room, axis), axis, room)
+    near = rint(p)
+    exists = is_there & in_range(near, 0, float(axis.size))
+    pixel = convert(select(exists, near, splat(0, p)), axis.integer)
+    return _stepped(Tap(pixel, exists, select(p == p, splat(1, p), np.nan), splat(0, p)), axis)
+
+
+@inline_always
+def _two(room: Any, axis: Any) -> Any:
+    """Eq. 4, linear."""
+    p, slope, is_there = source_of(position_of(room, axis), axis, room)
+    first, second, has_first, has_second, part = axis_corners(
+        p, -1.0, float(axis.size), axis.size, axis.size, axis.integer
+    )
+    one, other = Tap(first, has_first & is_there, 1 - part, 0 - slope), Tap(second, has_second & is_there, part, slope)
+    return _two_of(one, other, axis)
+
+
+@inline_always
+def _four(room: Any, axis: Any) -> Any:
+    """Eq. 4, cubic: each pixel, not the position, is held or mirrored."""
+    p = position_of(room, axis)
+    before = floor(p)
+    t = select(p == p, select(fabs(p) < np.inf, p - before, splat(0, p)), np.nan)
+    first, second = _two_of(_cubic_tap(0, before, t, room, axis), _cubic_tap(1, before, t, room, axis), axis)
+    third, fourth = _two_of(_cubic_tap(2, before, t, room, axis), _cubic_tap(3, before, t, room, axis), axis)
+    return first, second, third, fourth
+
+
+@inline_always
+def _cubic_tap(tap: int, before: Any, t: Any, room: Any, axis: Any) -> Any:
     q, _, exists = source_of(before + float(tap - 1), axis, room)
     exists = exists & in_range(q, 0, float(axis.size))
-    pixel = convert(select(exists, q, splat(0, q)), axis.pixels)
+    pixel = convert(select(exists, q, splat(0, q)), axis.integer)
     return Tap(pixel, exists, cubic_weight(tap, t), cubic_slope(tap, t) * axis.half)
 
 
@@ -310,25 +328,6 @@ def tap_of(corner: int, axis: int, g: Any, p: Any) -> int:
     """Which of all axes' pixels a corner has along one: the last axis is the fastest."""
     last = len(g.in_size) - 1
     return (axis << p.bits) + (corner >> (last - axis) * p.bits & (1 << p.bits) - 1)
-
-
-@inline
-def _name_corners(tile: Any, scratch: Any, g: Any, p: Any) -> None:
-    """Eq. 5."""
-    thread, last = tile.thread, len(g.in_size) - 1
-    for corner in range(p.corners):
-        of_last = tap_of(corner, last, g, p)
-        for i in range(0, tile.queries, lanes_of(at(scratch.shares, (0, 0, 0)))):
-            share = load(at(scratch.parts, (thread, of_last, i)))
-            pixel = load_beside(at(scratch.pixels, (thread, of_last, i)), share)
-            exists = pixel >= 0
-            for axis in range(last):
-                tap = tap_of(corner, axis, g, p)
-                along = load_beside(at(scratch.pixels, (thread, tap, i)), share)
-                exists, pixel = exists & (along >= 0), pixel + along
-                share = load(at(scratch.parts, (thread, tap, i))) * share
-            store(select(exists, pixel, -1), at(scratch.corners, (thread, corner, i)))
-            store(share, at(scratch.shares, (thread, corner, i)))
 
 
 @inline_always

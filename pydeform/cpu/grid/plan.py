@@ -30,9 +30,8 @@ class Scratch(NamedTuple):
     """A call's own memory, each thread's: rows of the queries of a tile."""
 
     numbers: Any  # for each axis
-    pixels: Any  # along each axis, for each pixel: times the pixels that a step takes; -1: there is none
-    parts: Any  # and its part of the sample,
-    slopes: Any  # and how this grows with the number, if somebody asks
+    parts: Any  # along each axis, if somebody asks: each pixel's part of the sample,
+    slopes: Any  # and how this grows with the number
     corners: Any  # for each corner: which pixel; -1: none
     shares: Any  # its part of the sample,
     dots: Any  # and dot with the output's gradient
@@ -41,6 +40,7 @@ class Scratch(NamedTuple):
 class Plan(NamedTuple):
     nearest: Any  # None, or that a sample is one pixel,
     cubic: Any  # or four along each axis, instead of two;
+    volume: Any  # None, or that there is a third axis
     pairs: Any  # None, or that neighbours along the last axis are read at once
     bits: int  # that is 2**bits pixels along an axis
     corners: int
@@ -74,8 +74,7 @@ def prepared(g: GridGeometry, dtype: Any, needs_dots: bool, threads: int) -> Pre
     block = -(-g.channels // blocks)
     workspace = Workspace(
         ((threads, axes, queries), dtype),
-        ((threads, taps, queries), integer),
-        ((threads, taps, queries), dtype),
+        ((threads, taps * needs_dots, queries), dtype),
         ((threads, taps * needs_dots, queries), dtype),
         ((threads, corners, queries), integer),
         ((threads, corners, queries), dtype),
@@ -84,6 +83,7 @@ def prepared(g: GridGeometry, dtype: Any, needs_dots: bool, threads: int) -> Pre
     plan = Plan(
         nearest=1 if is_nearest else None,
         cubic=1 if is_cubic else None,
+        volume=1 if axes > 2 else None,
         pairs=1 if has_pairs else None,
         bits=bits,
         corners=corners,

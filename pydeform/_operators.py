@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 import pydeform
 from pydeform import _checks
@@ -45,6 +48,35 @@ class Operator(NamedTuple):
     def result_shape(self, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> Shape:
         """Of anything with a shape; nothing is checked."""
         return self.shape({name: array.shape for name, array in arrays.items() if array is not None}, options)
+
+    def for_batch(self, options: Mapping[str, Any], batch: int) -> dict[str, Any]:
+        """Options of a part of a call: where they say the number of images once more, that of the part."""
+        size = _size(options)
+        return {**options, "size": (batch, *size[1:])} if size else dict(options)
+
+    def without_batch(
+        self, op: str, arrays: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The call for no image or box at all, of anything with a shape and a dtype, `grad_output` too: it computes
+        nothing, has the dtypes and other sizes that the whole call has, and the errors, but for those of values."""
+        counts = [("size", _size(options)), *((key, a.shape) for key, a in arrays.items() if a is not None)]
+        counts = [(key, shape) for key, shape in counts if len(shape) and key not in self.shared]
+        for (first, expected), (key, shape) in itertools.pairwise(counts):
+            if shape[0] != expected[0]:
+                raise ValueError(f"{op}: {key} must have the first axis of {first}, {expected[0]}, got shape {shape}")
+        sizes = {
+            key: array.shape if key in SHARED else (0, *array.shape[1:])
+            for key, array in arrays.items()
+            if array is not None
+        }
+        nothing = {key: np.zeros(sizes[key], a.dtype) if key in sizes else None for key, a in arrays.items()}
+        return nothing, self.for_batch(options, 0)
+
+
+def _size(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The option that says how large a result is; empty where there is none."""
+    size: Any = options.get("size")
+    return tuple(size) if isinstance(size, Sequence) or getattr(size, "ndim", 0) == 1 else ()
 
 
 @functools.cache

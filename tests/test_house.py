@@ -23,7 +23,7 @@ from tests import mutants
 
 ROOT = Path(__file__).parents[1]
 OPERATORS = _selfcheck.operators()
-EXTRAS = {"cuda12", "cuda13", "torch", "jax", "onnx", "viz", "demo", "test", "dev"}
+EXTRAS = {"cuda12", "cuda13", "torch", "jax", "onnx", "dask", "viz", "demo", "test", "dev"}
 # Put together here, so that this file does not contain what it looks for.
 HOSTS = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("download", "pytorch", "org"))]
 FOLDERS = ["/" + name + "/" for name in ("root", "work", "tmp", "farm")]

@@ -20,6 +20,8 @@ HOMES = {  # where a package may be imported; a path ending in "/" is a folder
     "torch": ("pydeform/torch.py", "pydeform/torch/"),
     "jax": ("pydeform/jax.py", "pydeform/jax/"),
     "dask": ("pydeform/dask.py", "pydeform/dask/"),
+    "distributed": ("pydeform/dask.py", "pydeform/dask/"),
+    "zarr": (),
     "onnx": ("pydeform/onnx.py", "pydeform/onnx/"),
     "matplotlib": ("pydeform/viz.py", "pydeform/demo/"),
     "sklearn": ("pydeform/demo/",),

@@ -35,6 +35,22 @@ def test_shape_of_a_convolution_with_any_padding(padding):
 
 
 @pytest.mark.parametrize("name", TABLE)
+def test_a_call_without_a_batch_has_the_other_sizes(name):
+    operator = TABLE[name]
+    for problem in _selfcheck.problems(name):
+        whole = {"grad_output": problem.grad_output, **problem.arrays}
+        nothing, options = operator.without_batch(name, whole, problem.options)
+        grads = operator.backward(**nothing, **options)._asdict()
+        del nothing["grad_output"]
+        assert operator.forward(**nothing, **options).shape == (0, *problem.grad_output.shape[1:])
+        for key, grad in grads.items():
+            if grad is not None:
+                assert grad.shape[1:] == problem.arrays[key].shape[1:]
+    with pytest.raises(ValueError, match=r"here: .* must have the first axis of .*, \d, got shape"):
+        operator.without_batch("here", {**whole, "grad_output": problem.grad_output[1:]}, problem.options)
+
+
+@pytest.mark.parametrize("name", TABLE)
 def test_gradients_that_there_are(name):
     """Fixed: never, on request: only when asked for; all others always, and those of what is absent never."""
     operator = TABLE[name]

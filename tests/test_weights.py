@@ -378,7 +378,7 @@ def test_files_cut_short(save):
     whole = path.read_bytes()
     for length in (0, 1, 20, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with refused(path, ""):
+        with refused(path, "it is an archive whose end is missing" if whole[:length].startswith(b"PK") else ""):
             weights.read(path)
 
 

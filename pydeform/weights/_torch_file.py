@@ -89,6 +89,9 @@ def _read_archive(file: BinaryIO) -> tuple[Any, Memory]:
 
 def _read_stream(file: BinaryIO) -> tuple[Any, Memory]:
     file.seek(0)
+    if file.read(2) == b"PK":
+        raise ValueError("it is an archive whose end is missing")
+    file.seek(0)
     if tarfile.is_tarfile(file):
         raise ValueError("it is a tar archive, of PyTorch before 0.2: save it again with a PyTorch that reads it")
     file.seek(0)

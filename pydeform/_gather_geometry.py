@@ -94,8 +94,17 @@ class GatherArrays(NamedTuple):
 
 def levels_of(op: str, spatial_shapes: Any) -> tuple[tuple[int, int], ...]:
     """The sizes of the levels, from an array or nested sequence. Of an array on a device they are copied from there."""
+    if _checks.is_plain(spatial_shapes):
+        return _levels(op, spatial_shapes)
+    return _levels_of(op, spatial_shapes)
+
+
+def _levels_of(op: str, spatial_shapes: Any) -> tuple[tuple[int, int], ...]:
     rows = _rows(op, spatial_shapes, "(L, 2), rows (h, w)")
     return tuple((int(h), int(w)) for h, w in (_checks.per_axis(op, "spatial_shapes", row, 2, 1) for row in rows))
+
+
+_levels = functools.lru_cache(maxsize=256)(_levels_of)
 
 
 def _rows(op: str, spatial_shapes: Any, formula: str) -> list[Any]:

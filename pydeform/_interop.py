@@ -88,10 +88,10 @@ def _take(must_be: str, array: Any) -> Taken:
         if isinstance(array, np.ma.MaskedArray | np.matrix):  # their operators mean something else than an array's
             raise TypeError(f"{must_be} a plain array, got {_type_name(array)}")
         return Taken(array.view(np.ndarray))
-    if isinstance(array, _loaded("cupy", "ndarray")):
-        return Taken(array)
     if isinstance(array, _loaded("torch", "Tensor")):
         return _take_torch(must_be, array)
+    if isinstance(array, _loaded("cupy", "ndarray")):
+        return Taken(array)
     if isinstance(array, _loaded("jax", "Array")):
         return _take_jax(must_be, array)
     return _take_dlpack(must_be, array)
@@ -103,6 +103,11 @@ def _loaded(module: str, name: str) -> type | tuple[()]:
 
 def _take_torch(must_be: str, tensor: Any) -> Taken:
     torch = sys.modules["torch"]
+    if type(tensor) is torch.Tensor and tensor.dtype in (torch.float32, torch.float64):  # the usual case, a quick one
+        try:
+            return Taken(tensor.numpy(), _torch_from_numpy)
+        except UNREADABLE:
+            pass  # below is why, or what to do
     if tensor.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{must_be} without requires_grad, got a tensor that autograd records: "

@@ -1,5 +1,6 @@
 """`pydeform.torch`: the bits of the NumPy functions, their gradients, and everything PyTorch does with an operator."""
 
+import contextlib
 import importlib.util
 import inspect
 import pickle
@@ -22,7 +23,7 @@ if HAS_TORCH:
     import torch
 
     import pydeform.torch as bridge
-    from pydeform.torch import _functions
+    from pydeform.torch import _options
 
 ROOT = Path(__file__).parents[1]
 TABLE = operators()
@@ -56,9 +57,8 @@ def differentiable(name, arrays):
 
 def operator_call(name, arrays, options):
     """The arguments of `torch.ops.pydeform.name`."""
-    ints, floats = [], []
-    packed = [f"{key!r}: {_functions._packed(name, key, value, ints, floats)}" for key, value in options.items()]
-    return [*map(arrays.get, TABLE[name].arrays), "{" + ", ".join(packed) + "}", ints, floats]
+    plain = {key: _options.plain(name, key, value) for key, value in options.items()}
+    return [*map(arrays.get, TABLE[name].arrays), *_options.packed(plain)]
 
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode if HAS_TORCH else object):
@@ -98,13 +98,21 @@ def test_arguments_are_in_the_order_of_torchvision(name):
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
-def assert_same(name, problem, dtype):
+@pytest.fixture(params=["alone", "dispatched"])
+def way(request):
+    """A context for each way that a call goes: at once, and through the dispatcher, since a mode sees it."""
+    return contextlib.nullcontext if request.param == "alone" else Calls
+
+
+def assert_same(name, problem, dtype, way):
     """Result and gradients have the bits of the NumPy functions; no input is written to, no result shares memory."""
     operator, arrays = TABLE[name], {k: a.astype(_selfcheck.DTYPES[dtype]) for k, a in problem.arrays.items()}
     leaves = recorded(name, tensors(problem, dtype))
     before = {key: leaf.detach().clone() for key, leaf in leaves.items()}
-    output = getattr(bridge, name)(**leaves, **problem.options)
-    output.backward(tensor(problem.grad_output, dtype))
+    with way() as seen:
+        output = getattr(bridge, name)(**leaves, **problem.options)
+        output.backward(tensor(problem.grad_output, dtype))
+    assert seen is None or len(seen.calls) == 2
 
     def as_tensor(array):
         return pydeform._interop.to_native("op", {"a": torch.empty(0, dtype=output.dtype)})[1](array)
@@ -131,15 +139,15 @@ def assert_same(name, problem, dtype):
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_bits_are_those_of_numpy(name):
+def test_bits_are_those_of_numpy(name, way):
     for problem in _selfcheck.problems(name):
-        assert_same(name, problem, "float64")
+        assert_same(name, problem, "float64", way)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
-def test_bits_are_those_of_numpy_in_other_dtypes(name, dtype):
-    assert_same(name, _selfcheck.problem(name), dtype)
+def test_bits_are_those_of_numpy_in_other_dtypes(name, dtype, way):
+    assert_same(name, _selfcheck.problem(name), dtype, way)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -190,6 +198,138 @@ def test_arrays_without_a_gradient_may_require_one():
         bridge.roi_pool(**arrays, **problem.options).sum().backward()
         assert arrays["boxes"].grad is None
         assert (arrays["input"].grad is not None) == ("input" in wanted)
+
+
+def test_a_call_that_only_autograd_sees_does_not_go_through_the_dispatcher(monkeypatch):
+    problem = _selfcheck.problem("roi_align")
+    leaves = recorded("roi_align", tensors(problem))
+    monkeypatch.setattr(_options, "packed", None)  # which the dispatcher's arguments need
+    bridge.roi_align(**leaves, **problem.options).sum().backward()
+    with torch.no_grad(), torch.autocast("cpu"):
+        bridge.roi_align(**leaves, **problem.options)
+
+
+def seen_by_the_profiler(call):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    assert any(event.name == "pydeform::grid_sample" for event in profile.events())
+
+
+def seen_by_a_mode(call):
+    with Calls() as seen:
+        call()
+    assert len(seen.calls) == 1
+
+
+def seen_by_a_function_mode(call):
+    with torch.device("cpu"):  # a default, which is one
+        call()
+
+
+def seen_by_dual_numbers(call):
+    with torch.autograd.forward_ad.dual_level():
+        call()
+
+
+def seen_by_a_transform(call):
+    torch.func.vmap(lambda _: call())(torch.zeros(2))
+
+
+def seen_by_a_trace(call):
+    graph = torch.jit.trace(lambda x: call() + x, torch.zeros(()), check_trace=False).graph
+    assert "pydeform::grid_sample" in str(graph)
+
+
+@pytest.mark.parametrize(
+    "watched",
+    [
+        seen_by_the_profiler,
+        seen_by_a_mode,
+        seen_by_a_function_mode,
+        seen_by_dual_numbers,
+        seen_by_a_transform,
+        seen_by_a_trace,
+    ],
+)
+def test_what_others_see_goes_through_the_dispatcher(watched, monkeypatch):
+    problem = _selfcheck.problem("grid_sample")
+    arrays, packed, calls = tensors(problem), _options.packed, []
+    monkeypatch.setattr(_options, "packed", lambda options: calls.append(options) or packed(options))
+    bridge.grid_sample(**arrays, **problem.options)
+    assert not calls
+    watched(lambda: bridge.grid_sample(**arrays, **problem.options))
+    assert calls
+
+
+def test_tensors_that_are_not_numbers_in_memory():
+    """They are the dispatcher's, which makes them plain."""
+    problem = _selfcheck.problem("grid_sample")
+    arrays = tensors(problem)
+    want = bridge.grid_sample(**arrays, **problem.options)
+    arrays["input"] = torch._neg_view(arrays["input"])
+    assert torch.equal(bridge.grid_sample(**arrays, **problem.options), -want)
+
+
+def test_in_inference_mode():
+    problem = _selfcheck.problem("grid_sample")
+    want = bridge.grid_sample(**tensors(problem), **problem.options)
+    with torch.inference_mode():
+        assert torch.equal(bridge.grid_sample(**tensors(problem), **problem.options), want)
+
+
+def test_subclasses_see_the_call():
+    class Named(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    names: list[str] = []
+    problem = _selfcheck.problem("grid_sample")
+    arrays = tensors(problem)
+    arrays["grid"] = arrays["grid"].as_subclass(Named)
+    bridge.grid_sample(**arrays, **problem.options)
+    assert any("pydeform.grid_sample" in name for name in names)
+
+
+def test_an_argument_changed_before_the_backward_is_an_error():
+    problem = _selfcheck.problem("grid_sample")
+    leaves = recorded("grid_sample", tensors(problem))
+    output = bridge.grid_sample(**leaves, **problem.options)
+    with torch.no_grad():
+        leaves["grid"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_an_option_changed_before_the_backward_changes_nothing():
+    problem = _selfcheck.problem("ms_deform_attn")
+    shapes = [list(rows) for rows in problem.options["spatial_shapes"]]
+    rest = {key: value for key, value in problem.options.items() if key != "spatial_shapes"}
+    grads = []
+    for change in (0, 1):
+        leaves = recorded("ms_deform_attn", tensors(problem))
+        output = bridge.ms_deform_attn(**leaves, spatial_shapes=shapes, **rest)
+        shapes[0][0] += change
+        output.sum().backward()
+        grads.append(leaves["value"].grad)
+    assert torch.equal(*grads)
+
+
+def test_many_gradients_of_one_call_at_once():
+    """torch.func can; the older vmap of autograd itself has no rules for operators like ours, and says so."""
+    problem = _selfcheck.problem("grid_sample")
+    leaves = recorded("grid_sample", tensors(problem))
+    output = bridge.grid_sample(**leaves, **problem.options)
+    directions = torch.randn(3, *output.shape, dtype=output.dtype)
+    inputs = list(leaves.values())
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for pydeform::grid_sample_backward"):
+        torch.autograd.grad(output, inputs, directions, retain_graph=True, is_grads_batched=True)
+    found = torch.func.vmap(lambda d: torch.autograd.grad(output, inputs, d, retain_graph=True))(directions)
+    for i, direction in enumerate(directions):
+        want = torch.autograd.grad(output, inputs, direction, retain_graph=True)
+        for got, expected in zip(found, want, strict=True):
+            torch.testing.assert_close(got[i], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_strides_do_not_matter():
@@ -294,8 +434,8 @@ def test_spatial_shapes_of_any_kind():
 )
 def test_options_come_back_as_they_were(value):
     ints, floats = [], []
-    text = _functions._packed("op", "x", value, ints, floats)
-    back = _functions._unpacked("{'x': " + text + ", 'y': ..., 'z': 0.0}", [*ints, 7], [*floats, 7.5])
+    text = _options._literal_of(value, ints, floats)
+    back = _options.unpacked("{'x': " + text + ", 'y': ..., 'z': 0.0}", [*ints, 7], [*floats, 7.5])
     assert repr(back) == repr({"x": value, "y": 7, "z": 7.5})
 
 

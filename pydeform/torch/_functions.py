@@ -3,14 +3,14 @@
     pydeform::name(Tensor or Tensor? for each array, str options, SymInt[] ints, float[] floats) -> Tensor
     pydeform::name_backward(Tensor grad_output, and these, str[] needs) -> Tensor[]
 
-`options` is the literal of a dict of those that the caller gave, where `...` stands for every int and `0.0` for every
-float: these come beside it, in order, since in a traced graph they may be symbols. A backward returns the gradients
-that `needs` names.
+`_options` says how a call's options become text and numbers. A backward returns the gradients that `needs` names.
+
+A call that nothing but autograd can see does not go through PyTorch's dispatcher, which would take longer than many an
+operator: it computes at once, recorded where a gradient is wanted.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -23,11 +23,21 @@ from torch.autograd.function import _SingleLevelFunction
 
 from pydeform import _checks
 from pydeform._operators import Operator, operators, signature_of
+from pydeform.torch import _options
 
 LIBRARY = torch.library.Library("pydeform", "FRAGMENT")  # registrations last as long as this object
-ROWS, PLAIN = (list, tuple), (bool, str, type(None))
-INTS, FLOATS = (int, torch.SymInt), (float, torch.SymFloat)
-OPTIONS = "str options, SymInt[] ints, float[] floats"
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+# Of the tensors that are numbers in memory, on the CPU or a CUDA device: neither mapped nor negated nor sparse.
+PLAIN_KEYS = functools.reduce(
+    int.__or__,
+    (
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, kind + device)).raw_repr()
+        for kind in ("", "Autograd", "Autocast")
+        for device in ("CPU", "CUDA")
+    ),
+    torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr(),
+)
+_keys = torch._C._dispatch_keys
 DOCUMENTATION = """{summary}
 
 `pydeform.{name}` of tensors, differentiable once: its arguments and its result are described there. An array is a
@@ -41,7 +51,8 @@ def functions() -> dict[str, Callable[..., Any]]:
 
 
 def _function(operator: Operator) -> Callable[..., Any]:
-    call, name = _register(operator), operator.name
+    name = operator.name
+    call, compute, compute_recorded = _register(operator)
     parameters = signature_of(name).parameters
     positional = [key for key in parameters if key not in operator.keyword_only]
     required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
@@ -51,19 +62,24 @@ def _function(operator: Operator) -> Callable[..., Any]:
         given = {**dict(zip(positional, arguments, strict=False)), **keywords}
         if len(given) != len(arguments) + len(keywords) or not required <= given.keys() <= known:
             return operator.forward(*arguments, **keywords)  # which raises what Python says of such a call
-        if isinstance(given.get("boxes"), ROWS):
+        if isinstance(given.get("boxes"), _options.ROWS):
             given["boxes"] = _with_batch_index(name, given["boxes"])
         arrays = [given.pop(key, None) for key in operator.arrays]
+        options = {key: _options.plain(name, key, value) for key, value in given.items()}
         for key, array in zip(operator.arrays, arrays, strict=True):
             if not isinstance(array, torch.Tensor) and (array is not None or key not in operator.optional):
                 raise TypeError(f"{name}: {key} must be a torch.Tensor, got {type(array).__qualname__}")
-        ints: list[Any] = []
-        floats: list[Any] = []
-        options = "{" + ", ".join([f"{key!r}: {_packed(name, key, given[key], ints, floats)}" for key in given]) + "}"
         first = arrays[0]
-        if torch.is_autocast_enabled("cuda" if first.is_cuda else "cpu"):
-            return call(*map(_widened, arrays), options, ints, floats).to(first.dtype)
-        return call(*arrays, options, ints, floats)
+        is_autocast = torch.is_autocast_enabled("cuda" if first.is_cuda else "cpu")
+        if is_autocast:
+            arrays = [_widened(array) for array in arrays]
+        if not _is_alone(arrays):
+            found = call(*arrays, *_options.packed(options))
+        elif torch.is_grad_enabled() and torch._C._any_requires_grad(*arrays):
+            found = compute_recorded(options, *arrays)
+        else:
+            found = compute(arrays, options)
+        return found.to(first.dtype) if is_autocast else found
 
     differentiable.__name__ = differentiable.__qualname__ = name
     differentiable.__module__ = "pydeform.torch"
@@ -71,6 +87,24 @@ def _function(operator: Operator) -> Callable[..., Any]:
     summary = str(operator.forward.__doc__).partition("\n")[0]
     differentiable.__doc__ = DOCUMENTATION.format(name=name, summary=summary)
     return differentiable
+
+
+def _is_alone(tensors: Sequence[Any]) -> bool:
+    """Whether a call with them is seen by autograd at most: by no tracer, mode, transform, profiler or subclass."""
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN_TENSORS or _keys(tensor).raw_repr() & ~PLAIN_KEYS):
+            return False
+    return not (
+        torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def _with_batch_index(op: str, boxes: Sequence[Any]) -> Any:
@@ -86,60 +120,35 @@ def _widened(array: Any) -> Any:
     return array if array is None or not array.is_floating_point() or array.dtype is torch.float64 else array.float()
 
 
-def _packed(op: str, name: str, value: Any, ints: list[Any], floats: list[Any]) -> str:
-    """The literal of an option, whose numbers go into the lists."""
-    if isinstance(value, ROWS):
-        return "(" + "".join([_packed(op, name, item, ints, floats) + "," for item in value]) + ")"
-    if isinstance(value, PLAIN):
-        return repr(value)
-    if isinstance(value, INTS):
-        ints.append(value)
-        return "..."
-    if isinstance(value, FLOATS):
-        floats.append(value)
-        return "0.0"
-    if hasattr(value, "tolist"):  # a tensor, an array or a number of NumPy
-        return _packed(op, name, value.tolist(), ints, floats)
-    raise TypeError(f"{op}: {name} must be of numbers, texts, None and tuples of them, got {_checks.shown(value)}")
-
-
-def _unpacked(options: str, ints: Sequence[Any], floats: Sequence[Any]) -> dict[str, Any]:
-    next_int, next_float = iter(ints), iter(floats)
-
-    def filled(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple([filled(item) for item in value])
-        if value is ...:
-            return next(next_int)
-        return next(next_float) if isinstance(value, float) else value
-
-    return {key: filled(value) for key, value in _literal(options).items()}
-
-
-_literal = functools.lru_cache(maxsize=1024)(ast.literal_eval)
-
-
-def _register(operator: Operator) -> Callable[..., Any]:
-    """Defines `pydeform::name` and its backward. Returns the former."""
+def _register(operator: Operator) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Defines `pydeform::name` and its backward. Returns the former, and what computes without the dispatcher: of
+    (arrays, options), and of (options, *arrays) for autograd."""
     name, names, count = operator.name, operator.arrays, len(operator.arrays)
-    arrays = ", ".join(f"Tensor{'?' if key in operator.optional else ''} {key}" for key in names)
+    typed = ", ".join(f"Tensor{'?' if key in operator.optional else ''} {key}" for key in names)
     has_deterministic = "deterministic" in inspect.signature(operator.backward).parameters
 
-    def forward(*arguments: Any) -> Any:
-        return operator.forward(**dict(zip(names, arguments, strict=False)), **_unpacked(*arguments[count:]))
+    def compute(arrays: Sequence[Any], options: dict[str, Any]) -> Any:
+        return operator.forward(**dict(zip(names, arrays, strict=True)), **options)
 
-    def forward_fake(*arguments: Any) -> Any:
-        options = {**operator.options, **_unpacked(*arguments[count:])}
-        return arguments[0].new_empty(operator.result_shape(dict(zip(names, arguments, strict=False)), options))
-
-    def backward(grad_output: Any, *arguments: Any) -> list[Any]:
-        forwards, needs = dict(zip(names, arguments, strict=False)), arguments[-1]
-        options = _unpacked(*arguments[count:-1])
+    def compute_backward(
+        grad_output: Any, arrays: Sequence[Any], options: dict[str, Any], needs: list[str]
+    ) -> list[Any]:
+        forwards = dict(zip(names, arrays, strict=True))
         if has_deterministic:
-            options["deterministic"] = torch.are_deterministic_algorithms_enabled()
+            options = {**options, "deterministic": torch.are_deterministic_algorithms_enabled()}
         grads = operator.backward(grad_output, **forwards, **options, needs=needs)
         found = [(key, getattr(grads, key)) for key in needs]
         return [torch.zeros_like(forwards[key]) if grad is None else grad for key, grad in found]
+
+    def forward(*arguments: Any) -> Any:
+        return compute(arguments[:count], _options.unpacked(*arguments[count:]))
+
+    def forward_fake(*arguments: Any) -> Any:
+        options = {**operator.options, **_options.unpacked(*arguments[count:])}
+        return arguments[0].new_empty(operator.result_shape(dict(zip(names, arguments, strict=False)), options))
+
+    def backward(grad_output: Any, *arguments: Any) -> list[Any]:
+        return compute_backward(grad_output, arguments[:count], _options.unpacked(*arguments[count:-1]), arguments[-1])
 
     def backward_fake(_grad_output: Any, *arguments: Any) -> list[Any]:
         forwards, needs = dict(zip(names, arguments, strict=False)), arguments[-1]
@@ -149,18 +158,39 @@ def _register(operator: Operator) -> Callable[..., Any]:
         ctx.save_for_backward(*inputs[:count])
         ctx.options = inputs[count:]
 
-    def differentiate(ctx: Any, grad_output: Any) -> tuple[Any, ...]:
-        asked = zip(names, ctx.needs_input_grad[1:], strict=False)  # [0]: the dispatcher's keys
+    def found(ctx: Any, call: Callable[[list[str]], list[Any]]) -> list[Any]:
+        """The gradients of all arrays, None where there is none, of a call for those that are needed."""
+        asked = zip(names, ctx.needs_input_grad[1:], strict=False)  # [0]: the dispatcher's keys, or the options
         needs = [key for key, is_asked in asked if is_asked and key not in operator.fixed]
-        grads = call_backward(grad_output, *ctx.saved_tensors, *ctx.options, needs) if needs else []
-        found = dict(zip(needs, grads, strict=True))
-        return *map(found.get, names), None, None, None
+        grads = dict(zip(needs, call(needs), strict=True)) if needs else {}
+        return [*map(grads.get, names)]
+
+    def differentiate(ctx: Any, grad_output: Any) -> tuple[Any, ...]:
+        call = functools.partial(call_backward, grad_output, *ctx.saved_tensors, *ctx.options)
+        return *found(ctx, call), None, None, None
+
+    class Alone(_SingleLevelFunction):
+        """A call that only autograd sees."""
+
+        @staticmethod
+        def forward(ctx: Any, options: dict[str, Any], *arrays: Any) -> Any:
+            save(ctx, (*arrays, options))
+            return compute(arrays, options)
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Any) -> tuple[Any, ...]:
+            saved, (options,) = ctx.saved_tensors, ctx.options
+            if torch.is_grad_enabled() or not _is_alone((grad_output, *saved)):
+                call = functools.partial(call_backward, grad_output, *saved, *_options.packed(options))
+            else:
+                call = functools.partial(compute_backward, grad_output, saved, options)
+            return None, *found(ctx, call)
 
     def refuse(_ctx: Any, *_grads: Any) -> tuple[Any, ...]:
         raise NotImplementedError(f"{name}: differentiable once, got a call for a second derivative")
 
-    call = _define(name, f"({arrays}, {OPTIONS}) -> Tensor", forward, forward_fake)
-    schema = f"(Tensor grad_output, {arrays}, {OPTIONS}, str[] needs) -> Tensor[]"
+    call = _define(name, f"({typed}, {_options.ARGUMENTS}) -> Tensor", forward, forward_fake)
+    schema = f"(Tensor grad_output, {typed}, {_options.ARGUMENTS}, str[] needs) -> Tensor[]"
     call_backward = _define(f"{name}_backward", schema, backward, backward_fake)
     _record(call, save, differentiate)
     _record(call_backward, lambda _ctx, _inputs: None, refuse)
@@ -168,7 +198,7 @@ def _register(operator: Operator) -> Callable[..., Any]:
     torch.library.register_vmap(f"pydeform::{name}", rule, lib=LIBRARY)
     rule = functools.partial(_over_a_new_axis, operator, call_backward, ("grad_output", *names))
     torch.library.register_vmap(f"pydeform::{name}_backward", rule, lib=LIBRARY)
-    return call
+    return call, compute, Alone.apply
 
 
 def _define(name: str, schema: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -63,10 +63,12 @@ def backward(grad_output: Any, arrays: Any, g: GridGeometry, needs: Any, **_opti
 def _flat(grid: Any, g: GridGeometry) -> Any:
     """The gradient of a grid that names pixels: NaN of points with a NaN, else 0."""
     axes = len(g.in_size)
-    numbers = np.moveaxis(grid.reshape(g.batch, axes, g.queries), 1, 2) if g.moves else grid
-    points = numbers.reshape(g.batch, g.queries, axes)
-    gradient = np.where(np.isnan(points).any(axis=2, keepdims=True), np.nan, np.zeros_like(points))
-    return np.moveaxis(gradient, 2, 1) if g.moves else gradient
+    shape = (g.batch, axes, g.queries) if g.moves else (g.batch, g.queries, axes)
+    gradient, is_nan = np.zeros(shape, grid.dtype), np.isnan(grid)
+    if is_nan.any():
+        of_points = is_nan.reshape(shape).any(axis=1 if g.moves else 2, keepdims=True)
+        gradient[np.broadcast_to(of_points, shape)] = np.nan
+    return gradient
 
 
 def _run(kernel: Any, g: GridGeometry, given: Given, results: Any, needs_dots: bool, threads: int) -> None:

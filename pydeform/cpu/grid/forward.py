@@ -7,8 +7,21 @@ from typing import Any
 from pydeform.cpu.core.jit import Kernel, inline, inline_always
 from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
 from pydeform.cpu.core.simd import advance, at
-from pydeform.cpu.core.vector import first_lanes, fma, lanes_of, load, splat, store, store_where
+from pydeform.cpu.core.sizes import volume
+from pydeform.cpu.core.vector import (
+    first_lanes,
+    fma,
+    gather_where,
+    lanes_of,
+    load,
+    load_beside,
+    splat,
+    store,
+    store_where,
+)
 from pydeform.cpu.grid.places import Tile, corner_values, locate, pair_values
+
+TOGETHER = 8  # channels
 
 
 @Kernel
@@ -20,9 +33,14 @@ def sample(thread: int, counters: Any, given: Any, output: Any, scratch: Any, g:
     while unit < units:
         tile = tile_of(thread, unit, tiles, g, p)
         locate(tile, given.grid, None, scratch, g, p)
-        for c in range(g.channels):
-            target = at(output, (tile.image, c, tile.query))
-            _sample_plane(tile, at(given.input, (tile.image, c, 0)), target, scratch, p)
+        if p.nearest is None:
+            for c in range(g.channels):
+                target = at(output, (tile.image, c, tile.query))
+                _sample_plane(tile, at(given.input, (tile.image, c, 0)), target, scratch, p)
+        else:
+            for c in range(0, g.channels, TOGETHER):
+                planes, targets = at(given.input, (tile.image, c, 0)), at(output, (tile.image, c, tile.query))
+                _copy_pixels(tile, planes, targets, min(TOGETHER, g.channels - c), scratch, g)
         finish(counters, 0)
         unit = claim(counters, 0)
     wait_for(counters, 0, units)
@@ -34,6 +52,19 @@ def tile_of(thread: int, unit: int, tiles: int, g: Any, p: Any) -> Any:
     image = unit // tiles
     query = (unit - image * tiles) * p.queries
     return Tile(thread, image, query, min(p.queries, g.queries - query))
+
+
+@inline
+def _copy_pixels(tile: Any, planes: Any, targets: Any, channels: int, scratch: Any, g: Any) -> None:
+    """Samples of one pixel, whose number is read once for some channels."""
+    pixels, lanes = volume(g.in_size), lanes_of(targets)
+    for i in range(0, tile.queries, lanes):
+        share = load(at(scratch.shares, (tile.thread, 0, i)))
+        pixel = load_beside(at(scratch.corners, (tile.thread, 0, i)), share)
+        exists, mask = pixel >= 0, first_lanes(tile.queries - i, share)
+        for c in range(channels):
+            values = gather_where(exists, advance(planes, c * pixels), pixel)
+            store_where(mask, fma(share, values, splat(0, share)), advance(targets, c * g.queries + i))
 
 
 @inline

@@ -170,7 +170,10 @@ def axis_of(tile: Any, axis: int, pairs: Any, scratch: Any, g: Any) -> Axis:
 def position_of(numbers: Any, axis: Any) -> Any:
     """Eq. 1. What is infinite stays so, on an axis of one pixel too, where `half` may be 0."""
     number = load(numbers)
-    return select(fabs(number) < np.inf, (number + axis.shift) * axis.half - axis.back, number)
+    position = (number + axis.shift) * axis.half - axis.back
+    if axis.half == 0:
+        position = select(fabs(number) < np.inf, position, number)
+    return position
 
 
 @inline_always

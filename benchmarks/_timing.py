@@ -12,9 +12,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pydeform.bench import timing
@@ -69,15 +67,13 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def time_problems(
-    about: str | None, name: str, bench: ModuleType, problems: Iterable[str], *, may_force_avx2: bool = False
-) -> int:
+def time_problems(about: str | None, name: str, bench: timing.Problems, *, may_force_avx2: bool = False) -> int:
     """The command line of a benchmark that is nothing but problems: its `run` and `report` for each number of threads.
 
     A whole run goes to benchmarks/results/<device>/<name>.json. `may_force_avx2`: all peers let themselves be told.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", default=",".join(problems), type=bench.problem_names)
+    parser.add_argument("--problems", default=",".join(bench.known), type=bench.named)
     parser.add_argument("--threads", default="1,2", help="numbers of threads to measure with")
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9, and the most threads only")
     if may_force_avx2:
@@ -93,7 +89,7 @@ def time_problems(
     for count in threads:
         speed[str(count)] = bench.run(count, options.problems, rounds)
         print(f"\nthreads {count}\n{bench.report(speed[str(count)])}", flush=True)
-    whole = options.problems == list(problems) and not options.quick
+    whole = options.problems == list(bench.known) and not options.quick
     path = options.output or (RESULTS / device_slug() / f"{name}.json" if whole else None)
     if path is not None:
         write({"rounds": rounds, "speed": speed}, path)

@@ -15,7 +15,7 @@ import sys
 
 import _timing
 
-from pydeform.bench import grid as bench
+from pydeform.bench.grid import bench
 
 if __name__ == "__main__":
-    sys.exit(_timing.time_problems(__doc__, "grid", bench, bench.SHAPES, may_force_avx2=True))
+    sys.exit(_timing.time_problems(__doc__, "grid", bench, may_force_avx2=True))

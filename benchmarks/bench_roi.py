@@ -14,7 +14,7 @@ import sys
 
 import _timing
 
-from pydeform.bench import roi as bench
+from pydeform.bench.roi import bench
 
 if __name__ == "__main__":
-    sys.exit(_timing.time_problems(__doc__, "roi", bench, bench.PROBLEMS))
+    sys.exit(_timing.time_problems(__doc__, "roi", bench))

@@ -44,10 +44,10 @@ def test_products_are_those_of_the_shape(name):
 
 
 def test_a_run(small, capsys):
-    assert bench.main(["--threads", "1", "--rounds", "1", "--problems", "1-D,depthwise 3-D"]) == 0
+    assert bench.bench.main(["--threads", "1", "--rounds", "1", "--problems", "1-D,depthwise 3-D"]) == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(results) == ["1-D", "depthwise 3-D"]
-    table = bench.report(results).splitlines()
+    table = bench.bench.report(results).splitlines()
     assert len(table) == 3 and "ours/product" in table[0]
     assert bench.ratios(results["1-D"]["times"])["ours/product"] > 0
     assert "ours/product" not in bench.ratios(results["depthwise 3-D"]["times"])
@@ -63,5 +63,5 @@ def test_what_computes_something_else_is_not_timed(small, monkeypatch):
 
 def test_a_problem_that_is_not_known(capsys):
     with pytest.raises(SystemExit):
-        bench.main(["--problems", "4-D"])
+        bench.bench.main(["--problems", "4-D"])
     assert "problems must be among 1-D,3-D" in capsys.readouterr().err

@@ -60,10 +60,10 @@ def test_reading_reads_the_pixels_of_all_samples(name):
 
 
 def test_a_run(small, capsys):
-    assert bench.main(["--threads", "1", "--rounds", "1", "--problems", "rf-detr,sparse4d,dcnv3 7"]) == 0
+    assert bench.bench.main(["--threads", "1", "--rounds", "1", "--problems", "rf-detr,sparse4d,dcnv3 7"]) == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(results) == ["rf-detr", "sparse4d", "dcnv3 7"]
-    table = bench.report(results).splitlines()
+    table = bench.bench.report(results).splitlines()
     assert len(table) == 4 and "ours/loop" in table[0]
     assert bench.ratios(results["sparse4d"]["times"])["ours/reading"] > 0
     assert ("grid_sample/ours, repeated" in bench.ratios(results["dcnv3 7"]["times"])) == bench.installed("torch")

@@ -37,11 +37,12 @@ def test_torch_computes_the_same(name):
 
 def test_a_run(small, capsys):
     assert (
-        bench.main(["--threads", "1", "--rounds", "1", "--problems", "maps bilinear zeros,volume nearest border"]) == 0
+        bench.bench.main(["--threads", "1", "--rounds", "1", "--problems", "maps bilinear zeros,volume nearest border"])
+        == 0
     )
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(results) == ["maps bilinear zeros", "volume nearest border"]
-    table = bench.report(results).splitlines()
+    table = bench.bench.report(results).splitlines()
     assert len(table) == 3 and "training/forward" in table[0]
 
 

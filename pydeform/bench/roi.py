@@ -231,23 +231,7 @@ def ratios(times: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def report(results: dict[str, Any]) -> str:
-    """A table in milliseconds, median and minimum, and the ratios."""
-    return timing.table_of_problems(results, ratios)
-
-
-def problem_names(text: str) -> list[str]:
-    return timing.names_among("problems", PROBLEMS, text)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return timing.measure_problems("pydeform.bench.roi", PROBLEMS, measure, argv)
-
-
-def run(threads: int, problems: list[str], rounds: int) -> dict[str, Any]:
-    """`measure` for several problems in a process of its own, whose libraries all use that many threads."""
-    return timing.in_own_process(__name__, threads, "--problems", ",".join(problems), "--rounds", str(rounds))
-
+bench = timing.Problems("pydeform.bench.roi", PROBLEMS, measure, ratios)
 
 if __name__ == "__main__":
-    sys.exit(without_traceback("benchmark", main))
+    sys.exit(without_traceback("benchmark", bench.main))

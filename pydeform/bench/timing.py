@@ -176,36 +176,48 @@ def table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
     )
 
 
-def table_of_problems(results: Mapping[str, Any], ratios: Callable[[dict[str, Any]], dict[str, float]]) -> str:
-    """A row for each problem: milliseconds of its "times", median and minimum, and the ratios of them."""
-    columns = list(dict.fromkeys(name for result in results.values() for name in result["times"]))
-    found = {problem: ratios(result["times"]) for problem, result in results.items()}
-    named = list(dict.fromkeys(name for of_problem in found.values() for name in of_problem))
-    rows = []
-    for problem, result in results.items():
-        cells = [_milliseconds(result["times"].get(column)) for column in columns]
-        rows.append([problem, *cells, *[f"{found[problem][r]:.2f}" if r in found[problem] else "-" for r in named]])
-    return table(["problem", *columns, *named], rows)
+class Problems(NamedTuple):
+    """What a module of this package measures, by name, and the command line that it has."""
+
+    module: str  # its whole name
+    known: Mapping[str, Any]
+    measure: Callable[[str, int, int], dict[str, Any]]  # name, threads, rounds -> a JSON object with "times"
+    ratios: Callable[[dict[str, Any]], dict[str, float]]  # of these times
+
+    def main(self, argv: list[str] | None = None) -> int:
+        """Prints one JSON object, name -> what was measured."""
+        parser = argparse.ArgumentParser(prog=f"python -m {self.module}")
+        parser.add_argument("--threads", type=count, default=get_num_threads())
+        parser.add_argument("--problems", default=",".join(self.known), type=self.named)
+        parser.add_argument("--rounds", type=count, default=7)
+        options = parser.parse_args(argv)
+        set_num_threads(options.threads)
+        results = {name: self.measure(name, options.threads, options.rounds) for name in options.problems}
+        show_progress("")
+        print(json.dumps(results))
+        return 0
+
+    def named(self, text: str) -> list[str]:
+        return names_among("problems", self.known, text)
+
+    def run(self, threads: int, names: Iterable[str], rounds: int) -> dict[str, Any]:
+        """`main` in a process of its own, all of whose libraries use that many threads."""
+        return in_own_process(self.module, threads, "--problems", ",".join(names), "--rounds", str(rounds))
+
+    def report(self, results: Mapping[str, Any]) -> str:
+        """A table with a row for each problem: milliseconds, median and minimum, and the ratios."""
+        columns = list(dict.fromkeys(name for result in results.values() for name in result["times"]))
+        found = {problem: self.ratios(result["times"]) for problem, result in results.items()}
+        named = list(dict.fromkeys(name for of_problem in found.values() for name in of_problem))
+        rows = []
+        for problem, result in results.items():
+            cells = [_milliseconds(result["times"].get(column)) for column in columns]
+            rows.append([problem, *cells, *[f"{found[problem][r]:.2f}" if r in found[problem] else "-" for r in named]])
+        return table(["problem", *columns, *named], rows)
 
 
 def _milliseconds(t: Mapping[str, float] | None) -> str:
     return f"{t['median'] * 1e3:.3g}/{t['minimum'] * 1e3:.3g}" if t else "-"
-
-
-def measure_problems(
-    module: str, known: Iterable[str], measure: Callable[[str, int, int], dict[str, Any]], argv: list[str] | None
-) -> int:
-    """The command line of a module that measures problems by name: prints one JSON object, problem -> result."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}")
-    parser.add_argument("--threads", type=count, default=get_num_threads())
-    parser.add_argument("--problems", default=",".join(known), type=lambda text: names_among("problems", known, text))
-    parser.add_argument("--rounds", type=count, default=7)
-    options = parser.parse_args(argv)
-    set_num_threads(options.threads)
-    results = {name: measure(name, options.threads, options.rounds) for name in options.problems}
-    show_progress("")
-    print(json.dumps(results))
-    return 0
 
 
 def names_among(what: str, known: Iterable[str], text: str) -> list[str]:

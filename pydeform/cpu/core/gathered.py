@@ -70,10 +70,15 @@ def _place(builder: Any, entry: Any, lanes: int, corners: int) -> Any:
 
 
 def _starts(v: Vectors, samples: Corners, place: Any, step: int, corners: int) -> list[Any]:
-    """Pointers to the first channel of the sample at a place of the tables."""
+    """Pointers to the pixels of the sample at a place of the tables."""
     builder, pointer = v.builder, v.element.as_pointer()
     addresses = (builder.load(v.offset(samples.starts, _beyond(v, place, k * step))) for k in range(corners))
-    return [v.offset(builder.inttoptr(address, pointer), samples.channel) for address in addresses]
+    return [builder.inttoptr(address, pointer) for address in addresses]
+
+
+def _channels(v: Vectors, samples: Corners, places: list[Any]) -> list[Any]:
+    """Which channels of a pixel those at places of a result are: one addition, rather than one for each corner."""
+    return [v.builder.add(samples.channel, place) for place in places]
 
 
 def _shares(v: Vectors, samples: Corners, place: Any, step: int, corners: int) -> list[Any]:
@@ -121,12 +126,14 @@ def sum_samples(
         v, samples = Vectors(builder, out.dtype, vector_bytes), _opened(corners, corners_)
 
         def run(places: list[Any], load: Any, store: Any) -> None:
+            channels = _channels(v, samples, places)
+
             def add(i: Any, sums: list[Any]) -> list[Any]:
                 number = _number(v, samples, i)
                 at = _place(builder, builder.add(samples.entry, number), *shape)
                 starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
                 w = v.load_splat(weights_, builder.mul(number, step_))
-                values = (blended(v, shares, [load(v.offset(start, place)) for start in starts]) for place in places)
+                values = (blended(v, shares, [load(v.offset(start, c)) for start in starts]) for c in channels)
                 return [v.fma(w, value, total) for value, total in zip(values, sums, strict=True)]
 
             for place, total in zip(places, loop(builder, count_, [v.zero] * len(places), add), strict=True):
@@ -149,7 +156,7 @@ def scatter_samples(
         v, samples = Vectors(builder, grad.dtype, vector_bytes), _opened(corners, corners_)
 
         def run(places: list[Any], load: Any, store: Any) -> None:
-            grads = [load(v.offset(grad_, place)) for place in places]
+            grads, channels = [load(v.offset(grad_, place)) for place in places], _channels(v, samples, places)
 
             def add(i: Any, _: list[Any]) -> list[Any]:
                 number = _number(v, samples, i)
@@ -158,8 +165,8 @@ def scatter_samples(
                 at = _place(builder, builder.add(samples.entry, number), *shape)
                 starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
                 for start, share in zip(starts, shares, strict=True):
-                    for place, g in zip(places, weighted, strict=True):
-                        target = v.offset(start, place)
+                    for c, g in zip(channels, weighted, strict=True):
+                        target = v.offset(start, c)
                         store(v.fma(share, g, load(target)), target)
                 return []
 
@@ -179,7 +186,7 @@ def corner_dots(vector_bytes: int, dots: Any, grad: Any, corners: Any, axes: Any
         v, samples = Vectors(builder, grad.dtype, vector_bytes), _opened(corners, corners_)
 
         def run(places: list[Any], load: Any, _store: Any) -> None:
-            grads = [load(v.offset(grad_, place)) for place in places]
+            grads, channels = [load(v.offset(grad_, place)) for place in places], _channels(v, samples, places)
 
             def dot(i: Any, _: list[Any]) -> list[Any]:
                 number = _number(v, samples, i)
@@ -187,7 +194,7 @@ def corner_dots(vector_bytes: int, dots: Any, grad: Any, corners: Any, axes: Any
                 starts = _starts(v, samples, at, *shape)
                 sums = []
                 for start in starts:
-                    products = [(g, load(v.offset(start, place))) for g, place in zip(grads, places, strict=True)]
+                    products = [(g, load(v.offset(start, c))) for g, c in zip(grads, channels, strict=True)]
                     sums.append(functools.reduce(lambda total, pair: v.fma(pair[0], pair[1], total), products, v.zero))
                 total = v.sum_each(sums)
                 target = builder.bitcast(v.offset(dots_, builder.mul(number, const(shape[1]))), total.type.as_pointer())

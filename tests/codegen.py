@@ -175,22 +175,24 @@ def loops(text: str, processor: Processor) -> list[Loop]:
         if target and labels.get(target[1], n) < n:
             spans.append((labels[target[1]], n))
     innermost = [(a, b) for a, b in spans if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)]
-    return [loop for a, b in innermost if (loop := _described(lines[a : b + 1], processor)) is not None]
+    # Where it does not keep the stack's place, %rbp is a register as any other.
+    stack = "%rsp|%rbp" if any(re.match(r"\s+movq\s+%rsp, %rbp$", line) for line in lines) else "%rsp"
+    return [loop for a, b in innermost if (loop := _described(lines[a : b + 1], processor, stack)) is not None]
 
 
-def _described(lines: list[str], processor: Processor) -> Loop | None:
+def _described(lines: list[str], processor: Processor, stack: str) -> Loop | None:
     if not any(re.search(processor.vector, line) for line in lines):
         return None
     if processor.triple == ARM:
         multiply_adds = sum(bool(re.match(r"\s+fml[as]\s", line)) for line in lines)
         targets = [line.split("[")[0] for line in lines if re.match(r"\s+ld", line)]
         loads = sum(len(re.findall(processor.vector + r"|\b[sd]\d+\b", target)) for target in targets)
-        stack = sum(bool(re.match(r"\s+st[rpu]\w*\s+q", line)) and "[sp" in line for line in lines)
-        return Loop(multiply_adds, loads, stack)
+        stores = sum(bool(re.match(r"\s+st[rpu]\w*\s+q", line)) and "[sp" in line for line in lines)
+        return Loop(multiply_adds, loads, stores)
     multiply_adds = sum(
         "vfm" in line or "vfnm" in line or "vdpbf16ps" in line or line.lstrip().startswith("mulp") for line in lines
     )
     # In what is AT&T's order the target comes last: memory anywhere before it is read.
     loads = sum(bool(re.search(r"\(%.*\).*,\s*%[xyz]mm\d+", line)) for line in lines)
-    stack = sum(bool(re.search(r"%[xyz]mm\d+, -?\d*\(%r[sb]p\)", line)) for line in lines)
-    return Loop(multiply_adds, loads, stack)
+    stores = sum(bool(re.search(rf"%[xyz]mm\d+, -?\d*\((?:{stack})\)", line)) for line in lines)
+    return Loop(multiply_adds, loads, stores)

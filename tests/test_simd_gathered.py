@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from pydeform.cpu.core.gathered import Corners, address_of, place_in
+from pydeform.cpu.core.gathered import Corners, Groups, address_of, place_in
 from pydeform.cpu.core.jit import inline
 from pydeform.cpu.core.simd import VECTOR_BYTES, at
 from tests.codegen import primitives
@@ -14,6 +14,7 @@ from tests.codegen import primitives
 WIDTHS = {width: primitives(width) for width in (0, 16, 32, 64)}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-13}
 SAMPLES, PIXELS, ENTRY = 21, 5, 3  # of the tables' entries the first three are others
+ONE = Groups(1, 0, 0, 0)
 
 
 @njit
@@ -90,8 +91,9 @@ def runs(width):
         return Corners(at(starts, (0,)), at(table, (0,)), ENTRY, 1, at(listed, (0,)))
 
     @njit
-    def sums(out, weights, starts, table, axes, listed, count, channels):
-        sum_samples(at(out, (1,)), corners(starts, table, listed), axes, at(weights, (0, 0)), 2, count, channels)
+    def sums(out, weights, starts, table, axes, listed, count, channels, groups=ONE):
+        samples = corners(starts, table, listed)
+        sum_samples(at(out, (1,)), samples, groups, axes, at(weights, (0, 0)), 2, count, channels)
 
     @njit
     def scatters(grad, weights, starts, table, axes, listed, count, channels):
@@ -113,6 +115,21 @@ def test_sums(width, dtype, problem):
     runs(width)[0](out, problem.weights, *problem.arguments())
     assert out[0] == out[-1] == 7  # those of other groups
     close(out[1:-1], problem.weights[problem.numbers, 0].astype(float) @ problem.samples(), dtype)
+
+
+@pytest.mark.parametrize("axes, channels", [((), 5), ((0, 0), 19), ((0, 0), 50), ((0, 0), 64)])
+def test_sums_of_groups(width, dtype, axes, channels):
+    """One after the other: of the same samples or of those five entries on, with weights of their own."""
+    problem = Problem(dtype, axes, 2 * channels, False)
+    starts, table = problem.starts, problem.table
+    for entries in (0, 5):
+        out = np.full(2 * channels + 2, 7, dtype)
+        apart = Groups(2, entries, channels, 1)
+        runs(width)[0](out, problem.weights, starts, table, axes, None, 16, channels, apart)
+        assert out[0] == out[-1] == 7
+        one, other = problem.samples()[:16, :channels], problem.samples()[entries : entries + 16, channels:]
+        want = [problem.weights[:16, k].astype(float) @ samples for k, samples in enumerate((one, other))]
+        close(out[1:-1], np.concatenate(want), dtype)
 
 
 def test_scattered_sums(width, dtype, problem):

@@ -114,34 +114,58 @@ def _in_runs(v: Vectors, channels: Any, body: Callable[[list[Any], Any, Any], No
         )
 
 
+class Groups(NamedTuple):
+    """Groups of channels that are summed one after the other, and how far one has what is its own from the next."""
+
+    number: int
+    entries: int  # in the samples' tables
+    channels: int  # in pixels and results
+    weights: int
+
+
 @for_any_width
 def sum_samples(
-    vector_bytes: int, out: Any, corners: Any, axes: Any, weights: Any, step: Any, count: Any, channels: Any
+    vector_bytes: int,
+    out: Any,
+    corners: Any,
+    groups: Any,
+    axes: Any,
+    weights: Any,
+    step: Any,
+    count: Any,
+    channels: Any,
 ) -> Any:
-    """out[c] = sum_i weights[i * step] * sample_i[c]."""
+    """out[c] = sum_i weights[i * step] * sample_i[c], for each group."""
     shape = _lanes(out.dtype), _corners(axes)
 
-    def emit(builder: Any, out_: Any, corners_: Any, _axes: Any, weights_: Any, *rest: Any) -> None:
+    def emit(builder: Any, out_: Any, corners_: Any, groups_: Any, _axes: Any, weights_: Any, *rest: Any) -> None:
         step_, count_, channels_ = rest
-        v, samples = Vectors(builder, out.dtype, vector_bytes), _opened(corners, corners_)
+        v, samples, apart = Vectors(builder, out.dtype, vector_bytes), _opened(corners, corners_), Groups(*groups_)
 
         def run(places: list[Any], load: Any, store: Any) -> None:
-            channels = _channels(v, samples, places)
+            def sum_group(group: Any, _: list[Any]) -> list[Any]:
+                entry = builder.add(samples.entry, builder.mul(group, apart.entries))
+                beyond = builder.mul(group, apart.channels)
+                target, weights = v.offset(out_, beyond), v.offset(weights_, builder.mul(group, apart.weights))
+                channels = [builder.add(beyond, c) for c in _channels(v, samples, places)]
 
-            def add(i: Any, sums: list[Any]) -> list[Any]:
-                number = _number(v, samples, i)
-                at = _place(builder, builder.add(samples.entry, number), *shape)
-                starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
-                w = v.load_splat(weights_, builder.mul(number, step_))
-                values = (blended(v, shares, [load(v.offset(start, c)) for start in starts]) for c in channels)
-                return [v.fma(w, value, total) for value, total in zip(values, sums, strict=True)]
+                def add(i: Any, sums: list[Any]) -> list[Any]:
+                    number = _number(v, samples, i)
+                    at = _place(builder, builder.add(entry, number), *shape)
+                    starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
+                    w = v.load_splat(weights, builder.mul(number, step_))
+                    values = (blended(v, shares, [load(v.offset(start, c)) for start in starts]) for c in channels)
+                    return [v.fma(w, value, total) for value, total in zip(values, sums, strict=True)]
 
-            for place, total in zip(places, loop(builder, count_, [v.zero] * len(places), add), strict=True):
-                store(total, v.offset(out_, place))
+                for place, total in zip(places, loop(builder, count_, [v.zero] * len(places), add), strict=True):
+                    store(total, v.offset(target, place))
+                return []
+
+            loop(builder, apart.number, [], sum_group)
 
         _in_runs(v, channels_, run)
 
-    return types.void(out, corners, axes, weights, step, count, channels), emit
+    return types.void(out, corners, groups, axes, weights, step, count, channels), emit
 
 
 @for_any_width

@@ -14,6 +14,7 @@ from pydeform.cpu.gather.places import (
     clear_nothing,
     corners_of,
     entry_of,
+    groups_of,
     list_seen,
     locate,
     make_weights,
@@ -44,11 +45,10 @@ def gather(thread: int, counters: Any, given: Any, output: Any, scratch: Any, ta
 
 @inline
 def _sum_tile(tile: Any, given: Any, output: Any, scratch: Any, g: Any, p: Any) -> None:
+    apart = groups_of(tile, g.groups, given, g)
     for query in range(tile.queries):
-        count = list_seen(tile, query, 0, scratch, g, p)
-        for group in range(g.groups):
-            entry = entry_of(tile, query, group if tile.groups > 1 else 0, g)
-            weights, channel = weights_of(tile, query, group, entry, given, scratch, g), group * g.channels
-            corners = corners_of(entry, channel, tile.thread, scratch, p)
-            out = at(output, (tile.image, tile.query + query, channel))
-            sum_samples(out, corners, p.axes, weights, p.weight_step, count, g.channels)
+        count, entry = list_seen(tile, query, 0, scratch, g, p), entry_of(tile, query, 0, g)
+        weights = weights_of(tile, query, 0, entry, given, scratch, g)
+        corners = corners_of(entry, 0, tile.thread, scratch, p)
+        out = at(output, (tile.image, tile.query + query, 0))
+        sum_samples(out, corners, apart, p.axes, weights, p.weight_step, count, g.channels)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pydeform._gather_geometry import BILINEAR_INSIDE
-from pydeform.cpu.core.gathered import Corners, address_of, place_in
+from pydeform.cpu.core.gathered import Corners, Groups, address_of, place_in
 from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.simd import advance, at
 from pydeform.cpu.core.vector import (
@@ -58,6 +58,13 @@ def corners_of(entry: int, channel: int, thread: int, scratch: Any, p: Any) -> A
     if p.lists is None:
         return Corners(starts, shares, entry, channel, None)
     return Corners(starts, shares, entry, channel, at(scratch.listed, (thread, 0)))
+
+
+@inline_always
+def groups_of(tile: Any, count: int, given: Any, g: Any) -> Groups:
+    """How so many groups of a query follow one another."""
+    entries = g.samples if tile.groups > 1 else 0
+    return Groups(count, entries, g.channels, g.weight_steps[2] if given.reference is None else entries)
 
 
 @inline

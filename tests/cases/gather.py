@@ -188,6 +188,7 @@ AGGREGATION = {
     "cameras_differ": Aggregation((((4, 2), (2, 1)), ((8, 4), (1, 1)), ((2, 8), (1, 8))), 3, 5),
     "one_map": Aggregation((((4, 4),),), 1, 1),
     "channel_per_group": Aggregation((((4, 8), (2, 2), (1, 1)),), 8, 1),
+    "groups_5": Aggregation((((2, 4), (1, 2)),), 5, 3, 1, points=2),  # on two threads in shares of 2
     "one_pixel": Aggregation((((1, 1),), ((1, 4),)), 1, 3, points=2),
     "odd_sizes": Aggregation((((5, 7), (3, 4)), ((2, 9), (1, 3))), 2, 19, points=2),
     "channels_16": Aggregation((((4, 4),), ((2, 4),)), 2, 16),
@@ -259,6 +260,7 @@ DCN = {
     "padding_asymmetric": Dcn((3, 5), 2, 3, (2, 3), (1, 2), ((0, 3), (4, 1))),
     "one_pixel": Dcn((1, 1), 3, 1, batch=4),
     "row_image": Dcn((1, 9), 2, 5, (1, 4), (1, 2), ((0, 0), (1, 2)), (1, 2)),
+    "groups_5": Dcn((3, 4), 5, 2, (2, 2), padding=((0, 1), (0, 0)), batch=1),
     "groups_8": Dcn((3, 4), 8, 1, (2, 2), padding=((0, 0), (0, 0))),
     "channels_32": Dcn((3, 3), 2, 32, (2, 2), padding=((0, 1), (1, 0))),
     "channels_40": Dcn((3, 3), 3, 40, (1, 2), padding=((0, 0), (1, 0)), batch=1),

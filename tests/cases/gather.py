@@ -116,6 +116,7 @@ ATTENTION = {
     "two_points": Attention(((16, 8),), (2,), 2, 16, queries=5, references=(False, 4)),
     "one_pixel": Attention(((1, 1), (1, 8), (8, 1)), (2, 1, 3), 1, 3, queries=4, references=(True, 2)),
     "many_points": Attention(((8, 4),), (37,), 1, 16, batch=1),
+    "more_points_than_a_tile": Attention(((4, 2),), (260,), 2, 3, batch=1, queries=2),
     "odd_sizes": Attention(((5, 7), (3, 3)), (4, 4), 2, 19, flat=False, references=(True, 4)),
     "one_channel": Attention(((4, 2), (1, 2)), (5, 3), 3, 1, references=(False, 2)),
     "channels_40": Attention(((2, 4), (4, 2)), (1, 2), 1, 40, references=(False, 4)),

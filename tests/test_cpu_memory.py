@@ -19,10 +19,15 @@ from pydeform.cpu.conv import plan as conv_plan
 from pydeform.cpu.core import memory, pair_products, parallel
 from pydeform.cpu.core.jit import Kernel
 from pydeform.cpu.core.simd import at
+from pydeform.cpu.gather import plan as gather_plan
+from pydeform.cpu.grid import plan as grid_plan
 from pydeform.cpu.roi import plan as roi_plan
+from tests.cases import gather
 from tests.cases.deform_conv2d import ARRAYS, CASES, make, make_grad_output
+from tests.cases.gather_tests import CPU, assert_same_results, both
 from tests.conftest import arrays_in, assert_same_bits, map_arrays, take_no_spare
 from tests.test_roi import CORNERS, OPERATORS, VARIANTS, problem, wide
+from tests.test_simd_roi import last_of_a_page
 
 FENCE = 4096  # bytes on either side
 WOOD = 0xFF  # NaN in every dtype, -1 in every int
@@ -43,11 +48,10 @@ def _run_fenced(run: Any) -> Any:
     """`parallel.run` with fences around all arrays of a kernel."""
 
     def fenced(kernel: Any, key: Any, threads: int, *arguments: Any) -> None:
-        arrays = arrays_in(arguments)
-        pairs = [_fenced(array) for array in arrays]
-        copies = iter([copy for copy, _ in pairs])
-        run(kernel, key, threads, *map_arrays(lambda array: next(copies), arguments))
-        for number, (array, (copy, around)) in enumerate(zip(arrays, pairs, strict=True)):
+        # One copy of each: DCNv4's places and weights are in the same array.
+        fences = {id(array): (array, *_fenced(array)) for array in arrays_in(arguments)}
+        run(kernel, key, threads, *map_arrays(lambda array: fences[id(array)][1], arguments))
+        for number, (array, copy, around) in enumerate(fences.values()):
             for side, fence in ("before", around[:FENCE]), ("after", around[FENCE + array.nbytes :]):
                 what = f"{kernel.call.__name__} wrote {side} its array {number}, {array.dtype}{array.shape}"
                 assert (fence == WOOD).all(), what
@@ -86,7 +90,7 @@ def _results(
 def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """The same bits behind fences, on two threads and on one, whatever is in fresh memory."""
     before = pydeform.get_num_threads()
-    for module in (roi_plan, conv_plan):
+    for module in (roi_plan, conv_plan, gather_plan, grid_plan):
         monkeypatch.setattr(module, "SERIAL_FLOPS", 0)  # on several threads, however small
     run, used = parallel.run, set()
 
@@ -182,6 +186,33 @@ def test_deform_conv2d(check, name, dtype, monkeypatch):
     arrays["offset"] = (np.resize(_magnitudes(coordinates), offset.size) * signs).reshape(offset.shape)
     arrays["offset"] = arrays["offset"].astype(coordinates)
     check("deform_conv2d", ARRAYS, arrays, grad_output, case.options)
+
+
+@pytest.mark.parametrize("operator", gather.CASES)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_gathering(check, operator, dtype):
+    for name in gather.CASES[operator]:
+        one = gather.make(operator, name, dtype)
+        check(operator, list(one.numbers), one.arrays, one.grad_output, one.options)
+    for name in gather.FEW[operator]:
+        one = gather.make(operator, name, dtype)
+        place = one.arrays[one.place]
+        signs = np.random.default_rng(2).choice([-1, 0, 1], place.shape)
+        place[...] = np.resize(_magnitudes(dtype), place.shape) * signs
+        check(operator, list(one.numbers), one.arrays, one.grad_output, one.options)
+
+
+@pytest.mark.parametrize("operator", gather.CASES)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_nothing_is_read_behind_what_is_given(operator, dtype):
+    """Each array lies at the end of memory that may be read."""
+    for name in gather.CASES[operator]:
+        one = gather.make(operator, name, dtype)
+        if not one.grad_output.size:
+            continue
+        output, *last = (last_of_a_page(a.ravel()).reshape(a.shape) for a in (one.grad_output, *one.numbers.values()))
+        moved = one.replaced(**dict(zip(one.numbers, last, strict=True)))._replace(grad_output=output)
+        assert_same_results(both(CPU, moved), both(CPU, one), name)
 
 
 @Kernel

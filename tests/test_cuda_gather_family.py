@@ -232,11 +232,12 @@ def test_a_few_points_more_than_shared_memory_has():
     """One query and head of up to all of a block's shared memory; then an error says what does not fit."""
     from pydeform.cuda.core import launch
 
-    case = Attention(((4, 4),), (5000,), 1, 8, 1, 1, references=(False, 2))
+    most = (launch.device().shared - 2 * 4) // 12  # beside the gradient of the reference point
+    assert most * 12 > 48 << 10
+    case = Attention(((4, 4),), (most,), 1, 8, 1, 1, references=(False, 2))
     problem = make("ms_deform_attn_fused", case, "float32")
-    assert 5000 * 12 > 48 << 10
     assert_results(problem, both(problem), solve_oracle(problem), "float32")
-    problem = make("ms_deform_attn_fused", case._replace(points=(launch.device().shared // 12 + 1,)), "float32")
+    problem = make("ms_deform_attn_fused", case._replace(points=(most + 1,)), "float32")
     text = r"ms_deform_attn_fused_backward: the points .* shared memory, \d+ bytes, got \d+ points, which take \d+"
     with pytest.raises(ValueError, match=text):
         run_backward(EMULATED, problem)

@@ -116,6 +116,7 @@ ATTENTION = {
     "two_points": Attention(((16, 8),), (2,), 2, 16, queries=5, references=(False, 4)),
     "one_pixel": Attention(((1, 1), (1, 8), (8, 1)), (2, 1, 3), 1, 3, queries=4, references=(True, 2)),
     "many_points": Attention(((8, 4),), (37,), 1, 16, batch=1),
+    "more_points_than_a_tile": Attention(((4, 2),), (260,), 2, 3, batch=1, queries=2),
     "odd_sizes": Attention(((5, 7), (3, 3)), (4, 4), 2, 19, flat=False, references=(True, 4)),
     "one_channel": Attention(((4, 2), (1, 2)), (5, 3), 3, 1, references=(False, 2)),
     "channels_40": Attention(((2, 4), (4, 2)), (1, 2), 1, 40, references=(False, 4)),
@@ -188,6 +189,7 @@ AGGREGATION = {
     "cameras_differ": Aggregation((((4, 2), (2, 1)), ((8, 4), (1, 1)), ((2, 8), (1, 8))), 3, 5),
     "one_map": Aggregation((((4, 4),),), 1, 1),
     "channel_per_group": Aggregation((((4, 8), (2, 2), (1, 1)),), 8, 1),
+    "groups_5": Aggregation((((2, 4), (1, 2)),), 5, 3, 1, points=2),  # on two threads in shares of 2
     "one_pixel": Aggregation((((1, 1),), ((1, 4),)), 1, 3, points=2),
     "odd_sizes": Aggregation((((5, 7), (3, 4)), ((2, 9), (1, 3))), 2, 19, points=2),
     "channels_16": Aggregation((((4, 4),), ((2, 4),)), 2, 16),
@@ -259,6 +261,7 @@ DCN = {
     "padding_asymmetric": Dcn((3, 5), 2, 3, (2, 3), (1, 2), ((0, 3), (4, 1))),
     "one_pixel": Dcn((1, 1), 3, 1, batch=4),
     "row_image": Dcn((1, 9), 2, 5, (1, 4), (1, 2), ((0, 0), (1, 2)), (1, 2)),
+    "groups_5": Dcn((3, 4), 5, 2, (2, 2), padding=((0, 1), (0, 0)), batch=1),
     "groups_8": Dcn((3, 4), 8, 1, (2, 2), padding=((0, 0), (0, 0))),
     "channels_32": Dcn((3, 3), 2, 32, (2, 2), padding=((0, 1), (1, 0))),
     "channels_40": Dcn((3, 3), 3, 40, (1, 2), padding=((0, 0), (1, 0)), batch=1),

@@ -69,7 +69,7 @@ def test_any_sizes_and_options(seed):
 
 
 def dcn_problem(name, far, size=(40, 30), scale=1, groups=2, **options):
-    """Offsets that move samples up to `far` pixels, and masks that are longer; what fills a row is not a number."""
+    """Offsets that move samples up to `far` pixels. Masks are larger numbers, and so is what fills a row."""
     rng = np.random.default_rng(7)
     options = {"groups": groups, "offset_scale": scale, **options}
     input, kernel = rng.standard_normal((2, *size, 2 * groups)), options.get("kernel_size", (3, 3))
@@ -82,7 +82,7 @@ def dcn_problem(name, far, size=(40, 30), scale=1, groups=2, **options):
     if name == "dcnv4":
         packed = np.concatenate([arrays.pop("offset"), arrays.pop("mask")], -1).reshape(2, *out, -1)
         filled = ((0, 0), (0, 0), (0, 0), (0, -packed.shape[-1] % 8))
-        return {"input": input, "offset_mask": np.pad(packed, filled, constant_values=np.nan)}, options
+        return {"input": input, "offset_mask": np.pad(packed, filled, constant_values=99)}, options
     return {key: a if key == "input" else a.reshape(2, *out, -1) for key, a in arrays.items()}, options
 
 
@@ -228,6 +228,23 @@ def test_pixels_that_only_dropped_results_of_dcn_would_read(name):
         assert_same_bits(grad, expected)
 
 
+@pytest.mark.parametrize("name", DCN)
+@pytest.mark.parametrize("scale", [1, 0])
+def test_what_dcn_computes_and_drops_is_finite(name, scale, monkeypatch):
+    """So that nothing of it can spoil what is kept."""
+    inner, whole = tiling._inner, []
+
+    def recorded(operator, tile, array):
+        whole.append(array)
+        return inner(operator, tile, array)
+
+    monkeypatch.setattr(tiling, "_inner", recorded)
+    arrays, options = dcn_problem(name, 2, scale=scale)
+    y = getattr(tiling, name)(**arrays, **options, tile_size=8, max_offset=2)
+    getattr(tiling, f"{name}_backward")(y, **arrays, **options, tile_size=8, max_offset=2)
+    assert max(array.shape[1] for array in whole) > 8 and all(np.isfinite(array).all() for array in whole)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("function", ["deform_conv2d", "deform_conv2d_backward"])
 def test_a_longer_offset_is_an_error_that_names_its_block(function, sign):
@@ -254,12 +271,12 @@ def test_offsets_of_dcn_count_as_they_are_scaled_and_masks_do_not(function):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("scale", [1, 0.1, 0.7, 3])
+@pytest.mark.parametrize("scale", [1, 0.1, 0.3, 3])
 def test_offsets_may_be_clipped_to_what_is_stated(scale, dtype):
-    """As dtypes round the bound, and its quotient: 0.1 in float32 is more than 0.1, and 3 / 0.1 * 0.1 than 3."""
+    """As dtypes round the bound, and its quotient: 0.1 in float32 is more than 0.1, and 0.7 / 0.3 * 0.3 than 0.7."""
     rng = np.random.default_rng(0)
     input, mask = rng.standard_normal((1, 9, 9, 1)).astype(dtype), np.ones((1, 9, 9, 9), dtype)
-    for most in (0.1, 0.3, 2, 3):
+    for most in (0.1, 0.7, 2, 3):
         offset = np.clip(rng.uniform(-99, 99, (1, 9, 9, 18)).astype(dtype), -most / scale, most / scale)
         given = {"input": input, "offset": offset, "mask": mask, "offset_scale": scale}
         tiled = tiling.dcnv3(**given, tile_size=4, max_offset=most)
@@ -267,6 +284,16 @@ def test_offsets_may_be_clipped_to_what_is_stated(scale, dtype):
         given["offset"] = offset * offset.dtype.type(1 + 1e-5)
         with pytest.raises(ValueError, match="dcnv3: offset must be at most max_offset"):
             tiling.dcnv3(**given, tile_size=4, max_offset=most)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_no_offset_of_dcn_passes_a_whole_bound(dtype):
+    """Its sample would lie between pixels of which a tile has not read the further one."""
+    given = {"input": np.ones((1, 9, 9, 1), dtype), "mask": np.ones((1, 9, 9, 9), dtype)}
+    for most in (1, 2, 3):
+        offset = np.full((1, 9, 9, 18), np.nextafter(np.array(most, dtype), np.array(9, dtype)))
+        with pytest.raises(ValueError, match="dcnv3: offset must be at most max_offset"):
+            tiling.dcnv3(**given, offset=offset, tile_size=4, max_offset=most)
 
 
 class Counted:

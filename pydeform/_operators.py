@@ -36,7 +36,16 @@ class Operator(NamedTuple):
     options: dict[str, Any]  # the other arguments, with their defaults; inspect.Parameter.empty: there is none
     keyword_only: frozenset[str]
     shared: frozenset[str]  # arrays that all results need whole; of all others, axis 0 is that of the results
+    image_axis: int  # where the axes of an image begin, in results and in all arrays but those; one more is of channels
     shape: Callable[[Mapping[str, Shape], Mapping[str, Any]], Shape]  # of the result, of arrays' shapes and all options
+
+    def of_image(self, axes: Sequence[Any]) -> tuple[Any, ...]:
+        """Of things for each axis of an array, those for an image's."""
+        return tuple(axes[self.image_axis : self.image_axis + len(axes) - 2])
+
+    def with_image(self, axes: Sequence[Any], of_image: Sequence[Any]) -> tuple[Any, ...]:
+        """The same with others there."""
+        return (*axes[: self.image_axis], *of_image, *axes[self.image_axis + len(of_image) :])
 
     def bind(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """A call's arrays and options, all of them, with the errors that Python has for a call."""
@@ -109,6 +118,7 @@ def _operator(name: str) -> Operator:
         options,
         frozenset(key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY),
         frozenset(grads._fields) & SHARED | ({"input"} if boxes else set()),
+        1 if name in CHANNELS_LAST else 2,
         _shape_function(name),
     )
 
@@ -117,6 +127,7 @@ BOXES_ON_REQUEST = ("roi_align",)
 BOXES_HAVE_GRADIENTS = ("prroi_pool", *BOXES_ON_REQUEST)
 # With boxes the input too: a box names its image.
 SHARED = {"weight", "bias", "positions"}
+CHANNELS_LAST = ("dcnv3", "dcnv4")
 
 
 def _shape_function(name: str) -> Callable[[Mapping[str, Shape], Mapping[str, Any]], Shape]:

@@ -6,9 +6,9 @@ array that several parts of a result need is a sum over these parts, each rounde
 a tree whose form follows from the chunks alone: for given chunks it has the same bits, whatever computes it and in
 whatever order.
 
-Convolutions and `warp` also divide images. Where samples are moved, `max_offset` says by how many pixels of the input
-at most, along any axis. Tasks read that much around what they compute, and one that meets a longer finite offset raises
-a ValueError that names its block. The rest is as in `pydeform.tiling`.
+Convolutions, `dcnv3`, `dcnv4` and `warp` also divide images. Where samples are moved, `max_offset` says by how many
+pixels of the input at most, along any axis. Tasks read that much around what they compute, and one that meets a longer
+finite offset raises a ValueError that names its block. The rest is as in `pydeform.tiling`.
 
 >>> import dask.array as da
 >>> import numpy as np
@@ -74,15 +74,15 @@ class _Call:
 
     def _tiles(self) -> Any:
         """An array of `Tile`, or of None where an image is one."""
-        axes = len(self.out) - 2
-        whole = np.full((1,) * axes, None)
+        whole = np.full((1,) * (len(self.out) - 2), None)
+        of_image = self.operator.of_image
         of_images = {key: a for key, a in self.arrays.items() if a is not None and key not in self.operator.shared}
-        divided = [key for key, a in of_images.items() if math.prod(a.numblocks[2:]) != 1]
+        divided = [key for key, a in of_images.items() if math.prod(of_image(a.numblocks)) != 1]
         if self.max_offset is None:
             if divided and tiling.moved_by(self.operator):
                 raise ValueError(
                     f"{self.op}: {divided[0]} must have one chunk along the axes of an image where max_offset is not "
-                    f"stated, got chunks {self.arrays[divided[0]].chunks[2:]}"
+                    f"stated, got chunks {of_image(self.arrays[divided[0]].chunks)}"
                 )
             if not divided:
                 return whole
@@ -96,12 +96,13 @@ class _Call:
 
     def _chunks_of_images(self, arrays: dict[str, Any], plan: tiling.Plan) -> Sequence[tuple[int, ...]]:
         """Of the result: those of the array of its size that has most, or else where the input's come out."""
-        of_result = [array for key, array in arrays.items() if key != "input"]
-        most = max(of_result, key=lambda array: math.prod(array.numblocks[2:]), default=arrays["input"])
-        if most is not arrays["input"] and math.prod(most.numblocks[2:]) > 1:
-            return tuple(most.chunks[2:])
+        of_image = self.operator.of_image
+        of_result = [of_image(array.chunks) for key, array in arrays.items() if key != "input"]
+        most = max(of_result, key=lambda chunks: math.prod(map(len, chunks)), default=())
+        if math.prod(map(len, most)) > 1:
+            return most
         chunks = []
-        for sizes, out, stride in zip(arrays["input"].chunks[2:], plan.out, plan.stride, strict=True):
+        for sizes, out, stride in zip(of_image(arrays["input"].chunks), plan.out, plan.stride, strict=True):
             edges = sorted({min(edge // stride, out) for edge in (0, *itertools.accumulate(sizes[:-1]))} | {out})
             chunks.append(tuple(b - a for a, b in itertools.pairwise(edges)))
         return chunks
@@ -121,7 +122,7 @@ class _Call:
     def _part(self, key: str, array: Any, tile: Tile | None) -> Any:
         """What a tile needs, in one chunk along axes that are not divided."""
         if tile is not None and key not in self.operator.shared:
-            array = array[tiling.index(tile.input if key == "input" else tile.output)]
+            array = array[tiling.index(self.operator, tile.part_of(key))]
         return array.rechunk(dict.fromkeys(range(len(_apart(self.operator, key)), array.ndim), -1))
 
 
@@ -142,6 +143,10 @@ def _as_dask(op: str, key: str, array: Any) -> Any:
 def _slices(sizes: Iterable[int]) -> list[slice]:
     edges = [0, *itertools.accumulate(sizes)]
     return [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]  # a filter may have left a chunk empty
+
+
+def _sizes(parts: Iterable[slice]) -> list[int]:
+    return [part.stop - part.start for part in parts]
 
 
 def _only(block: Any) -> Any:
@@ -165,7 +170,7 @@ def _compute(
         options = operator.for_batch(options, batch)
         result = (operator.backward if is_backward else operator.forward)(**arrays, **options)
         return result._asdict() if is_backward else result
-    tiling.check_offset(op, operator, arrays, max_offset, tile)
+    tiling.check_offset(op, operator, arrays, options, max_offset, tile)
     return (tiling.backward_of_tile if is_backward else tiling.forward_of_tile)(operator, arrays, options, tile)
 
 
@@ -198,9 +203,9 @@ def _forward(operator: Operator, op: str, given: dict[str, Any]) -> Any:
     parts = np.empty(call.tiles.shape, object)
     for index in np.ndindex(parts.shape):
         tile = call.tiles[index]
-        shape = call.out if tile is None else (*call.out[:2], *(part.stop - part.start for part in tile.output))
+        shape = call.out if tile is None else operator.with_image(call.out, _sizes(tile.output))
         parts[index] = _picked(call, call.compute(tile), None, shape, call.empty.dtype)
-    return _joined(parts)
+    return _joined(operator, parts)
 
 
 def _backward(operator: Operator, op: str, given: dict[str, Any]) -> Any:
@@ -222,8 +227,7 @@ def _gradient(call: _Call, computed: Any, key: str, dtype: Any) -> Any:
         tile = call.tiles[index]
         shape = array.shape
         if tile is not None and key not in call.operator.shared:
-            places = tile.input if key == "input" else tile.output
-            shape = (*shape[:2], *(part.stop - part.start for part in places))
+            shape = call.operator.with_image(shape, _sizes(tile.part_of(key)))
         parts[index] = _picked(call, computed[index], key, shape, dtype)
     missing = tuple(range(parts.flat[0].ndim - array.ndim))
     if missing:
@@ -231,22 +235,23 @@ def _gradient(call: _Call, computed: Any, key: str, dtype: Any) -> Any:
         return terms.sum(missing, dtype=terms.dtype, split_every=SPLIT_EVERY).astype(dtype)
     if key == "input" and call.tiles.flat[0] is not None:
         return _overlaid(call, array, list(zip(call.tiles.flat, parts.flat, strict=True)), dtype)
-    return _joined(parts)
+    return _joined(call.operator, parts)
 
 
-def _joined(parts: Any) -> Any:
+def _joined(operator: Operator, parts: Any) -> Any:
     """One array of those that lie side by side in the axes of an image."""
-    return parts.flat[0] if parts.size == 1 else da.block(parts.tolist())
+    nested = parts.reshape(operator.with_image((1,) * (parts.ndim + 2), parts.shape))
+    return parts.flat[0] if parts.size == 1 else da.block(nested.tolist())
 
 
 def _overlaid(call: _Call, array: Any, parts: list[tuple[Tile, Any]], dtype: Any) -> Any:
     """The sum of arrays that lie over parts of the image, chunk by chunk of `array`, in the order of the tiles."""
-    edges = [_slices(sizes) for sizes in array.chunks[2:]]
+    operator = call.operator
+    edges = [_slices(sizes) for sizes in operator.of_image(array.chunks)]
     chunks = np.empty(tuple(map(len, edges)), object)
     batch = parts[0][1].chunks[0]
     for index in np.ndindex(chunks.shape):
         box = [places[i] for places, i in zip(edges, index, strict=True)]
-        sizes = tuple(part.stop - part.start for part in box)
         places, pieces = [], []
         for tile, part in parts:
             common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(tile.input, box, strict=True)]
@@ -254,15 +259,14 @@ def _overlaid(call: _Call, array: Any, parts: list[tuple[Tile, Any]], dtype: Any
                 inside = (
                     slice(both.start - a.start, both.stop - a.start) for both, a in zip(common, tile.input, strict=True)
                 )
-                pieces.append(part[tiling.index(tuple(inside))])
-                places.append(
-                    tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box, strict=True))
-                )
-        shape = (array.shape[1], *sizes)
+                pieces.append(part[tiling.index(operator, tuple(inside))])
+                place = tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box, strict=True))
+                places.append(tiling.index(operator, place))
+        shape = operator.with_image(array.shape, _sizes(box))[1:]
         if not pieces:  # no tap reaches it
             chunks[index] = da.zeros((array.shape[0], *shape), chunks=(batch, *((n,) for n in shape)), dtype=dtype)
             continue
-        own, *others = (_labels(call.operator, f"input {i}", array.ndim) for i in range(len(pieces) + 1))
+        own, *others = (_labels(operator, f"input {i}", array.ndim) for i in range(len(pieces) + 1))
         chunks[index] = da.blockwise(
             functools.partial(_overlay, shape, tuple(places), dtype),
             own,
@@ -271,7 +275,7 @@ def _overlaid(call: _Call, array: Any, parts: list[tuple[Tile, Any]], dtype: Any
             meta=pieces[0]._meta,
             token="overlay",
         )
-    return _joined(chunks)
+    return _joined(operator, chunks)
 
 
 def _overlay(shape: tuple[int, ...], places: Sequence[tuple[slice, ...]], dtype: Any, *blocks: Any) -> Any:
@@ -279,7 +283,7 @@ def _overlay(shape: tuple[int, ...], places: Sequence[tuple[slice, ...]], dtype:
     pieces = list(map(_only, blocks))
     total = np.zeros_like(pieces[0], wide_dtype(dtype), shape=(pieces[0].shape[0], *shape))
     for piece, place in zip(pieces, places, strict=True):
-        total[tiling.index(place)] += piece
+        total[place] += piece
     return total.astype(dtype)
 
 

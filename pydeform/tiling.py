@@ -1,8 +1,10 @@
-"""Convolutions and `warp` of images that fit no memory: tile by tile, each with the pixels around it that it reads.
+"""Convolutions, `dcnv3`, `dcnv4` and `warp` of images that fit no memory: tile by tile, each with the pixels around it
+that it reads.
 
 Every function here is the operator of that name with the same arguments and more, by keyword. `tile_size`: how many
 pixels of the result a tile has along each axis, one int or one per axis. `max_offset`, where samples are moved: by how
 many pixels of the input at most, along any axis; a tile with a longer finite offset raises a ValueError that names it.
+Of `dcnv3` and `dcnv4` that is an offset times `offset_scale`, from a sample's place in the scaled kernel.
 
 Arrays are anything with `shape` and `dtype` that slices give NumPy arrays of: NumPy's, `numpy.memmap`, of Zarr, or an
 object that computes what it is asked for. A tile reads the slices that it needs, and `weight`, `bias` and `positions`
@@ -35,10 +37,11 @@ import numpy as np
 
 from pydeform import _checks
 from pydeform._arrays import wide_dtype
+from pydeform._gather_geometry import packed_row
 from pydeform._operators import Operator, operators
 
-MOVES = ("offset", "positions", "displacement")  # names of arrays that say by how many pixels a sample is moved
-TILED = {name: op for name, op in operators().items() if "weight" in op.arrays or "displacement" in op.arrays}
+MOVES = ("offset", "positions", "displacement", "offset_mask")  # arrays that say by how many pixels a sample is moved
+TILED = {name: op for name, op in operators().items() if "padding" in op.options or "displacement" in op.arrays}
 
 
 class Tile(NamedTuple):
@@ -48,6 +51,10 @@ class Tile(NamedTuple):
     input: tuple[slice, ...]
     padding: tuple[tuple[int, int], ...]  # of that part of the input
     extra: tuple[tuple[int, int], ...]  # results before and after those of the tile, which are computed and dropped
+
+    def part_of(self, key: str) -> tuple[slice, ...]:
+        """Of the array of this name."""
+        return self.input if key == "input" else self.output
 
 
 class Plan(NamedTuple):
@@ -59,8 +66,8 @@ class Plan(NamedTuple):
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     before: tuple[int, ...]  # padding
-    below: int  # pixels that a sample may read before its place, and after it
-    above: int
+    below: tuple[int, ...]  # pixels that may be read before the first tap's place, and after the last one's
+    above: tuple[int, ...]
     even: bool  # of two equally near pixels the even one is read, so that a part begins with an even one
 
     def tile(self, output: tuple[slice, ...]) -> Tile:
@@ -81,9 +88,9 @@ class Plan(NamedTuple):
         size, stride = self.size[axis], self.stride[axis]
         first = start * stride - self.before[axis]
         last = (stop - 1) * stride - self.before[axis] + self.dilation[axis] * (self.kernel[axis] - 1)
-        low = min(max(first - self.below, 0), size - 1)
+        low = min(max(first - self.below[axis], 0), size - 1)
         low -= low % 2 * self.even
-        high = min(max(last + self.above + 1, 1), size)
+        high = min(max(last + self.above[axis] + 1, 1), size)
         extra = _steps(first - low, stride), _steps(high - 1 - last, stride)
         padding = low - first + extra[0] * stride, last + 1 - high + extra[1] * stride
         return slice(low, high), padding, extra
@@ -93,9 +100,9 @@ def _steps(pixels: int, stride: int) -> int:
     return max(-(-pixels // stride), 0)
 
 
-def index(places: Sequence[slice], images: slice = slice(None)) -> tuple[slice, ...]:
-    """Of a part of an array (N, C, *image)."""
-    return (images, slice(None), *places)
+def index(operator: Operator, places: Sequence[slice], images: slice = slice(None)) -> tuple[slice, ...]:
+    """Of a part of an array that has an image."""
+    return operator.with_image((images, *(slice(None),) * (len(places) + 1)), places)
 
 
 def moved_by(operator: Operator) -> str | None:
@@ -105,27 +112,35 @@ def moved_by(operator: Operator) -> str | None:
 
 def plan(operator: Operator, op: str, arrays: Mapping[str, Any], options: Mapping[str, Any], max_offset: Any) -> Plan:
     """Of a call that has passed the operator's checks."""
-    size = tuple(arrays["input"].shape[2:])
+    size = operator.of_image(arrays["input"].shape)
     axes = len(size)
-    kernel = tuple(arrays["weight"].shape[2:]) if "weight" in arrays else (1,) * axes
-    stride, dilation = (_checks.per_axis(op, key, options.get(key, 1), axes, 1) for key in ("stride", "dilation"))
+    kernel, stride, dilation = (
+        _checks.per_axis(op, key, options.get(key, 1), axes, 1) for key in ("kernel_size", "stride", "dilation")
+    )
+    if "weight" in arrays:
+        kernel = tuple(arrays["weight"].shape[2:])
     before = _checks.padding_pairs(op, options.get("padding", 0), size, kernel, stride, dilation)
-    out = tuple(operator.result_shape(arrays, options)[2:])
-    below = above = 0
+    out = operator.of_image(operator.result_shape(arrays, options))
+    below = above = (0,) * axes
     if moved_by(operator):
         far = _checks.number(op, "max_offset", max_offset)
         if far < 0:
             raise ValueError(f"{op}: max_offset must be a number >= 0, got {max_offset}")
-        # `warp` may read one pixel further than those around a place, and where it stops at a border has other slopes.
-        below = math.ceil(far) + ("displacement" in arrays)
-        above = below + 1
+        scale = float(options.get("offset_scale", 1))
+        # `warp` may read one pixel further than those around a place, and where it stops at a border has other slopes;
+        # a scale rounds a place.
+        more = "displacement" in arrays or scale != 1
+        reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        ends = [sorted(r // 2 + (tap - r // 2) * scale for tap in (0, r)) for r in reach]  # taps before they are moved
+        below = tuple(math.ceil(far - first) + more for first, _ in ends)
+        above = tuple(math.ceil(far + last) - r + 1 + more for (_, last), r in zip(ends, reach, strict=True))
     even = options.get("mode") == "nearest"
     return Plan(size, out, kernel, stride, dilation, tuple(pair[0] for pair in before), below, above, even)
 
 
 def forward_of_tile(operator: Operator, arrays: dict[str, Any], options: dict[str, Any], tile: Tile) -> Any:
     """The tile's part of the result; `arrays` are its parts."""
-    return _inner(tile, operator.forward(**_surrounded(operator, tile, arrays), **_of_tile(options, tile)))
+    return _inner(operator, tile, operator.forward(**_surrounded(operator, tile, arrays), **_of_tile(options, tile)))
 
 
 def backward_of_tile(operator: Operator, arrays: dict[str, Any], options: dict[str, Any], tile: Tile) -> dict[str, Any]:
@@ -133,7 +148,7 @@ def backward_of_tile(operator: Operator, arrays: dict[str, Any], options: dict[s
     those of the backward alone."""
     grads = operator.backward(**_surrounded(operator, tile, arrays), **_of_tile(options, tile))._asdict()
     return {
-        key: _inner(tile, grad) if grad is not None and lies_on_result(operator, key) else grad
+        key: _inner(operator, tile, grad) if grad is not None and lies_on_result(operator, key) else grad
         for key, grad in grads.items()
     }
 
@@ -148,41 +163,62 @@ def _of_tile(options: dict[str, Any], tile: Tile) -> dict[str, Any]:
 
 
 def _surrounded(operator: Operator, tile: Tile, arrays: dict[str, Any]) -> dict[str, Any]:
-    """With entries for the results that will be dropped: their samples lie nowhere, their gradients are 0."""
+    """With entries for the results that will be dropped: their gradients are 0 and, where that of a shared array is a
+    sum over samples, whatever these are, their samples lie nowhere."""
     if not any(map(any, tile.extra)):
         return arrays
-    width = ((0, 0), (0, 0), *tile.extra)
+    width = operator.with_image(((0, 0),) * (len(tile.extra) + 2), tile.extra)
     return {
-        key: np.pad(array, width, constant_values=math.inf if key in MOVES else 0)
+        key: np.pad(array, width, constant_values=math.inf if key in MOVES and operator.shared else 0)
         if array is not None and lies_on_result(operator, key)
         else array
         for key, array in arrays.items()
     }
 
 
-def _inner(tile: Tile, array: Any) -> Any:
+def _inner(operator: Operator, tile: Tile, array: Any) -> Any:
     """Without those results. A copy, where it would hold a larger array in memory."""
     if not any(map(any, tile.extra)):
         return array
     sizes = [part.stop - part.start for part in tile.output]
     inner = [slice(before, before + n) for (before, _), n in zip(tile.extra, sizes, strict=True)]
-    return array[index(inner)].copy()
+    return array[index(operator, inner)].copy()
 
 
-def check_offset(op: str, operator: Operator, arrays: Mapping[str, Any], max_offset: float, tile: Tile) -> None:
+def check_offset(
+    op: str,
+    operator: Operator,
+    arrays: Mapping[str, Any],
+    options: Mapping[str, Any],
+    max_offset: float,
+    tile: Tile,
+) -> None:
     """No finite one is longer than was stated. Others read nothing: they are outside, or not a number."""
     key = moved_by(operator)
     if key is None:
         return
-    offset = arrays[key]
+    offset, scale = arrays[key], abs(float(options.get("offset_scale", 1)))
+    if key == "offset_mask":
+        offset = offset[..., _packed_offsets(op, options)]
     limits = {"where": np.isfinite(offset), "initial": 0}
-    longest = max(float(offset.max(**limits)), -float(offset.min(**limits)))
-    if longest > max_offset:
+    longest = scale * max(float(offset.max(**limits)), -float(offset.min(**limits)))
+    # What is stated may have been rounded, and divided by the scale, to clip offsets.
+    rounding = float(np.finfo(wide_dtype(offset.dtype)).eps) / (2 if scale == 1 else 1)
+    if longest > max_offset * (1 + rounding):
         block = ", ".join(f"{part.start}:{part.stop}" for part in tile.output)
         raise ValueError(
             f"{op}: {key} must be at most max_offset = {max_offset} pixels, got {longest:.6g} in the block [{block}] "
             "of the result"
         )
+
+
+def _packed_offsets(op: str, options: Mapping[str, Any]) -> Any:
+    """Which numbers of a row of DCNv4's packed array are offsets: others are masks, or fill it."""
+    (groups,) = _checks.per_axis(op, "groups", options["groups"], 1, 1)
+    kernel = _checks.per_axis(op, "kernel_size", options["kernel_size"], 2, 1)
+    points = math.prod(kernel) - bool(options["remove_center"])
+    number = np.arange(packed_row(groups, points))
+    return (number < groups * points * 3) & (number % (points * 3) < points * 2)
 
 
 class _Parts(NamedTuple):
@@ -207,8 +243,8 @@ class _Parts(NamedTuple):
                 parts = dict.fromkeys(self.arrays) | shared
                 for key, array in self.arrays.items():
                     if array is not None and key not in shared:
-                        parts[key] = _read(array, index(tile.input if key == "input" else tile.output, one))
-                check_offset(self.op, self.operator, parts, self.max_offset, tile)
+                        parts[key] = _read(array, index(self.operator, tile.part_of(key), one))
+                check_offset(self.op, self.operator, parts, self.options, self.max_offset, tile)
                 yield one, tile, parts
 
 
@@ -236,7 +272,7 @@ def _forward(operator: Operator, op: str, given: dict[str, Any]) -> Any:
     parts, empty = _parts(operator, op, given)
     out = _target(op, "out", out, (parts.arrays["input"].shape[0], *empty.shape[1:]), empty.dtype)
     for one, tile, arrays in parts:
-        out[index(tile.output, one)] = forward_of_tile(operator, arrays, parts.options, tile)
+        out[index(operator, tile.output, one)] = forward_of_tile(operator, arrays, parts.options, tile)
     return out
 
 
@@ -260,10 +296,10 @@ def _backward(operator: Operator, op: str, given: dict[str, Any]) -> Any:
             if key in sums:
                 sums[key] += grad
             elif key == "input":
-                place = index(tile.input, one)
+                place = index(operator, tile.input, one)
                 targets[key][place] = targets[key][place] + grad
             else:
-                targets[key][index(tile.output, one)] = grad
+                targets[key][index(operator, tile.output, one)] = grad
     for key, total in sums.items():
         targets[key][...] = total.astype(targets[key].dtype)
     return operator.grads(**targets)

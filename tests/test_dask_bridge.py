@@ -17,7 +17,7 @@ from pydeform import _selfcheck, tiling
 from pydeform._operators import operators
 from tests.conftest import assert_close, assert_same_bits
 from tests.test_house import SNIPPET
-from tests.test_tiling import moved, problem_of
+from tests.test_tiling import DCN, dcn_problem, moved, problem_of
 
 dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
@@ -107,15 +107,15 @@ def test_images_in_parts(name):
     def parts(key, array):
         if key in operator.shared:
             return array
-        return da.from_array(array, (1, -1, *(3 if key == "input" else 2,) * axes))
+        return da.from_array(array, operator.with_image((1, *(-1,) * (axes + 1)), (3 if key == "input" else 2,) * axes))
 
     lazy = {key: parts(key, array) for key, array in problem.arrays.items()}
     y = getattr(bridge, name)(**lazy, **problem.options, **moved(name))
-    assert all(len(sizes) > 1 for sizes, n in zip(y.chunks[2:], y.shape[2:], strict=True) if n > 3)
+    assert all(len(sizes) > 1 for sizes, n in zip(*map(operator.of_image, (y.chunks, y.shape)), strict=True) if n > 3)
     assert_close(y.compute(), operator.forward(**problem.arrays, **problem.options), "float64")
     grad_output = parts("grad_output", problem.grad_output)
     grads = getattr(bridge, f"{name}_backward")(grad_output, **lazy, **problem.options, **moved(name))
-    assert grads.input.chunks[2:] == lazy["input"].chunks[2:]
+    assert operator.of_image(grads.input.chunks) == operator.of_image(lazy["input"].chunks)
     assert_same_gradients(grads, operator.backward(problem.grad_output, **problem.arrays, **problem.options))
 
 
@@ -125,6 +125,44 @@ def spread(given, chunks=(1, -1, 16, 16)):
         key: a if key in ("weight", "padding", "stride") else da.from_array(a, chunks[: a.ndim])
         for key, a in given.items()
     }
+
+
+@pytest.mark.parametrize("name", DCN)
+@pytest.mark.parametrize("scale, stride", [(1, (1, 1)), (1.7, (2, 1))])
+def test_dcn_of_images_in_parts(name, scale, stride):
+    """Borders of all kinds; a gradient of the input is put together from parts that lie over each other."""
+    arrays, options = dcn_problem(name, 2, scale=scale, stride=stride, padding=((2, 0), (0, 1)), remove_center=True)
+    lazy = {key: da.from_array(a, (1, 16, 13, -1) if key == "input" else (1, 8, 16, -1)) for key, a in arrays.items()}
+    y = getattr(bridge, name)(**lazy, **options, max_offset=2)
+    assert y.chunks[1:] == (*lazy["offset" if name == "dcnv3" else "offset_mask"].chunks[1:3], (4,))
+    assert_close(y.compute(), getattr(pydeform, name)(**arrays, **options), "float64")
+    backward = f"{name}_backward"
+    grads = getattr(bridge, backward)(da.ones_like(y), **lazy, **options, max_offset=2)
+    assert grads.input.chunks == lazy["input"].chunks
+    assert_same_gradients(grads, getattr(pydeform, backward)(np.ones(y.shape), **arrays, **options))
+
+
+@pytest.mark.parametrize("name", DCN)
+def test_dcn_follows_the_chunks_of_its_input_and_needs_a_bound(name):
+    arrays, options = dcn_problem(name, 2)
+    lazy = {**arrays, "input": da.from_array(arrays["input"], (1, 16, 16, 2))}
+    y = getattr(bridge, name)(**lazy, **options, max_offset=2)
+    assert y.chunks == ((1, 1), (16, 16, 8), (16, 14), (4,))
+    assert_close(y.compute(), getattr(pydeform, name)(**arrays, **options), "float64")
+    message = rf"{name}: input must have one chunk along the axes .* chunks \(\(16, 16, 8\), \(16, 14\)\)"
+    with pytest.raises(ValueError, match=message):
+        getattr(bridge, name)(**lazy, **options)
+
+
+def test_a_longer_offset_of_dcn_is_an_error_of_its_task():
+    arrays, options = dcn_problem("dcnv4", 2, scale=-0.5)
+    arrays["offset_mask"][1, 33, 12, 32] = 5
+    lazy = {key: da.from_array(a, (1, 16, 16, -1)) for key, a in arrays.items()}
+    y = bridge.dcnv4(**lazy, **options, max_offset=2)
+    y[0].compute()
+    message = r"dcnv4: offset_mask must be at most max_offset = 2 pixels, got 2\.5 in the block \[32:40, 0:16\] of the"
+    with pytest.raises(ValueError, match=message):
+        y.compute()
 
 
 def test_a_plain_convolution_needs_no_bound_and_follows_the_chunks_of_its_input():

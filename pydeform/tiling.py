@@ -96,6 +96,11 @@ class Plan(NamedTuple):
         return slice(low, high), padding, extra
 
 
+def _near(place: float) -> float:
+    """Of places beyond all images one that is, too, and not infinite."""
+    return min(max(place, -_checks.MOST), _checks.MOST)
+
+
 def _steps(pixels: int, stride: int) -> int:
     return max(-(-pixels // stride), 0)
 
@@ -131,7 +136,8 @@ def plan(operator: Operator, op: str, arrays: Mapping[str, Any], options: Mappin
         # a scale rounds a place.
         more = "displacement" in arrays or scale != 1
         reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        ends = [sorted(r // 2 + (tap - r // 2) * scale for tap in (0, r)) for r in reach]  # taps before they are moved
+        # Of the first and last tap, before they are moved.
+        ends = [sorted(_near(r // 2 + (tap - r // 2) * scale) for tap in (0, r)) for r in reach]
         below = tuple(math.ceil(far - first) + more for first, _ in ends)
         above = tuple(math.ceil(far + last) - r + 1 + more for (_, last), r in zip(ends, reach, strict=True))
     even = options.get("mode") == "nearest"

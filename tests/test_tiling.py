@@ -296,6 +296,13 @@ def test_no_offset_of_dcn_passes_a_whole_bound(dtype):
             tiling.dcnv3(**given, offset=offset, tile_size=4, max_offset=most)
 
 
+def test_a_scale_that_takes_samples_beyond_all_numbers():
+    given = {"input": np.ones((1, 9, 9, 1)), "offset": np.zeros((1, 9, 9, 50)), "mask": np.ones((1, 9, 9, 25))}
+    given |= {"kernel_size": 5, "padding": 2, "offset_scale": 1.5e308}
+    tiled = tiling.dcnv3(**given, tile_size=4, max_offset=1e308)
+    np.testing.assert_array_equal(tiled, pydeform.dcnv3(**given))
+
+
 class Counted:
     """An array that can only be sliced, and remembers how much was asked for."""
 

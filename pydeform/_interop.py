@@ -103,8 +103,8 @@ def _loaded(module: str, name: str) -> type | tuple[()]:
 
 def _take_torch(must_be: str, tensor: Any) -> Taken:
     torch = sys.modules["torch"]
-    if type(tensor) is torch.Tensor and tensor.dtype in (torch.float32, torch.float64):  # the usual case, a quick one
-        try:
+    if tensor.is_cpu and type(tensor) is torch.Tensor and tensor.dtype in (torch.float32, torch.float64):
+        try:  # the usual case is a quick one
             return Taken(tensor.numpy(), _torch_from_numpy)
         except UNREADABLE:
             pass  # below is why, or what to do

@@ -45,7 +45,7 @@ def gather(thread: int, counters: Any, given: Any, output: Any, scratch: Any, ta
 
 @inline
 def _sum_tile(tile: Any, given: Any, output: Any, scratch: Any, g: Any, p: Any) -> None:
-    apart = groups_of(tile, g.groups, given, g)
+    apart = groups_of(tile, given, g)
     for query in range(tile.queries):
         count, entry = list_seen(tile, query, 0, scratch, g, p), entry_of(tile, query, 0, g)
         weights = weights_of(tile, query, 0, entry, given, scratch, g)

@@ -61,10 +61,10 @@ def corners_of(entry: int, channel: int, thread: int, scratch: Any, p: Any) -> A
 
 
 @inline_always
-def groups_of(tile: Any, count: int, given: Any, g: Any) -> Groups:
-    """How so many groups of a query follow one another."""
+def groups_of(tile: Any, given: Any, g: Any) -> Groups:
+    """How the groups of a query follow one another."""
     entries = g.samples if tile.groups > 1 else 0
-    return Groups(count, entries, g.channels, g.weight_steps[2] if given.reference is None else entries)
+    return Groups(g.groups, entries, g.channels, g.weight_steps[2] if given.reference is None else entries)
 
 
 @inline

@@ -9,7 +9,8 @@ Which problem takes which way, and why:
 - all forwards (`forward.sample`), and the grid's gradient (`backward.sample_backward`): a tile of queries
 - the input's gradient (`backward._scatter_planes`): some channels of an image go through all queries in order, so that
   no two threads add to one number
-- samples of one pixel, of two along each axis, or of four (`places`): the same sums over 1, 4, 8 or 16 corners
+- samples of two pixels along each axis, or of four (`places`): the same sums over 4, 8 or 16 corners
+- samples of one pixel (`forward._copy_pixels`): its number is read once for some channels
 - the grid's gradient where samples are one pixel: 0, without a kernel
 """
 

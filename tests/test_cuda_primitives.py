@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.conftest import assert_same_bits
 from tests.cuda_emulation import build, device, nvrtc, ptx
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation is compiled with g++")
@@ -83,7 +84,8 @@ def run(architecture, expression, inputs, *outputs, block=32, grid=1, shared_mem
         with device.settings(check=check, schedule=schedule, capability=capability):
             found.append(run_on(device.cupy, architecture, expression, inputs, outputs, block, grid, shared_mem))
     for other in found[1:]:
-        assert [a.tobytes() for a in other] == [a.tobytes() for a in found[0]]
+        for a, b in zip(other, found[0], strict=True):
+            assert_same_bits(a, b)
     others = []
     if nvrtc.toolkits():
         others.append(run_ptx(architecture, expression, inputs, outputs, block, grid, shared_mem))
@@ -93,7 +95,7 @@ def run(architecture, expression, inputs, *outputs, block=32, grid=1, shared_mem
     for other in others:
         for emulated, real in zip(found[0], other, strict=True):
             if tolerance is None:
-                assert _bits(emulated) == _bits(real)
+                assert_same_bits(*map(_with_one_nan, (emulated, real)))
             else:
                 assert (np.abs(emulated - real) <= tolerance).all()
     return found[0]
@@ -111,19 +113,16 @@ def run_ptx(architecture, expression, inputs, outputs, block, grid, shared_mem):
     return results
 
 
-def _bits(a):
-    """As bytes; every NaN is one: the hardware has its own favourites."""
+def _with_one_nan(a):
+    """Every NaN becomes the same: the hardware has its own favourites."""
     if a.dtype.kind == "f" or a.dtype == ml_dtypes.bfloat16:
         with np.errstate(invalid="ignore"):  # signalling NaNs
             a = np.where(a != a, np.asarray(np.nan, a.dtype), a)
-    return a.tobytes()
+    return a
 
 
 def same(got, want):
-    assert got.dtype == want.dtype and got.shape == want.shape
-    if _bits(got) != _bits(want):
-        with np.errstate(invalid="ignore"):
-            raise AssertionError(f"other bits at {np.flatnonzero(got != want)[:5]}")
+    assert_same_bits(*map(_with_one_nan, (got, want)))
 
 
 # Mantissas: ties of f16 and bf16 and their neighbours, the largest, and others that carry over when rounded.
@@ -198,10 +197,10 @@ def test_wide_types_stay_as_they_are(architecture):
     v = floats()
     for kernel in ("widen<float>", "narrow<float>"):
         (got,) = run(architecture, kernel, [v], np.zeros(len(v), np.float32), grid=len(v) // 32)
-        assert got.tobytes() == v.tobytes()
+        assert_same_bits(got, v)
     v = np.random.default_rng(1).standard_normal(32) * 1e-200
     (got,) = run(architecture, "widen_double", [v], np.zeros(32))
-    assert got.tobytes() == v.tobytes()
+    assert_same_bits(got, v)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

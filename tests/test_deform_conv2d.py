@@ -44,7 +44,7 @@ class Guard:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is None:
             for number, (array, copy) in enumerate(self.pairs):
-                assert array.tobytes() == copy.tobytes(), f"array {number} was written to"
+                assert_same_bits(array, copy, f"array {number} was written to")
 
 
 def assert_grads(got: dict[str, Any], want: dict[str, Any], dtype: str) -> None:

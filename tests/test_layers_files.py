@@ -15,6 +15,7 @@ from pydeform import layers
 from pydeform.layers import BatchNorm2d, Conv2d, DeformConv2d, GlobalAvgPool2d, Linear, ReLU, Sequential
 from pydeform.losses import softmax_cross_entropy
 from pydeform.optim import SGD, AdamW
+from tests.conftest import assert_same_bits
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = [".npz", ".safetensors"]
@@ -96,7 +97,7 @@ def train(layer, optimiser, steps, send=lambda a: a):
 def assert_same(a, b):
     assert a.keys() == b.keys()
     for name in a:
-        assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
+        assert_same_bits(a[name], b[name], name)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

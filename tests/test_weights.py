@@ -17,6 +17,7 @@ import pytest
 from pydeform import weights
 from pydeform.layers import BatchNorm2d, Conv2d, DCNv3, DCNv4, DeformConv2d, Linear, MSDeformAttn, ReLU, Sequential
 from tests import test_house
+from tests.conftest import assert_same_bits
 
 try:
     import torch
@@ -40,11 +41,6 @@ def some(shape, dtype="float32"):
     return (RNG.standard_normal(shape) * 10).astype(numpy_dtype(dtype))
 
 
-def assert_same(got, want):
-    assert (got.shape, got.dtype) == (want.shape, want.dtype)
-    assert got.tobytes() == want.tobytes()
-
-
 def refused(path, message):
     return pytest.raises(ValueError, match=f"^read: {re.escape(str(path))} cannot be read as a .* file: {message}")
 
@@ -61,7 +57,7 @@ def test_read_plain_files(tmp_path, suffix):
     got = weights.read(path)
     assert got.keys() == want.keys()
     for name, array in want.items():
-        assert_same(got[name], array)
+        assert_same_bits(got[name], array)
 
 
 def test_objects_in_npz_are_refused(tmp_path):
@@ -91,7 +87,7 @@ def test_read_every_dtype_of_torch(save, dtype):
     kind = getattr(torch, dtype)
     tensor = torch.frombuffer(bytearray(array.tobytes()), dtype=kind).reshape(array.shape)
     (got,) = weights.read(save({"a": tensor})).values()
-    assert_same(got, array)
+    assert_same_bits(got, array)
     assert got.flags.writeable and got.flags.aligned
 
 
@@ -102,7 +98,7 @@ def test_read_the_state_dict_of_a_module(save):
     got = weights.read(save(want, "a.bin"))
     assert list(got) == list(want)
     for name, tensor in want.items():
-        assert_same(got[name], tensor.numpy())
+        assert_same_bits(got[name], tensor.numpy())
 
 
 @needs_torch
@@ -122,7 +118,7 @@ def test_read_views_and_shared_storages(save):
     got = weights.read(save(tensors))
     assert list(got) == list(tensors)
     for name, tensor in tensors.items():
-        assert_same(got[name], tensor.detach().numpy())
+        assert_same_bits(got[name], tensor.detach().numpy())
     assert np.shares_memory(got["base"], got["transposed"])
     got["base"][0, 1] = -7
     assert got["transposed"][1, 0] == -7
@@ -146,8 +142,8 @@ def test_read_a_checkpoint(save):
     }
     got = weights.read(save(checkpoint, "a.pt"))
     assert list(got)[:2] == ["model.weight", "model.bias"] and list(got)[-2:] == ["several.0", "several.1"]
-    assert_same(got["model.weight"], module.weight.detach().numpy())
-    assert_same(got["optimizer.state.0.exp_avg"], optimiser.state_dict()["state"][0]["exp_avg"].numpy())
+    assert_same_bits(got["model.weight"], module.weight.detach().numpy())
+    assert_same_bits(got["optimizer.state.0.exp_avg"], optimiser.state_dict()["state"][0]["exp_avg"].numpy())
 
 
 @needs_torch
@@ -264,7 +260,7 @@ def test_a_pickle_changes_nothing_that_stays(tmp_path):
         weights.read(bad)
     slots = b"\x80\x02" + rebuild + b"N}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86b."
     assert weights.read(written(tmp_path / "slots.pth", slots)) == {}
-    assert_same(weights.read(good)["a"], before)
+    assert_same_bits(weights.read(good)["a"], before)
 
 
 class Persistent:
@@ -415,7 +411,7 @@ def test_read_mxnet(tmp_path, version):
     got = weights.read(path)
     assert list(got) == list(want)
     for name, array in want.items():
-        assert_same(got[name], array)
+        assert_same_bits(got[name], array)
         assert got[name].flags.writeable
 
 

@@ -87,7 +87,7 @@ def assert_same_bits(got: Any, want: Any, what: str = "") -> None:
     differ = np.flatnonzero(numbers[0] != numbers[1])
     if differ.size:
         first = tuple(int(i) for i in np.unravel_index(differ[0], got.shape))
-        raise AssertionError(f"{what}: the bits of {differ.size} of {got.size} numbers differ, the first at {first}")
+        raise AssertionError(f"{what}: bits differ, of {differ.size} of {got.size} numbers, the first at {first}")
 
 
 class Backend(NamedTuple):

@@ -15,18 +15,22 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RUNTIME_SOURCES = ("runtime.cpp", "fibers.cpp", "checker.cpp", "counters.cpp", "tensor_cores.cpp")
 HEADERS = ("emulation.h", "primitives_emulated.h", "runtime.h")
-# DWARF 4: in version 5, g++ 12 mixes up the file of #line with the file that it reads.
 COMMON = (
     "-fPIC",
-    "-g1",
-    "-gdwarf-4",
     "-w",
     "-ffp-contract=off",
     "-fno-strict-aliasing",
     "-fno-gnu-unique",
     "-fno-exceptions",
 )
-CHECKED = ("-fsanitize=thread,float-cast-overflow", "--param=tsan-instrument-func-entry-exit=0", "-fno-tree-sra")
+# With the lines that messages name. In DWARF 5, g++ 12 mixes up the file of #line with the file that it reads.
+CHECKED = (
+    "-g1",
+    "-gdwarf-4",
+    "-fsanitize=thread,float-cast-overflow",
+    "--param=tsan-instrument-func-entry-exit=0",
+    "-fno-tree-sra",
+)
 PRIMITIVES = "core/primitives.cuh"
 FEATURES = ("avx2", "f16c", "fma")
 # Ends every translation unit: the kernels that Python may launch, and where the library lies in memory.

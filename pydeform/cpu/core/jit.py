@@ -11,12 +11,13 @@ from typing import Any
 import llvmlite.binding.ffi
 import numba
 from numba import _dynfunc
-from numba.core import ir
+from numba.core import cgutils, ir
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder, PassManager
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import register_pass
 from numba.core.ir_utils import get_definition, guard
+from numba.core.lowering import Lower
 from numba.core.typed_passes import NativeLowering, NopythonRewrites
 from numba.core.types import none
 from numba.core.types.containers import BaseNamedTuple
@@ -40,20 +41,42 @@ class _KernelCode(JITCodeLibrary):  # type: ignore[misc]
         passes, options = self.codegen._module_pass_manager()
         passes.run(self._final_module, options)
 
+    def finalize(self) -> None:
+        called: dict[Any, None] = {}
+        self._add_called(called)
+        # LLVM leaves out what nobody has called yet: each comes after all that call it.
+        self._linking_libraries = list(reversed(called))
+        super().finalize()
+
+    def _add_called(self, called: dict[Any, None]) -> None:
+        """Adds the functions that it calls, each behind those that it calls itself."""
+        for library in self._linking_libraries:
+            if library not in called:
+                if isinstance(library, _PartOfKernels):
+                    library._add_called(called)
+                called[library] = None
+
 
 class _PartOfKernels(_KernelCode):
     """LLVM's text of a function that only kernels call. A kernel takes the text in and optimises it there. So the
-    function by itself is neither optimised nor made machine code: that would be a third of the time to compile."""
+    function by itself is neither optimised, nor made machine code, nor given the text of those that it calls: that
+    would be a third of the time to compile."""
 
-    def _optimize_final_module(self) -> None:
-        pass
-
-    def _finalize_final_module(self) -> None:
-        self._finalize_dynamic_globals()
+    def finalize(self) -> None:
         self._finalized = True
 
     def get_pointer_to_function(self, _name: str) -> int:
         return 0
+
+
+class _Lower(Lower):  # type: ignore[misc]
+    """Without what only debuggers read: for the size of each variable, LLVM would parse a text of its own."""
+
+    def alloca_lltype(self, name: str, lltype: Any, **_: Any) -> Any:
+        return cgutils.alloca_once(self.builder, lltype, name=name)
+
+    def storevar(self, value: Any, name: str, **_: Any) -> None:
+        super().storevar(value, name)
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -61,6 +84,7 @@ class _LowerKernel(NativeLowering):  # type: ignore[misc]
     """Numba's last step, into code that is optimised once."""
 
     _name = "lower_kernel"
+    lowering_class = _Lower
 
     def run_pass(self, state: Any) -> bool:
         state.library = _KernelCode(state.targetctx.codegen(), state.func_id.func_qualname)
@@ -73,6 +97,7 @@ class _LowerPartOfKernels(NativeLowering):  # type: ignore[misc]
     """Numba's last step, without what would make the function callable from Python."""
 
     _name = "lower_part_of_kernels"
+    lowering_class = _Lower
 
     def run_pass(self, state: Any) -> bool:
         state.library = _PartOfKernels(state.targetctx.codegen(), state.func_id.func_qualname)

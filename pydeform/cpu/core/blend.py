@@ -83,7 +83,8 @@ def _define_blend_dots(
                     store(v.fma(w, g, load(pointer)), pointer)
             return [v.fma(g, value, dot) for value, dot in zip(values, dots, strict=True)]
 
-        return [v.sum(dot) for dot in _all_channels(v, channels_, [v.zero] * len(sources), step)]
+        total = v.sum_each(_all_channels(v, channels_, [v.zero] * len(sources), step))
+        return [builder.extract_element(total, const(k)) for k in range(len(sources))]
 
     return weights(out, grad, image, grad_image, corners, weights, channels), emit
 

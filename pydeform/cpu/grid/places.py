@@ -50,29 +50,47 @@ def locate(tile: Any, grid: Any, slopes: Any, scratch: Any, g: Any, p: Any) -> N
     last = len(g.in_size) - 1
     along_x, along_y = axis_of(tile, last, p.pairs, scratch, g), axis_of(tile, last - 1, None, scratch, g)
     for i in range(0, tile.queries, lanes_of(along_x.numbers)):
-        x, y = _taps(i, along_x, p), _taps(i, along_y, p)
+        from_x, from_y = _sources(i, along_x, p), _sources(i, along_y, p)
         if p.volume is None:
+            x, y = _taps(from_x, along_x, p), _taps(from_y, along_y, p)
             _put_corners(i, (_whole(x[0]),), y, x, tile, scratch)
         else:
             along_z = axis_of(tile, 0, None, scratch, g)
-            z = _taps(i, along_z, p)
+            from_z = _sources(i, along_z, p)
+            x, y, z = _taps(from_x, along_x, p), _taps(from_y, along_y, p), _taps(from_z, along_z, p)
+            _put_corners(i, z, y, x, tile, scratch)
             if slopes is not None:
                 _keep(i, 0, z, tile, slopes, scratch, p)
-            _put_corners(i, z, y, x, tile, scratch)
         if slopes is not None:
             _keep(i, last, x, tile, slopes, scratch, p)
             _keep(i, last - 1, y, tile, slopes, scratch, p)
 
 
 @inline_always
-def _taps(i: int, axis: Any, p: Any) -> Any:
-    """Pixels along an axis of the queries from number i on."""
+def _sources(i: int, axis: Any, p: Any) -> Any:
+    """What the queries from number i on read along an axis."""
     room = advance(axis.numbers, i)
+    position = position_of(room, axis)
+    if p.cubic is None:
+        return (source_of(position, axis, room),)
+    before = floor(position)  # each pixel, not the position, is held or mirrored
+    return (
+        source_of(before - 1, axis, room),
+        source_of(before, axis, room),
+        source_of(before + 1, axis, room),
+        source_of(before + 2, axis, room),
+        Source(position, position, position),
+    )
+
+
+@inline_always
+def _taps(sources: Any, axis: Any, p: Any) -> Any:
+    """Pixels along an axis."""
     if p.nearest is not None:
-        return (_nearest(room, axis),)
+        return (_nearest(sources[0], axis),)
     if p.cubic is not None:
-        return _four(room, axis)
-    return _two(room, axis)
+        return _four(sources, axis)
+    return _two(sources[0], axis)
 
 
 @inline_always
@@ -152,6 +170,7 @@ class Axis(NamedTuple):
     half: float
     back: float
     span: float
+    farthest: float  # the largest number that is a place
     size: int
     step: int  # pixels from one to the next
     numbers: Any
@@ -162,8 +181,11 @@ class Axis(NamedTuple):
 @inline_always
 def axis_of(tile: Any, axis: int, pairs: Any, scratch: Any, g: Any) -> Axis:
     numbers, integer = at(scratch.numbers, (tile.thread, axis, 0)), at(scratch.corners, (0, 0, 0))
+    farthest = type(numbers[0])(np.inf)
+    if g.padding == REFLECTION:
+        farthest = np.nextafter(farthest, type(farthest)(0))
     step, size = step_of(axis, g), g.in_size[axis]
-    return Axis(g.padding, g.shift, g.half[axis], g.back, g.span[axis], size, step, numbers, integer, pairs)
+    return Axis(g.padding, g.shift, g.half[axis], g.back, g.span[axis], farthest, size, step, numbers, integer, pairs)
 
 
 @inline_always
@@ -209,10 +231,19 @@ def held(p: Any, axis: Any) -> tuple[Any, Any]:
     return select(p >= last, splat(last, p), select(p <= 0, splat(0, p), p)), (p <= 0) | (p >= last)
 
 
+class Source(NamedTuple):
+    """Where a vector of queries reads along an axis. Only once the branches of all axes lie behind are pixels compared
+    with it: AVX2 has no registers for masks, and one that outlives a branch is packed, and unpacked for each use."""
+
+    given: Any
+    position: Any  # that of the image which is shown there; NaN of NaN
+    slope: Any  # its derivative by the number
+
+
 @inline_always
-def source_of(p: Any, axis: Any, room: Any) -> tuple[Any, Any, Any]:
-    """Eq. 2 and 3: the position that is read, its derivative by the number, and whether there is any; NaN of NaN."""
-    slope, is_there = splat(axis.half, p), p == p
+def source_of(p: Any, axis: Any, room: Any) -> Source:
+    """Eq. 2 and 3."""
+    given, slope = p, splat(axis.half, p)
     if axis.padding == BORDER:
         p, is_held = held(p, axis)
         slope = select(is_held, splat(0, p), slope)
@@ -224,7 +255,13 @@ def source_of(p: Any, axis: Any, room: Any) -> tuple[Any, Any, Any]:
         shown, is_held = held(select(is_there, shown, splat(0, p)), axis)
         slope = select(is_held, splat(0, p), slope * sign)
         p = select(p == p, shown, np.nan)
-    return p, select(p == p, slope, np.nan), is_there
+    return Source(given, p, select(p == p, slope, np.nan))
+
+
+@inline_always
+def _is_there(source: Source, axis: Any) -> Any:
+    """What is infinitely far away has no mirrored pixel."""
+    return fabs(source.given) <= axis.farthest
 
 
 class Tap(NamedTuple):
@@ -264,40 +301,39 @@ def _stepped(tap: Tap, axis: Any) -> Any:
 
 
 @inline_always
-def _nearest(room: Any, axis: Any) -> Any:
-    p, _, is_there = source_of(position_of(room, axis), axis, room)
+def _nearest(source: Source, axis: Any) -> Any:
+    p = source.position
     near = rint(p)
-    exists = is_there & in_range(near, 0, float(axis.size))
+    exists = _is_there(source, axis) & in_range(near, 0, float(axis.size))
     pixel = convert(select(exists, near, splat(0, p)), axis.integer)
     return _stepped(Tap(pixel, exists, select(p == p, splat(1, p), np.nan), splat(0, p)), axis)
 
 
 @inline_always
-def _two(room: Any, axis: Any) -> Any:
+def _two(source: Source, axis: Any) -> Any:
     """Eq. 4, linear."""
-    p, slope, is_there = source_of(position_of(room, axis), axis, room)
     first, second, has_first, has_second, part = axis_corners(
-        p, -1.0, float(axis.size), axis.size, axis.size, axis.integer
+        source.position, -1.0, float(axis.size), axis.size, axis.size, axis.integer
     )
+    is_there, slope = _is_there(source, axis), source.slope
     one, other = Tap(first, has_first & is_there, 1 - part, 0 - slope), Tap(second, has_second & is_there, part, slope)
     return _two_of(one, other, axis)
 
 
 @inline_always
-def _four(room: Any, axis: Any) -> Any:
-    """Eq. 4, cubic: each pixel, not the position, is held or mirrored."""
-    p = position_of(room, axis)
-    before = floor(p)
-    t = select(p == p, select(fabs(p) < np.inf, p - before, splat(0, p)), np.nan)
-    first, second = _two_of(_cubic_tap(0, before, t, room, axis), _cubic_tap(1, before, t, room, axis), axis)
-    third, fourth = _two_of(_cubic_tap(2, before, t, room, axis), _cubic_tap(3, before, t, room, axis), axis)
+def _four(sources: Any, axis: Any) -> Any:
+    """Eq. 4, cubic."""
+    p = sources[4].given
+    t = select(p == p, select(fabs(p) < np.inf, p - floor(p), splat(0, p)), np.nan)
+    first, second = _two_of(_cubic_tap(0, sources[0], t, axis), _cubic_tap(1, sources[1], t, axis), axis)
+    third, fourth = _two_of(_cubic_tap(2, sources[2], t, axis), _cubic_tap(3, sources[3], t, axis), axis)
     return first, second, third, fourth
 
 
 @inline_always
-def _cubic_tap(tap: int, before: Any, t: Any, room: Any, axis: Any) -> Any:
-    q, _, exists = source_of(before + float(tap - 1), axis, room)
-    exists = exists & in_range(q, 0, float(axis.size))
+def _cubic_tap(tap: int, source: Source, t: Any, axis: Any) -> Any:
+    q = source.position
+    exists = _is_there(source, axis) & in_range(q, 0, float(axis.size))
     pixel = convert(select(exists, q, splat(0, q)), axis.integer)
     return Tap(pixel, exists, cubic_weight(tap, t), cubic_slope(tap, t) * axis.half)
 

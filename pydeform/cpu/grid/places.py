@@ -68,19 +68,20 @@ def locate(tile: Any, grid: Any, slopes: Any, scratch: Any, g: Any, p: Any) -> N
 
 @inline_always
 def _sources(i: int, axis: Any, p: Any) -> Any:
-    """What the queries from number i on read along an axis."""
+    """What the queries from number i on read along an axis: one place, or four and where between them they are."""
     room = advance(axis.numbers, i)
     position = position_of(room, axis)
     if p.cubic is None:
         return (source_of(position, axis, room),)
     before = floor(position)  # each pixel, not the position, is held or mirrored
-    return (
+    within = select(fabs(position) < np.inf, position - before, splat(0, position))
+    four = (
         source_of(before - 1, axis, room),
         source_of(before, axis, room),
         source_of(before + 1, axis, room),
         source_of(before + 2, axis, room),
-        Source(position, position, position),
     )
+    return four, select(position == position, within, np.nan)
 
 
 @inline_always
@@ -89,7 +90,7 @@ def _taps(sources: Any, axis: Any, p: Any) -> Any:
     if p.nearest is not None:
         return (_nearest(sources[0], axis),)
     if p.cubic is not None:
-        return _four(sources, axis)
+        return _four(sources[0], sources[1], axis)
     return _two(sources[0], axis)
 
 
@@ -321,10 +322,8 @@ def _two(source: Source, axis: Any) -> Any:
 
 
 @inline_always
-def _four(sources: Any, axis: Any) -> Any:
+def _four(sources: Any, t: Any, axis: Any) -> Any:
     """Eq. 4, cubic."""
-    p = sources[4].given
-    t = select(p == p, select(fabs(p) < np.inf, p - floor(p), splat(0, p)), np.nan)
     first, second = _two_of(_cubic_tap(0, sources[0], t, axis), _cubic_tap(1, sources[1], t, axis), axis)
     third, fourth = _two_of(_cubic_tap(2, sources[2], t, axis), _cubic_tap(3, sources[3], t, axis), axis)
     return first, second, third, fourth

@@ -59,8 +59,8 @@ class _KernelCode(JITCodeLibrary):  # type: ignore[misc]
 
 class _PartOfKernels(_KernelCode):
     """LLVM's text of a function that only kernels call. A kernel takes the text in and optimises it there. So the
-    function by itself is neither optimised, nor made machine code, nor given the text of those that it calls: that
-    would be a third of the time to compile."""
+    function by itself is neither optimised nor made machine code: that would be a third of the time to compile. Nor has
+    it the text of those that it calls, which a kernel takes in once."""
 
     def finalize(self) -> None:
         self._finalized = True

@@ -209,14 +209,20 @@ def _check_value(
     _checks.check_shape(op, name, shape, formula.replace("S", "S = sum of h*w", 1), expected)
     if min(shape[2:]) < 1:
         raise ValueError(f"{op}: {name} must have no axis of length 0 after the second, got shape {tuple(shape)}")
-    if pixels > _checks.MOST:
-        raise ValueError(f"{op}: {name} must have at most {_checks.MOST} pixels in an image, got {pixels}")
+    _check_counts(op, name, pixels, math.prod(shape[2:]))
     farthest = FARTHEST["float64" if itemsize == 8 else "float32"]
     longest = max(max(level) for level in levels)
     if longest > farthest:
         raise ValueError(f"{op}: a map must have at most {farthest} rows and columns, got {longest}")
     batch, _, *rest = shape
     return (batch, *rest) if len(rest) == 2 else (batch, 1, rest[0])
+
+
+def _check_counts(op: str, name: str, pixels: int, channels: int) -> None:
+    """Kernels count both in 32 bits."""
+    for count, what in ((pixels, "pixels in an image"), (channels, "channels in all")):
+        if count > _checks.MOST:
+            raise ValueError(f"{op}: {name} must have at most {_checks.MOST} {what}, got {count}")
 
 
 def _check_reference(op: str, shape: Any, batch: int, queries: int, levels: int) -> tuple[int, int]:
@@ -380,7 +386,8 @@ def _dcn(
         raise ValueError(
             f"{op}: input must be at least as large as the dilated kernel, {dilated}, got {padded} with padding"
         )
-    _check_size(op, size, padded, itemsize)
+    _check_counts(op, "input", math.prod(size), channels)
+    _check_padded(op, padded, itemsize)
     _checks.check_result(op, "(N, out_h, out_w, C)", (batch, *out, channels), itemsize)
     # Column by column, as the authors count.
     taps = [(y, x) for x in range(kernel[1]) for y in range(kernel[0])]
@@ -423,9 +430,7 @@ def _dcn(
     return Gather(numbers, table)
 
 
-def _check_size(op: str, size: Sequence[int], padded: Sequence[int], itemsize: int) -> None:
-    if math.prod(size) > _checks.MOST:
-        raise ValueError(f"{op}: input must have at most {_checks.MOST} pixels in an image, got {math.prod(size)}")
+def _check_padded(op: str, padded: Sequence[int], itemsize: int) -> None:
     farthest = FARTHEST["float64" if itemsize == 8 else "float32"]
     if max(padded) > farthest:
         raise ValueError(

@@ -250,3 +250,22 @@ def test_places_alone_may_be_float32_beside_halves(backend, operator, half):
         else:
             with pytest.raises(TypeError, match=f"^{operator}: {name} must have the dtype of .*{half}.*got float32"):
                 run(backend, wide)
+
+
+@pytest.mark.parametrize("operator", ["ms_deform_attn", "deform_aggregation", "dcnv3"])
+@pytest.mark.parametrize("what, size, channels", [("pixels in an image", 2**16, 1), ("channels in all", 1, 2**31)])
+def test_more_than_32_bits_count(operator, what, size, channels):
+    value = np.broadcast_to(np.float32(0), (1, size, size // 2 or 1, channels))
+    count = max(channels, value.size // channels)
+    if operator == "dcnv3":
+        arguments = {"input": value, "offset": zeros(1, 1, 1, 18), "mask": zeros(1, 1, 1, 9)}
+    elif operator == "ms_deform_attn":
+        options = {"spatial_shapes": (value.shape[1:3],)}
+        arguments = {"value": value.reshape(1, -1, 1, channels), **options}
+        arguments |= {"sampling_locations": zeros(1, 1, 1, 1, 1, 2), "attention_weights": zeros(1, 1, 1, 1, 1)}
+    else:
+        options = {"spatial_shapes": ((value.shape[1:3],),)}
+        arguments = {"features": value.reshape(1, -1, channels), **options}
+        arguments |= {"sampling_locations": zeros(1, 1, 1, 1, 2), "weights": zeros(1, 1, 1, 1, 1, 1)}
+    with pytest.raises(ValueError, match=f"{operator}: .* must have at most {2**31 - 1} {what}, got {count}"):
+        getattr(pydeform, operator)(**arguments)

@@ -1,14 +1,16 @@
-"""The primitives that sum, scatter and multiply samples by their corners' addresses, at every vector width."""
+"""The primitives that sum, scatter and multiply samples by where their corners are, at every vector width."""
 
+import ctypes
 import functools
 
 import numpy as np
 import pytest
 from numba import njit
 
-from pydeform.cpu.core.gathered import Corners, Groups, address_of, place_in
-from pydeform.cpu.core.jit import inline
+from pydeform.cpu.core.gathered import Corners, Groups, place_in, starts_of, steps_to
+from pydeform.cpu.core.jit import Kernel, inline
 from pydeform.cpu.core.simd import VECTOR_BYTES, at
+from pydeform.cpu.core.vector import lanes_of, load, store
 from tests.codegen import primitives
 
 WIDTHS = {width: primitives(width) for width in (0, 16, 32, 64)}
@@ -18,8 +20,8 @@ ONE = Groups(1, 0, 0, 0)
 
 
 @njit
-def first(array):
-    return address_of(at(array, (0, 0)))
+def between(array, other):
+    return steps_to(at(array, (0, 0)), at(other, (0, 0)))
 
 
 @njit
@@ -44,7 +46,7 @@ class Problem:
         for s in range(SAMPLES):
             for k in range(self.corners):
                 to = place(ENTRY + s, self.image, axes) + k * lanes
-                self.starts[to] = first(self.image) + self.image.strides[0] * self.pixels[k, s]
+                self.starts[to] = self.image.shape[1] * self.pixels[k, s]
                 self.table[to] = self.shares[k, s]
 
     @property
@@ -52,7 +54,7 @@ class Problem:
         return np.arange(SAMPLES) if self.listed is None else self.listed
 
     def arguments(self):
-        return self.starts, self.table, self.axes, self.listed, self.numbers.size, self.channels
+        return self.image, self.starts, self.table, self.axes, self.listed, self.numbers.size, self.channels
 
     def samples(self):
         """(sample, channel), in float64."""
@@ -85,23 +87,26 @@ def runs(width):
     sum_samples, scatter_samples, corner_dots = p.sum_samples, p.scatter_samples, p.corner_dots
 
     @inline
-    def corners(starts, table, listed):
+    def corners(image, starts, table, listed):
+        maps, places, shares = at(image, (0, 0)), at(starts, (0,)), at(table, (0,))
         if listed is None:
-            return Corners(at(starts, (0,)), at(table, (0,)), ENTRY, 1, None)
-        return Corners(at(starts, (0,)), at(table, (0,)), ENTRY, 1, at(listed, (0,)))
+            return Corners(maps, places, shares, ENTRY, 1, None)
+        return Corners(maps, places, shares, ENTRY, 1, at(listed, (0,)))
 
     @njit
-    def sums(out, weights, starts, table, axes, listed, count, channels, groups=ONE):
-        samples = corners(starts, table, listed)
+    def sums(out, weights, image, starts, table, axes, listed, count, channels, groups=ONE):
+        samples = corners(image, starts, table, listed)
         sum_samples(at(out, (1,)), samples, groups, axes, at(weights, (0, 0)), 2, count, channels)
 
     @njit
-    def scatters(grad, weights, starts, table, axes, listed, count, channels):
-        scatter_samples(at(grad, (1,)), corners(starts, table, listed), axes, at(weights, (0, 0)), 2, count, channels)
+    def scatters(grad, weights, image, starts, table, axes, listed, count, channels):
+        scatter_samples(
+            at(grad, (1,)), corners(image, starts, table, listed), axes, at(weights, (0, 0)), 2, count, channels
+        )
 
     @njit
-    def dots(out, grad, starts, table, axes, listed, count, channels):
-        corner_dots(at(out, (0,)), at(grad, (1,)), corners(starts, table, listed), axes, count, channels)
+    def dots(out, grad, image, starts, table, axes, listed, count, channels):
+        corner_dots(at(out, (0,)), at(grad, (1,)), corners(image, starts, table, listed), axes, count, channels)
 
     return sums, scatters, dots
 
@@ -121,11 +126,11 @@ def test_sums(width, dtype, problem):
 def test_sums_of_groups(width, dtype, axes, channels):
     """One after the other: of the same samples or of those five entries on, with weights of their own."""
     problem = Problem(dtype, axes, 2 * channels, False)
-    starts, table = problem.starts, problem.table
+    image, starts, table = problem.image, problem.starts, problem.table
     for entries in (0, 5):
         out = np.full(2 * channels + 2, 7, dtype)
         apart = Groups(2, entries, channels, 1)
-        runs(width)[0](out, problem.weights, starts, table, axes, None, 16, channels, apart)
+        runs(width)[0](out, problem.weights, image, starts, table, axes, None, 16, channels, apart)
         assert out[0] == out[-1] == 7
         one, other = problem.samples()[:16, :channels], problem.samples()[entries : entries + 16, channels:]
         want = [problem.weights[:16, k].astype(float) @ samples for k, samples in enumerate((one, other))]
@@ -167,3 +172,27 @@ def test_what_lies_beyond_the_channels_is_not_read(width, dtype):
     runs(width)[0](total, problem.weights, *problem.arguments())
     runs(width)[2](out.reshape(-1), grad, *problem.arguments())
     assert np.isfinite(out).all() and np.isfinite(total).all()
+
+
+@pytest.mark.parametrize("steps", [0, 3, -3, 2**40])
+def test_steps_between_arrays(dtype, steps):
+    """Of arrays anywhere in memory: here the other is said to begin so many numbers beyond."""
+    array = np.zeros((2, 2), dtype)
+    place = array.ctypes.data + steps * dtype.itemsize
+    other = np.ctypeslib.as_array(ctypes.cast(place, ctypes.POINTER(np.ctypeslib.as_ctypes_type(dtype))), (1, 1))
+    assert between(array, other) == steps
+
+
+@pytest.mark.parametrize("channels", [0, 1, 768, 2**31 - 1])
+def test_where_pixels_start(channels):
+    def kernel(pixels, channels, out):
+        for i in range(0, pixels.size, lanes_of(at(pixels, (0,)))):
+            store(starts_of(load(at(pixels, (i,))), channels[0]), at(out, (i,)))
+
+    ends = np.iinfo(np.int32)
+    pixels = np.random.default_rng(0).integers(ends.min, ends.max, 64, np.int32, endpoint=True)
+    pixels[:4] = ends.min, ends.max, -1, 0
+    out = np.zeros(64, np.int64)
+    arguments = pixels, np.array([channels]), out
+    Kernel(kernel).prepare("", arguments)(*arguments)
+    np.testing.assert_array_equal(out, pixels.astype(np.int64) * channels)

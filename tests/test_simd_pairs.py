@@ -16,7 +16,7 @@ import pydeform
 from pydeform._geometry import BOUNDARIES, conv_geometry
 from pydeform.cpu.conv import forward_plan as conv_forward
 from pydeform.cpu.conv import plan as conv_plan
-from pydeform.cpu.core import blend, jit, pair_products, simd
+from pydeform.cpu.core import blend, jit, lanes, pair_products, simd
 from pydeform.cpu.core.pair_products import DOTS, TILES
 from pydeform.cpu.core.simd import at
 from tests.cases.deform_conv2d import CASES, expected, make, make_grad_output
@@ -348,13 +348,23 @@ def test_tiles_in_machine_code(vectors):
 
 
 @pytest.mark.parametrize("name", ["blend", "copy_vectors"])
-def test_samples_are_rounded_by_one_instruction(name):
+@pytest.mark.parametrize("processor, features", [("znver5", {"avx512bf16"}), ("znver3", set()), ("neoverse-n1", set())])
+def test_samples_are_rounded_in_a_few_instructions(monkeypatch, name, processor, features):
+    """By one, where there is such; elsewhere without LLVM's own way, a call of what not every C library has."""
     out, p, real = types.CPointer(types.uint16), types.CPointer(types.float32), types.float32
     kinds = {
         "blend": [out, p, types.UniTuple(COUNT, 4), types.UniTuple(real, 4), COUNT],
         "copy_vectors": [out, p, COUNT],
     }[name]
-    on = PROCESSORS["znver5"]
-    text = assembly(getattr(primitives(64), name), kinds, {}, on)
-    assert "vcvtneps2bf16" in text
+    monkeypatch.setattr(lanes, "host_features", lambda: features)
+    on = PROCESSORS[processor]
+    text = assembly(getattr(primitives(on.vector_bytes), name), kinds, {}, on)
+    assert ("vcvtneps2bf16" in text) == bool(features) and "truncsfbf2" not in text
     assert max(loop.stack_stores for loop in loops(text, on)) == 0
+
+
+def test_llvm_calls_a_function_to_round_to_bfloat16_where_there_is_no_instruction(monkeypatch):
+    """Why it is not asked to."""
+    monkeypatch.setattr(lanes, "host_features", lambda: {"avx512bf16"})
+    kinds = [types.CPointer(types.uint16), types.CPointer(types.float32), COUNT]
+    assert "truncsfbf2" in assembly(primitives(32).copy_vectors, kinds, {}, PROCESSORS["znver3"])

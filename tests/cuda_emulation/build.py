@@ -130,7 +130,8 @@ def kernels(source: str, expressions: Sequence[str], options: Sequence[str], arc
         # The sanitizer's option is for the compiler alone: the runtime has the functions that the code calls.
         compiled = unit.with_suffix(".o")
         _compile([*flags, *options, "-c", str(unit)], compiled)
-        _compile(["-shared", str(compiled), str(runtime())], library)
+        # Without the libraries that the runtime brings anyway: reading them takes most of the time of a link.
+        _compile(["-shared", "-nostdlib", str(compiled), str(runtime()), "-lgcc"], library)
         compiled.unlink()
     finally:
         unit.unlink(missing_ok=True)

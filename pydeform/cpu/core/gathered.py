@@ -9,12 +9,14 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from llvmlite import ir
 from numba import types
 
 from pydeform.cpu.core.blend import blended
-from pydeform.cpu.core.lanes import Vectors, for_any_width
+from pydeform.cpu.core.lanes import Vectors, for_any_width, in_lanes
 from pydeform.cpu.core.primitive import INT, const, loop, primitive
 from pydeform.cpu.core.simd import VECTOR_BYTES
+from pydeform.cpu.core.vector import Vector
 
 AT_ONCE = (4, 2, 1)  # vectors of sums in registers
 
@@ -22,7 +24,8 @@ AT_ONCE = (4, 2, 1)  # vectors of sums in registers
 class Corners(NamedTuple):
     """Samples, one after the other, from an entry of their tables on (`place_in`)."""
 
-    starts: Any  # addresses of a pixel's first channel
+    maps: Any
+    starts: Any  # where in them a pixel's first channel is
     shares: Any
     entry: int
     channel: int  # the first that is meant
@@ -38,8 +41,28 @@ def _corners(axes: Any) -> int:
 
 
 @primitive
-def address_of(pointer: Any) -> Any:
-    return types.int64(pointer), lambda builder, pointer_: builder.ptrtoint(pointer_, INT)
+def steps_to(pointer: Any, other: Any) -> Any:
+    """How many numbers `other` lies beyond `pointer`, also where the two are of different arrays."""
+
+    def emit(builder: Any, *pointers: Any) -> Any:
+        start, end = (builder.ptrtoint(pointer_, INT) for pointer_ in pointers)
+        return builder.sdiv(builder.sub(end, start), const(pointer.dtype.bitwidth // 8))
+
+    return types.int64(pointer, other), emit
+
+
+@primitive
+def starts_of(pixels: Any, channels: Any) -> Any:
+    """Vector of pixels * channels, all of 32 bits, as integers of 64, for which machines have an instruction."""
+    wide = ir.VectorType(INT, pixels.lanes)
+    half = ir.Constant(wide, [32] * pixels.lanes)
+
+    def emit(builder: Any, pixels_: Any, channels_: Any) -> Any:
+        # Shifted up and down, so that LLVM sees how small they are.
+        factor = builder.ashr(builder.shl(in_lanes(builder, channels_, pixels.lanes), half), half)
+        return builder.mul(builder.sext(pixels_, wide), factor)
+
+    return Vector(types.int64, pixels.lanes)(pixels, channels), emit
 
 
 @primitive
@@ -70,15 +93,13 @@ def _place(builder: Any, entry: Any, lanes: int, corners: int) -> Any:
 
 
 def _starts(v: Vectors, samples: Corners, place: Any, step: int, corners: int) -> list[Any]:
-    """Pointers to the pixels of the sample at a place of the tables."""
-    builder, pointer = v.builder, v.element.as_pointer()
-    addresses = (builder.load(v.offset(samples.starts, _beyond(v, place, k * step))) for k in range(corners))
-    return [builder.inttoptr(address, pointer) for address in addresses]
+    """Where the pixels of the sample at a place of the tables are."""
+    return [v.builder.load(v.offset(samples.starts, _beyond(v, place, k * step))) for k in range(corners)]
 
 
 def _channels(v: Vectors, samples: Corners, places: list[Any]) -> list[Any]:
-    """Which channels of a pixel those at places of a result are: one addition, rather than one for each corner."""
-    return [v.builder.add(samples.channel, place) for place in places]
+    """Pointers to those channels of the first pixel that are at places of a result."""
+    return [v.offset(samples.maps, v.builder.add(samples.channel, place)) for place in places]
 
 
 def _shares(v: Vectors, samples: Corners, place: Any, step: int, corners: int) -> list[Any]:
@@ -147,14 +168,14 @@ def sum_samples(
                 entry = builder.add(samples.entry, builder.mul(group, apart.entries))
                 beyond = builder.mul(group, apart.channels)
                 target, weights = v.offset(out_, beyond), v.offset(weights_, builder.mul(group, apart.weights))
-                channels = [builder.add(beyond, c) for c in _channels(v, samples, places)]
+                channels = [v.offset(c, beyond) for c in _channels(v, samples, places)]
 
                 def add(i: Any, sums: list[Any]) -> list[Any]:
                     number = _number(v, samples, i)
                     at = _place(builder, builder.add(entry, number), *shape)
                     starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
                     w = v.load_splat(weights, builder.mul(number, step_))
-                    values = (blended(v, shares, [load(v.offset(start, c)) for start in starts]) for c in channels)
+                    values = (blended(v, shares, [load(v.offset(c, start)) for start in starts]) for c in channels)
                     return [v.fma(w, value, total) for value, total in zip(values, sums, strict=True)]
 
                 for place, total in zip(places, loop(builder, count_, [v.zero] * len(places), add), strict=True):
@@ -190,7 +211,7 @@ def scatter_samples(
                 starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
                 for start, share in zip(starts, shares, strict=True):
                     for c, g in zip(channels, weighted, strict=True):
-                        target = v.offset(start, c)
+                        target = v.offset(c, start)
                         store(v.fma(share, g, load(target)), target)
                 return []
 
@@ -218,7 +239,7 @@ def corner_dots(vector_bytes: int, dots: Any, grad: Any, corners: Any, axes: Any
                 starts = _starts(v, samples, at, *shape)
                 sums = []
                 for start in starts:
-                    products = [(g, load(v.offset(start, c))) for g, c in zip(grads, channels, strict=True)]
+                    products = [(g, load(v.offset(c, start))) for g, c in zip(grads, channels, strict=True)]
                     sums.append(functools.reduce(lambda total, pair: v.fma(pair[0], pair[1], total), products, v.zero))
                 total = v.sum_each(sums)
                 target = builder.bitcast(v.offset(dots_, builder.mul(number, const(shape[1]))), total.type.as_pointer())

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 
 from pydeform.cpu.core.primitive import const, function_of, primitive
-from pydeform.cpu.core.simd import VECTOR_BYTES
+from pydeform.cpu.core.simd import VECTOR_BYTES, host_features
 
 LANE = ir.IntType(32)
 BITS = ir.IntType(16)
@@ -30,6 +30,28 @@ class BFloat(ir.Type):  # type: ignore[misc]
 
     def __hash__(self) -> int:
         return hash(BFloat)
+
+
+def bfloat16_bits(builder: Any, number: Any) -> Any:
+    """Of float32, one number or a vector of them: what is nearest in bfloat16, ties to even."""
+    lanes = getattr(number.type, "count", None)
+
+    def kind(element: Any) -> Any:
+        return element if lanes is None else ir.VectorType(element, lanes)
+
+    if "avx512bf16" in host_features():
+        return builder.bitcast(builder.fptrunc(number, kind(BFloat())), kind(BITS))
+
+    # Elsewhere LLVM calls a function for that, which not every system has.
+    def whole(value: int) -> Any:
+        return ir.Constant(kind(LANE), value if lanes is None else [value] * lanes)
+
+    bits = builder.bitcast(number, kind(LANE))
+    high = builder.lshr(bits, whole(16))
+    is_odd = builder.and_(high, whole(1))
+    nearest = builder.lshr(builder.add(builder.add(bits, whole(0x7FFF)), is_odd), whole(16))
+    quiet = builder.or_(high, whole(0x40))  # NaN, whatever its last bits are
+    return builder.trunc(builder.select(builder.fcmp_unordered("uno", number, number), quiet, nearest), kind(BITS))
 
 
 def for_any_width(define: Callable[..., Any], *given: Any) -> Any:
@@ -90,15 +112,10 @@ class Vectors:
     def store(self, value: Any, pointer: Any) -> None:
         """The numbers, or what is left of them in bfloat16 where the pointer is one to 16 bits."""
         if pointer.type.pointee == BITS:
-            narrow = self.rounded(value)
+            narrow = bfloat16_bits(self.builder, value)
             self.builder.store(narrow, self.builder.bitcast(pointer, narrow.type.as_pointer())).align = 2
             return
         self.builder.store(value, self._as_vector(pointer)).align = self.itemsize
-
-    def rounded(self, value: Any) -> Any:
-        """float32 as the bits of bfloat16."""
-        narrow = self.builder.fptrunc(value, ir.VectorType(BFloat(), self.lanes))
-        return self.builder.bitcast(narrow, ir.VectorType(BITS, self.lanes))
 
     def splat(self, number: Any) -> Any:
         return in_lanes(self.builder, number, self.lanes)

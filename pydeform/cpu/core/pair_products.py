@@ -23,7 +23,7 @@ from numba import types
 from numba.core import config
 
 from pydeform.cpu.core import product, simd
-from pydeform.cpu.core.lanes import BITS, LANE, BFloat, Vectors, in_lanes
+from pydeform.cpu.core.lanes import LANE, BFloat, Vectors, bfloat16_bits, in_lanes
 from pydeform.cpu.core.primitive import INT, const, function_of, loop, primitive
 from pydeform.cpu.core.product import put_sums
 from pydeform.cpu.core.simd import VECTOR_BYTES
@@ -237,7 +237,7 @@ def put(out: Any, index: Any, value: Any) -> Any:
 
     def emit(builder: Any, out_: Any, index_: Any, value_: Any) -> None:
         if out.dtype in _PAIRS:
-            value_ = builder.bitcast(builder.fptrunc(value_, BFloat()), BITS)
+            value_ = bfloat16_bits(builder, value_)
         builder.store(value_, builder.gep(out_, [index_]))
 
     return types.void(out, index, value), emit
@@ -254,7 +254,7 @@ def pack_rows(out: Any, first: Any, second: Any) -> Any:
             v.store(v.load(sources[0]), out_)
             return
         lanes = ir.VectorType(LANE, v.lanes)
-        low, high = (builder.zext(v.rounded(v.load(source)), lanes) for source in sources)
+        low, high = (builder.zext(bfloat16_bits(builder, v.load(source)), lanes) for source in sources)
         high = builder.shl(high, ir.Constant(lanes, [16] * v.lanes))
         builder.store(builder.or_(low, high), builder.bitcast(out_, lanes.as_pointer())).align = 2
 

@@ -79,12 +79,12 @@ def _scatter(
         if given.reference is not None:
             make_weights(tile, given, scratch, g)
         for q in range(tile.queries):
-            count = list_seen(tile, q, 1, scratch, g, p)
+            count = list_seen(tile, q, grads.value, 1, scratch, g, p)
             for i in range(groups):
                 entry, channel = entry_of(tile, q, i * of_place, g), (first_group + i) * g.channels + block
                 weights = weights_of(tile, q, first_group + i, entry, given, scratch, g)
                 grad = at(grads.output, (image, query + q, channel))
-                corners = corners_of(entry, channel, thread, scratch, p)
+                corners = corners_of(entry, channel, tile, grads.value, scratch, p)
                 scatter_samples(grad, corners, p.axes, weights, p.weight_step, count, channels)
 
 
@@ -98,10 +98,10 @@ def _dots_of_tile(tile: Any, given: Any, grads: Any, scratch: Any, tables: Any, 
         for i in range(tile.queries * tile.groups * g.samples << len(p.axes)):
             scratch.dots[tile.thread, i] = 0
         for query in range(tile.queries):
-            count = list_seen(tile, query, 0, scratch, g, p)
+            count = list_seen(tile, query, given.value, 0, scratch, g, p)
             for i in range(tile.groups):
                 entry, channel = entry_of(tile, query, i, g), (first + i) * g.channels
-                corners = corners_of(entry, channel, tile.thread, scratch, p)
+                corners = corners_of(entry, channel, tile, given.value, scratch, p)
                 dots = at(scratch.dots, (tile.thread, entry * (1 << len(p.axes))))
                 grad = at(grads.output, (tile.image, tile.query + query, channel))
                 corner_dots(dots, grad, corners, p.axes, count, g.channels)

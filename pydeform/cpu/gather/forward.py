@@ -47,8 +47,8 @@ def gather(thread: int, counters: Any, given: Any, output: Any, scratch: Any, ta
 def _sum_tile(tile: Any, given: Any, output: Any, scratch: Any, g: Any, p: Any) -> None:
     apart = groups_of(tile, given, g)
     for query in range(tile.queries):
-        count, entry = list_seen(tile, query, 0, scratch, g, p), entry_of(tile, query, 0, g)
+        count, entry = list_seen(tile, query, given.value, 0, scratch, g, p), entry_of(tile, query, 0, g)
         weights = weights_of(tile, query, 0, entry, given, scratch, g)
-        corners = corners_of(entry, 0, tile.thread, scratch, p)
+        corners = corners_of(entry, 0, tile, given.value, scratch, p)
         out = at(output, (tile.image, tile.query + query, 0))
         sum_samples(out, corners, apart, p.axes, weights, p.weight_step, count, g.channels)

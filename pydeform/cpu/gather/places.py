@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform._gather_geometry import BILINEAR_INSIDE
-from pydeform.cpu.core.gathered import Corners, Groups, address_of, place_in
+from pydeform.cpu.core.gathered import Corners, Groups, place_in, starts_of, steps_to
 from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.simd import advance, at
 from pydeform.cpu.core.vector import (
@@ -38,11 +37,10 @@ class Tile(NamedTuple):
 
 
 class Maps(NamedTuple):
-    """Where the maps of an image lie, in bytes."""
+    """How the maps of an image lie, in numbers from their first."""
 
-    start: int
     pixel: int  # from one pixel to the next
-    nothing: int  # in the place of a pixel that is outside
+    nothing: int  # to what is there in the place of a pixel that is outside
 
 
 @inline_always
@@ -52,12 +50,13 @@ def entry_of(tile: Any, query: int, group: int, g: Any) -> int:
 
 
 @inline_always
-def corners_of(entry: int, channel: int, thread: int, scratch: Any, p: Any) -> Any:
+def corners_of(entry: int, channel: int, tile: Any, image: Any, scratch: Any, p: Any) -> Any:
     """Those of the samples from an entry on, in the maps that were located in, from a channel on."""
+    maps, thread = at(image, (tile.image, 0, 0)), tile.thread
     starts, shares = at(scratch.starts, (thread, 0)), at(scratch.shares, (thread, 0))
     if p.lists is None:
-        return Corners(starts, shares, entry, channel, None)
-    return Corners(starts, shares, entry, channel, at(scratch.listed, (thread, 0)))
+        return Corners(maps, starts, shares, entry, channel, None)
+    return Corners(maps, starts, shares, entry, channel, at(scratch.listed, (thread, 0)))
 
 
 @inline_always
@@ -67,12 +66,18 @@ def groups_of(tile: Any, given: Any, g: Any) -> Groups:
     return Groups(g.groups, entries, g.channels, g.weight_steps[2] if given.reference is None else entries)
 
 
+@inline_always
+def _maps_of(tile: Any, image: Any, nothing: int, scratch: Any, g: Any) -> Maps:
+    outside = steps_to(at(image, (tile.image, 0, 0)), at(scratch.nothing, (tile.thread, nothing, 0)))
+    return Maps(g.groups * g.channels, outside)
+
+
 @inline
-def list_seen(tile: Any, query: int, nothing: int, scratch: Any, g: Any, p: Any) -> int:
+def list_seen(tile: Any, query: int, image: Any, nothing: int, scratch: Any, g: Any, p: Any) -> int:
     """Lists the samples of a query that read a pixel, or NaN, for all groups, which share them; how many there are."""
     if p.lists is None:
         return g.samples
-    outside, lanes = address_of(at(scratch.nothing, (tile.thread, nothing, 0))), lanes_of(at(scratch.shares, (0, 0)))
+    outside, lanes = _maps_of(tile, image, nothing, scratch, g).nothing, lanes_of(at(scratch.shares, (0, 0)))
     starts, shares = at(scratch.starts, (tile.thread, 0)), at(scratch.shares, (tile.thread, 0))
     count, entry = 0, entry_of(tile, query, 0, g)
     for s in range(g.samples):
@@ -95,12 +100,8 @@ def clear_nothing(thread: int, scratch: Any) -> None:
 @inline
 def locate(tile: Any, image: Any, nothing: int, given: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     """Fills the tables of the tile's entries. `image`: (image, pixel, all channels); corners outside are in a row of
-    `nothing`: 0 to read, 1 to write to. No address is formed from a number that is not known to be in range."""
-    maps = Maps(
-        address_of(at(image, (tile.image, 0, 0))),
-        address_of(at(image, (0, 1, 0))) - address_of(at(image, (0, 0, 0))),
-        address_of(at(scratch.nothing, (tile.thread, nothing, 0))),
-    )
+    `nothing`: 0 to read, 1 to write to. No place is formed from a number that is not known to be in range."""
+    maps = _maps_of(tile, image, nothing, scratch, g)
     numbers = at(scratch.numbers, (tile.thread, 0))
     if given.reference is not None:
         _add_references(tile, given.locations, given.reference, numbers, tables, g)
@@ -197,20 +198,19 @@ def _name_corners(tile: Any, numbers: Any, maps: Any, scratch: Any, tables: Any,
         start = load_beside(at(tables.first_pixel, (i,)), one)
         y = _coordinates(at_y, 0, i, thread, scratch, tables)
         x = _coordinates(at_x, 1, i, thread, scratch, tables)
-        top, bottom, has_top, has_bottom, down = axis_corners(y, low, convert(height, numbers), height, height, integer)
-        left, right, has_left, has_right, along = axis_corners(x, low, convert(width, numbers), width, width, integer)
-        if g.rule == BILINEAR_INSIDE:
+        top, _, has_top, has_bottom, down = axis_corners(y, low, convert(height, numbers), height, height, integer)
+        left, _, has_left, has_right, along = axis_corners(x, low, convert(width, numbers), width, width, integer)
+        if p.lists is not None:
             is_seen = (at_x > 0) & (at_x < 1) & (at_y > 0) & (at_y < 1)
             has_top, has_bottom = has_top & is_seen, has_bottom & is_seen
         place = place_in(i, numbers, p.axes)
         corner, share = advance(starts, place), advance(shares, place)
-        top = convert(start + top * width, corner) * maps.pixel + maps.start
-        bottom = convert(start + bottom * width, corner) * maps.pixel + maps.start
-        left, right = convert(left, corner) * maps.pixel, convert(right, corner) * maps.pixel
-        store(select(has_top & has_left, top + left, maps.nothing), corner)
-        store(select(has_top & has_right, top + right, maps.nothing), advance(corner, lanes))
-        store(select(has_bottom & has_left, bottom + left, maps.nothing), advance(corner, 2 * lanes))
-        store(select(has_bottom & has_right, bottom + right, maps.nothing), advance(corner, 3 * lanes))
+        first = start + top * width + left
+        above, below = starts_of(first, maps.pixel), starts_of(first + width, maps.pixel)
+        store(select(has_top & has_left, above, maps.nothing), corner)
+        store(select(has_top & has_right, above + maps.pixel, maps.nothing), advance(corner, lanes))
+        store(select(has_bottom & has_left, below, maps.nothing), advance(corner, 2 * lanes))
+        store(select(has_bottom & has_right, below + maps.pixel, maps.nothing), advance(corner, 3 * lanes))
         store((1 - down) * (1 - along), share)
         store((1 - down) * along, advance(share, lanes))
         store(down * (1 - along), advance(share, 2 * lanes))
@@ -236,7 +236,7 @@ def _name_pixels(tile: Any, numbers: Any, maps: Any, scratch: Any, tables: Any, 
         pixel = start + _nearest(y, height, integer, numbers) * width + _nearest(x, width, integer, numbers)
         is_known = (x == x) & (y == y)
         corner = advance(starts, i)
-        store(select(is_known, convert(pixel, corner) * maps.pixel + maps.start, maps.nothing), corner)
+        store(select(is_known, starts_of(pixel, maps.pixel), maps.nothing), corner)
         store(select(is_known, splat(1, x), np.nan), at(scratch.shares, (thread, i)))
 
 

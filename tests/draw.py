@@ -22,8 +22,8 @@ def drawn(ids: Sequence[str], seed: str) -> set[int]:
     seen: set[tuple[str, int]] = set()
     kept = set()
     for place in order:
-        # A template goes with its argument: "forward<f16". The second "64" of an id is another value than the first.
-        values = set(_numbered(re.findall(r"[\w.+<]+", ids[place])))
+        # The second "64" of an id is another value than the first.
+        values = set(_numbered(re.findall(r"[\w.+]+", ids[place])))
         if values - seen or not values:
             kept.add(place)
             seen |= values

@@ -35,7 +35,7 @@ def arguments_of(name: str, real: Any, lanes: int) -> tuple[list[Any], dict[int,
     p = types.CPointer(real)
     corners = [types.UniTuple(NUMBER, 4), types.UniTuple(real, 4)]
     pixels = types.Tuple((p, INDEX, p, NUMBER, NUMBER))
-    samples = types.Tuple((types.CPointer(NUMBER), p, NUMBER, NUMBER, types.CPointer(NUMBER)))
+    samples = types.Tuple((p, types.CPointer(NUMBER), p, NUMBER, NUMBER, types.CPointer(NUMBER)))
     cell = types.UniTuple(NUMBER, 2)
     panel = product.panel_vectors(lanes * real.bitwidth // 8) * lanes
     return {

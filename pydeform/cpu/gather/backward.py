@@ -19,11 +19,11 @@ from pydeform.cpu.gather.places import (
     clear_nothing,
     corners_of,
     entry_of,
-    list_seen,
     locate,
     make_weights,
     reach_of,
     reference_at,
+    seen_of,
     weights_of,
 )
 
@@ -79,7 +79,7 @@ def _scatter(
         if given.reference is not None:
             make_weights(tile, given, scratch, g)
         for q in range(tile.queries):
-            count = list_seen(tile, q, grads.value, 1, scratch, g, p)
+            count = seen_of(tile, q, scratch, g, p)
             for i in range(groups):
                 entry, channel = entry_of(tile, q, i * of_place, g), (first_group + i) * g.channels + block
                 weights = weights_of(tile, q, first_group + i, entry, given, scratch, g)
@@ -98,7 +98,7 @@ def _dots_of_tile(tile: Any, given: Any, grads: Any, scratch: Any, tables: Any, 
         for i in range(tile.queries * tile.groups * g.samples << len(p.axes)):
             scratch.dots[tile.thread, i] = 0
         for query in range(tile.queries):
-            count = list_seen(tile, query, given.value, 0, scratch, g, p)
+            count = seen_of(tile, query, scratch, g, p)
             for i in range(tile.groups):
                 entry, channel = entry_of(tile, query, i, g), (first + i) * g.channels
                 corners = corners_of(entry, channel, tile, given.value, scratch, p)
@@ -129,7 +129,7 @@ def _bring_weights(
         for s in range(g.samples):
             target[s] = 0  # a sample that nothing is read for has no part, whatever its weight
         for i in range(count):
-            s = scratch.listed[tile.thread, i]
+            s = scratch.listed[tile.thread, entry + i]
             target[s] = source[s * p.weight_step]
 
 

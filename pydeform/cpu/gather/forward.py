@@ -15,9 +15,9 @@ from pydeform.cpu.gather.places import (
     corners_of,
     entry_of,
     groups_of,
-    list_seen,
     locate,
     make_weights,
+    seen_of,
     weights_of,
 )
 
@@ -47,7 +47,7 @@ def gather(thread: int, counters: Any, given: Any, output: Any, scratch: Any, ta
 def _sum_tile(tile: Any, given: Any, output: Any, scratch: Any, g: Any, p: Any) -> None:
     apart = groups_of(tile, given, g)
     for query in range(tile.queries):
-        count, entry = list_seen(tile, query, given.value, 0, scratch, g, p), entry_of(tile, query, 0, g)
+        count, entry = seen_of(tile, query, scratch, g, p), entry_of(tile, query, 0, g)
         weights = weights_of(tile, query, 0, entry, given, scratch, g)
         corners = corners_of(entry, 0, tile, given.value, scratch, p)
         out = at(output, (tile.image, tile.query + query, 0))

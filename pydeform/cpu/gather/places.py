@@ -56,7 +56,7 @@ def corners_of(entry: int, channel: int, tile: Any, image: Any, scratch: Any, p:
     starts, shares = at(scratch.starts, (thread, 0)), at(scratch.shares, (thread, 0))
     if p.lists is None:
         return Corners(maps, starts, shares, entry, channel, None)
-    return Corners(maps, starts, shares, entry, channel, at(scratch.listed, (thread, 0)))
+    return Corners(maps, starts, shares, entry, channel, at(scratch.listed, (thread, entry)))
 
 
 @inline_always
@@ -67,28 +67,27 @@ def groups_of(tile: Any, given: Any, g: Any) -> Groups:
 
 
 @inline_always
-def _maps_of(tile: Any, image: Any, nothing: int, scratch: Any, g: Any) -> Maps:
-    outside = steps_to(at(image, (tile.image, 0, 0)), at(scratch.nothing, (tile.thread, nothing, 0)))
-    return Maps(g.groups * g.channels, outside)
+def seen_of(tile: Any, query: int, scratch: Any, g: Any, p: Any) -> int:
+    """How many samples of a query, for each group, are to be summed."""
+    return g.samples if p.lists is None else scratch.seen[tile.thread, query]
 
 
 @inline
-def list_seen(tile: Any, query: int, image: Any, nothing: int, scratch: Any, g: Any, p: Any) -> int:
-    """Lists the samples of a query that read a pixel, or NaN, for all groups, which share them; how many there are."""
-    if p.lists is None:
-        return g.samples
-    outside, lanes = _maps_of(tile, image, nothing, scratch, g).nothing, lanes_of(at(scratch.shares, (0, 0)))
+def _list_seen(tile: Any, nothing: int, scratch: Any, g: Any, p: Any) -> None:
+    """Lists the samples of each query that read a pixel, or NaN, for all groups, which share them."""
     starts, shares = at(scratch.starts, (tile.thread, 0)), at(scratch.shares, (tile.thread, 0))
-    count, entry = 0, entry_of(tile, query, 0, g)
-    for s in range(g.samples):
-        place = place_in(entry + s, shares, p.axes)
-        is_seen = shares[place] != shares[place]
-        for k in range(1 << len(p.axes)):
-            is_seen |= starts[place + k * lanes] != outside
-        if is_seen:
-            scratch.listed[tile.thread, count] = s
-            count += 1
-    return count
+    lanes = lanes_of(shares)
+    for query in range(tile.queries):
+        count, entry = 0, entry_of(tile, query, 0, g)
+        for s in range(g.samples):
+            place = place_in(entry + s, shares, p.axes)
+            is_seen = shares[place] != shares[place]
+            for k in range(1 << len(p.axes)):
+                is_seen |= starts[place + k * lanes] != nothing
+            if is_seen:
+                scratch.listed[tile.thread, entry + count] = s
+                count += 1
+        scratch.seen[tile.thread, query] = count
 
 
 @inline
@@ -101,7 +100,8 @@ def clear_nothing(thread: int, scratch: Any) -> None:
 def locate(tile: Any, image: Any, nothing: int, given: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     """Fills the tables of the tile's entries. `image`: (image, pixel, all channels); corners outside are in a row of
     `nothing`: 0 to read, 1 to write to. No place is formed from a number that is not known to be in range."""
-    maps = _maps_of(tile, image, nothing, scratch, g)
+    outside = steps_to(at(image, (tile.image, 0, 0)), at(scratch.nothing, (tile.thread, nothing, 0)))
+    maps = Maps(g.groups * g.channels, outside)
     numbers = at(scratch.numbers, (tile.thread, 0))
     if given.reference is not None:
         _add_references(tile, given.locations, given.reference, numbers, tables, g)
@@ -114,6 +114,8 @@ def locate(tile: Any, image: Any, nothing: int, given: Any, scratch: Any, tables
         _name_corners(tile, numbers, maps, scratch, tables, g, p)
     else:
         _name_pixels(tile, numbers, maps, scratch, tables, g)
+    if p.lists is not None:
+        _list_seen(tile, outside, scratch, g, p)
 
 
 @inline

@@ -40,7 +40,8 @@ class Scratch(NamedTuple):
     weights: Any  # of entries, made or brought together here
     values: Any  # gradients of the weights,
     moves: Any  # and of the numbers x and y
-    listed: Any  # samples of a query that read a pixel
+    listed: Any  # the samples of each query that read a pixel,
+    seen: Any  # and how many there are
     nothing: Any  # a row of zeros, and one to write to, for all that is outside
 
 
@@ -106,7 +107,8 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, 
         ((threads, row), dtype),
         ((threads, row * needs_dots), dtype),
         ((threads, 2, row * needs_dots), dtype),
-        ((threads, g.samples * is_seen), np.dtype(np.int64)),
+        ((threads, row * is_seen), np.dtype(np.int64)),
+        ((threads, queries * is_seen), np.dtype(np.int64)),
         ((threads, 2, round_up(g.groups * g.channels, lanes)), dtype),
     )
     plan = Plan(

@@ -61,10 +61,10 @@ def _copy_pixels(tile: Any, planes: Any, targets: Any, channels: int, scratch: A
     for i in range(0, tile.queries, lanes):
         share = load(at(scratch.shares, (tile.thread, 0, i)))
         pixel = load_beside(at(scratch.corners, (tile.thread, 0, i)), share)
-        exists, mask = pixel >= 0, first_lanes(tile.queries - i, share)
+        exists = pixel >= 0
         for c in range(channels):
             values = gather_where(exists, advance(planes, c * pixels), pixel)
-            store_where(mask, fma(share, values, splat(0, share)), advance(targets, c * g.queries + i))
+            _put(fma(share, values, splat(0, share)), tile.queries - i, advance(targets, c * g.queries + i))
 
 
 @inline
@@ -82,8 +82,13 @@ def _sample_plane(tile: Any, plane: Any, target: Any, scratch: Any, p: Any) -> N
                 one, other = pair_values(corner, i, plane, thread, scratch, total)
                 total = fma(load(advance(shares, corner * p.queries)), one, total)
                 total = fma(load(advance(shares, (corner + 1) * p.queries)), other, total)
-        left = tile.queries - i
-        if left >= lanes:
-            store(total, advance(target, i))
-        else:
-            store_where(first_lanes(left, total), total, advance(target, i))
+        _put(total, tile.queries - i, advance(target, i))
+
+
+@inline_always
+def _put(samples: Any, left: int, target: Any) -> None:
+    """Those of the queries that are left: only a tile's last vector is masked, which takes some processors long."""
+    if left >= lanes_of(target):
+        store(samples, target)
+    else:
+        store_where(first_lanes(left, samples), samples, target)

@@ -179,9 +179,9 @@ class Vectors:
         self.call("masked.store", arguments, ir.VoidType(), f".p0{self._suffix()}")
 
     def gather(self, pointer: Any, places: Any, mask: Any) -> Any:
-        """pointer[places], ints of 32 bits, where the mask is true; elsewhere zeros, and nothing is read."""
-        if self.lanes * self.itemsize == 32:
-            return self._gather_of_avx2(pointer, places, mask)
+        """pointer[places], ints of 32 bits, where the mask is true; elsewhere zeros, and pointer[0] may be read."""
+        if self.lanes * self.itemsize < 64:
+            return self.builder.select(mask, self._one_by_one(pointer, self.element, places, mask), self.zero)
         # One pointer and many steps is what processors know, and what llvmlite does not.
         addresses = self.offset(pointer, const(0))
         addresses.indices, addresses.type = [places], ir.VectorType(pointer.type, self.lanes)
@@ -189,23 +189,17 @@ class Vectors:
         arguments = [addresses, ir.Constant(LANE, 4), mask, self.zero]
         return self.call("masked.gather", arguments, more=f".v{self.lanes}p0f{8 * self.itemsize}")
 
-    def _gather_of_avx2(self, pointer: Any, places: Any, mask: Any) -> Any:
-        """LLVM takes this instruction for a slow one on all but a few processors, and makes a branch for each lane."""
-        builder, byte = self.builder, ir.IntType(8)
-        signs = builder.bitcast(builder.sext(mask, ir.VectorType(ir.IntType(8 * self.itemsize), self.lanes)), self.type)
-        name = f"llvm.x86.avx2.gather.d.p{'s' if self.itemsize == 4 else 'd'}.256"
-        start = builder.bitcast(pointer, byte.as_pointer())
-        step = 4 if pointer.type.pointee == ir.FloatType() else 8
-        arguments = [self.zero, start, places, signs, ir.Constant(byte, step)]
-        kinds = [argument.type for argument in arguments]
-        return builder.call(function_of(builder, name, self.type, kinds), arguments)
-
     def gather_pairs(self, pointer: Any, places: Any, mask: Any) -> list[Any]:
-        """pointer[places] and pointer[places + 1]. Two floats of 32 bits come as one of 64: half as much to gather."""
+        """pointer[places] and pointer[places + 1] where the mask is true; elsewhere anything, and the first two may be
+        read. Two floats of 32 bits come as one of 64: half as much to gather."""
         builder, lanes = self.builder, self.lanes
         if self.itemsize == 8:
             following = builder.add(places, ir.Constant(places.type, [1] * lanes))
             return [self.gather(pointer, at, mask) for at in (places, following)]
+        if lanes < 16:
+            pairs = self._one_by_one(pointer, ir.DoubleType(), places, mask)
+            low = high = builder.bitcast(pairs, ir.VectorType(self.element, 2 * lanes))
+            return [shuffle(builder, low, high, list(range(first, 2 * lanes, 2))) for first in (0, 1)]
         wide, halves = Vectors(builder, types.float64, lanes * 4), []
         for start in (0, lanes // 2):
             half = list(range(start, start + lanes // 2))
@@ -213,6 +207,20 @@ class Vectors:
             halves.append(builder.bitcast(wide.gather(pointer, some, there), self.type))
         low, high = halves
         return [shuffle(builder, low, high, list(range(first, 2 * lanes, 2))) for first in (0, 1)]
+
+    def _one_by_one(self, pointer: Any, element: Any, places: Any, mask: Any) -> Any:
+        """A load of an `element` for each lane, at 0 where the mask is false. AVX2's instruction for that takes longer,
+        and where there is none LLVM makes a branch for each lane."""
+        builder = self.builder
+        safe = builder.select(mask, places, ir.Constant(places.type, [0] * self.lanes))
+        found = ir.Constant(ir.VectorType(element, self.lanes), ir.Undefined)
+        for lane in range(self.lanes):
+            number = ir.Constant(LANE, lane)
+            place = builder.sext(builder.extract_element(safe, number), ir.IntType(64))
+            value = builder.load(builder.bitcast(builder.gep(pointer, [place]), element.as_pointer()))
+            value.align = self.itemsize
+            found = builder.insert_element(found, value, number)
+        return found
 
     def _suffix(self) -> str:
         return f"v{self.lanes}f{8 * self.itemsize}"

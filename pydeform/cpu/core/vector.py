@@ -231,7 +231,7 @@ def load_where(mask: Any, pointer: Any) -> Any:
 
 @primitive
 def gather_where(mask: Any, pointer: Any, places: Any) -> Any:
-    """pointer[places], floats from here and there, where the mask is true; elsewhere zeros, and nothing is read."""
+    """pointer[places], floats from here and there, where the mask is true; elsewhere zeros; pointer[0] may be read."""
     kind = Vector(pointer.dtype, mask.lanes)
 
     def emit(builder: Any, mask_: Any, pointer_: Any, places_: Any) -> Any:
@@ -242,7 +242,7 @@ def gather_where(mask: Any, pointer: Any, places: Any) -> Any:
 
 @primitive
 def gather_pairs(mask: Any, pointer: Any, places: Any) -> Any:
-    """pointer[places] and pointer[places + 1], likewise."""
+    """pointer[places] and pointer[places + 1] where the mask is true; elsewhere anything; the first two may be read."""
     kind = Vector(pointer.dtype, mask.lanes)
 
     def emit(builder: Any, mask_: Any, pointer_: Any, places_: Any) -> Any:

@@ -16,17 +16,18 @@ VARIABLE = "PYDEFORM_TEST_DRAW"
 
 
 def drawn(ids: Sequence[str], seed: str) -> set[int]:
-    """Places of the ids to keep. What words, numbers and names an id has are its values."""
+    """Places of the ids to keep: few that have each value. What words, numbers and names an id has are its values."""
+    # The second "64" of an id is another value than the first.
+    values = [set(_numbered(re.findall(r"[\w.+]+", name))) for name in ids]
     order = list(range(len(ids)))
     random.Random(seed).shuffle(order)
-    seen: set[tuple[str, int]] = set()
-    kept = set()
-    for place in order:
-        # The second "64" of an id is another value than the first.
-        values = set(_numbered(re.findall(r"[\w.+]+", ids[place])))
-        if values - seen or not values:
-            kept.add(place)
-            seen |= values
+    kept = {place for place in order if not values[place]}
+    left = set().union(*values)
+    while left:
+        # The one that has most of those that are left; of several the first in the seed's order.
+        most = max(order, key=lambda place: len(values[place] & left))
+        kept.add(most)
+        left -= values[most]
     return kept
 
 

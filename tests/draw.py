@@ -1,5 +1,6 @@
 """Which tests `make test` runs of a function with many parameters: each value at least once, in combinations that a
-seed draws. The seed is the commit, so that all who test a commit run the same, and the next commit runs others.
+seed draws. The seed is the commit, so that all who test a commit run the same, and the next commit runs others. The
+operator is a parameter like any other of a test that several classes inherit.
 
 Plain `pytest` runs all of them, and so does `make test-all`.
 """
@@ -21,7 +22,7 @@ def drawn(ids: Sequence[str], seed: str) -> set[int]:
     values = [set(_numbered(re.findall(r"[\w.+]+", name))) for name in ids]
     order = list(range(len(ids)))
     random.Random(seed).shuffle(order)
-    kept = {place for place in order if not values[place]}
+    kept = set()
     left = set().union(*values)
     while left:
         # The one that has most of those that are left; of several the first in the seed's order.
@@ -42,11 +43,14 @@ def _numbered(words: list[str]) -> list[tuple[str, int]]:
 
 def split(items: Sequence[Any], seed: str) -> tuple[list[Any], list[Any]]:
     """Those to run, in their order, and the others."""
-    functions: dict[str, list[Any]] = collections.defaultdict(list)
+    functions: dict[str, list[str]] = collections.defaultdict(list)
     for item in items:
-        functions[item.nodeid.partition("[")[0]].append(item)
-    kept = set()
-    for name, of_function in functions.items():
-        ids = [item.nodeid.partition("[")[2].removesuffix("]") for item in of_function]
-        kept |= {of_function[place].nodeid for place in drawn(ids, seed + name)}
+        functions[_written_as(item)].append(item.nodeid)
+    kept = {names[place] for function, names in functions.items() for place in drawn(names, seed + function)}
     return [i for i in items if i.nodeid in kept], [i for i in items if i.nodeid not in kept]
+
+
+def _written_as(item: Any) -> str:
+    """Where the test's function is written, once for all classes that inherit it; else its name without parameters."""
+    function = getattr(item, "function", None)
+    return f"{function.__module__}.{function.__qualname__}" if function else item.nodeid.partition("[")[0]

@@ -1,7 +1,7 @@
 """The sample of tests that a commit draws."""
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -12,6 +12,7 @@ IDS = ["-".join(values) for values in itertools.product(("cpu", "emulated"), ("f
 
 class Item(NamedTuple):
     nodeid: str
+    function: Any = None
 
 
 @pytest.mark.parametrize("seed", ["", "1", "0cdaa01"])
@@ -51,3 +52,15 @@ def test_functions_are_drawn_apart_and_those_without_parameters_stay():
         {i.nodeid.partition("[")[2] for i in kept if i.nodeid.startswith(f"tests/{f}.py::test_it")} for f in "xy"
     )
     assert of_x != of_y
+
+
+def test_of_classes_that_inherit_a_test_each_runs_it_and_all_together_with_each_value():
+    def function():
+        pass
+
+    items = [Item(f"tests/{c}.py::Test{c}::test_it[{name}]", function) for c in "pqrstuvw" for name in IDS]
+    kept, _ = split(items, "1")
+    values = {value for item in kept for value in item.nodeid.partition("[")[2].removesuffix("]").split("-")}
+    assert {item.nodeid.partition("::")[0] for item in kept} == {f"tests/{c}.py" for c in "pqrstuvw"}
+    assert values == {value for name in IDS for value in name.split("-")}
+    assert len(kept) < 16

@@ -7,7 +7,7 @@ every gradient one owner, so that results are always deterministic. Kernels cite
 Which problem takes which way, and why:
 
 - all forwards (`forward`): a tile of queries is located, then summed query by query and group by group
-- the value's gradient (`backward._scatter_group`): a group's channels, or a block of them where groups are fewer than
+- the value's gradient (`backward._scatter`): a group's channels, or a block of them where groups are fewer than
   threads need, go through all queries in order, so that no two threads add to one number
 - all other gradients (`backward._dots_of_tile`): a tile of queries, as forward
 - locations and weights from raw offsets and logits (`given.reference`): made in a thread's tables, tile by tile

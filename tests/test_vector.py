@@ -18,8 +18,8 @@ from pydeform.cpu.core.vector import (
     floor,
     fma,
     from_lane,
+    gather_numbered,
     gather_pairs,
-    gather_where,
     is_any,
     lane_numbers,
     lanes_of,
@@ -241,13 +241,13 @@ def test_squares(dtype):
 
 @pytest.mark.parametrize("dtype", REAL)
 def test_numbers_from_here_and_there(dtype):
-    """Where a place is negative nothing before the array is read; what is first there may be NaN."""
+    """Where a place is negative nothing far away is read; what is there without the sign may be NaN."""
 
     def kernel(x, places, one, low, high):
         for i in range(0, LENGTH, lanes_of(at(one, (0,)))):
             place = load_beside(at(places, (i,)), load(at(one, (i,))))
             exists = place >= 0
-            store(gather_where(exists, at(x, (0,)), place), at(one, (i,)))
+            store(gather_numbered(at(x, (0,)), at(places, (i,)), place), at(one, (i,)))
             first, second = gather_pairs(exists, at(x, (0,)), place)
             store(select(exists, first, -1), at(low, (i,)))
             store(select(exists, second, -1), at(high, (i,)))
@@ -255,7 +255,7 @@ def test_numbers_from_here_and_there(dtype):
     rng = np.random.default_rng(0)
     x = np.concatenate([[np.nan], rng.standard_normal(99)]).astype(dtype)
     places = rng.integers(1, 99, LENGTH).astype(np.int32)
-    places[::3] = rng.choice([-1, -(2**31)], places[::3].size)
+    places[::3] = rng.choice([-(2**31), 5 - 2**31], places[::3].size)
     one, low, high = np.zeros((3, LENGTH), dtype)
     run(kernel, x, places, one, low, high)
     exists = places >= 0

@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from pydeform.cpu.core.primitive import const, function_of, primitive
+from pydeform.cpu.core.primitive import INT, const, function_of, primitive
 from pydeform.cpu.core.simd import VECTOR_BYTES, host_features
 
 LANE = ir.IntType(32)
@@ -181,13 +181,30 @@ class Vectors:
     def gather(self, pointer: Any, places: Any, mask: Any) -> Any:
         """pointer[places], ints of 32 bits, where the mask is true; elsewhere zeros, and pointer[0] may be read."""
         if self.lanes * self.itemsize < 64:
-            return self.builder.select(mask, self._one_by_one(pointer, self.element, places, mask), self.zero)
+            return self.builder.select(
+                mask, self._one_by_one(pointer, self.element, self._safe(places, mask)), self.zero
+            )
         # One pointer and many steps is what processors know, and what llvmlite does not.
         addresses = self.offset(pointer, const(0))
         addresses.indices, addresses.type = [places], ir.VectorType(pointer.type, self.lanes)
         addresses = self.builder.bitcast(addresses, ir.VectorType(self.element.as_pointer(), self.lanes))
         arguments = [addresses, ir.Constant(LANE, 4), mask, self.zero]
         return self.call("masked.gather", arguments, more=f".v{self.lanes}p0f{8 * self.itemsize}")
+
+    def gather_numbered(self, pointer: Any, numbers: Any) -> Any:
+        """pointer[n] for each of the ints of 32 bits that `numbers` points to, and zeros for those with a sign, without
+        which they are places that may be read."""
+        builder = self.builder
+        places = builder.load(builder.bitcast(numbers, ir.VectorType(LANE, self.lanes).as_pointer()))
+        places.align = 4
+        exists = builder.icmp_signed(">=", places, ir.Constant(places.type, [0] * self.lanes))
+        if self.lanes * self.itemsize >= 64:
+            return self.gather(pointer, places, exists)
+        found = []
+        for lane in range(self.lanes):  # loaded again: to take one out of a vector is two steps, and one port's
+            number = builder.load(builder.gep(numbers, [const(lane)]))
+            found.append(builder.zext(builder.and_(number, LANE(2**31 - 1)), INT))
+        return builder.select(exists, self._one_by_one(pointer, self.element, found), self.zero)
 
     def gather_pairs(self, pointer: Any, places: Any, mask: Any) -> list[Any]:
         """pointer[places] and pointer[places + 1] where the mask is true; elsewhere anything, and the first two may be
@@ -197,7 +214,7 @@ class Vectors:
             following = builder.add(places, ir.Constant(places.type, [1] * lanes))
             return [self.gather(pointer, at, mask) for at in (places, following)]
         if lanes < 16:
-            pairs = self._one_by_one(pointer, ir.DoubleType(), places, mask)
+            pairs = self._one_by_one(pointer, ir.DoubleType(), self._safe(places, mask))
             low = high = builder.bitcast(pairs, ir.VectorType(self.element, 2 * lanes))
             return [shuffle(builder, low, high, list(range(first, 2 * lanes, 2))) for first in (0, 1)]
         wide, halves = Vectors(builder, types.float64, lanes * 4), []
@@ -208,18 +225,21 @@ class Vectors:
         low, high = halves
         return [shuffle(builder, low, high, list(range(first, 2 * lanes, 2))) for first in (0, 1)]
 
-    def _one_by_one(self, pointer: Any, element: Any, places: Any, mask: Any) -> Any:
-        """A load of an `element` for each lane, at 0 where the mask is false. AVX2's instruction for that takes longer,
-        and where there is none LLVM makes a branch for each lane."""
+    def _safe(self, places: Any, mask: Any) -> list[Any]:
+        """Each lane's place; 0 where the mask is false."""
         builder = self.builder
         safe = builder.select(mask, places, ir.Constant(places.type, [0] * self.lanes))
+        return [builder.sext(builder.extract_element(safe, ir.Constant(LANE, lane)), INT) for lane in range(self.lanes)]
+
+    def _one_by_one(self, pointer: Any, element: Any, places: list[Any]) -> Any:
+        """A load of an `element` for each lane. AVX2's instruction for that takes longer, and where there is none LLVM
+        makes a branch for each lane."""
+        builder = self.builder
         found = ir.Constant(ir.VectorType(element, self.lanes), ir.Undefined)
-        for lane in range(self.lanes):
-            number = ir.Constant(LANE, lane)
-            place = builder.sext(builder.extract_element(safe, number), ir.IntType(64))
+        for lane, place in enumerate(places):
             value = builder.load(builder.bitcast(builder.gep(pointer, [place]), element.as_pointer()))
             value.align = self.itemsize
-            found = builder.insert_element(found, value, number)
+            found = builder.insert_element(found, value, ir.Constant(LANE, lane))
         return found
 
     def _suffix(self) -> str:

@@ -230,14 +230,15 @@ def load_where(mask: Any, pointer: Any) -> Any:
 
 
 @primitive
-def gather_where(mask: Any, pointer: Any, places: Any) -> Any:
-    """pointer[places], floats from here and there, where the mask is true; elsewhere zeros; pointer[0] may be read."""
-    kind = Vector(pointer.dtype, mask.lanes)
+def gather_numbered(pointer: Any, numbers: Any, like: Any) -> Any:
+    """pointer[n] for as many of the ints at `numbers` as `like` has lanes; zeros for those with a sign, without which
+    they are places that may be read."""
+    kind = Vector(pointer.dtype, like.lanes)
 
-    def emit(builder: Any, mask_: Any, pointer_: Any, places_: Any) -> Any:
-        return _emitter(builder, kind).gather(pointer_, places_, mask_)
+    def emit(builder: Any, pointer_: Any, numbers_: Any, _like: Any) -> Any:
+        return _emitter(builder, kind).gather_numbered(pointer_, numbers_)
 
-    return kind(mask, pointer, places), emit
+    return kind(pointer, numbers, like), emit
 
 
 @primitive

@@ -11,10 +11,9 @@ from pydeform.cpu.core.sizes import volume
 from pydeform.cpu.core.vector import (
     first_lanes,
     fma,
-    gather_where,
+    gather_numbered,
     lanes_of,
     load,
-    load_beside,
     splat,
     store,
     store_where,
@@ -60,10 +59,9 @@ def _copy_pixels(tile: Any, planes: Any, targets: Any, channels: int, scratch: A
     pixels, lanes = volume(g.in_size), lanes_of(targets)
     for i in range(0, tile.queries, lanes):
         share = load(at(scratch.shares, (tile.thread, 0, i)))
-        pixel = load_beside(at(scratch.corners, (tile.thread, 0, i)), share)
-        exists = pixel >= 0
+        numbers = at(scratch.corners, (tile.thread, 0, i))
         for c in range(channels):
-            values = gather_where(exists, advance(planes, c * pixels), pixel)
+            values = gather_numbered(advance(planes, c * pixels), numbers, share)
             _put(fma(share, values, splat(0, share)), tile.queries - i, advance(targets, c * g.queries + i))
 
 

@@ -15,8 +15,8 @@ from pydeform.cpu.core.vector import (
     evens,
     fabs,
     floor,
+    gather_numbered,
     gather_pairs,
-    gather_where,
     is_any,
     lanes_of,
     load,
@@ -31,6 +31,7 @@ from pydeform.cpu.core.vector import (
 from pydeform.cpu.sampling.axes import axis_corners, in_range
 
 A = -0.75  # of cubic convolution, as PyTorch has it
+NOTHING = -(1 << 31)  # in the place of a pixel's number: without its sign pixel 0, which may be read
 
 
 class Tile(NamedTuple):
@@ -110,7 +111,7 @@ def _put_corners(i: int, zs: Any, ys: Any, xs: Any, tile: Any, scratch: Any) -> 
         for y in ys:
             first, exists = z.pixel + y.pixel, z.exists & y.exists
             for x in xs:
-                store(select(exists & x.exists, first + x.pixel, -1), advance(corners, place))
+                store(select(exists & x.exists, first + x.pixel, NOTHING), advance(corners, place))
                 store(y.part * (z.part * x.part), advance(shares, place))
                 place += row
 
@@ -371,8 +372,7 @@ def tap_of(corner: int, axis: int, g: Any, p: Any) -> int:
 @inline_always
 def corner_values(corner: int, i: int, plane: Any, thread: int, scratch: Any, like: Any) -> Any:
     """What a plane, one channel of an image, has at a corner of some queries; zeros where there is none."""
-    pixel = load_beside(at(scratch.corners, (thread, corner, i)), like)
-    return gather_where(pixel >= 0, plane, pixel)
+    return gather_numbered(plane, at(scratch.corners, (thread, corner, i)), like)
 
 
 @inline_always

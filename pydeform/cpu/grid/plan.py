@@ -32,7 +32,7 @@ class Scratch(NamedTuple):
     numbers: Any  # for each axis
     parts: Any  # along each axis, if somebody asks: each pixel's part of the sample,
     slopes: Any  # and how this grows with the number
-    corners: Any  # for each corner: which pixel; -1: none
+    corners: Any  # for each corner: which pixel, or `NOTHING`
     shares: Any  # its part of the sample,
     dots: Any  # and dot with the output's gradient
 

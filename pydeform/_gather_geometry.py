@@ -109,7 +109,7 @@ _levels = functools.lru_cache(maxsize=256)(_levels_of)
 
 def _rows(op: str, spatial_shapes: Any, formula: str) -> list[Any]:
     shape = getattr(spatial_shapes, "shape", None)
-    given = spatial_shapes.tolist() if shape is not None and hasattr(spatial_shapes, "tolist") else spatial_shapes
+    given = spatial_shapes.tolist() if hasattr(spatial_shapes, "tolist") else spatial_shapes
     if not isinstance(given, list | tuple) or not given or not all(isinstance(row, list | tuple) for row in given):
         came = f"shape {tuple(shape)}" if shape is not None else _checks.shown(spatial_shapes)
         raise ValueError(f"{op}: spatial_shapes must have shape {formula}, got {came}")

@@ -269,3 +269,19 @@ def test_more_than_32_bits_count(operator, what, size, channels):
         arguments |= {"sampling_locations": zeros(1, 1, 1, 1, 2), "weights": zeros(1, 1, 1, 1, 1, 1)}
     with pytest.raises(ValueError, match=f"{operator}: .* must have at most {2**31 - 1} {what}, got {count}"):
         getattr(pydeform, operator)(**arguments)
+
+
+@pytest.mark.parametrize("operator", ["dcnv3", "dcnv4"])
+def test_rows_with_padding_are_numbers_of_the_coordinates_type(operator):
+    """Beyond 2^24 float32 does not have every whole number."""
+    arrays = {"input": zeros(1, 3, 3, 1)}
+    if operator == "dcnv3":
+        arrays |= {"offset": zeros(1, 1, 1, 18), "mask": zeros(1, 1, 1, 9)}
+    else:
+        arrays["offset_mask"] = zeros(1, 1, 1, 32)
+    options = {"padding": (2**23, 0), "stride": (2**26, 1)}
+    said = f"{operator}: input must have at most {2**24} rows and columns with padding, got \\({2**24 + 3}, 3\\)"
+    with pytest.raises(ValueError, match=said):
+        getattr(pydeform, operator)(**{name: a.astype(np.float32) for name, a in arrays.items()}, **options)
+    wide = getattr(pydeform, operator)(**{name: a.astype(np.float64) for name, a in arrays.items()}, **options)
+    np.testing.assert_array_equal(wide, np.zeros((1, 1, 1, 1)))

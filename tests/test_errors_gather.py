@@ -285,3 +285,34 @@ def test_rows_with_padding_are_numbers_of_the_coordinates_type(operator):
         getattr(pydeform, operator)(**{name: a.astype(np.float32) for name, a in arrays.items()}, **options)
     wide = getattr(pydeform, operator)(**{name: a.astype(np.float64) for name, a in arrays.items()}, **options)
     np.testing.assert_array_equal(wide, np.zeros((1, 1, 1, 1)))
+
+
+def huge(*shape: int) -> np.ndarray:
+    return np.broadcast_to(np.float32(0), shape)
+
+
+@pytest.mark.parametrize(
+    "operator, named, arguments",
+    [
+        ("grid_sample", "(N, C, out_h, out_w)", lambda c: (huge(1, c, 2, 2), huge(1, 2**30, 2**29, 2))),
+        (
+            "ms_deform_attn",
+            "(N, Lq, heads*channels)",
+            lambda c: (huge(1, 6, 1, c), ((2, 3),), huge(1, 2**59, 1, 1, 1, 2), huge(1, 2**59, 1, 1, 1)),
+        ),
+        (
+            "deform_aggregation",
+            "(B, anchors, C)",
+            lambda c: (huge(1, 6, c), (((2, 3),),), huge(1, 2**59, 1, 1, 2), huge(1, 2**59, 1, 1, 1, 1)),
+        ),
+        ("affine_grid", "(N, out_h, out_w, 2)", lambda c: (huge(c, 2, 3), (c, 7, 2**29, 2**29))),
+    ],
+)
+def test_a_result_has_less_than_2_to_the_63_bytes(operator, named, arguments):
+    """Half as much as that is refused by the system alone."""
+    with pytest.raises(
+        ValueError, match=re.escape(f"{operator}: the result must have less than 2**63 bytes, got shape {named}")
+    ):
+        getattr(pydeform, operator)(*arguments(4))
+    with pytest.raises(MemoryError):
+        getattr(pydeform, operator)(*arguments(2))

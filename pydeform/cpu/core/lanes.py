@@ -181,9 +181,8 @@ class Vectors:
     def gather(self, pointer: Any, places: Any, mask: Any) -> Any:
         """pointer[places], ints of 32 bits, where the mask is true; elsewhere zeros, and pointer[0] may be read."""
         if self.lanes * self.itemsize < 64:
-            return self.builder.select(
-                mask, self._one_by_one(pointer, self.element, self._safe(places, mask)), self.zero
-            )
+            found = self._one_by_one(pointer, self.element, self._safe(places, mask))
+            return self.builder.select(mask, found, self.zero)
         # One pointer and many steps is what processors know, and what llvmlite does not.
         addresses = self.offset(pointer, const(0))
         addresses.indices, addresses.type = [places], ir.VectorType(pointer.type, self.lanes)

@@ -98,7 +98,7 @@ def of_attention(operator: str) -> list[Row]:
     rows.append((flat, ValueError, (expected, "got (2, 7, 3, 4, 2)")))
     if operator.endswith("fused"):
         formula = "(N, Lq, 1 or L, 2 or 4)"
-        came = [(2, 7, 4), (2, 7, 3, 4), (2, 7, 2, 3), (1, 7, 2, 4), (2, 6, 2, 4)]
+        came = [(2, 7, 2), (2, 7, 2, 4, 1), (2, 7, 3, 4), (2, 7, 2, 3), (1, 7, 2, 4), (2, 6, 2, 4)]
         rows += [shape_row("reference_points", shape, formula) for shape in came]
         rows += [
             ({"offset_scale": None}, TypeError, ("offset_scale must be a finite number", "got None")),
@@ -274,17 +274,33 @@ def test_more_than_32_bits_count(operator, what, size, channels):
 @pytest.mark.parametrize("operator", ["dcnv3", "dcnv4"])
 def test_rows_with_padding_are_numbers_of_the_coordinates_type(operator):
     """Beyond 2^24 float32 does not have every whole number."""
-    arrays = {"input": zeros(1, 3, 3, 1)}
+    arrays = {"input": zeros(1, 4, 3, 1)}
     if operator == "dcnv3":
         arrays |= {"offset": zeros(1, 1, 1, 18), "mask": zeros(1, 1, 1, 9)}
     else:
         arrays["offset_mask"] = zeros(1, 1, 1, 32)
-    options = {"padding": (2**23, 0), "stride": (2**26, 1)}
-    said = f"{operator}: input must have at most {2**24} rows and columns with padding, got \\({2**24 + 3}, 3\\)"
+
+    def run(dtype: str, padding: int) -> Any:
+        options = {"padding": (padding, 0), "stride": (2**26, 1)}
+        return getattr(pydeform, operator)(**{name: a.astype(dtype) for name, a in arrays.items()}, **options)
+
+    said = f"{operator}: input must have at most {2**24} rows and columns with padding, got \\({2**24 + 2}, 3\\)"
     with pytest.raises(ValueError, match=said):
-        getattr(pydeform, operator)(**{name: a.astype(np.float32) for name, a in arrays.items()}, **options)
-    wide = getattr(pydeform, operator)(**{name: a.astype(np.float64) for name, a in arrays.items()}, **options)
-    np.testing.assert_array_equal(wide, np.zeros((1, 1, 1, 1)))
+        run("float32", 2**23 - 1)
+    for dtype, padding in (("float32", 2**23 - 2), ("float64", 2**23 - 1)):
+        np.testing.assert_array_equal(run(dtype, padding), np.zeros((1, 1, 1, 1), dtype))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_rows_of_a_map_are_numbers_of_the_coordinates_type(turned):
+    def run(rows: int) -> Any:
+        size = (1, rows) if turned else (rows, 1)
+        return pydeform.ms_deform_attn(huge(1, rows, 1, 1), (size,), zeros(1, 1, 1, 1, 1, 2), zeros(1, 1, 1, 1, 1))
+
+    said = f"ms_deform_attn: a map must have at most {2**24} rows and columns, got {2**24 + 1}"
+    with pytest.raises(ValueError, match=said):
+        run(2**24 + 1)
+    np.testing.assert_array_equal(run(2**24), np.zeros((1, 1, 1), np.float32))
 
 
 def huge(*shape: int) -> np.ndarray:

@@ -191,7 +191,7 @@ def cases(backward: bool) -> list[Any]:
         good = Good(operator)
         rows = good.rows() + (good.of_backward() if backward else [])
         found += [
-            pytest.param(operator, *row, id=f"{operator}-{number}-{'-'.join(row[0])}")
+            pytest.param(operator, *row, id=f"{operator}.{number}-{'-'.join(row[0])}")
             for number, row in enumerate(rows)
         ]
     return found

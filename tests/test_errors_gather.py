@@ -203,7 +203,7 @@ def check(backend: Any, function: Any, arguments: dict[str, Any], row: Row) -> N
 
 def cases(backward: bool) -> list[Any]:
     return [
-        pytest.param(operator, row, id=f"{operator}-{number}-{'-'.join(row[0])}")
+        pytest.param(operator, row, id=f"{operator}.{number}-{'-'.join(row[0])}")
         for operator in OPERATORS
         for number, row in enumerate(rows_of(operator) + (of_backward(operator) if backward else []))
     ]

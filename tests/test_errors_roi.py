@@ -332,7 +332,7 @@ def every_error(operator: str) -> Rows:
 def rows(table: Any) -> list[Any]:
     """(operator, change, error, text) of every operator."""
     return [
-        pytest.param(operator, *case.values, id=f"{operator}-{case.id}")
+        pytest.param(operator, *case.values, id=f"{operator}.{case.id}")
         for operator in OPERATORS
         for case in cases(table(operator))
     ]

@@ -18,8 +18,8 @@ VARIABLE = "PYDEFORM_TEST_DRAW"
 
 def drawn(ids: Sequence[str], seed: str) -> set[int]:
     """Places of the ids to keep: few that have each value. What words, numbers and names an id has are its values."""
-    # The second "64" of an id is another value than the first.
-    values = [set(_numbered(re.findall(r"[\w.+]+", name))) for name in ids]
+    # What has a slash is one name, to its end. The second "64" of an id is another value than the first.
+    values = [set(_numbered(re.findall(r"\w+/[\w.+/-]+|[\w.+]+", name))) for name in ids]
     order = list(range(len(ids)))
     random.Random(seed).shuffle(order)
     kept = set()

@@ -38,6 +38,8 @@ def test_values_that_differ_in_little_are_several():
     assert drawn(kernels, "") == {0, 1}
     assert drawn(["forward<float>", "backward<double>"], "") == {0, 1}
     assert drawn(["1.5-a", "1.25-a", "5-a", "25-a"], "") == {0, 1, 2, 3}
+    vectors = ["cpu-conv1d/one-made__x", "cpu-conv2d/two-made__x", "gpu-conv2d/one-made__x", "gpu-conv1d/two-made__x"]
+    assert drawn(vectors, "") == {0, 1, 2, 3}
 
 
 def test_functions_are_drawn_apart_and_those_without_parameters_stay():

@@ -200,7 +200,7 @@ class Vectors:
         if self.lanes * self.itemsize >= 64:
             return self.gather(pointer, places, exists)
         found = []
-        for lane in range(self.lanes):  # loaded again: to take one out of a vector is two steps, and one port's
+        for lane in range(self.lanes):  # loaded again, which is faster than taking it out of the vector
             number = builder.load(builder.gep(numbers, [const(lane)]))
             found.append(builder.zext(builder.and_(number, LANE(2**31 - 1)), INT))
         return builder.select(exists, self._one_by_one(pointer, self.element, found), self.zero)

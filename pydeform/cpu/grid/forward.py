@@ -55,7 +55,7 @@ def tile_of(thread: int, unit: int, tiles: int, g: Any, p: Any) -> Any:
 
 @inline
 def _copy_pixels(tile: Any, planes: Any, targets: Any, channels: int, scratch: Any, g: Any) -> None:
-    """Samples of one pixel, whose number is read once for some channels."""
+    """Samples of one pixel, some channels of it before the next."""
     pixels, lanes = volume(g.in_size), lanes_of(targets)
     for i in range(0, tile.queries, lanes):
         share = load(at(scratch.shares, (tile.thread, 0, i)))

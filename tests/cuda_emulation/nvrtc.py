@@ -61,6 +61,9 @@ class Toolkit:
     """One installed NVRTC."""
 
     def __init__(self, library: Path):
+        # NVRTC opens them by name and does not always look beside itself: loaded already, they are found.
+        for builtins in library.parent.glob("libnvrtc-builtins.so.*"):
+            ctypes.CDLL(str(builtins))
         self._library = ctypes.CDLL(str(library))
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
         major, minor = ctypes.c_int(), ctypes.c_int()

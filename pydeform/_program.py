@@ -21,10 +21,21 @@ def count(text: str, least: int = 1) -> int:
     return number
 
 
+def _run_and_flush(run: Callable[[], int]) -> int:
+    """What was printed is written here, where it can fail, and not when Python ends."""
+    try:
+        status = run()
+    except SystemExit:  # argparse's, also after --help
+        print(end="", flush=True)
+        raise
+    print(end="", flush=True)
+    return status
+
+
 def without_traceback(name: str, run: Callable[[], int]) -> int:
     """The exit status of `run`. What its user did, or lacks, is one line on stderr."""
     try:
-        return run()
+        return _run_and_flush(run)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT  # as shells have it

@@ -49,8 +49,12 @@ WARMUP_DTYPES = ("float32", "float64")  # those that kernels on the CPU compute 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return without_traceback(" ".join(("pydeform", *arguments[:1])), lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["demo"]:  # has options of its own
-        return without_traceback("pydeform demo", lambda: demo(arguments[1:]))
+        return demo(arguments[1:])
     parser = argparse.ArgumentParser(prog="pydeform", description="Deformable operators on NumPy and CuPy arrays.")
     parser.add_argument("--version", action="version", version=pydeform.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | check | bench | warmup | demo")
@@ -70,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("demo", help="train deformable networks on real digits; `pydeform demo --help`")
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
-    return without_traceback(f"pydeform {options.command}", lambda: run(options))
+    return run(options)
 
 
 def info(_options: argparse.Namespace) -> int:

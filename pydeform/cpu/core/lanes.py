@@ -141,26 +141,48 @@ class Vectors:
 
     def sum_each(self, vectors: list[Any]) -> Any:
         """The sums of the lanes of some vectors, a power of two of them, side by side: the bits of `sum`."""
-        width = self.lanes  # of the lanes that each has left
-        while len(vectors) > 1 and width > 1:
+        width = self.lanes  # of the run of lanes that each has left
+        runs = [(vector, [i]) for i, vector in enumerate(vectors)]  # in one vector, and whose they are
+        while len(runs) > 1 and width > 1:
             width //= 2
-            vectors = [self._folded(*pair, width) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
-        while len(vectors) > 1:
-            vectors = [self._joined(*pair) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
-        (total,) = vectors
-        while width > 1:
-            width //= 2
-            total = self._folded(total, total, width, 1)
-        return total
+            runs = [self._folded(*pair, width) for pair in zip(runs[::2], runs[1::2], strict=True)]
+        sums = [self._summed(vector, width, owners) for vector, owners in runs]
+        while len(sums) > 1:
+            sums = [self._joined(*pair) for pair in zip(sums[::2], sums[1::2], strict=True)]
+        return sums[0]
 
     def _joined(self, low: Any, high: Any) -> Any:
         return shuffle(self.builder, low, high, list(range(low.type.count + high.type.count)))
 
-    def _folded(self, low: Any, high: Any, width: int, times: int = 2) -> Any:
-        """Of runs of 2*width lanes the first halves plus the second halves; of one vector, or of two as one."""
-        starts = range(0, times * low.type.count, 2 * width)
+    def _folded(self, low: tuple[Any, list[int]], high: tuple[Any, list[int]], width: int) -> tuple[Any, list[int]]:
+        """Of runs of 2*width lanes the first halves plus the second halves, of two vectors in one. What is shorter than
+        16 bytes does not leave those that it lies in: all else takes x86 longer."""
+        (one, of_one), (two, of_two) = low, high
+        lanes = one.type.count
+        runs = max(16 // self.itemsize // (2 * width), 1) if width * self.itemsize < 16 else lanes // (2 * width)
+        starts, owners = [], []
+        for first in range(0, lanes // (2 * width), runs):
+            for offset, of in ((0, of_one), (lanes, of_two)):
+                starts += [offset + 2 * width * run for run in range(first, first + runs)]
+                owners += of[first : first + runs]
         halves = ([start + half + i for start in starts for i in range(width)] for half in (0, width))
-        return self.builder.fadd(*(shuffle(self.builder, low, high, lanes) for lanes in halves))
+        return self.builder.fadd(*(shuffle(self.builder, one, two, lanes) for lanes in halves)), owners
+
+    def _summed(self, vector: Any, width: int, owners: list[int]) -> Any:
+        """Each run of `width` lanes in one lane, in the order of their owners."""
+        builder = self.builder
+        while width > 1:
+            half = width // 2
+            if len(owners) == 1 or width * self.itemsize > 16:  # fewer lanes are faster
+                starts = [width * run for run in range(len(owners))]
+                halves = ([start + there + i for start in starts for i in range(half)] for there in (0, half))
+                vector, width = builder.fadd(*(shuffle(builder, vector, vector, lanes) for lanes in halves)), half
+            else:
+                swapped = [lane + half if lane % width < half else lane - half for lane in range(vector.type.count)]
+                vector = builder.fadd(vector, shuffle(builder, vector, vector, swapped))
+                width = half
+        step = vector.type.count // len(owners)
+        return shuffle(builder, vector, vector, [step * owners.index(i) for i in sorted(owners)])
 
     def first_lanes(self, count: Any) -> Any:
         """Mask that is true in the first `count` lanes, which is compared in integers of the lanes' own width."""

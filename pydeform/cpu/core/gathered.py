@@ -135,13 +135,27 @@ def _in_runs(v: Vectors, channels: Any, body: Callable[[list[Any], Any, Any], No
         )
 
 
-class Groups(NamedTuple):
-    """Groups of channels that are summed one after the other, and how far one has what is its own from the next."""
+class Runs(NamedTuple):
+    """Runs of samples, one after the other, and how far one has what is its own from the next."""
 
     number: int
     entries: int  # in the samples' tables
-    channels: int  # in pixels and results
+    pixels: int  # of channels in pixels,
+    results: int  # and in results or their gradients
     weights: int
+
+
+def _for_each(v: Vectors, runs: Runs, samples: Corners, body: Callable[[Any, Corners], None]) -> None:
+    """body(number of a run, its samples)"""
+    builder = v.builder
+
+    def step(i: Any, _: list[Any]) -> list[Any]:
+        entry = builder.add(samples.entry, builder.mul(i, runs.entries))
+        channel = builder.add(samples.channel, builder.mul(i, runs.pixels))
+        body(i, samples._replace(entry=entry, channel=channel))
+        return []
+
+    loop(builder, runs.number, [], step)
 
 
 @for_any_width
@@ -149,107 +163,135 @@ def sum_samples(
     vector_bytes: int,
     out: Any,
     corners: Any,
-    groups: Any,
+    runs: Any,
     axes: Any,
     weights: Any,
     step: Any,
     count: Any,
     channels: Any,
 ) -> Any:
-    """out[c] = sum_i weights[i * step] * sample_i[c], for each group."""
+    """out[c] = sum_i weights[i * step] * sample_i[c], for each run."""
     shape = _lanes(out.dtype), _corners(axes)
 
-    def emit(builder: Any, out_: Any, corners_: Any, groups_: Any, _axes: Any, weights_: Any, *rest: Any) -> None:
+    def emit(builder: Any, out_: Any, corners_: Any, runs_: Any, _axes: Any, weights_: Any, *rest: Any) -> None:
         step_, count_, channels_ = rest
-        v, samples, apart = Vectors(builder, out.dtype, vector_bytes), _opened(corners, corners_), Groups(*groups_)
+        v, all_samples, apart = Vectors(builder, out.dtype, vector_bytes), _opened(corners, corners_), Runs(*runs_)
 
         def run(places: list[Any], load: Any, store: Any) -> None:
-            def sum_group(group: Any, _: list[Any]) -> list[Any]:
-                entry = builder.add(samples.entry, builder.mul(group, apart.entries))
-                beyond = builder.mul(group, apart.channels)
-                target, weights = v.offset(out_, beyond), v.offset(weights_, builder.mul(group, apart.weights))
-                channels = [v.offset(c, beyond) for c in _channels(v, samples, places)]
+            def sum_run(number: Any, samples: Corners) -> None:
+                target = v.offset(out_, builder.mul(number, apart.results))
+                own_weights = v.offset(weights_, builder.mul(number, apart.weights))
+                channels = _channels(v, samples, places)
 
                 def add(i: Any, sums: list[Any]) -> list[Any]:
-                    number = _number(v, samples, i)
-                    at = _place(builder, builder.add(entry, number), *shape)
+                    which = _number(v, samples, i)
+                    at = _place(builder, builder.add(samples.entry, which), *shape)
                     starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
-                    w = v.load_splat(weights, builder.mul(number, step_))
+                    w = v.load_splat(own_weights, builder.mul(which, step_))
                     values = (blended(v, shares, [load(v.offset(c, start)) for start in starts]) for c in channels)
                     return [v.fma(w, value, total) for value, total in zip(values, sums, strict=True)]
 
                 for place, total in zip(places, loop(builder, count_, [v.zero] * len(places), add), strict=True):
                     store(total, v.offset(target, place))
-                return []
 
-            loop(builder, apart.number, [], sum_group)
+            _for_each(v, apart, all_samples, sum_run)
 
         _in_runs(v, channels_, run)
 
-    return types.void(out, corners, groups, axes, weights, step, count, channels), emit
+    return types.void(out, corners, runs, axes, weights, step, count, channels), emit
 
 
 @for_any_width
 def scatter_samples(
-    vector_bytes: int, grad: Any, corners: Any, axes: Any, weights: Any, step: Any, count: Any, channels: Any
+    vector_bytes: int,
+    grad: Any,
+    corners: Any,
+    runs: Any,
+    axes: Any,
+    weights: Any,
+    step: Any,
+    count: Any,
+    channels: Any,
 ) -> Any:
     """The transpose: sample_i[c] += weights[i * step] * grad[c], onto each corner by its share, one after the other."""
     shape = _lanes(grad.dtype), _corners(axes)
 
-    def emit(builder: Any, grad_: Any, corners_: Any, _axes: Any, weights_: Any, *rest: Any) -> None:
+    def emit(builder: Any, grad_: Any, corners_: Any, runs_: Any, _axes: Any, weights_: Any, *rest: Any) -> None:
         step_, count_, channels_ = rest
-        v, samples = Vectors(builder, grad.dtype, vector_bytes), _opened(corners, corners_)
+        v, all_samples, apart = Vectors(builder, grad.dtype, vector_bytes), _opened(corners, corners_), Runs(*runs_)
 
         def run(places: list[Any], load: Any, store: Any) -> None:
-            grads, channels = [load(v.offset(grad_, place)) for place in places], _channels(v, samples, places)
+            def scatter_run(number: Any, samples: Corners) -> None:
+                source = v.offset(grad_, builder.mul(number, apart.results))
+                own_weights = v.offset(weights_, builder.mul(number, apart.weights))
+                grads, channels = [load(v.offset(source, place)) for place in places], _channels(v, samples, places)
 
-            def add(i: Any, _: list[Any]) -> list[Any]:
-                number = _number(v, samples, i)
-                w = v.load_splat(weights_, builder.mul(number, step_))
-                weighted = [builder.fmul(w, g) for g in grads]
-                at = _place(builder, builder.add(samples.entry, number), *shape)
-                starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
-                for start, share in zip(starts, shares, strict=True):
-                    for c, g in zip(channels, weighted, strict=True):
-                        target = v.offset(c, start)
-                        store(v.fma(share, g, load(target)), target)
-                return []
+                def add(i: Any, _: list[Any]) -> list[Any]:
+                    which = _number(v, samples, i)
+                    w = v.load_splat(own_weights, builder.mul(which, step_))
+                    weighted = [builder.fmul(w, g) for g in grads]
+                    at = _place(builder, builder.add(samples.entry, which), *shape)
+                    starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
+                    for start, share in zip(starts, shares, strict=True):
+                        for c, g in zip(channels, weighted, strict=True):
+                            target = v.offset(c, start)
+                            store(v.fma(share, g, load(target)), target)
+                    return []
 
-            loop(builder, count_, [], add)
+                loop(builder, count_, [], add)
+
+            _for_each(v, apart, all_samples, scatter_run)
 
         _in_runs(v, channels_, run)
 
-    return types.void(grad, corners, axes, weights, step, count, channels), emit
+    return types.void(grad, corners, runs, axes, weights, step, count, channels), emit
 
 
 @for_any_width
-def corner_dots(vector_bytes: int, dots: Any, grad: Any, corners: Any, axes: Any, count: Any, channels: Any) -> Any:
-    """dots[k] of each sample, side by side, += sum_c grad[c] * corner_k[c]."""
+def corner_dots(
+    vector_bytes: int, dots: Any, grad: Any, corners: Any, runs: Any, axes: Any, count: Any, channels: Any
+) -> Any:
+    """dots[k] of each sample, side by side, = sum_c grad[c] * corner_k[c]."""
     shape = _lanes(grad.dtype), _corners(axes)
 
-    def emit(builder: Any, dots_: Any, grad_: Any, corners_: Any, _axes: Any, count_: Any, channels_: Any) -> None:
-        v, samples = Vectors(builder, grad.dtype, vector_bytes), _opened(corners, corners_)
+    def emit(builder: Any, dots_: Any, grad_: Any, corners_: Any, runs_: Any, _axes: Any, *rest: Any) -> None:
+        count_, channels_ = rest
+        v, all_samples, apart = Vectors(builder, grad.dtype, vector_bytes), _opened(corners, corners_), Runs(*runs_)
 
         def run(places: list[Any], load: Any, _store: Any) -> None:
-            grads, channels = [load(v.offset(grad_, place)) for place in places], _channels(v, samples, places)
+            is_first = builder.icmp_signed("==", places[0], const(0))
 
-            def dot(i: Any, _: list[Any]) -> list[Any]:
-                number = _number(v, samples, i)
-                at = _place(builder, builder.add(samples.entry, number), *shape)
-                starts = _starts(v, samples, at, *shape)
-                sums = []
-                for start in starts:
-                    products = [(g, load(v.offset(c, start))) for g, c in zip(grads, channels, strict=True)]
-                    sums.append(functools.reduce(lambda total, pair: v.fma(pair[0], pair[1], total), products, v.zero))
-                total = v.sum_each(sums)
-                target = builder.bitcast(v.offset(dots_, builder.mul(number, const(shape[1]))), total.type.as_pointer())
-                before = builder.load(target)
-                before.align = v.itemsize
-                builder.store(builder.fadd(before, total), target).align = v.itemsize
-                return []
+            def dot_run(number: Any, samples: Corners) -> None:
+                own_dots = v.offset(dots_, builder.mul(builder.mul(number, apart.entries), const(shape[1])))
+                source = v.offset(grad_, builder.mul(number, apart.results))
+                grads, channels = [load(v.offset(source, place)) for place in places], _channels(v, samples, places)
 
-            loop(builder, count_, [], dot)
+                def dot(i: Any, _: list[Any]) -> list[Any]:
+                    which = _number(v, samples, i)
+                    at = _place(builder, builder.add(samples.entry, which), *shape)
+                    starts = _starts(v, samples, at, *shape)
+                    sums = []
+                    for start in starts:
+                        products = [(g, load(v.offset(c, start))) for g, c in zip(grads, channels, strict=True)]
+                        sums.append(
+                            functools.reduce(lambda total, pair: v.fma(pair[0], pair[1], total), products, v.zero)
+                        )
+                    _add_to(v, v.offset(own_dots, builder.mul(which, const(shape[1]))), v.sum_each(sums), is_first)
+                    return []
+
+                loop(builder, count_, [], dot)
+
+            _for_each(v, apart, all_samples, dot_run)
 
         _in_runs(v, channels_, run)
 
-    return types.void(dots, grad, corners, axes, count, channels), emit
+    return types.void(dots, grad, corners, runs, axes, count, channels), emit
+
+
+def _add_to(v: Vectors, pointer: Any, some: Any, is_first: Any) -> None:
+    """What is there counts as zero where `is_first`."""
+    target = v.builder.bitcast(pointer, some.type.as_pointer())
+    before = v.builder.load(target)
+    before.align = v.itemsize
+    before = v.builder.select(is_first, ir.Constant(some.type, [0.0] * some.type.count), before)
+    v.builder.store(v.builder.fadd(before, some), target).align = v.itemsize

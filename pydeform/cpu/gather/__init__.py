@@ -27,7 +27,7 @@ from pydeform.cpu.core import parallel
 from pydeform.cpu.core.memory import compute_dtype, contiguous, empty, to_result
 from pydeform.cpu.gather.backward import Gradients, gather_backward
 from pydeform.cpu.gather.forward import gather
-from pydeform.cpu.gather.plan import Given, Scratch, given_arrays, prepared, threads_for
+from pydeform.cpu.gather.plan import Given, Needs, Scratch, given_arrays, prepared, threads_for
 
 
 def forward(arrays: Any, gathering: Any) -> Any:
@@ -37,7 +37,7 @@ def forward(arrays: Any, gathering: Any) -> Any:
     output = empty(shape, dtype)
     if output.size:
         threads = threads_for(g, 1, g.batch * g.queries)
-        _run(gather, gathering, given_arrays(arrays, g, dtype), output, dtype, threads, False)
+        _run(gather, gathering, given_arrays(arrays, g, dtype), output, dtype, threads, Needs())
     return to_result(output, data, shape)
 
 
@@ -63,7 +63,7 @@ def backward(grad_output: Any, arrays: Any, gathering: Any, needs: Any, **_optio
     )
     if grads.output.size:
         threads = threads_for(g, 1 + needs_dots, g.batch * (g.groups * g.channels + g.queries))
-        _run(gather_backward, gathering, given, grads, dtype, threads, needs_dots)
+        _run(gather_backward, gathering, given, grads, dtype, threads, Needs("value" in needs, needs_dots))
     return {
         name: to_result(grad, getattr(arrays, name).dtype, shapes[name]) if name in needs else None
         for name, grad in grads._asdict().items()
@@ -71,8 +71,8 @@ def backward(grad_output: Any, arrays: Any, gathering: Any, needs: Any, **_optio
     }
 
 
-def _run(kernel: Any, gathering: Any, given: Given, results: Any, dtype: Any, threads: int, needs_dots: bool) -> None:
-    how = prepared(gathering, dtype, given.reference is not None, needs_dots, threads)
+def _run(kernel: Any, gathering: Any, given: Given, results: Any, dtype: Any, threads: int, needs: Needs) -> None:
+    how = prepared(gathering, dtype, given.reference is not None, needs, threads)
     own = how.workspace.take()
     parallel.run(
         kernel,

@@ -17,6 +17,7 @@ from pydeform.cpu.gather.places import (
     groups_of,
     locate,
     make_weights,
+    maps_of,
     seen_of,
     weights_of,
 )
@@ -33,7 +34,7 @@ def gather(thread: int, counters: Any, given: Any, output: Any, scratch: Any, ta
         image = unit // tiles
         query = (unit - image * tiles) * p.queries
         tile = Tile(thread, image, query, min(p.queries, g.queries - query), 0, g.location_groups)
-        locate(tile, given.value, 0, given, scratch, tables, g, p)
+        locate(tile, maps_of(at(given.value, (image, 0, 0)), 0, thread, scratch, g), given, scratch, tables, g, p)
         if given.reference is not None:
             make_weights(tile, given, scratch, g)
         _sum_tile(tile, given, output, scratch, g, p)
@@ -45,10 +46,10 @@ def gather(thread: int, counters: Any, given: Any, output: Any, scratch: Any, ta
 
 @inline
 def _sum_tile(tile: Any, given: Any, output: Any, scratch: Any, g: Any, p: Any) -> None:
-    apart = groups_of(tile, given, g)
+    apart = groups_of(g.groups, tile, given, g)
     for query in range(tile.queries):
         count, entry = seen_of(tile, query, scratch, g, p), entry_of(tile, query, 0, g)
         weights = weights_of(tile, query, 0, entry, given, scratch, g)
-        corners = corners_of(entry, 0, tile, given.value, scratch, p)
+        corners = corners_of(entry, 0, tile, at(given.value, (tile.image, 0, 0)), scratch, p)
         out = at(output, (tile.image, tile.query + query, 0))
         sum_samples(out, corners, apart, p.axes, weights, p.weight_step, count, g.channels)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pydeform.cpu.core.gathered import Corners, Groups, place_in, starts_of, steps_to
+from pydeform.cpu.core.gathered import Corners, Runs, place_in, starts_of, steps_to
 from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.simd import advance, at
 from pydeform.cpu.core.vector import (
@@ -44,15 +44,22 @@ class Maps(NamedTuple):
 
 
 @inline_always
+def maps_of(first: Any, row: int, thread: int, scratch: Any, g: Any) -> Maps:
+    """As a caller has them, from a pointer to their first number on; what is outside is in a row of `nothing`: 0 to
+    read, 1 to write to."""
+    return Maps(g.groups * g.channels, steps_to(first, at(scratch.nothing, (thread, row, 0))))
+
+
+@inline_always
 def entry_of(tile: Any, query: int, group: int, g: Any) -> int:
     """The first of a query and group, both counted from the tile's first."""
     return (query * tile.groups + group) * g.samples
 
 
 @inline_always
-def corners_of(entry: int, channel: int, tile: Any, image: Any, scratch: Any, p: Any) -> Any:
-    """Those of the samples from an entry on, in the maps that were located in, from a channel on."""
-    maps, thread = at(image, (tile.image, 0, 0)), tile.thread
+def corners_of(entry: int, channel: int, tile: Any, maps: Any, scratch: Any, p: Any) -> Any:
+    """Those of the samples from an entry on, from a channel on; `maps`: a pointer to what they were located in."""
+    thread = tile.thread
     starts, shares = at(scratch.starts, (thread, 0)), at(scratch.shares, (thread, 0))
     if p.lists is None:
         return Corners(maps, starts, shares, entry, channel, None)
@@ -60,10 +67,10 @@ def corners_of(entry: int, channel: int, tile: Any, image: Any, scratch: Any, p:
 
 
 @inline_always
-def groups_of(tile: Any, given: Any, g: Any) -> Groups:
-    """How the groups of a query follow one another."""
+def groups_of(groups: int, tile: Any, given: Any, g: Any) -> Runs:
+    """How some groups of a query follow one another."""
     entries = g.samples if tile.groups > 1 else 0
-    return Groups(g.groups, entries, g.channels, g.weight_steps[2] if given.reference is None else entries)
+    return Runs(groups, entries, g.channels, g.channels, g.weight_steps[2] if given.reference is None else entries)
 
 
 @inline_always
@@ -97,11 +104,8 @@ def clear_nothing(thread: int, scratch: Any) -> None:
 
 
 @inline
-def locate(tile: Any, image: Any, nothing: int, given: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
-    """Fills the tables of the tile's entries. `image`: (image, pixel, all channels); corners outside are in a row of
-    `nothing`: 0 to read, 1 to write to. No place is formed from a number that is not known to be in range."""
-    outside = steps_to(at(image, (tile.image, 0, 0)), at(scratch.nothing, (tile.thread, nothing, 0)))
-    maps = Maps(g.groups * g.channels, outside)
+def locate(tile: Any, maps: Any, given: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
+    """Fills the tables of the tile's entries. No place is formed from a number that is not known to be in range."""
     numbers = at(scratch.numbers, (tile.thread, 0))
     if given.reference is not None:
         _add_references(tile, given.locations, given.reference, numbers, tables, g)
@@ -115,7 +119,7 @@ def locate(tile: Any, image: Any, nothing: int, given: Any, scratch: Any, tables
     else:
         _name_pixels(tile, numbers, maps, scratch, tables, g)
     if p.lists is not None:
-        _list_seen(tile, outside, scratch, g, p)
+        _list_seen(tile, maps.nothing, scratch, g, p)
 
 
 @inline

@@ -10,12 +10,14 @@ import numpy as np
 from pydeform._gather_geometry import BILINEAR_INSIDE, DISCRETE, Gather
 from pydeform.cpu.core import parallel
 from pydeform.cpu.core.memory import Workspace, contiguous
-from pydeform.cpu.core.simd import VECTOR_BYTES
+from pydeform.cpu.core.simd import CACHE_LINE, VECTOR_BYTES, second_level_cache
 from pydeform.cpu.core.sizes import SERIAL_FLOPS, round_up
 
 TILE = 512  # samples that are located together, about: their tables stay in the first-level cache
 UNITS_OF_THREAD = 8  # so that none waits long for the last
 LOCATING = 32  # what locating a sample costs, in multiply-adds
+READS = 8  # of a pixel, on average, from which on the maps of a group are worth a copy, one at a time,
+MAP_BYTES = 1 << 22  # of no more than fits into caches
 
 
 class Given(NamedTuple):
@@ -43,6 +45,7 @@ class Scratch(NamedTuple):
     listed: Any  # the samples of each query that read a pixel,
     seen: Any  # and how many there are
     nothing: Any  # a row of zeros, and one to write to, for all that is outside
+    maps: Any  # a group's pixels, which lie together here, and their gradients; behind each what is outside
 
 
 class Tables(NamedTuple):
@@ -68,6 +71,16 @@ class Plan(NamedTuple):
     groups: int  # whose channels one thread takes together for the gradient of the value,
     blocks: int  # or into how many blocks those of a group are divided,
     block: int  # and their size
+    apart: int  # 1: a group at a time, in `maps`,
+    along: int  # 1: and all other gradients with it
+    lines: tuple[int, ...]  # of the caches, for a group's gradients of outputs, locations and weights of a query
+
+
+class Needs(NamedTuple):
+    """The gradients that are asked for; none: the forward."""
+
+    value: bool = False
+    dots: bool = False  # all others
 
 
 class Prepared(NamedTuple):
@@ -85,7 +98,7 @@ def threads_for(g: Any, products: int, units: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, threads: int) -> Prepared:
+def prepared(gather: Gather, dtype: Any, has_reference: bool, needs: Needs, threads: int) -> Prepared:
     g, samples = gather
     lanes = VECTOR_BYTES // dtype.itemsize
     is_discrete, is_seen = g.rule == DISCRETE, g.rule == BILINEAR_INSIDE
@@ -97,19 +110,33 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, 
     parts = -(-threads // g.batch)  # of an image, for the gradient of the value
     blocks = min(-(-parts // g.groups), -(-g.channels // lanes))
     block = round_up(-(-g.channels // blocks), lanes)
+    units = g.batch * g.groups
+    is_merged = needs.dots and needs.value and not has_reference
+    is_balanced = units % threads == 0 or units >= UNITS_OF_THREAD * threads
+    size = g.pixels * block * dtype.itemsize
+    is_apart = (
+        (needs.value or needs.dots)
+        and g.location_groups == g.groups > 1
+        and blocks == 1
+        and size <= MAP_BYTES
+        and 2 * g.samples * dtype.itemsize >= CACHE_LINE
+        and g.queries * g.samples * corners >= READS * g.pixels
+        and (2 * g.groups * size > second_level_cache() or (is_merged and is_balanced))
+    )
     workspace = Workspace(
         ((threads, 2 * row + lanes), dtype),
         ((threads, 2, row), dtype),
         ((threads, corners * row), np.dtype(np.int64)),
         ((threads, corners * row), dtype),
         ((threads, 2, row), dtype),
-        ((threads, corners * row * needs_dots), dtype),
+        ((threads, corners * row * needs.dots), dtype),
         ((threads, row), dtype),
-        ((threads, row * needs_dots), dtype),
-        ((threads, 2, row * needs_dots), dtype),
+        ((threads, row * needs.dots), dtype),
+        ((threads, 2, row * needs.dots), dtype),
         ((threads, row * is_seen), np.dtype(np.int64)),
         ((threads, queries * is_seen), np.dtype(np.int64)),
         ((threads, 2, round_up(g.groups * g.channels, lanes)), dtype),
+        ((threads, 2, (g.pixels + 1) * block * is_apart), dtype),
     )
     plan = Plan(
         axes=() if is_discrete else (0, 0),
@@ -119,12 +146,20 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs_dots: bool, 
         row=row,
         weight_step=int(samples.weight[-1] // max(g.samples - 1, 1)) or 1,
         is_direct=int(not has_reference and g.first_weight == 0 and g.number_steps[1] == 2 * of_query),
-        groups=max(1, g.groups // parts),
+        groups=1 if is_apart else max(1, g.groups // parts),
         blocks=-(-g.channels // block),
         block=block,
+        apart=int(is_apart),
+        along=int(is_apart and is_balanced and not has_reference),
+        lines=tuple(_lines(n * dtype.itemsize, dtype) for n in (g.channels, 2 * g.samples, g.samples)),
     )
     key = dtype.char + "d" * is_discrete + "r" * has_reference + "l" * is_seen
     return Prepared(key, threads, workspace, _tables(samples, row, dtype, g.reference_levels), plan)
+
+
+def _lines(size: int, dtype: Any) -> int:
+    """How many lines of the caches so many bytes lie in, wherever they begin."""
+    return (size + CACHE_LINE - 2 * int(dtype.itemsize)) // CACHE_LINE + 1
 
 
 def _tables(samples: Any, row: int, dtype: Any, reference_levels: int) -> Tables:

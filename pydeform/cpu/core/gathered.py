@@ -15,7 +15,7 @@ from numba import types
 from pydeform.cpu.core.blend import blended
 from pydeform.cpu.core.lanes import Vectors, for_any_width, in_lanes
 from pydeform.cpu.core.primitive import INT, const, loop, primitive
-from pydeform.cpu.core.simd import VECTOR_BYTES
+from pydeform.cpu.core.simd import CACHE_LINE, VECTOR_BYTES, ask_for
 from pydeform.cpu.core.vector import Vector
 
 AT_ONCE = (4, 2, 1)  # vectors of sums in registers
@@ -29,7 +29,7 @@ class Corners(NamedTuple):
     shares: Any
     entry: int
     channel: int  # the first that is meant
-    listed: Any  # the numbers of those samples that are meant; None: all
+    listed: Any  # by which numbers their weights lie; None: one after the other
 
 
 def _lanes(number: Any) -> int:
@@ -77,7 +77,7 @@ def place_in(entry: Any, like: Any, axes: Any) -> Any:
 
 
 def _number(v: Vectors, samples: Corners, i: Any) -> Any:
-    """That of the sample which comes as the i-th."""
+    """By which the weight of the i-th sample lies."""
     return i if samples.listed is None else v.builder.load(v.offset(samples.listed, i))
 
 
@@ -110,7 +110,7 @@ def _beyond(v: Vectors, place: Any, number: int) -> Any:
     return v.builder.add(place, const(number))
 
 
-def _in_runs(v: Vectors, channels: Any, body: Callable[[list[Any], Any, Any], None]) -> None:
+def _in_pieces(v: Vectors, channels: Any, body: Callable[[list[Any], Any, Any], None]) -> None:
     """body(places of some vectors, load, store): as many at a time as there may be, the last of them masked."""
     builder, done = v.builder, const(0)
     whole = builder.sdiv(channels, const(v.lanes))
@@ -184,10 +184,9 @@ def sum_samples(
                 channels = _channels(v, samples, places)
 
                 def add(i: Any, sums: list[Any]) -> list[Any]:
-                    which = _number(v, samples, i)
-                    at = _place(builder, builder.add(samples.entry, which), *shape)
+                    at = _place(builder, builder.add(samples.entry, i), *shape)
                     starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
-                    w = v.load_splat(own_weights, builder.mul(which, step_))
+                    w = v.load_splat(own_weights, builder.mul(_number(v, samples, i), step_))
                     values = (blended(v, shares, [load(v.offset(c, start)) for start in starts]) for c in channels)
                     return [v.fma(w, value, total) for value, total in zip(values, sums, strict=True)]
 
@@ -196,7 +195,7 @@ def sum_samples(
 
             _for_each(v, apart, all_samples, sum_run)
 
-        _in_runs(v, channels_, run)
+        _in_pieces(v, channels_, run)
 
     return types.void(out, corners, runs, axes, weights, step, count, channels), emit
 
@@ -220,72 +219,107 @@ def scatter_samples(
         step_, count_, channels_ = rest
         v, all_samples, apart = Vectors(builder, grad.dtype, vector_bytes), _opened(corners, corners_), Runs(*runs_)
 
-        def run(places: list[Any], load: Any, store: Any) -> None:
-            def scatter_run(number: Any, samples: Corners) -> None:
-                source = v.offset(grad_, builder.mul(number, apart.results))
-                own_weights = v.offset(weights_, builder.mul(number, apart.weights))
-                grads, channels = [load(v.offset(source, place)) for place in places], _channels(v, samples, places)
+        def prepare(number: Any, places: list[Any], load: Any) -> tuple[Any, list[Any]]:
+            source = v.offset(grad_, builder.mul(number, apart.results))
+            own_weights = v.offset(weights_, builder.mul(number, apart.weights))
+            return own_weights, [load(v.offset(source, place)) for place in places]
 
-                def add(i: Any, _: list[Any]) -> list[Any]:
-                    which = _number(v, samples, i)
-                    w = v.load_splat(own_weights, builder.mul(which, step_))
-                    weighted = [builder.fmul(w, g) for g in grads]
-                    at = _place(builder, builder.add(samples.entry, which), *shape)
-                    starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
-                    for start, share in zip(starts, shares, strict=True):
-                        for c, g in zip(channels, weighted, strict=True):
-                            target = v.offset(c, start)
-                            store(v.fma(share, g, load(target)), target)
-                    return []
+        def scatter(i: Any, samples: Corners, given: Any, places: list[Any], load: Any, store: Any) -> None:
+            own_weights, grads = given
+            w = v.load_splat(own_weights, builder.mul(_number(v, samples, i), step_))
+            weighted = [builder.fmul(w, g) for g in grads]
+            at = _place(builder, builder.add(samples.entry, i), *shape)
+            starts, shares = _starts(v, samples, at, *shape), _shares(v, samples, at, *shape)
+            for start, share in zip(starts, shares, strict=True):
+                for c, g in zip(_channels(v, samples, places), weighted, strict=True):
+                    target = v.offset(c, start)
+                    store(v.fma(share, g, load(target)), target)
 
-                loop(builder, count_, [], add)
-
-            _for_each(v, apart, all_samples, scatter_run)
-
-        _in_runs(v, channels_, run)
+        _in_order(v, apart, all_samples, shape, count_, channels_, prepare, scatter)
 
     return types.void(grad, corners, runs, axes, weights, step, count, channels), emit
 
 
 @for_any_width
 def corner_dots(
-    vector_bytes: int, dots: Any, grad: Any, corners: Any, runs: Any, axes: Any, count: Any, channels: Any
+    vector_bytes: int, dots: Any, apart: Any, grad: Any, corners: Any, runs: Any, axes: Any, count: Any, channels: Any
 ) -> Any:
-    """dots[k] of each sample, side by side, = sum_c grad[c] * corner_k[c]."""
+    """dots[k] of each sample, side by side, = sum_c grad[c] * corner_k[c]; the next run's lie `apart` further."""
     shape = _lanes(grad.dtype), _corners(axes)
 
-    def emit(builder: Any, dots_: Any, grad_: Any, corners_: Any, runs_: Any, _axes: Any, *rest: Any) -> None:
-        count_, channels_ = rest
-        v, all_samples, apart = Vectors(builder, grad.dtype, vector_bytes), _opened(corners, corners_), Runs(*runs_)
+    def emit(builder: Any, dots_: Any, apart_: Any, grad_: Any, corners_: Any, runs_: Any, *rest: Any) -> None:
+        _axes, count_, channels_ = rest
+        v, all_samples, by = Vectors(builder, grad.dtype, vector_bytes), _opened(corners, corners_), Runs(*runs_)
 
-        def run(places: list[Any], load: Any, _store: Any) -> None:
+        def prepare(number: Any, places: list[Any], load: Any) -> tuple[Any, list[Any]]:
+            source = v.offset(grad_, builder.mul(number, by.results))
+            own_dots = v.offset(dots_, builder.mul(number, apart_))
+            return own_dots, [load(v.offset(source, place)) for place in places]
+
+        def dot(i: Any, samples: Corners, given: Any, places: list[Any], load: Any, _store: Any) -> None:
+            own_dots, grads = given
+            at, channels = _place(builder, builder.add(samples.entry, i), *shape), _channels(v, samples, places)
+            sums = []
+            for start in _starts(v, samples, at, *shape):
+                products = [(g, load(v.offset(c, start))) for g, c in zip(grads, channels, strict=True)]
+                sums.append(functools.reduce(lambda total, pair: v.fma(pair[0], pair[1], total), products, v.zero))
             is_first = builder.icmp_signed("==", places[0], const(0))
+            _add_to(v, v.offset(own_dots, builder.mul(i, const(shape[1]))), v.sum_each(sums), is_first)
 
-            def dot_run(number: Any, samples: Corners) -> None:
-                own_dots = v.offset(dots_, builder.mul(builder.mul(number, apart.entries), const(shape[1])))
-                source = v.offset(grad_, builder.mul(number, apart.results))
-                grads, channels = [load(v.offset(source, place)) for place in places], _channels(v, samples, places)
+        _in_order(v, by, all_samples, shape, count_, channels_, prepare, dot)
 
-                def dot(i: Any, _: list[Any]) -> list[Any]:
-                    which = _number(v, samples, i)
-                    at = _place(builder, builder.add(samples.entry, which), *shape)
-                    starts = _starts(v, samples, at, *shape)
-                    sums = []
-                    for start in starts:
-                        products = [(g, load(v.offset(c, start))) for g, c in zip(grads, channels, strict=True)]
-                        sums.append(
-                            functools.reduce(lambda total, pair: v.fma(pair[0], pair[1], total), products, v.zero)
-                        )
-                    _add_to(v, v.offset(own_dots, builder.mul(which, const(shape[1]))), v.sum_each(sums), is_first)
-                    return []
+    return types.void(dots, apart, grad, corners, runs, axes, count, channels), emit
 
-                loop(builder, count_, [], dot)
 
-            _for_each(v, apart, all_samples, dot_run)
+def _in_order(
+    v: Vectors,
+    runs: Runs,
+    samples: Corners,
+    shape: Any,
+    count: Any,
+    channels: Any,
+    prepare: Callable[..., Any],
+    body: Callable[..., None],
+) -> None:
+    """body(number of a sample, its run's samples, what `prepare` made of that run and some channels, their places,
+    load, store). Run by run; or, where all have the same samples, sample by sample: its pixels are read in one go, and
+    asked for while another is at work."""
+    builder = v.builder
 
-        _in_runs(v, channels_, run)
+    def of_runs(places: list[Any], load: Any, store: Any) -> None:
+        def of_run(number: Any, own: Corners) -> None:
+            given = prepare(number, places, load)
 
-    return types.void(dots, grad, corners, runs, axes, count, channels), emit
+            def step(i: Any, _: list[Any]) -> list[Any]:
+                body(i, own, given, places, load, store)
+                return []
+
+            loop(builder, count, [], step)
+
+        _for_each(v, runs, samples, of_run)
+
+    lines = builder.sdiv(builder.mul(builder.mul(runs.number, channels), const(v.itemsize)), const(CACHE_LINE))
+
+    def of_sample(i: Any, _: list[Any]) -> list[Any]:
+        following = builder.add(i, const(1))
+        following = builder.select(builder.icmp_signed("<", following, count), following, i)
+        at = _place(builder, builder.add(samples.entry, following), *shape)
+        for start in _starts(v, samples, at, *shape):
+            ask_for(builder, v.offset(samples.maps, builder.add(samples.channel, start)), lines)
+
+        def of_run(number: Any, own: Corners) -> None:
+            def some(places: list[Any], load: Any, store: Any) -> None:
+                body(i, own, prepare(number, places, load), places, load, store)
+
+            _in_pieces(v, channels, some)
+
+        _for_each(v, runs, samples, of_run)
+        return []
+
+    if samples.listed is None:
+        _in_pieces(v, channels, of_runs)
+    else:
+        loop(builder, count, [], of_sample)
 
 
 def _add_to(v: Vectors, pointer: Any, some: Any, is_first: Any) -> None:

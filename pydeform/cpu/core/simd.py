@@ -126,22 +126,23 @@ def use_widest_vectors() -> Any:
     return types.void(), emit
 
 
+def ask_for(builder: Any, pointer: Any, lines: Any) -> None:
+    byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+    prefetch = function_of(builder, "llvm.prefetch.p0i8", ir.VoidType(), [byte, flag, flag, flag])
+    start = builder.bitcast(pointer, byte)
+    to_read, second_level, data = flag(0), flag(2), flag(1)
+
+    def body(i: Any, _: list[Any]) -> list[Any]:
+        line = builder.gep(start, [builder.mul(i, const(CACHE_LINE))])
+        builder.call(prefetch, [line, to_read, second_level, data])
+        return []
+
+    loop(builder, lines, [], body)
+
+
 @primitive
 def fetch_ahead(pointer: Any, lines: Any) -> Any:
     """Ask for so many cache lines from `pointer` on, which will be read soon, to come into the second-level cache.
     They may lie behind the end of an array: nothing is read."""
 
-    def emit(builder: Any, pointer_: Any, lines_: Any) -> None:
-        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        prefetch = function_of(builder, "llvm.prefetch.p0i8", ir.VoidType(), [byte, flag, flag, flag])
-        start = builder.bitcast(pointer_, byte)
-        to_read, second_level, data = flag(0), flag(2), flag(1)
-
-        def body(i: Any, _: list[Any]) -> list[Any]:
-            line = builder.gep(start, [builder.mul(i, const(CACHE_LINE))])
-            builder.call(prefetch, [line, to_read, second_level, data])
-            return []
-
-        loop(builder, lines_, [], body)
-
-    return types.void(pointer, lines), emit
+    return types.void(pointer, lines), ask_for

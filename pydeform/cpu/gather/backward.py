@@ -19,14 +19,15 @@ from pydeform.cpu.gather.places import (
     Tile,
     clear_nothing,
     corners_of,
+    count_of,
     entry_of,
     groups_of,
     locate,
     make_weights,
     maps_of,
+    number_of,
     reach_of,
     reference_at,
-    seen_of,
     weights_of,
 )
 
@@ -42,13 +43,15 @@ class Gradients(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A unit of it: some groups of an image, or a block of the channels of one, and queries."""
+    """A unit of it: some groups of an image, or a block of the channels of one, with a range of its pixels, and
+    queries."""
 
     image: int
     group: int
     groups: int
     channel: int  # of a group, where the block begins
     channels: int
+    range: int
     query: int
     end: int
     scatters: bool  # adds to the value's gradient,
@@ -63,23 +66,24 @@ def gather_backward(
     call_helpers(thread, counters)
     clear_nothing(thread, scratch)
     tiles = -(-g.queries // p.queries)
-    parts = -(-g.groups // p.groups) * p.blocks  # of an image's channels
+    ranges = tables.bounds.size - 1
+    parts = -(-g.groups // p.groups) * p.blocks * ranges  # of an image
     scatters, dots = grads.value.size > 0, grads.weights.size > 0
-    of_channels = g.batch * parts * (scatters or p.along > 0)
-    units = of_channels + g.batch * tiles * (dots and p.along == 0)
+    of_parts = g.batch * parts * (scatters or p.along > 0)
+    units = of_parts + g.batch * tiles * (dots and p.along == 0)
     unit = claim(counters, 0)
     while unit < units:
-        if unit < of_channels:
-            part = unit % parts
+        if unit < of_parts:
+            part = unit % parts // ranges
             group, channel = part // p.blocks * p.groups, part % p.blocks * p.block
             groups, channels = min(p.groups, g.groups - group), min(p.block, g.channels - channel)
-            dots_too = dots and p.along > 0
-            work = Work(unit // parts, group, groups, channel, channels, 0, g.queries, scatters, dots_too, p.apart > 0)
+            what = scatters, dots and p.along > 0, p.apart > 0
+            work = Work(unit // parts, group, groups, channel, channels, unit % ranges, 0, g.queries, *what)
         else:
-            image = (unit - of_channels) // tiles
-            query = (unit - of_channels - image * tiles) * p.queries
+            image = (unit - of_parts) // tiles
+            query = (unit - of_parts - image * tiles) * p.queries
             end = min(query + p.queries, g.queries)
-            work = Work(image, 0, g.groups, 0, g.channels, query, end, False, True, False)
+            work = Work(image, 0, g.groups, 0, g.channels, 0, query, end, False, True, False)
         _do(thread, work, given, grads, scratch, tables, g, p)
         finish(counters, 0)
         unit = claim(counters, 0)
@@ -93,11 +97,19 @@ def _do(thread: int, work: Any, given: Any, grads: Any, scratch: Any, tables: An
     groups = work.groups if of_place else 1  # with places of their own
     channel = work.group * g.channels + work.channel
     value, grad = at(given.value, (work.image, 0, 0)), at(grads.value, (work.image, 0, 0))
-    maps = maps_of(grad, 1, thread, scratch, g) if work.scatters else maps_of(value, 0, thread, scratch, g)
+    maps = maps_of(value, 0, thread, scratch, g)
+    if work.scatters:
+        maps = maps_of(grad, 1, thread, scratch, g)
+        low, high = tables.bounds[work.range], tables.bounds[work.range + 1]
+        maps = Maps(maps.pixel, maps.nothing, low * maps.pixel, high * maps.pixel)
     if work.apart:
         value, grad = at(scratch.maps, (thread, 0, 0)), at(scratch.maps, (thread, 1, 0))
-        maps, channel = Maps(p.block, g.pixels * p.block), 0
+        maps, channel = Maps(p.block, g.pixels * p.block, 0, g.pixels * p.block), 0
         _set_apart(thread, work, given, scratch, g, p)
+    elif work.scatters:
+        # Memory that is read before it is written is mapped twice, and all processors are told.
+        for start in range(maps.low, maps.high, p.step * maps.pixel):
+            grad[start + channel] = 0
     queries = p.queries * g.location_groups // groups
     for query in range(work.query, work.end, queries):
         tile = Tile(thread, work.image, query, min(queries, work.end - query), work.group * of_place, groups)
@@ -165,7 +177,7 @@ def _scatter(
     """Eq. 5."""
     runs = groups_of(work.groups, tile, given, g)
     for q in range(tile.queries):
-        count, entry = seen_of(tile, q, scratch, g, p), entry_of(tile, q, 0, g)
+        count, entry = count_of(tile, q, scratch, g, p), entry_of(tile, q, 0, scratch, g, p)
         weights = weights_of(tile, q, work.group, entry, given, scratch, g)
         grad = at(grads.output, (tile.image, tile.query + q, work.group * g.channels + work.channel))
         corners = corners_of(entry, channel, tile, maps, scratch, p)
@@ -177,56 +189,47 @@ def _make_dots(
     tile: Any, work: Any, maps: Any, channel: int, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any
 ) -> None:
     """Eq. 3 and 4, and of them eq. 6."""
-    runs = groups_of(tile.groups, tile, given, g)
+    runs, corners_of_group = groups_of(work.groups, tile, given, g), p.row << len(p.axes)
+    apart = g.samples << len(p.axes) if tile.groups == work.groups else corners_of_group
+    for q in range(tile.queries):
+        count, entry = count_of(tile, q, scratch, g, p), entry_of(tile, q, 0, scratch, g, p)
+        corners = corners_of(entry, channel, tile, maps, scratch, p)
+        dots = at(scratch.dots, (tile.thread, entry << len(p.axes)))
+        grad = at(grads.output, (tile.image, tile.query + q, work.group * g.channels))
+        corner_dots(dots, apart, grad, corners, runs, p.axes, count, g.channels)
     for i in range(0, work.groups, tile.groups):  # groups that share their places, one after the other
         first = work.group + i
-        if p.lists is not None:
-            for k in range(tile.queries * tile.groups * g.samples << len(p.axes)):
-                scratch.dots[tile.thread, k] = 0
-        for q in range(tile.queries):
-            count, entry = seen_of(tile, q, scratch, g, p), entry_of(tile, q, 0, g)
-            corners = corners_of(entry, channel + i * g.channels, tile, maps, scratch, p)
-            dots = at(scratch.dots, (tile.thread, entry * (1 << len(p.axes))))
-            grad = at(grads.output, (tile.image, tile.query + q, first * g.channels))
-            corner_dots(dots, grad, corners, runs, p.axes, count, g.channels)
         if given.reference is None:
             _bring_weights(tile, first, given, scratch, g, p)
-        _blend_dots(tile, i > 0, scratch, tables, g, p)
+        _blend_dots(tile, i, scratch, tables, g, p)
         _write_weights(tile, first, given, grads, scratch, g, p)
     if p.discrete is None:
         if given.reference is None:
             _write_locations(tile, grads, scratch, tables, g, p)
         else:
-            _write_offsets(tile, given, grads, scratch, tables, g)
+            _write_offsets(tile, given, grads, scratch, tables, g, p)
 
 
 @inline_always
 def _bring_weights(tile: Any, first: int, given: Any, scratch: Any, g: Any, p: Any) -> None:
     for query in range(tile.queries):
-        count = seen_of(tile, query, scratch, g, p)
         for i in range(tile.groups):
-            entry = entry_of(tile, query, i, g)
+            entry = entry_of(tile, query, i, scratch, g, p)
             source = weights_of(tile, query, first + i, entry, given, scratch, g)
             target = at(scratch.weights, (tile.thread, entry))
-            if p.lists is None:
-                for s in range(g.samples):
-                    target[s] = source[s * p.weight_step]
-            else:
-                for s in range(g.samples):
-                    target[s] = 0  # a sample that nothing is read for has no part, whatever its weight
-                for k in range(count):
-                    s = scratch.listed[tile.thread, entry + k]
-                    target[s] = source[s * p.weight_step]
+            for k in range(count_of(tile, query, scratch, g, p)):
+                target[k] = source[number_of(k, entry, tile, scratch, p) * p.weight_step]
 
 
 @inline
-def _blend_dots(tile: Any, add: bool, scratch: Any, tables: Any, g: Any, p: Any) -> None:
+def _blend_dots(tile: Any, group: int, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     """values = gradients of the weights; moves[axis] (+)= gradients of the numbers y and x."""
-    thread, count = tile.thread, tile.queries * tile.groups * g.samples
+    thread, count = tile.thread, entry_of(tile, tile.queries, 0, scratch, g, p)
+    scales = at(tables.scale, (0, 0)) if p.lists is None else at(scratch.scales, (thread, 0, 0))
     lanes = lanes_of(at(scratch.values, (thread, 0)))
     for i in range(0, count, lanes):
         values = at(scratch.values, (thread, i))
-        dots = at(scratch.dots, (thread, i * (1 << len(p.axes))))
+        dots = at(scratch.dots, (thread, (group * p.row + i) << len(p.axes)))
         if p.discrete is None:
             down, along = load(at(scratch.cells, (thread, 0, i))), load(at(scratch.cells, (thread, 1, i)))
             one, two = load(dots), load(advance(dots, lanes))
@@ -238,9 +241,9 @@ def _blend_dots(tile: Any, add: bool, scratch: Any, tables: Any, g: Any, p: Any)
             by_y, by_x = bottom - top, (1 - down) * (two - one) + down * (four - three)
             weights = load(at(scratch.weights, (thread, i)))
             to_y, to_x = at(scratch.moves, (thread, 0, i)), at(scratch.moves, (thread, 1, i))
-            by_y = weights * (load(at(tables.scale, (0, i))) * by_y)
-            by_x = weights * (load(at(tables.scale, (1, i))) * by_x)
-            if add:
+            by_y = weights * (load(advance(scales, i)) * by_y)
+            by_x = weights * (load(advance(scales, p.row + i)) * by_x)
+            if group > 0:
                 by_y, by_x = load(to_y) + by_y, load(to_x) + by_x
             store(by_y, to_y)
             store(by_x, to_x)
@@ -253,12 +256,12 @@ def _write_weights(tile: Any, first: int, given: Any, grads: Any, scratch: Any, 
     """Eq. 3; of logits eq. 6."""
     for query in range(tile.queries):
         for i in range(tile.groups):
-            entry = entry_of(tile, query, i, g)
+            entry = entry_of(tile, query, i, scratch, g, p)
             place = g.first_weight + (tile.query + query) * g.weight_steps[1] + (first + i) * g.weight_steps[2]
             target, values = at(grads.weights, (tile.image, place)), at(scratch.values, (tile.thread, entry))
             if given.reference is None:
-                for s in range(g.samples):
-                    target[s * p.weight_step] = values[s]
+                for k in range(count_of(tile, query, scratch, g, p)):
+                    target[number_of(k, entry, tile, scratch, p) * p.weight_step] = values[k]
             else:
                 weights = at(scratch.weights, (tile.thread, entry))
                 mean = weights[0] * values[0]
@@ -272,12 +275,12 @@ def _write_weights(tile: Any, first: int, given: Any, grads: Any, scratch: Any, 
 def _write_locations(tile: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     """Eq. 4. Samples of one place, in maps of several scales, are added in their order."""
     moves, entry = at(scratch.moves, (tile.thread, 0, 0)), 0
-    for q in range(tile.query, tile.query + tile.queries):
-        for group in range(tile.groups):
-            target = at(grads.locations, (tile.image, q * g.number_steps[1] + (tile.group + group) * g.number_steps[2]))
-            before = -1
-            for s in range(g.samples):
-                x = tables.number[s]
+    for query in range(tile.queries):
+        for i in range(tile.groups):
+            place = (tile.query + query) * g.number_steps[1] + (tile.group + i) * g.number_steps[2]
+            target, before, first = at(grads.locations, (tile.image, place)), -1, entry
+            for k in range(count_of(tile, query, scratch, g, p)):
+                x = tables.number[number_of(k, first, tile, scratch, p)]
                 if x == before:
                     target[x] += moves[p.row + entry]
                     target[x + 1] += moves[entry]
@@ -295,14 +298,17 @@ def _part(move: Any, factor: Any) -> Any:
 
 
 @inline
-def _write_offsets(tile: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any) -> None:
+def _write_offsets(tile: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     """Eq. 6: of raw offsets, and of the points or boxes that they start from, over all groups and samples in order."""
     for q in range(tile.query, tile.query + tile.queries):
         of_query = g.reference_levels * g.reference_numbers
         for i in range(of_query):
             grads.reference[tile.image, q * of_query + i] = 0
         for group in range(tile.groups):
-            entry, place = entry_of(tile, q - tile.query, group, g), q * g.number_steps[1] + group * g.number_steps[2]
+            entry, place = (
+                entry_of(tile, q - tile.query, group, scratch, g, p),
+                q * g.number_steps[1] + group * g.number_steps[2],
+            )
             target, offsets = at(grads.locations, (tile.image, place)), at(given.locations, (tile.image, place))
             for s in range(g.samples):
                 box = reference_at(given.reference, tile, q, tables.level[s], g)

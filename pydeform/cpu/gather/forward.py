@@ -13,12 +13,12 @@ from pydeform.cpu.gather.places import (
     Tile,
     clear_nothing,
     corners_of,
+    count_of,
     entry_of,
     groups_of,
     locate,
     make_weights,
     maps_of,
-    seen_of,
     weights_of,
 )
 
@@ -48,7 +48,7 @@ def gather(thread: int, counters: Any, given: Any, output: Any, scratch: Any, ta
 def _sum_tile(tile: Any, given: Any, output: Any, scratch: Any, g: Any, p: Any) -> None:
     apart = groups_of(g.groups, tile, given, g)
     for query in range(tile.queries):
-        count, entry = seen_of(tile, query, scratch, g, p), entry_of(tile, query, 0, g)
+        count, entry = count_of(tile, query, scratch, g, p), entry_of(tile, query, 0, scratch, g, p)
         weights = weights_of(tile, query, 0, entry, given, scratch, g)
         corners = corners_of(entry, 0, tile, at(given.value, (tile.image, 0, 0)), scratch, p)
         out = at(output, (tile.image, tile.query + query, 0))

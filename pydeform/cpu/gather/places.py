@@ -40,20 +40,39 @@ class Maps(NamedTuple):
     """How the maps of an image lie, in numbers from their first."""
 
     pixel: int  # from one pixel to the next
-    nothing: int  # to what is there in the place of a pixel that is outside
+    nothing: int  # to what is there in the place of a pixel that is outside,
+    low: int  # or, where samples that read nothing are left out, before `low`
+    high: int  # or from `high` on
 
 
 @inline_always
 def maps_of(first: Any, row: int, thread: int, scratch: Any, g: Any) -> Maps:
     """As a caller has them, from a pointer to their first number on; what is outside is in a row of `nothing`: 0 to
     read, 1 to write to."""
-    return Maps(g.groups * g.channels, steps_to(first, at(scratch.nothing, (thread, row, 0))))
+    pixel = g.groups * g.channels
+    return Maps(pixel, steps_to(first, at(scratch.nothing, (thread, row, 0))), 0, g.pixels * pixel)
 
 
 @inline_always
-def entry_of(tile: Any, query: int, group: int, g: Any) -> int:
+def entry_of(tile: Any, query: int, group: int, scratch: Any, g: Any, p: Any) -> int:
     """The first of a query and group, both counted from the tile's first."""
-    return (query * tile.groups + group) * g.samples
+    if p.lists is None:
+        return (query * tile.groups + group) * g.samples
+    return scratch.firsts[tile.thread, query]
+
+
+@inline_always
+def count_of(tile: Any, query: int, scratch: Any, g: Any, p: Any) -> int:
+    """How many entries each group of a query has."""
+    if p.lists is None:
+        return g.samples
+    return scratch.firsts[tile.thread, query + 1] - scratch.firsts[tile.thread, query]
+
+
+@inline_always
+def number_of(k: int, entry: int, tile: Any, scratch: Any, p: Any) -> int:
+    """Which of a query's samples the k-th entry from a query's first on is."""
+    return k if p.lists is None else scratch.listed[tile.thread, entry + k]
 
 
 @inline_always
@@ -73,28 +92,31 @@ def groups_of(groups: int, tile: Any, given: Any, g: Any) -> Runs:
     return Runs(groups, entries, g.channels, g.channels, g.weight_steps[2] if given.reference is None else entries)
 
 
-@inline_always
-def seen_of(tile: Any, query: int, scratch: Any, g: Any, p: Any) -> int:
-    """How many samples of a query, for each group, are to be summed."""
-    return g.samples if p.lists is None else scratch.seen[tile.thread, query]
-
-
 @inline
-def _list_seen(tile: Any, nothing: int, scratch: Any, g: Any, p: Any) -> None:
-    """Lists the samples of each query that read a pixel, or NaN, for all groups, which share them."""
-    starts, shares = at(scratch.starts, (tile.thread, 0)), at(scratch.shares, (tile.thread, 0))
+def _keep_seen(tile: Any, maps: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
+    """Of the samples, which all groups share, those stay that read a pixel, or NaN, one after the other."""
+    thread, kept = tile.thread, 0
+    starts, shares = at(scratch.starts, (thread, 0)), at(scratch.shares, (thread, 0))
     lanes = lanes_of(shares)
     for query in range(tile.queries):
-        count, entry = 0, entry_of(tile, query, 0, g)
+        scratch.firsts[thread, query] = kept
         for s in range(g.samples):
-            place = place_in(entry + s, shares, p.axes)
+            entry = query * g.samples + s
+            place, to = place_in(entry, shares, p.axes), place_in(kept, shares, p.axes)
             is_seen = shares[place] != shares[place]
-            for k in range(1 << len(p.axes)):
-                is_seen |= starts[place + k * lanes] != nothing
+            for k in range(0, lanes << len(p.axes), lanes):
+                start = starts[place + k]
+                has_pixel = (start >= maps.low) & (start < maps.high)
+                is_seen |= has_pixel
+                starts[to + k] = start if has_pixel else maps.nothing
+                shares[to + k] = shares[place + k]
             if is_seen:
-                scratch.listed[tile.thread, entry + count] = s
-                count += 1
-        scratch.seen[tile.thread, query] = count
+                scratch.listed[thread, kept] = s
+                for axis in range(len(p.axes)):
+                    scratch.cells[thread, axis, kept] = scratch.cells[thread, axis, entry]
+                    scratch.scales[thread, axis, kept] = tables.scale[axis, entry]
+                kept += 1
+    scratch.firsts[thread, tile.queries] = kept
 
 
 @inline
@@ -119,7 +141,7 @@ def locate(tile: Any, maps: Any, given: Any, scratch: Any, tables: Any, g: Any, 
     else:
         _name_pixels(tile, numbers, maps, scratch, tables, g)
     if p.lists is not None:
-        _list_seen(tile, maps.nothing, scratch, g, p)
+        _keep_seen(tile, maps, scratch, tables, g, p)
 
 
 @inline
@@ -261,7 +283,7 @@ def make_weights(tile: Any, given: Any, scratch: Any, g: Any) -> None:
         for group in range(tile.groups):
             place = (tile.query + q) * g.weight_steps[1] + (tile.group + group) * g.weight_steps[2]
             logits = at(given.weights, (tile.image, place))
-            target = advance(weights, entry_of(tile, q, group, g))
+            target = advance(weights, (q * tile.groups + group) * g.samples)
             largest = logits[0]
             for s in range(1, g.samples):
                 if logits[s] > largest or logits[s] != logits[s]:

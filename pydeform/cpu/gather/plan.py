@@ -16,6 +16,7 @@ from pydeform.cpu.core.sizes import SERIAL_FLOPS, round_up
 TILE = 512  # samples that are located together, about: their tables stay in the first-level cache
 UNITS_OF_THREAD = 8  # so that none waits long for the last
 LOCATING = 32  # what locating a sample costs, in multiply-adds
+PAGE = 4096  # bytes: no system has smaller ones
 READS = 8  # of a pixel, on average, from which on the maps of a group are worth a copy, one at a time,
 MAP_BYTES = 1 << 22  # of no more than fits into caches
 
@@ -42,8 +43,9 @@ class Scratch(NamedTuple):
     weights: Any  # of entries, made or brought together here
     values: Any  # gradients of the weights,
     moves: Any  # and of the numbers x and y
-    listed: Any  # the samples of each query that read a pixel,
-    seen: Any  # and how many there are
+    listed: Any  # of entries, if those that read no pixel are left out: which of a query's samples they are,
+    firsts: Any  # where each query's begin,
+    scales: Any  # and, of their maps, what is in a table else
     nothing: Any  # a row of zeros, and one to write to, for all that is outside
     maps: Any  # a group's pixels, which lie together here, and their gradients; behind each what is outside
 
@@ -58,12 +60,13 @@ class Tables(NamedTuple):
     number: Any  # of a sample: where its x lies
     level: Any  # of a sample: that of its reference point
     divisor: Any  # of a sample and its axis
+    bounds: Any  # of the ranges into which pixels are divided
 
 
 class Plan(NamedTuple):
     axes: tuple[int, ...]  # of a cell; none where a sample is one pixel
     discrete: Any  # None: samples lie between pixels
-    lists: Any  # None: all samples are summed; else those that read a pixel, listed once for all groups
+    lists: Any  # None: all samples are summed; else those that read a pixel, found once for all groups
     queries: int  # of a tile
     row: int  # entries of a row in the tables
     weight_step: int  # from the weight of one sample to the next
@@ -73,6 +76,7 @@ class Plan(NamedTuple):
     block: int  # and their size
     apart: int  # 1: a group at a time, in `maps`,
     along: int  # 1: and all other gradients with it
+    step: int  # in pixels, by which no page of memory is left out
     lines: tuple[int, ...]  # of the caches, for a group's gradients of outputs, locations and weights of a query
 
 
@@ -108,7 +112,7 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs: Needs, thre
     row = round_up(queries * of_query, lanes)
     corners = 1 if is_discrete else 4
     parts = -(-threads // g.batch)  # of an image, for the gradient of the value
-    blocks = min(-(-parts // g.groups), -(-g.channels // lanes))
+    blocks = 1 if is_seen else min(-(-parts // g.groups), -(-g.channels // lanes))
     block = round_up(-(-g.channels // blocks), lanes)
     units = g.batch * g.groups
     is_merged = needs.dots and needs.value and not has_reference
@@ -129,12 +133,13 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs: Needs, thre
         ((threads, corners * row), np.dtype(np.int64)),
         ((threads, corners * row), dtype),
         ((threads, 2, row), dtype),
-        ((threads, corners * row * needs.dots), dtype),
+        ((threads, corners * row * (g.groups if is_seen else 1) * needs.dots), dtype),
         ((threads, row), dtype),
         ((threads, row * needs.dots), dtype),
         ((threads, 2, row * needs.dots), dtype),
         ((threads, row * is_seen), np.dtype(np.int64)),
-        ((threads, queries * is_seen), np.dtype(np.int64)),
+        ((threads, (queries + 1) * is_seen), np.dtype(np.int64)),
+        ((threads, 2, row * is_seen), dtype),
         ((threads, 2, round_up(g.groups * g.channels, lanes)), dtype),
         ((threads, 2, (g.pixels + 1) * block * is_apart), dtype),
     )
@@ -146,15 +151,16 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs: Needs, thre
         row=row,
         weight_step=int(samples.weight[-1] // max(g.samples - 1, 1)) or 1,
         is_direct=int(not has_reference and g.first_weight == 0 and g.number_steps[1] == 2 * of_query),
-        groups=1 if is_apart else max(1, g.groups // parts),
+        groups=1 if is_apart else g.groups if is_seen else max(1, g.groups // parts),
         blocks=-(-g.channels // block),
         block=block,
         apart=int(is_apart),
         along=int(is_apart and is_balanced and not has_reference),
+        step=max(1, PAGE // (g.groups * g.channels * dtype.itemsize)),
         lines=tuple(_lines(n * dtype.itemsize, dtype) for n in (g.channels, 2 * g.samples, g.samples)),
     )
     key = dtype.char + "d" * is_discrete + "r" * has_reference + "l" * is_seen
-    return Prepared(key, threads, workspace, _tables(samples, row, dtype, g.reference_levels), plan)
+    return Prepared(key, threads, workspace, _tables(samples, row, dtype, g, parts if is_seen else 1), plan)
 
 
 def _lines(size: int, dtype: Any) -> int:
@@ -162,7 +168,7 @@ def _lines(size: int, dtype: Any) -> int:
     return (size + CACHE_LINE - 2 * int(dtype.itemsize)) // CACHE_LINE + 1
 
 
-def _tables(samples: Any, row: int, dtype: Any, reference_levels: int) -> Tables:
+def _tables(samples: Any, row: int, dtype: Any, g: Any, ranges: int) -> Tables:
     times = -(-row // len(samples.level))
 
     def over(numbers: Any, kind: Any) -> Any:
@@ -174,9 +180,16 @@ def _tables(samples: Any, row: int, dtype: Any, reference_levels: int) -> Tables
         over(samples.size, np.int32),
         over(samples.first_pixel, np.int32),
         samples.number.astype(np.int64),
-        samples.level * (reference_levels > 1),
+        samples.level * (g.reference_levels > 1),
         np.ascontiguousarray(samples.divisor, dtype),
+        _bounds(samples.first_pixel, g.pixels, ranges),
     )
+
+
+def _bounds(first_pixel: Any, pixels: int, ranges: int) -> Any:
+    """Of ranges of pixels that as many samples read each, if those of a map lie evenly in it."""
+    maps = np.append(np.unique(first_pixel), pixels)
+    return np.interp(np.linspace(0, len(maps) - 1, ranges + 1), np.arange(len(maps)), maps).astype(np.int64)
 
 
 def given_arrays(arrays: Any, g: Any, dtype: Any) -> Given:

@@ -8,6 +8,7 @@ import numpy as np
 
 from pydeform.cpu.core.jit import inline
 
+PAGE = 4096  # bytes of memory that are mapped together, at least
 SERIAL_FLOPS = 3e6  # below this a second thread costs more than it saves
 
 

@@ -106,10 +106,10 @@ def _do(thread: int, work: Any, given: Any, grads: Any, scratch: Any, tables: An
         value, grad = at(scratch.maps, (thread, 0, 0)), at(scratch.maps, (thread, 1, 0))
         maps, channel = Maps(p.block, g.pixels * p.block, 0, g.pixels * p.block), 0
         _set_apart(thread, work, given, scratch, g, p)
-    elif work.scatters:
+    elif p.lists is not None and work.scatters:
         # Memory that is read before it is written is mapped twice, and all processors are told.
         for start in range(maps.low, maps.high, p.step * maps.pixel):
-            grad[start + channel] = 0
+            grad[start] = 0
     queries = p.queries * g.location_groups // groups
     for query in range(work.query, work.end, queries):
         tile = Tile(thread, work.image, query, min(queries, work.end - query), work.group * of_place, groups)

@@ -11,12 +11,11 @@ from pydeform._gather_geometry import BILINEAR_INSIDE, DISCRETE, Gather
 from pydeform.cpu.core import parallel
 from pydeform.cpu.core.memory import Workspace, contiguous
 from pydeform.cpu.core.simd import CACHE_LINE, VECTOR_BYTES, second_level_cache
-from pydeform.cpu.core.sizes import SERIAL_FLOPS, round_up
+from pydeform.cpu.core.sizes import PAGE, SERIAL_FLOPS, round_up
 
 TILE = 512  # samples that are located together, about: their tables stay in the first-level cache
 UNITS_OF_THREAD = 8  # so that none waits long for the last
 LOCATING = 32  # what locating a sample costs, in multiply-adds
-PAGE = 4096  # bytes: no system has smaller ones
 READS = 8  # of a pixel, on average, from which on the maps of a group are worth a copy, one at a time,
 MAP_BYTES = 1 << 22  # of no more than fits into caches
 

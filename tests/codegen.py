@@ -98,6 +98,8 @@ def _lowered(type: Any) -> Any:
         return ir.ArrayType(items[0], len(items)) if isinstance(type, types.UniTuple) else ir.LiteralStructType(items)
     if isinstance(type, types.Float):
         return ir.FloatType() if type.bitwidth == 32 else ir.DoubleType()
+    if type is types.none:
+        return ir.IntType(8).as_pointer()
     return ir.IntType(1 if type is types.boolean else type.bitwidth)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from pydeform.cpu.core.gathered import Corners, Groups, place_in, starts_of, steps_to
+from pydeform.cpu.core.gathered import Corners, Runs, place_in, starts_of, steps_to
 from pydeform.cpu.core.jit import Kernel, inline
 from pydeform.cpu.core.simd import VECTOR_BYTES, at
 from pydeform.cpu.core.vector import lanes_of, load, store
@@ -16,7 +16,7 @@ from tests.codegen import primitives
 WIDTHS = {width: primitives(width) for width in (0, 16, 32, 64)}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-13}
 SAMPLES, PIXELS, ENTRY = 21, 5, 3  # of the tables' entries the first three are others
-ONE = Groups(1, 0, 0, 0)
+ONE = Runs(1, 0, 0, 0, 0)
 
 
 @njit
@@ -43,14 +43,15 @@ class Problem:
         lanes = VECTOR_BYTES // dtype.itemsize
         row = -(-(SAMPLES + ENTRY) // lanes) * lanes
         self.starts, self.table = np.zeros(self.corners * row, np.int64), np.full(self.corners * row, np.nan, dtype)
-        for s in range(SAMPLES):
+        for i, s in enumerate(self.numbers):
             for k in range(self.corners):
-                to = place(ENTRY + s, self.image, axes) + k * lanes
+                to = place(ENTRY + i, self.image, axes) + k * lanes
                 self.starts[to] = self.image.shape[1] * self.pixels[k, s]
                 self.table[to] = self.shares[k, s]
 
     @property
     def numbers(self):
+        """Those of the samples that the tables have."""
         return np.arange(SAMPLES) if self.listed is None else self.listed
 
     def arguments(self):
@@ -94,19 +95,19 @@ def runs(width):
         return Corners(maps, places, shares, ENTRY, 1, at(listed, (0,)))
 
     @njit
-    def sums(out, weights, image, starts, table, axes, listed, count, channels, groups=ONE):
+    def sums(out, weights, image, starts, table, axes, listed, count, channels, apart=ONE):
         samples = corners(image, starts, table, listed)
-        sum_samples(at(out, (1,)), samples, groups, axes, at(weights, (0, 0)), 2, count, channels)
+        sum_samples(at(out, (1,)), samples, apart, axes, at(weights, (0, 0)), 2, count, channels)
 
     @njit
-    def scatters(grad, weights, image, starts, table, axes, listed, count, channels):
-        scatter_samples(
-            at(grad, (1,)), corners(image, starts, table, listed), axes, at(weights, (0, 0)), 2, count, channels
-        )
+    def scatters(grad, weights, image, starts, table, axes, listed, count, channels, apart=ONE):
+        samples = corners(image, starts, table, listed)
+        scatter_samples(at(grad, (1,)), samples, apart, axes, at(weights, (0, 0)), 2, count, channels)
 
     @njit
-    def dots(out, grad, image, starts, table, axes, listed, count, channels):
-        corner_dots(at(out, (0,)), at(grad, (1,)), corners(image, starts, table, listed), axes, count, channels)
+    def dots(out, grad, image, starts, table, axes, listed, count, channels, apart=ONE):
+        samples, own = corners(image, starts, table, listed), out.shape[1]
+        corner_dots(at(out, (0, 0)), own, at(grad, (1,)), samples, apart, axes, count, channels)
 
     return sums, scatters, dots
 
@@ -122,19 +123,73 @@ def test_sums(width, dtype, problem):
     close(out[1:-1], problem.weights[problem.numbers, 0].astype(float) @ problem.samples(), dtype)
 
 
-@pytest.mark.parametrize("axes, channels", [((), 5), ((0, 0), 19), ((0, 0), 50), ((0, 0), 64)])
-def test_sums_of_groups(width, dtype, axes, channels):
-    """One after the other: of the same samples or of those five entries on, with weights of their own."""
-    problem = Problem(dtype, axes, 2 * channels, False)
-    image, starts, table = problem.image, problem.starts, problem.table
-    for entries in (0, 5):
-        out = np.full(2 * channels + 2, 7, dtype)
-        apart = Groups(2, entries, channels, 1)
-        runs(width)[0](out, problem.weights, image, starts, table, axes, None, 16, channels, apart)
-        assert out[0] == out[-1] == 7
-        one, other = problem.samples()[:16, :channels], problem.samples()[entries : entries + 16, channels:]
-        want = [problem.weights[:16, k].astype(float) @ samples for k, samples in enumerate((one, other))]
-        close(out[1:-1], np.concatenate(want), dtype)
+RUNS = pytest.mark.parametrize("axes, listed, channels", [((), False, 5), ((0, 0), False, 19), ((0, 0), True, 50)])
+STEPS = pytest.mark.parametrize("entries, pixels", [(0, True), (5, True), (5, False)])
+
+
+class TwoRuns:
+    """Of 3 samples: of the same, or of those `entries` on; each has its own part of a result, and of pixels if
+    `pixels`."""
+
+    def __init__(self, dtype, axes, listed, channels, entries, pixels):
+        self.problem = problem = Problem(dtype, axes, 2 * channels, listed)
+        self.apart = Runs(2, entries, channels * pixels, channels, 1)
+        self.arguments = (*problem.arguments()[:-2], 3, channels, self.apart)
+        self.results = [slice(1 + channels * run, 1 + channels * (run + 1)) for run in range(2)]
+        self.pixels = [slice(1 + channels * run * pixels, 1 + channels * (run * pixels + 1)) for run in range(2)]
+        self.numbers = [problem.numbers[entries * run : entries * run + 3] for run in range(2)]
+        self.weights = [problem.weights[problem.numbers[:3], run].astype(float) for run in range(2)]
+
+
+def skip_unless_shared(listed, entries):
+    if listed and entries:
+        pytest.skip("samples are left out where all runs share them")
+
+
+@RUNS
+@STEPS
+def test_sums_of_runs(width, dtype, axes, listed, channels, entries, pixels):
+    skip_unless_shared(listed, entries)
+    two = TwoRuns(dtype, axes, listed, channels, entries, pixels)
+    problem, out = two.problem, np.full(2 * channels + 2, 7, dtype)
+    runs(width)[0](out, problem.weights, *two.arguments)
+    assert out[0] == out[-1] == 7
+    for run in range(2):
+        want = np.zeros(channels)
+        for weight, s in zip(two.weights[run], two.numbers[run], strict=True):
+            for k in range(problem.corners):
+                pixel = problem.image[problem.pixels[k, s], two.pixels[run]].astype(float)
+                want += weight * float(problem.shares[k, s]) * pixel
+        close(out[two.results[run]], want, dtype)
+
+
+@RUNS
+@STEPS
+def test_scattered_sums_of_runs(width, dtype, axes, listed, channels, entries, pixels):
+    skip_unless_shared(listed, entries)
+    two = TwoRuns(dtype, axes, listed, channels, entries, pixels)
+    problem, grad = two.problem, np.arange(2 * channels + 2).astype(dtype) % 5 - 2
+    want = problem.image.astype(float)
+    for run in range(2):
+        for weight, s in zip(two.weights[run], two.numbers[run], strict=True):
+            for k in range(problem.corners):
+                scale = weight * float(problem.shares[k, s])
+                want[problem.pixels[k, s], two.pixels[run]] += scale * grad[two.results[run]]
+    runs(width)[1](grad, problem.weights, *two.arguments)
+    close(problem.image, want, dtype)
+
+
+@RUNS
+@STEPS
+def test_dots_of_runs(width, dtype, axes, listed, channels, entries, pixels):
+    skip_unless_shared(listed, entries)
+    two = TwoRuns(dtype, axes, listed, channels, entries, pixels)
+    problem, grad = two.problem, np.arange(2 * channels + 2).astype(dtype) % 5 - 2
+    out = np.full((2, 3 * problem.corners), np.nan, dtype)
+    runs(width)[2](out, grad, *two.arguments)
+    for run in range(2):
+        read = problem.image[problem.pixels[:, two.numbers[run]].T, two.pixels[run]].astype(float)
+        close(out[run].reshape(3, -1), read @ grad[two.results[run]].astype(float), dtype)
 
 
 def test_scattered_sums(width, dtype, problem):
@@ -151,15 +206,14 @@ def test_scattered_sums(width, dtype, problem):
 
 
 def test_dots(width, dtype, problem):
-    """They are added to what is there; those of samples that are not listed stay."""
+    """Whatever is there before; what lies behind the last stays."""
     grad = np.arange(problem.channels + 2).astype(dtype) % 5 - 2
-    out = np.full((SAMPLES, problem.corners), 0.5, dtype)
-    want = out.astype(float)
-    for s in problem.numbers:
-        pixels = problem.image[problem.pixels[:, s], 1 : 1 + problem.channels].astype(float)
-        want[s] += pixels @ grad[1:-1].astype(float)
-    runs(width)[2](out.reshape(-1), grad, *problem.arguments())
-    close(out, want, dtype)
+    out = np.full((problem.numbers.size + 1, problem.corners), np.nan, dtype)
+    out[-1] = 7
+    pixels = problem.image[problem.pixels[:, problem.numbers].T, 1 : 1 + problem.channels].astype(float)
+    runs(width)[2](out.reshape(1, -1), grad, *problem.arguments())
+    close(out[:-1], pixels @ grad[1:-1].astype(float), dtype)
+    assert (out[-1] == 7).all()
 
 
 def test_what_lies_beyond_the_channels_is_not_read(width, dtype):
@@ -170,7 +224,7 @@ def test_what_lies_beyond_the_channels_is_not_read(width, dtype):
     grad[[0, -1]] = np.inf
     total = np.zeros(21, dtype)
     runs(width)[0](total, problem.weights, *problem.arguments())
-    runs(width)[2](out.reshape(-1), grad, *problem.arguments())
+    runs(width)[2](out.reshape(1, -1), grad, *problem.arguments())
     assert np.isfinite(out).all() and np.isfinite(total).all()
 
 

@@ -95,7 +95,6 @@ def gather_backward(
 def _do(thread: int, work: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     of_place = g.location_groups // g.groups  # 0: all groups have the same
     groups = work.groups if of_place else 1  # with places of their own
-    channel = work.group * g.channels + work.channel
     value, grad = at(given.value, (work.image, 0, 0)), at(grads.value, (work.image, 0, 0))
     maps = maps_of(value, 0, thread, scratch, g)
     if work.scatters:
@@ -104,7 +103,7 @@ def _do(thread: int, work: Any, given: Any, grads: Any, scratch: Any, tables: An
         maps = Maps(maps.pixel, maps.nothing, low * maps.pixel, high * maps.pixel)
     if work.apart:
         value, grad = at(scratch.maps, (thread, 0, 0)), at(scratch.maps, (thread, 1, 0))
-        maps, channel = Maps(p.block, g.pixels * p.block, 0, g.pixels * p.block), 0
+        maps = Maps(p.block, g.pixels * p.block, 0, g.pixels * p.block)
         _set_apart(thread, work, given, scratch, g, p)
     elif p.lists is not None and work.scatters:
         # Memory that is read before it is written is mapped twice, and all processors are told.
@@ -119,11 +118,17 @@ def _do(thread: int, work: Any, given: Any, grads: Any, scratch: Any, tables: An
         if given.reference is not None:
             make_weights(tile, given, scratch, g)
         if work.scatters:
-            _scatter(tile, work, grad, channel, given, grads, scratch, g, p)
+            _scatter(tile, work, grad, given, grads, scratch, g, p)
         if work.dots:
-            _make_dots(tile, work, value, channel, given, grads, scratch, tables, g, p)
+            _make_dots(tile, work, value, given, grads, scratch, tables, g, p)
     if work.apart and work.scatters:
         _bring_back(thread, work, grads, scratch, g, p)
+
+
+@inline_always
+def _channel_of(work: Any, g: Any) -> int:
+    """Where those of a unit begin in a pixel."""
+    return 0 if work.apart else work.group * g.channels + work.channel
 
 
 @inline_always
@@ -171,29 +176,27 @@ def _fetch_next(tile: Any, work: Any, given: Any, grads: Any, g: Any, p: Any) ->
 
 
 @inline_always
-def _scatter(
-    tile: Any, work: Any, maps: Any, channel: int, given: Any, grads: Any, scratch: Any, g: Any, p: Any
-) -> None:
+def _scatter(tile: Any, work: Any, maps: Any, given: Any, grads: Any, scratch: Any, g: Any, p: Any) -> None:
     """Eq. 5."""
     runs = groups_of(work.groups, tile, given, g)
     for q in range(tile.queries):
         count, entry = count_of(tile, q, scratch, g, p), entry_of(tile, q, 0, scratch, g, p)
         weights = weights_of(tile, q, work.group, entry, given, scratch, g)
         grad = at(grads.output, (tile.image, tile.query + q, work.group * g.channels + work.channel))
-        corners = corners_of(entry, channel, tile, maps, scratch, p)
+        corners = corners_of(entry, _channel_of(work, g), tile, maps, scratch, p)
         scatter_samples(grad, corners, runs, p.axes, weights, p.weight_step, count, work.channels)
 
 
 @inline_always
 def _make_dots(
-    tile: Any, work: Any, maps: Any, channel: int, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any
+    tile: Any, work: Any, maps: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any
 ) -> None:
     """Eq. 3 and 4, and of them eq. 6."""
     runs, corners_of_group = groups_of(work.groups, tile, given, g), p.row << len(p.axes)
     apart = g.samples << len(p.axes) if tile.groups == work.groups else corners_of_group
     for q in range(tile.queries):
         count, entry = count_of(tile, q, scratch, g, p), entry_of(tile, q, 0, scratch, g, p)
-        corners = corners_of(entry, channel, tile, maps, scratch, p)
+        corners = corners_of(entry, _channel_of(work, g), tile, maps, scratch, p)
         dots = at(scratch.dots, (tile.thread, entry << len(p.axes)))
         grad = at(grads.output, (tile.image, tile.query + q, work.group * g.channels))
         corner_dots(dots, apart, grad, corners, runs, p.axes, count, g.channels)

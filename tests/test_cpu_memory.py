@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import pydeform
+from pydeform.cpu import gather as gather_cpu
 from pydeform.cpu.conv import plan as conv_plan
 from pydeform.cpu.core import memory, pair_products, parallel
 from pydeform.cpu.core.jit import Kernel
@@ -200,6 +201,45 @@ def test_gathering(check, operator, dtype):
         signs = np.random.default_rng(2).choice([-1, 0, 1], place.shape)
         place[...] = np.resize(_magnitudes(dtype), place.shape) * signs
         check(operator, list(one.numbers), one.arrays, one.grad_output, one.options)
+
+
+@pytest.mark.parametrize("operator", gather.OPERATORS)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_groups_whose_pixels_are_brought_together_first(monkeypatch, check, operator, dtype):
+    """The same bits as from where a caller has them; `check` tries threads, fences and poisoned memory."""
+    prepared, taken = gather_plan.prepared, set()
+
+    def watched(*arguments: Any) -> Any:
+        how = prepared(*arguments)
+        taken.add((how.plan.apart, how.plan.along))
+        return how
+
+    def take(**sizes: Any) -> None:
+        prepared.cache_clear()
+        taken.clear()
+        for name, value in sizes.items():
+            monkeypatch.setattr(gather_plan, name, value)
+
+    monkeypatch.setattr(gather_cpu, "prepared", watched)
+    together, everything = set(), {"READS": 0, "FORWARD_READS": 0, "CACHE_LINE": 1, "second_level_cache": lambda: -1}
+    for name in gather.CASES[operator]:
+        one = gather.make(operator, name, dtype)
+        place = one.arrays[one.place].reshape(-1)
+        place[:3] = np.array([np.nan, np.inf, -np.finfo(dtype).max])[: place.size]
+        of_problem = operator, [tuple(one.numbers)], one.arrays, one.grad_output, one.options
+        take(MAP_BYTES=-1, **everything)
+        want = list(_results(*of_problem))
+        assert taken <= {(0, 0)}
+        take(MAP_BYTES=1 << 30)
+        for g, w in zip(_results(*of_problem), want, strict=True):
+            assert (g is None) == (w is None)
+            if w is not None:
+                assert_same_bits(g, w)
+        together |= taken
+        check(operator, list(one.numbers), *of_problem[2:], all_subsets=name in gather.FEW[operator])
+    prepared.cache_clear()
+    assert ((1, 1) in together) == (operator != "deform_aggregation" and operator != "ms_deform_attn_fused")
+    assert ((1, 0) in together) == (operator == "ms_deform_attn_fused")
 
 
 @pytest.mark.parametrize("operator", gather.CASES)

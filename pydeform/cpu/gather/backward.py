@@ -18,14 +18,19 @@ from pydeform.cpu.gather.places import (
     Maps,
     Tile,
     clear_nothing,
+    copy,
+    copy_group,
     corners_of,
     count_of,
     entry_of,
+    fetch_next,
     groups_of,
     locate,
     make_weights,
     maps_of,
     number_of,
+    place_of_numbers,
+    place_of_weights,
     reach_of,
     reference_at,
     weights_of,
@@ -113,7 +118,8 @@ def _do(thread: int, work: Any, given: Any, grads: Any, scratch: Any, tables: An
     for query in range(work.query, work.end, queries):
         tile = Tile(thread, work.image, query, min(queries, work.end - query), work.group * of_place, groups)
         if work.apart:
-            _fetch_next(tile, work, given, grads, g, p)
+            fetch_next(tile, given, g, p)
+            _fetch_gradients(tile, work.dots, grads, g, p)
         locate(tile, maps, given, scratch, tables, g, p)
         if given.reference is not None:
             make_weights(tile, given, scratch, g)
@@ -139,40 +145,25 @@ def _set_apart(thread: int, work: Any, given: Any, scratch: Any, g: Any, p: Any)
         for i in range(g.pixels * p.block):
             grad[i] = 0
     if work.dots:
-        for pixel in range(g.pixels):
-            source = at(given.value, (work.image, pixel, work.group * g.channels))
-            _copy(source, advance(value, pixel * p.block), work.groups * g.channels)
-        for c in range(p.block):
-            value[g.pixels * p.block + c] = 0
+        copy_group(work.image, work.group, given.value, value, g, p)
 
 
 @inline_always
 def _bring_back(thread: int, work: Any, grads: Any, scratch: Any, g: Any, p: Any) -> None:
     for pixel in range(g.pixels):
         target = at(grads.value, (work.image, pixel, work.group * g.channels))
-        _copy(at(scratch.maps, (thread, 1, pixel * p.block)), target, work.groups * g.channels)
+        copy(at(scratch.maps, (thread, 1, pixel * p.block)), target, work.groups * g.channels)
 
 
 @inline_always
-def _copy(source: Any, target: Any, count: int) -> None:
-    for c in range(count):
-        target[c] = source[c]
-
-
-@inline_always
-def _fetch_next(tile: Any, work: Any, given: Any, grads: Any, g: Any, p: Any) -> None:
-    """Asks for what the next tile reads and writes: of a few groups it lies here and there."""
+def _fetch_gradients(tile: Any, dots: bool, grads: Any, g: Any, p: Any) -> None:
+    """As `fetch_next`."""
     after = tile.query + tile.queries
     for q in range(after, after + tile.queries):
-        fetch_ahead(at(grads.output, (tile.image, q, work.group * g.channels)), p.lines[0])
-        place = q * g.number_steps[1] + work.group * g.number_steps[2]
-        fetch_ahead(at(given.locations, (tile.image, place)), p.lines[1])
-        if work.dots:
-            fetch_ahead(at(grads.locations, (tile.image, place)), p.lines[1])
-        place = g.first_weight + q * g.weight_steps[1] + work.group * g.weight_steps[2]
-        fetch_ahead(at(given.weights, (tile.image, place)), p.lines[2])
-        if work.dots:
-            fetch_ahead(at(grads.weights, (tile.image, place)), p.lines[2])
+        fetch_ahead(at(grads.output, (tile.image, q, tile.group * g.channels)), p.lines[0])
+        if dots:
+            fetch_ahead(at(grads.locations, (tile.image, place_of_numbers(q, tile.group, g))), p.lines[1])
+            fetch_ahead(at(grads.weights, (tile.image, place_of_weights(q, tile.group, g))), p.lines[2])
 
 
 @inline_always
@@ -260,7 +251,7 @@ def _write_weights(tile: Any, first: int, given: Any, grads: Any, scratch: Any, 
     for query in range(tile.queries):
         for i in range(tile.groups):
             entry = entry_of(tile, query, i, scratch, g, p)
-            place = g.first_weight + (tile.query + query) * g.weight_steps[1] + (first + i) * g.weight_steps[2]
+            place = place_of_weights(tile.query + query, first + i, g)
             target, values = at(grads.weights, (tile.image, place)), at(scratch.values, (tile.thread, entry))
             if given.reference is None:
                 for k in range(count_of(tile, query, scratch, g, p)):
@@ -280,7 +271,7 @@ def _write_locations(tile: Any, grads: Any, scratch: Any, tables: Any, g: Any, p
     moves, entry = at(scratch.moves, (tile.thread, 0, 0)), 0
     for query in range(tile.queries):
         for i in range(tile.groups):
-            place = (tile.query + query) * g.number_steps[1] + (tile.group + i) * g.number_steps[2]
+            place = place_of_numbers(tile.query + query, tile.group + i, g)
             target, before, first = at(grads.locations, (tile.image, place)), -1, entry
             for k in range(count_of(tile, query, scratch, g, p)):
                 x = tables.number[number_of(k, first, tile, scratch, p)]

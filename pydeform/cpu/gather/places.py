@@ -9,7 +9,7 @@ import numpy as np
 
 from pydeform.cpu.core.gathered import Corners, Runs, place_in, starts_of, steps_to
 from pydeform.cpu.core.jit import inline, inline_always
-from pydeform.cpu.core.simd import advance, at
+from pydeform.cpu.core.simd import advance, at, fetch_ahead
 from pydeform.cpu.core.vector import (
     convert,
     evens,
@@ -125,6 +125,40 @@ def clear_nothing(thread: int, scratch: Any) -> None:
         scratch.nothing[thread, 0, c] = 0
 
 
+@inline_always
+def copy(source: Any, target: Any, count: int) -> None:
+    for i in range(count):
+        target[i] = source[i]
+
+
+@inline_always
+def copy_group(image: int, group: int, value: Any, to: Any, g: Any, p: Any) -> None:
+    """A group's pixels side by side, behind them one of zeros."""
+    for pixel in range(g.pixels):
+        copy(at(value, (image, pixel, group * g.channels)), advance(to, pixel * p.block), g.channels)
+    for c in range(p.block):
+        to[g.pixels * p.block + c] = 0
+
+
+@inline_always
+def place_of_numbers(query: int, group: int, g: Any) -> int:
+    return query * g.number_steps[1] + group * g.number_steps[2]
+
+
+@inline_always
+def place_of_weights(query: int, group: int, g: Any) -> int:
+    return g.first_weight + query * g.weight_steps[1] + group * g.weight_steps[2]
+
+
+@inline_always
+def fetch_next(tile: Any, given: Any, g: Any, p: Any) -> None:
+    """Asks for what the next tile of one group reads, which lies here and there."""
+    after = tile.query + tile.queries
+    for q in range(after, after + tile.queries):
+        fetch_ahead(at(given.locations, (tile.image, place_of_numbers(q, tile.group, g))), p.lines[1])
+        fetch_ahead(at(given.weights, (tile.image, place_of_weights(q, tile.group, g))), p.lines[2])
+
+
 @inline
 def locate(tile: Any, maps: Any, given: Any, scratch: Any, tables: Any, g: Any, p: Any) -> None:
     """Fills the tables of the tile's entries. No place is formed from a number that is not known to be in range."""
@@ -149,7 +183,7 @@ def _bring_together(tile: Any, locations: Any, numbers: Any, places: Any, g: Any
     entry = 0
     for q in range(tile.query, tile.query + tile.queries):
         for group in range(tile.group, tile.group + tile.groups):
-            source = at(locations, (tile.image, q * g.number_steps[1] + group * g.number_steps[2]))
+            source = at(locations, (tile.image, place_of_numbers(q, group, g)))
             for s in range(g.samples):
                 numbers[2 * entry] = source[places[s]]
                 numbers[2 * entry + 1] = source[places[s] + 1]
@@ -177,7 +211,7 @@ def _add_references(tile: Any, offsets: Any, reference: Any, numbers: Any, table
     scale, entry = type(numbers[0])(g.offset_scale), 0
     for q in range(tile.query, tile.query + tile.queries):
         for group in range(tile.group, tile.group + tile.groups):
-            source = at(offsets, (tile.image, q * g.number_steps[1] + group * g.number_steps[2]))
+            source = at(offsets, (tile.image, place_of_numbers(q, group, g)))
             for s in range(g.samples):
                 box = reference_at(reference, tile, q, tables.level[s], g)
                 for axis in range(2):
@@ -301,5 +335,4 @@ def weights_of(tile: Any, query: int, group: int, entry: int, given: Any, scratc
     """Pointer to the weights of a query of the tile and a group of the image, `weight_step` apart."""
     if given.reference is not None:
         return at(scratch.weights, (tile.thread, entry))
-    place = g.first_weight + (tile.query + query) * g.weight_steps[1] + group * g.weight_steps[2]
-    return at(given.weights, (tile.image, place))
+    return at(given.weights, (tile.image, place_of_weights(tile.query + query, group, g)))

@@ -16,8 +16,9 @@ from pydeform.cpu.core.sizes import PAGE, SERIAL_FLOPS, round_up
 TILE = 512  # samples that are located together, about: their tables stay in the first-level cache
 UNITS_OF_THREAD = 8  # so that none waits long for the last
 LOCATING = 32  # what locating a sample costs, in multiply-adds
-READS = 8  # of a pixel, on average, from which on the maps of a group are worth a copy, one at a time,
-MAP_BYTES = 1 << 22  # of no more than fits into caches
+# From so many reads of a pixel on, backward and forward, it pays to bring a group's pixels together, where they take no
+# more bytes than fit into caches.
+READS, FORWARD_READS, MAP_BYTES = 8, 48, 1 << 22
 
 
 class Given(NamedTuple):
@@ -114,18 +115,8 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs: Needs, thre
     blocks = 1 if is_seen else min(-(-parts // g.groups), -(-g.channels // lanes))
     block = round_up(-(-g.channels // blocks), lanes)
     units = g.batch * g.groups
-    is_merged = needs.dots and needs.value and not has_reference
     is_balanced = units % threads == 0 or units >= UNITS_OF_THREAD * threads
-    size = g.pixels * block * dtype.itemsize
-    is_apart = (
-        (needs.value or needs.dots)
-        and g.location_groups == g.groups > 1
-        and blocks == 1
-        and size <= MAP_BYTES
-        and 2 * g.samples * dtype.itemsize >= CACHE_LINE
-        and g.queries * g.samples * corners >= READS * g.pixels
-        and (2 * g.groups * size > second_level_cache() or (is_merged and is_balanced))
-    )
+    is_apart = blocks == 1 and _goes_apart(g, corners, block, dtype.itemsize, has_reference, needs, is_balanced)
     workspace = Workspace(
         ((threads, 2 * row + lanes), dtype),
         ((threads, 2, row), dtype),
@@ -140,7 +131,7 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs: Needs, thre
         ((threads, (queries + 1) * is_seen), np.dtype(np.int64)),
         ((threads, 2, row * is_seen), dtype),
         ((threads, 2, round_up(g.groups * g.channels, lanes)), dtype),
-        ((threads, 2, (g.pixels + 1) * block * is_apart), dtype),
+        ((threads, 1 + needs.value, (g.pixels + 1) * block * is_apart), dtype),
     )
     plan = Plan(
         axes=() if is_discrete else (0, 0),
@@ -160,6 +151,20 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs: Needs, thre
     )
     key = dtype.char + "d" * is_discrete + "r" * has_reference + "l" * is_seen
     return Prepared(key, threads, workspace, _tables(samples, row, dtype, g, parts if is_seen else 1), plan)
+
+
+def _goes_apart(
+    g: Any, corners: int, block: int, itemsize: int, has_reference: bool, needs: Needs, is_balanced: bool
+) -> bool:
+    """Whether each group's pixels are brought together first."""
+    size, reads = g.pixels * block * itemsize, g.queries * g.samples * corners
+    # What else belongs to a query and group should not be less than a line of the caches.
+    if not g.location_groups == g.groups > 1 or 2 * g.samples * itemsize < CACHE_LINE or size > MAP_BYTES:
+        return False
+    if not (needs.value or needs.dots):
+        return is_balanced and reads >= FORWARD_READS * g.pixels
+    in_one_go = needs.value and needs.dots and is_balanced and not has_reference
+    return reads >= READS * g.pixels and (in_one_go or 2 * g.groups * size > second_level_cache())
 
 
 def _lines(size: int, dtype: Any) -> int:

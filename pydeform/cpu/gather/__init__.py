@@ -1,15 +1,18 @@
 """Weighted samples of maps, summed for each query and group of channels: attention, DCNv3 and DCNv4, aggregation.
 
-Maps are read as they lie, pixel by pixel with all channels of a group side by side: nothing is copied. Each sample is
-located once for all channels of its group, and a corner outside the map is read from a row of zeros. Backward gives
-every gradient one owner, so that results are always deterministic. Kernels cite docs/math/gather.md.
+Maps are read as they lie, pixel by pixel with all channels of a group side by side, or from a copy of one group's. Each
+sample is located once for all channels of its group, and a corner outside the map is read from a row of zeros. Backward
+gives every gradient one owner, so that results are always deterministic. Kernels cite docs/math/gather.md.
 
 Which problem takes which way, and why:
 
 - all forwards (`forward`): a tile of queries is located, then summed query by query and group by group
 - the value's gradient (`backward._scatter`): a group's channels, or a block of them where groups are fewer than
   threads need, go through all queries in order, so that no two threads add to one number
-- all other gradients (`backward._dots_of_tile`): a tile of queries, as forward
+- all other gradients (`backward._make_dots`): a tile of queries, as forward
+- where pixels are read many times (`plan.apart`), both: a group at a time, from a copy of its pixels, which the caches
+  hold, and in backward all its gradients in one walk (`plan.along`; decision 0019)
+- groups that share their places (`plan.lists`): without the samples that read nothing, and threads divide pixels
 - locations and weights from raw offsets and logits (`given.reference`): made in a thread's tables, tile by tile
 - samples of one pixel instead of four corners (`plan.discrete`): the same kernels, with lists of one corner
 

@@ -31,6 +31,7 @@ from pydeform.cpu.gather.places import (
     number_of,
     place_of_numbers,
     place_of_weights,
+    queries_of,
     reach_of,
     reference_at,
     weights_of,
@@ -169,8 +170,8 @@ def _fetch_gradients(tile: Any, dots: bool, grads: Any, g: Any, p: Any) -> None:
 @inline_always
 def _scatter(tile: Any, work: Any, maps: Any, given: Any, grads: Any, scratch: Any, g: Any, p: Any) -> None:
     """Eq. 5."""
-    runs = groups_of(work.groups, tile, given, g)
-    for q in range(tile.queries):
+    runs = queries_of(tile, given, g) if work.apart else groups_of(work.groups, tile, given, g)
+    for q in range(1 if work.apart else tile.queries):
         count, entry = count_of(tile, q, scratch, g, p), entry_of(tile, q, 0, scratch, g, p)
         weights = weights_of(tile, q, work.group, entry, given, scratch, g)
         grad = at(grads.output, (tile.image, tile.query + q, work.group * g.channels + work.channel))
@@ -183,9 +184,9 @@ def _make_dots(
     tile: Any, work: Any, maps: Any, given: Any, grads: Any, scratch: Any, tables: Any, g: Any, p: Any
 ) -> None:
     """Eq. 3 and 4, and of them eq. 6."""
-    runs, corners_of_group = groups_of(work.groups, tile, given, g), p.row << len(p.axes)
-    apart = g.samples << len(p.axes) if tile.groups == work.groups else corners_of_group
-    for q in range(tile.queries):
+    runs = queries_of(tile, given, g) if work.apart else groups_of(work.groups, tile, given, g)
+    apart = (g.samples if tile.groups == work.groups else p.row) << len(p.axes)
+    for q in range(1 if work.apart else tile.queries):
         count, entry = count_of(tile, q, scratch, g, p), entry_of(tile, q, 0, scratch, g, p)
         corners = corners_of(entry, _channel_of(work, g), tile, maps, scratch, p)
         dots = at(scratch.dots, (tile.thread, entry << len(p.axes)))

@@ -22,6 +22,7 @@ from pydeform.cpu.gather.places import (
     locate,
     make_weights,
     maps_of,
+    queries_of,
     weights_of,
 )
 
@@ -81,8 +82,8 @@ def _do(thread: int, work: Any, given: Any, output: Any, scratch: Any, tables: A
 
 @inline
 def _sum_tile(tile: Any, work: Any, given: Any, output: Any, scratch: Any, g: Any, p: Any) -> None:
-    runs = groups_of(work.groups, tile, given, g)
-    for query in range(tile.queries):
+    runs = queries_of(tile, given, g) if p.apart else groups_of(work.groups, tile, given, g)
+    for query in range(1 if p.apart else tile.queries):
         count, entry = count_of(tile, query, scratch, g, p), entry_of(tile, query, 0, scratch, g, p)
         weights = weights_of(tile, query, tile.group, entry, given, scratch, g)
         corners = corners_of(entry, 0, tile, work.value, scratch, p)

@@ -126,6 +126,13 @@ def clear_nothing(thread: int, scratch: Any) -> None:
 
 
 @inline_always
+def queries_of(tile: Any, given: Any, g: Any) -> Runs:
+    """How the queries of a tile with one group follow one another."""
+    weights = g.weight_steps[1] if given.reference is None else g.samples
+    return Runs(tile.queries, g.samples, 0, g.groups * g.channels, weights)
+
+
+@inline_always
 def copy(source: Any, target: Any, count: int) -> None:
     for i in range(count):
         target[i] = source[i]

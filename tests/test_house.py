@@ -140,6 +140,14 @@ def test_extras():
     assert "pydeform-operators[demo,test]" in config["options.extras_require"]["dev"]
 
 
+def test_compilers_install_beside_the_package_index_own_torch():
+    """Its wheel for Linux pins NVRTC. Where a wheel without CUDA lies nearer, pip never finds out."""
+    config = configparser.RawConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", config["options.extras_require"]["dev"], re.MULTILINE))
+    assert (pins["torch"], pins["nvidia-cuda-nvrtc"]) == ("2.13.0", "13.0.88")  # those two go together
+
+
 def test_package_data_is_there():
     package = Path(pydeform.__file__).parent
     assert (package / "py.typed").is_file()

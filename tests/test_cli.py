@@ -221,8 +221,9 @@ def test_output_that_nobody_reads(arguments, unbuffered):
         env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
     )
     os.close(writer)
-    argparse_said_nothing = unbuffered and arguments != ["info"]
-    assert (done.returncode, done.stderr) == (0 if argparse_said_nothing else 1, "")
+    assert not done.stderr
+    if not (unbuffered and arguments != ["info"]):  # argparse of some Pythons passes over what it cannot print
+        assert done.returncode == 1
 
 
 def test_a_file_gets_few_lines_and_a_terminal_a_bar(monkeypatch, capsys):

@@ -123,8 +123,16 @@ def test_sums(width, dtype, problem):
     close(out[1:-1], problem.weights[problem.numbers, 0].astype(float) @ problem.samples(), dtype)
 
 
-RUNS = pytest.mark.parametrize("axes, listed, channels", [((), False, 5), ((0, 0), False, 19), ((0, 0), True, 50)])
-STEPS = pytest.mark.parametrize("entries, pixels", [(0, True), (5, True), (5, False)])
+# Two runs, of the same samples or of others, in channels of their own or in the same.
+RUNS = pytest.mark.parametrize(
+    "axes, listed, channels, entries, pixels",
+    [
+        (axes, False, channels, entries, pixels)
+        for axes, channels in (((), 5), ((0, 0), 19), ((0, 0), 50), ((0, 0), 64))
+        for entries, pixels in ((0, True), (5, True), (5, False))
+    ]
+    + [((0, 0), True, 50, 0, True)],  # samples are left out where all runs share them
+)
 
 
 class TwoRuns:
@@ -140,49 +148,39 @@ class TwoRuns:
         self.numbers = [problem.numbers[entries * run : entries * run + 3] for run in range(2)]
         self.weights = [problem.weights[problem.numbers[:3], run].astype(float) for run in range(2)]
 
-
-def skip_unless_shared(listed, entries):
-    if listed and entries:
-        pytest.skip("samples are left out where all runs share them")
+    def terms(self):
+        """(run, pixel, weight times share) of each corner of each sample."""
+        for run in range(2):
+            for weight, s in zip(self.weights[run], self.numbers[run], strict=True):
+                for k in range(self.problem.corners):
+                    yield run, self.problem.pixels[k, s], weight * float(self.problem.shares[k, s])
 
 
 @RUNS
-@STEPS
 def test_sums_of_runs(width, dtype, axes, listed, channels, entries, pixels):
-    skip_unless_shared(listed, entries)
     two = TwoRuns(dtype, axes, listed, channels, entries, pixels)
     problem, out = two.problem, np.full(2 * channels + 2, 7, dtype)
+    want = np.zeros(2 * channels + 2)
+    for run, pixel, scale in two.terms():
+        want[two.results[run]] += scale * problem.image[pixel, two.pixels[run]].astype(float)
     runs(width)[0](out, problem.weights, *two.arguments)
     assert out[0] == out[-1] == 7
-    for run in range(2):
-        want = np.zeros(channels)
-        for weight, s in zip(two.weights[run], two.numbers[run], strict=True):
-            for k in range(problem.corners):
-                pixel = problem.image[problem.pixels[k, s], two.pixels[run]].astype(float)
-                want += weight * float(problem.shares[k, s]) * pixel
-        close(out[two.results[run]], want, dtype)
+    close(out[1:-1], want[1:-1], dtype)
 
 
 @RUNS
-@STEPS
 def test_scattered_sums_of_runs(width, dtype, axes, listed, channels, entries, pixels):
-    skip_unless_shared(listed, entries)
     two = TwoRuns(dtype, axes, listed, channels, entries, pixels)
     problem, grad = two.problem, np.arange(2 * channels + 2).astype(dtype) % 5 - 2
     want = problem.image.astype(float)
-    for run in range(2):
-        for weight, s in zip(two.weights[run], two.numbers[run], strict=True):
-            for k in range(problem.corners):
-                scale = weight * float(problem.shares[k, s])
-                want[problem.pixels[k, s], two.pixels[run]] += scale * grad[two.results[run]]
+    for run, pixel, scale in two.terms():
+        want[pixel, two.pixels[run]] += scale * grad[two.results[run]]
     runs(width)[1](grad, problem.weights, *two.arguments)
     close(problem.image, want, dtype)
 
 
 @RUNS
-@STEPS
 def test_dots_of_runs(width, dtype, axes, listed, channels, entries, pixels):
-    skip_unless_shared(listed, entries)
     two = TwoRuns(dtype, axes, listed, channels, entries, pixels)
     problem, grad = two.problem, np.arange(2 * channels + 2).astype(dtype) % 5 - 2
     out = np.full((2, 3 * problem.corners), np.nan, dtype)

@@ -123,7 +123,7 @@ def _do(thread: int, work: Any, given: Any, grads: Any, scratch: Any, tables: An
             _fetch_gradients(tile, work.dots, grads, g, p)
         locate(tile, maps, given, scratch, tables, g, p)
         if given.reference is not None:
-            make_weights(tile, given, scratch, g)
+            make_weights(tile, given, scratch, g, p)
         if work.scatters:
             _scatter(tile, work, grad, given, grads, scratch, g, p)
         if work.dots:
@@ -153,7 +153,7 @@ def _set_apart(thread: int, work: Any, given: Any, scratch: Any, g: Any, p: Any)
 def _bring_back(thread: int, work: Any, grads: Any, scratch: Any, g: Any, p: Any) -> None:
     for pixel in range(g.pixels):
         target = at(grads.value, (work.image, pixel, work.group * g.channels))
-        copy(at(scratch.maps, (thread, 1, pixel * p.block)), target, work.groups * g.channels)
+        copy(at(scratch.maps, (thread, 1, pixel * p.block)), target, g.channels)
 
 
 @inline_always

@@ -76,7 +76,7 @@ def _do(thread: int, work: Any, given: Any, output: Any, scratch: Any, tables: A
             fetch_next(tile, given, g, p)
         locate(tile, work.maps, given, scratch, tables, g, p)
         if given.reference is not None:
-            make_weights(tile, given, scratch, g)
+            make_weights(tile, given, scratch, g, p)
         _sum_tile(tile, work, given, output, scratch, g, p)
 
 

@@ -317,14 +317,13 @@ def _nearest(p: Any, size: Any, integer: Any, real: Any) -> Any:
 
 
 @inline
-def make_weights(tile: Any, given: Any, scratch: Any, g: Any) -> None:
+def make_weights(tile: Any, given: Any, scratch: Any, g: Any, p: Any) -> None:
     """Eq. 6: the softmax over the samples of each query and group."""
     weights = at(scratch.weights, (tile.thread, 0))
     for q in range(tile.queries):
         for group in range(tile.groups):
-            place = (tile.query + q) * g.weight_steps[1] + (tile.group + group) * g.weight_steps[2]
-            logits = at(given.weights, (tile.image, place))
-            target = advance(weights, (q * tile.groups + group) * g.samples)
+            logits = at(given.weights, (tile.image, place_of_weights(tile.query + q, tile.group + group, g)))
+            target = advance(weights, entry_of(tile, q, group, scratch, g, p))
             largest = logits[0]
             for s in range(1, g.samples):
                 if logits[s] > largest or logits[s] != logits[s]:

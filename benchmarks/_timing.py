@@ -73,7 +73,7 @@ def time_problems(about: str | None, name: str, bench: timing.Problems, *, may_f
     A whole run goes to benchmarks/results/<device>/<name>.json. `may_force_avx2`: all peers let themselves be told.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", default=",".join(bench.known), type=bench.named)
+    parser.add_argument("--problems", default=",".join(bench.known), type=timing.names_among("problems", bench.known))
     parser.add_argument("--threads", default="1,2", help="numbers of threads to measure with")
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9, and the most threads only")
     if may_force_avx2:

@@ -107,7 +107,7 @@ def compilation() -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(bench.SHAPES), type=bench.shape_names)
+    parser.add_argument("--shapes", default=",".join(bench.SHAPES), type=timing.names_among("shapes", bench.SHAPES))
     parser.add_argument("--threads", default="1,2", help="numbers of threads to measure speed with")
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 7, and the most threads only")
     parser.add_argument(

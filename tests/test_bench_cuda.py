@@ -99,7 +99,7 @@ def machine(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.ops", vision)
-    monkeypatch.setattr(bench, "_installed", lambda module: True)
+    monkeypatch.setattr(bench, "installed", lambda module: True)
     monkeypatch.setattr(cuda_timing, "one_stream", nullcontext)
     monkeypatch.setattr(cuda_timing, "smi", lambda: {"clocks.sm": "1980 MHz"})
     monkeypatch.setattr(cuda_timing, "BLOCK", 0.0)
@@ -131,7 +131,7 @@ def pooling(machine, monkeypatch):
         return full(operator, 4, channels, sizes[size], outputs, classes, **options)
 
     monkeypatch.setattr(roi, "_problem", small)
-    monkeypatch.setattr(cuda_roi, "_installed", lambda module: True)
+    monkeypatch.setattr(cuda_roi, "installed", lambda module: True)
     return vision
 
 
@@ -307,11 +307,11 @@ def test_a_pooling_that_is_wrong_in_16_bits_is_told(pooling, monkeypatch):
 
 
 def test_pooling_without_peers(pooling, monkeypatch):
-    monkeypatch.setattr(cuda_roi, "_installed", lambda module: module == "torch")
+    monkeypatch.setattr(cuda_roi, "installed", lambda module: module == "torch")
     found = cuda_roi.run(("align",), ("float16", "float32"), 60)["align"]
     assert found["float16"]["compared with"] == "ourselves in float32" and found["float32"]["compared with"] == ""
     assert set(found["float16"]["forward"]) == {"pydeform"} and found["float16"]["no torchvision"] == "not installed"
-    monkeypatch.setattr(cuda_roi, "_installed", lambda module: False)
+    monkeypatch.setattr(cuda_roi, "installed", lambda module: False)
     found = cuda_roi.run(("align",), ("float16",), 60)
     assert found["align"]["float16"]["difference"] == {} and cuda_roi.wrong(found) == []
     assert cuda_roi.report(found, "backward").splitlines()[1].split()[4:8] == ["-"] * 4

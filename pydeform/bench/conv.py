@@ -14,7 +14,6 @@ import importlib
 import itertools
 import math
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +22,8 @@ import numpy as np
 import pydeform
 from pydeform._program import without_traceback
 from pydeform.bench import timing
-from pydeform.bench.deform_conv2d import blas_calls, fastest, installed
+from pydeform.bench.deform_conv2d import blas_calls, fastest
+from pydeform.bench.timing import installed
 
 # Of the largest output: grid_sample's coordinates are parts of an image, and lose more the longer an axis is.
 DIFFERENCE = 1e-3
@@ -139,13 +139,7 @@ def product_calls(p: Problem, threads: int) -> dict[str, Call]:
 
 def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
     p = problem(SHAPES[name])
-    time.sleep(timing.PAUSE)
-    result: dict[str, Any] = {"what": p.shape.what(), "busy elsewhere": timing.busy_elsewhere()}
-
-    def progress(text: str) -> None:
-        timing.show_progress(f"{name}, threads {threads}: {text}")
-
-    progress("setting up")
+    result, progress = timing.begun(name, p.shape.what(), threads)
     calls: dict[str, Call] = {"pydeform": p.forward, "pydeform training": p.training}
     if installed("torch"):
         calls["grid_sample"] = grid_sample_call(p, threads)

@@ -19,7 +19,6 @@ import importlib.util
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ import pydeform
 from pydeform.bench import cuda_timing, timing
 from pydeform.bench.cuda_timing import Call
 from pydeform.bench.deform_conv2d import TAPS, Problem, Shape, problem
+from pydeform.bench.timing import installed, names_among
 
 SHAPES = {
     "G1": Shape(16, 256, 56, 56, 1, 1, True),
@@ -163,9 +163,9 @@ def products(p: Problem) -> dict[str, Call]:
 def peers(problems: Sequence[Problem], dtype: str) -> dict[str, dict[str, Call]]:
     """Those that are installed; torchvision has no bfloat16."""
     found: dict[str, dict[str, Call]] = {}
-    if _installed("torchvision") and dtype != "bfloat16":
+    if installed("torchvision") and dtype != "bfloat16":
         found["torchvision"] = recorded(torchvision_call, problems, NAMES)
-    if _installed("torch"):
+    if installed("torch"):
         found["dense"] = recorded(dense_call, problems, ("input", "weight", "bias"))
         found["products"] = products(problems[0])
     return found
@@ -179,13 +179,9 @@ def candidates(problems: Sequence[Problem], dtype: str) -> dict[str, dict[str, C
     return calls
 
 
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 def set_precision(dtype: str) -> None:
     """What torch may do with float32."""
-    if _installed("torch"):
+    if installed("torch"):
         torch = importlib.import_module("torch")
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = dtype == "tf32"
@@ -197,7 +193,7 @@ def differences(p: Problem, dtype: str) -> dict[str, float]:
 
     torchvision computes coordinates in the arrays' dtype: in float16 it samples somewhere else on a large image.
     """
-    if not _installed("torchvision"):
+    if not installed("torchvision"):
         return {}
     wide = "float64" if dtype == "float64" else "float32"
     widened = Problem(p.shape, *(None if a is None else a.astype(wide) for a in p[1:]))
@@ -241,28 +237,8 @@ def run(
     keep: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """shape -> dtype -> measurements, until the time is over; `keep` gets what there is after each of them."""
-    cupy = importlib.import_module("cupy")
-    cache = int(cupy.cuda.Device().attributes["L2CacheSize"])
-    begin = time.monotonic()
-    results: dict[str, Any] = {}
-    with cuda_timing.one_stream():
-        for dtype in dtypes:
-            for name in shapes:
-                if dtype == "float64" and name not in SMALL:
-                    continue
-                if time.monotonic() - begin > seconds:
-                    print(f"{name} {dtype}: no time left", file=sys.stderr)
-                    continue
-
-                def progress(text: str, where: str = f"{name} {dtype}") -> None:
-                    timing.show_progress(f"{where}, {text}")
-
-                results.setdefault(name, {})[dtype] = measure(name, dtype, cache, progress)
-                cupy.get_default_memory_pool().free_all_blocks()
-                if keep is not None:
-                    keep(results)
-    timing.show_progress("")
-    return results
+    pairs = ((name, dtype) for dtype in dtypes for name in shapes if dtype != "float64" or name in SMALL)
+    return cuda_timing.measured(pairs, measure, seconds, keep)
 
 
 def wrong(results: dict[str, Any]) -> list[str]:
@@ -299,22 +275,9 @@ def report(results: dict[str, Any], what: str) -> str:
     return timing.table(header, rows)
 
 
-def names_among(allowed: Sequence[str], what: str) -> Callable[[str], list[str]]:
-    """For argparse: "a,b" -> ["a", "b"], all of them allowed."""
-
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in allowed:
-                raise argparse.ArgumentTypeError(f"{what} must be among {','.join(allowed)}, got {name!r}")
-        return names
-
-    return parse
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", default=",".join(SHAPES), type=names_among(list(SHAPES), "shapes"))
-    parser.add_argument("--dtypes", default=",".join(DTYPES), type=names_among(DTYPES, "dtypes"))
+    parser.add_argument("--shapes", default=",".join(SHAPES), type=names_among("shapes", SHAPES))
+    parser.add_argument("--dtypes", default=",".join(DTYPES), type=names_among("dtypes", DTYPES))
     parser.add_argument("--seconds", type=float, default=180, help="begin no measurement after this time")
 
 

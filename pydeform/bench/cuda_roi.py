@@ -14,20 +14,21 @@ it is timed: with torchvision in float32, or else, in 16 bits, with ourselves in
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import itertools
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydeform.bench import cuda_timing, roi, timing
-from pydeform.bench.cuda_deform_conv2d import names_among, on_device, tensor
+from pydeform.bench.cuda_deform_conv2d import on_device, tensor
 from pydeform.bench.cuda_timing import Call
 from pydeform.bench.roi import Problem
+from pydeform.bench.timing import installed, names_among
 
 PROBLEMS = {  # in the order of their worth
     "parts": "deform_psroi_pool: 512 boxes on 256x38x50, one group, 7x7 bins of 4x4 points",
@@ -51,6 +52,7 @@ OFF_BORDERS = 0.999
 
 
 # Arrays --------------------------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=1)
 def problem(name: str) -> Problem:
     """One of the CPU benchmark's, or made of the arrays of those."""
     if name == "ps_align":
@@ -100,7 +102,7 @@ def torchvisions(problems: Sequence[Problem]) -> tuple[dict[str, Call], str]:
     """Forward and backward, or none and the reason why. The backward's graph is recorded once for each copy."""
     if problems[0].operator not in SHARED:
         return {}, "no such operator"
-    if not (_installed("torch") and _installed("torchvision")):
+    if not (installed("torch") and installed("torchvision")):
         return {}, "not installed"
     torch, ops = importlib.import_module("torch"), importlib.import_module("torchvision.ops")
     inputs = [tensor(p.arrays["input"]).detach().requires_grad_() for p in problems]
@@ -129,10 +131,6 @@ def torchvisions(problems: Sequence[Problem]) -> tuple[dict[str, Call], str]:
     return {"forward": rotating(forward, many), "backward": rotating(backward, many)}, ""
 
 
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 # Values --------------------------------------------------------------------------------------------------------------
 def solved(p: Problem) -> dict[str, Any]:
     """Our output and every gradient."""
@@ -144,7 +142,7 @@ def differences(p: Problem, dtype: str) -> tuple[str, dict[str, float]]:
 
     On the same numbers in float32: in 16 bits torchvision rounds coordinates too, and samples somewhere else.
     """
-    if not _installed("torch"):
+    if not installed("torch"):
         return "", {}
     wide = mapped(p, lambda array: array.astype("float32"))
     theirs, _ = torchvisions([wide])
@@ -168,9 +166,9 @@ def _difference(array: Any, expected: Any) -> float:
 
 
 # Together ------------------------------------------------------------------------------------------------------------
-def measure(given: Problem, dtype: str, cache: int, progress: Callable[[str], None]) -> dict[str, Any]:
+def measure(name: str, dtype: str, cache: int, progress: Callable[[str], None]) -> dict[str, Any]:
     progress("setting up")
-    p = mapped(given, lambda array: on_device(array, dtype))
+    p = mapped(problem(name), lambda array: on_device(array, dtype))
     peer, found = differences(p, dtype)
     many = copies(p, cache)
     theirs, reason = torchvisions(many)
@@ -199,28 +197,8 @@ def run(
     keep: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """problem -> dtype -> measurements, until the time is over; `keep` gets what there is after each of them."""
-    cupy = importlib.import_module("cupy")
-    cache = int(cupy.cuda.Device().attributes["L2CacheSize"])
-    begin = time.monotonic()
-    results: dict[str, Any] = {}
-    with cuda_timing.one_stream():
-        for name in problems:
-            given: Problem | None = None
-            for dtype in dtypes:
-                if time.monotonic() - begin > seconds:
-                    print(f"{name} {dtype}: no time left", file=sys.stderr)
-                    continue
-                given = given or problem(name)
-
-                def progress(text: str, where: str = f"{name} {dtype}") -> None:
-                    timing.show_progress(f"{where}, {text}")
-
-                results.setdefault(name, {})[dtype] = measure(given, dtype, cache, progress)
-                cupy.get_default_memory_pool().free_all_blocks()
-                if keep is not None:
-                    keep(results)
-    timing.show_progress("")
-    return results
+    pairs = ((name, dtype) for name in problems for dtype in dtypes)
+    return cuda_timing.measured(pairs, measure, seconds, keep)
 
 
 def wrong(results: dict[str, Any]) -> list[str]:
@@ -266,8 +244,8 @@ def report(results: dict[str, Any], what: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--problems", default=",".join(PROBLEMS), type=names_among(list(PROBLEMS), "problems"))
-    parser.add_argument("--dtypes", default=",".join(DTYPES), type=names_among(DTYPES, "dtypes"))
+    parser.add_argument("--problems", default=",".join(PROBLEMS), type=names_among("problems", PROBLEMS))
+    parser.add_argument("--dtypes", default=",".join(DTYPES), type=names_among("dtypes", DTYPES))
     parser.add_argument("--seconds", type=float, default=60, help="begin no measurement after this time")
 
 

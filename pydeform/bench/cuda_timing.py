@@ -10,12 +10,15 @@ import importlib
 import importlib.util
 import itertools
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from pydeform.bench import timing
 
 ROUNDS = 3
 BLOCK = 0.03  # seconds of the device in one block
@@ -113,6 +116,35 @@ def one_stream() -> Iterator[None]:
     on_stream = importlib.import_module("pydeform.cuda.core.dlpack").on_stream
     with torch.cuda.stream(stream), on_stream(stream.device_index, stream.cuda_stream):
         yield
+
+
+def measured(
+    pairs: Iterable[tuple[str, str]],
+    measure: Callable[[str, str, int, Callable[[str], None]], dict[str, Any]],
+    seconds: float,
+    keep: Callable[[dict[str, Any]], object] | None = None,
+) -> dict[str, Any]:
+    """problem -> dtype -> what `measure` finds for that pair with the second-level cache's bytes, until the time is
+    over; `keep` gets what there is after each of them."""
+    cupy = importlib.import_module("cupy")
+    cache = int(cupy.cuda.Device().attributes["L2CacheSize"])
+    begin = time.monotonic()
+    results: dict[str, Any] = {}
+    with one_stream():
+        for name, dtype in pairs:
+            if time.monotonic() - begin > seconds:
+                print(f"{name} {dtype}: no time left", file=sys.stderr)
+                continue
+
+            def progress(text: str, where: str = f"{name} {dtype}") -> None:
+                timing.show_progress(f"{where}, {text}")
+
+            results.setdefault(name, {})[dtype] = measure(name, dtype, cache, progress)
+            cupy.get_default_memory_pool().free_all_blocks()
+            if keep is not None:
+                keep(results)
+    timing.show_progress("")
+    return results
 
 
 def environment() -> dict[str, Any]:

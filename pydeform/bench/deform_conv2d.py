@@ -25,6 +25,7 @@ import numpy as np
 import pydeform
 from pydeform._program import count, without_traceback
 from pydeform.bench import timing
+from pydeform.bench.timing import installed
 
 
 class Shape(NamedTuple):
@@ -235,10 +236,6 @@ def _sgemm(sgemm: Any, a: Any, b: Any, out: Any) -> None:
     sgemm(1.0, a.T if trans_a else a, b.T if trans_b else b, 0.0, out, trans_a, trans_b, overwrite_c=1)
 
 
-def installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 def forward_candidates(p: Problem, threads: int) -> dict[str, Callable[[], Any]]:
     half = in_bfloat16(p)
     calls: dict[str, Callable[[], Any]] = {
@@ -336,7 +333,7 @@ def report(results: dict[str, Any], what: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pydeform.bench.deform_conv2d")
     parser.add_argument("--threads", type=count, default=pydeform.get_num_threads())
-    parser.add_argument("--shapes", default=",".join(SHAPES), type=shape_names)
+    parser.add_argument("--shapes", default=",".join(SHAPES), type=timing.names_among("shapes", SHAPES))
     parser.add_argument("--rounds", type=count, default=7)
     parser.add_argument("--no-runtimes", action="store_true", help="without OpenVINO, onnxruntime and bfloat16")
     options = parser.parse_args(argv)
@@ -345,10 +342,6 @@ def main(argv: list[str] | None = None) -> int:
     timing.show_progress("")
     print(json.dumps(results))
     return 0
-
-
-def shape_names(text: str) -> list[str]:
-    return timing.names_among("shapes", SHAPES, text)
 
 
 def run(threads: int, shapes: list[str], rounds: int, runtimes: bool = True) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import importlib
 import itertools
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ import numpy as np
 import pydeform
 from pydeform._program import without_traceback
 from pydeform.bench import timing
-from pydeform.bench.deform_conv2d import installed
+from pydeform.bench.timing import installed
 
 DIFFERENCE = 1e-3  # of the largest output
 Call = Callable[[], Any]
@@ -313,13 +312,7 @@ def reading_call(p: Problem) -> Call:
 
 def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
     p = problem(SHAPES[name])
-    time.sleep(timing.PAUSE)
-    result: dict[str, Any] = {"what": p.shape.what(), "busy elsewhere": timing.busy_elsewhere()}
-
-    def progress(text: str) -> None:
-        timing.show_progress(f"{name}, threads {threads}: {text}")
-
-    progress("setting up")
+    result, progress = timing.begun(name, p.shape.what(), threads)
     others: dict[str, Call] = {"loop": loop_call(p)} if isinstance(p.shape, Attention) and threads == 1 else {}
     if installed("torch"):
         others["grid_sample"] = grid_sample_call(p, threads)

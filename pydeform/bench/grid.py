@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 import pydeform
 from pydeform._program import without_traceback
 from pydeform.bench import timing
-from pydeform.bench.deform_conv2d import installed
+from pydeform.bench.timing import installed
 
 DIFFERENCE = 1e-3  # of the largest output
 Call = Callable[[], Any]
@@ -93,13 +92,7 @@ def torch_calls(p: Problem, threads: int) -> dict[str, Call]:
 
 def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
     p = problem(SHAPES[name])
-    time.sleep(timing.PAUSE)
-    result: dict[str, Any] = {"what": p.shape.what(), "busy elsewhere": timing.busy_elsewhere()}
-
-    def progress(text: str) -> None:
-        timing.show_progress(f"{name}, threads {threads}: {text}")
-
-    progress("setting up")
+    result, progress = timing.begun(name, p.shape.what(), threads)
     others = torch_calls(p, threads) if installed("torch") else {}
     ours, grads = p.training()
     if others:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import numpy as np
 import pydeform
 from pydeform._program import without_traceback
 from pydeform.bench import timing
+from pydeform.bench.timing import installed
 
 PEERS = ("onnxruntime", "openvino", "torchvision")
 BINS = 7
@@ -87,10 +87,6 @@ PROBLEMS = {
     "R-FCN by class": "the same with an offset for each of 21 classes",
     "parts": "deform_psroi_pool: 512 boxes on 256x38x50, one group, 7x7 bins, 256 outputs, 4x4 points a bin",
 }
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def with_group_for_each_bin(p: Problem) -> Problem:
@@ -181,11 +177,11 @@ def torchvision_calls(p: Problem, threads: int) -> dict[str, Call]:
 def peers(p: Problem, threads: int) -> dict[str, Call]:
     plain = p.operator in ("roi_align", "roi_pool")
     calls: dict[str, Call] = {}
-    if plain and _installed("onnxruntime") and _installed("onnx"):
+    if plain and installed("onnxruntime") and installed("onnx"):
         calls["onnxruntime"] = onnxruntime_forward(p, threads)
-    if p.operator != "roi_pool" and _installed("openvino"):
+    if p.operator != "roi_pool" and installed("openvino"):
         calls["openvino"] = openvino_forward(p, threads)
-    if plain and _installed("torchvision"):
+    if plain and installed("torchvision"):
         calls |= torchvision_calls(p, threads)
     return calls
 
@@ -204,19 +200,13 @@ def check(p: Problem, calls: dict[str, Call], name: str) -> dict[str, float]:
 
 def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
     p = problem(name)
-    time.sleep(timing.PAUSE)
-    busy = timing.busy_elsewhere()
+    result, progress = timing.begun(name, PROBLEMS[name], threads)
     theirs = with_group_for_each_bin(p) if name == "parts" else p
-
-    def progress(text: str) -> None:
-        timing.show_progress(f"{name}, threads {threads}: {text}")
-
-    progress("setting up")
     calls = peers(theirs, threads)
-    difference = check(theirs, calls, name)
+    result["largest difference"] = check(theirs, calls, name)
     calls = {"pydeform": p.forward, "pydeform backward": p.backward, **calls}
-    times = {n: t._asdict() for n, t in timing.interleaved(calls, rounds, progress).items()}
-    return {"what": PROBLEMS[name], "busy elsewhere": busy, "largest difference": difference, "times": times}
+    result["times"] = {n: t._asdict() for n, t in timing.interleaved(calls, rounds, progress).items()}
+    return result
 
 
 def ratios(times: dict[str, Any]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -88,6 +89,10 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 def busy_elsewhere(seconds: float = 0.3) -> float | None:
     """How many processors' worth of work others do while we sleep: times taken beside that mean little."""
     before = _processor_ticks()
@@ -97,6 +102,18 @@ def busy_elsewhere(seconds: float = 0.3) -> float | None:
     after = _processor_ticks() or before
     total, idle = (now - then for now, then in zip(after, before, strict=True))
     return (1 - idle / total) * (os.cpu_count() or 1) if total else 0.0
+
+
+def begun(name: str, what: str, threads: int) -> tuple[dict[str, Any], Callable[[str], None]]:
+    """What a measurement's result begins with, looked at while nothing of ours runs; what tells how far it has come."""
+    time.sleep(PAUSE)
+    result = {"what": what, "busy elsewhere": busy_elsewhere()}
+
+    def progress(text: str) -> None:
+        show_progress(f"{name}, threads {threads}: {text}")
+
+    progress("setting up")
+    return result, progress
 
 
 def _processor_ticks() -> tuple[int, int] | None:
@@ -188,7 +205,7 @@ class Problems(NamedTuple):
         """Prints one JSON object, name -> what was measured."""
         parser = argparse.ArgumentParser(prog=f"python -m {self.module}")
         parser.add_argument("--threads", type=count, default=get_num_threads())
-        parser.add_argument("--problems", default=",".join(self.known), type=self.named)
+        parser.add_argument("--problems", default=",".join(self.known), type=names_among("problems", self.known))
         parser.add_argument("--rounds", type=count, default=7)
         options = parser.parse_args(argv)
         set_num_threads(options.threads)
@@ -196,9 +213,6 @@ class Problems(NamedTuple):
         show_progress("")
         print(json.dumps(results))
         return 0
-
-    def named(self, text: str) -> list[str]:
-        return names_among("problems", self.known, text)
 
     def run(self, threads: int, names: Iterable[str], rounds: int) -> dict[str, Any]:
         """`main` in a process of its own, all of whose libraries use that many threads."""
@@ -220,10 +234,14 @@ def _milliseconds(t: Mapping[str, float] | None) -> str:
     return f"{t['median'] * 1e3:.3g}/{t['minimum'] * 1e3:.3g}" if t else "-"
 
 
-def names_among(what: str, known: Iterable[str], text: str) -> list[str]:
-    """The names in an option, with commas between them."""
-    names, known = text.split(","), list(known)
-    for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"{what} must be among {','.join(known)}, got {name!r}")
-    return names
+def names_among(what: str, known: Iterable[str]) -> Callable[[str], list[str]]:
+    """For argparse: an option's names, with commas between them, each of them known."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{what} must be among {','.join(known)}, got {name!r}")
+        return names
+
+    return parse

@@ -12,6 +12,7 @@ import ml_dtypes
 import numba
 import numpy as np
 import pytest
+from numba.core.types.functions import BaseFunction
 
 import pydeform
 from pydeform import _geometry
@@ -346,6 +347,35 @@ def test_what_arguments_rule_out_is_not_compiled(monkeypatch):
         assert out[0] == want
     with pytest.raises(numba.TypingError):
         numba.njit(function)(out, np.zeros(5))
+
+
+def test_numba_is_asked_once_what_an_operation_is(monkeypatch):
+    asked = []
+    usual = BaseFunction.get_call_type
+
+    def get_call_type(function, context, args, kws):
+        asked.append((function, args, tuple(kws.items())))
+        return usual(function, context, args, kws)
+
+    monkeypatch.setattr(jit, "cache_directory", lambda: None)
+    monkeypatch.setattr(jit, "_resolved", {})
+    monkeypatch.setattr(BaseFunction, "get_call_type", get_call_type)
+
+    def first(out, a, b):
+        out[0] = (a[0] + b) * (a[1] + b) + a[2] * a[3]
+
+    def second(out, a, b):
+        out[0] = a[0] * a[1] + b
+
+    arguments, out = (np.arange(4.0) + 1, 0.5), np.zeros(1)
+    for function, want in ((first, 1.5 * 2.5 + 12), (second, 2.5)):
+        jit.Kernel(function).prepare("one", (out, *arguments))(out, *arguments)
+        assert out[0] == want
+        assert asked and len(asked) == len(set(asked))
+        assert BaseFunction.get_call_type is get_call_type
+    with pytest.raises(numba.TypingError):
+        jit.Kernel(lambda out: out + "text").prepare("one", (np.zeros(1),))
+    assert BaseFunction.get_call_type is get_call_type
 
 
 @pytest.mark.parametrize("was_on", [True, False])

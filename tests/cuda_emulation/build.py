@@ -121,7 +121,8 @@ def kernels(source: str, expressions: Sequence[str], options: Sequence[str], arc
     unit.write_text(text + ENTRIES.format(entries=entries, count=len(expressions)), encoding="utf-8")
     # Names that #line gives begin with ".", the compiler's folder: all others are paths, those of our headers too.
     flags = [f"-fdebug-prefix-map={os.getcwd()}=.", f"-fdebug-prefix-map={HERE}=/emulation"]
-    flags += ["-O1", *COMMON, "-fno-semantic-interposition"]
+    # A kernel runs for a moment, and compiling it takes longer: of the levels that leave out dead reads the quickest.
+    flags += ["-Og", *COMMON, "-fno-semantic-interposition"]
     flags += [*_machine_flags(), *(CHECKED if checked else ())]
     flags += [f"-D__CUDA_ARCH__={architecture.rstrip('af')}0", "-I", str(HERE)]
     if architecture == "90a":

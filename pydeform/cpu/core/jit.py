@@ -21,6 +21,7 @@ from numba.core.lowering import Lower
 from numba.core.typed_passes import NativeLowering, NopythonRewrites
 from numba.core.types import none
 from numba.core.types.containers import BaseNamedTuple
+from numba.core.types.functions import BaseFunction
 from numba.core.typing.typeof import typeof
 from numba.core.untyped_passes import DeadBranchPrune, InlineClosureLikes
 
@@ -219,6 +220,27 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+_resolved: dict[Any, Any] = {}
+
+
+@contextlib.contextmanager
+def _calls_resolved_once() -> Iterator[None]:
+    """What `a + b` is for some types, Numba looks up among dozens of candidates, each time anew: a tenth of the time."""
+    usual = BaseFunction.get_call_type
+
+    def get_call_type(self: Any, context: Any, args: Any, kws: Any) -> Any:
+        key = id(self), len(self.templates), args, tuple(kws.items())
+        if key not in _resolved:
+            _resolved[key] = usual(self, context, args, kws), self  # an id is unique as long as its object lives
+        return _resolved[key][0]
+
+    BaseFunction.get_call_type = get_call_type  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        BaseFunction.get_call_type = usual  # type: ignore[method-assign]
+
+
 class Kernel:
     """An entry point: a Numba function that runs without the GIL, compiled at its first call for a dtype."""
 
@@ -247,8 +269,9 @@ class Kernel:
             self.call._cache = KernelCache(function, folder)
         types = tuple(typeof(argument) for argument in arguments)
         # Under the lock that forks wait for.
-        with global_compiler_lock, _collector_paused(), compiled_once(folder, f"{function.__qualname__} {types}"):
-            self._compiled[key] = self.call.compile(types)
+        with global_compiler_lock, compiled_once(folder, f"{function.__qualname__} {types}"):
+            with _collector_paused(), _calls_resolved_once():
+                self._compiled[key] = self.call.compile(types)
 
     def count_of_compiled(self) -> int:
         """For how many types this process has compiled it, rather than loaded it."""

@@ -225,7 +225,7 @@ _resolved: dict[Any, Any] = {}
 
 @contextlib.contextmanager
 def _calls_resolved_once() -> Iterator[None]:
-    """What `a + b` is for some types, Numba looks up among dozens of candidates, each time anew: a tenth of the time."""
+    """What `a + b` is for some types, Numba looks up among dozens of candidates, always anew: a tenth of the time."""
     usual = BaseFunction.get_call_type
 
     def get_call_type(self: Any, context: Any, args: Any, kws: Any) -> Any:

@@ -229,7 +229,7 @@ def _calls_resolved_once() -> Iterator[None]:
     usual = BaseFunction.get_call_type
 
     def get_call_type(self: Any, context: Any, args: Any, kws: Any) -> Any:
-        key = id(self), len(self.templates), args, tuple(kws.items())
+        key = context, id(self), len(self.templates), args, tuple(kws.items())
         if key not in _resolved:
             _resolved[key] = usual(self, context, args, kws), self  # an id is unique as long as its object lives
         return _resolved[key][0]

@@ -52,7 +52,6 @@ OFF_BORDERS = 0.999
 
 
 # Arrays --------------------------------------------------------------------------------------------------------------
-@functools.lru_cache(maxsize=1)
 def problem(name: str) -> Problem:
     """One of the CPU benchmark's, or made of the arrays of those."""
     if name == "ps_align":
@@ -166,9 +165,9 @@ def _difference(array: Any, expected: Any) -> float:
 
 
 # Together ------------------------------------------------------------------------------------------------------------
-def measure(name: str, dtype: str, cache: int, progress: Callable[[str], None]) -> dict[str, Any]:
+def measure(given: Problem, dtype: str, cache: int, progress: Callable[[str], None]) -> dict[str, Any]:
     progress("setting up")
-    p = mapped(problem(name), lambda array: on_device(array, dtype))
+    p = mapped(given, lambda array: on_device(array, dtype))
     peer, found = differences(p, dtype)
     many = copies(p, cache)
     theirs, reason = torchvisions(many)
@@ -198,7 +197,8 @@ def run(
 ) -> dict[str, Any]:
     """problem -> dtype -> measurements, until the time is over; `keep` gets what there is after each of them."""
     pairs = ((name, dtype) for name in problems for dtype in dtypes)
-    return cuda_timing.measured(pairs, measure, seconds, keep)
+    made = functools.lru_cache(maxsize=1)(problem)  # its dtypes come one after the other
+    return cuda_timing.measured(pairs, lambda name, *rest: measure(made(name), *rest), seconds, keep)
 
 
 def wrong(results: dict[str, Any]) -> list[str]:

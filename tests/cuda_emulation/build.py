@@ -23,6 +23,8 @@ COMMON = (
     "-fno-gnu-unique",
     "-fno-exceptions",
 )
+# A kernel runs for a moment, and compiling it takes longer: of the levels that leave out dead reads the quickest.
+KERNELS = ("-Og", "-fno-semantic-interposition")
 # With the lines that messages name. In DWARF 5, g++ 12 mixes up the file of #line with the file that it reads.
 CHECKED = (
     "-g1",
@@ -87,7 +89,7 @@ def _key(*parts: object) -> str:
 @functools.cache
 def _runtime_key() -> str:
     texts = [(HERE / name).read_text(encoding="utf-8") for name in (*RUNTIME_SOURCES, *HEADERS)]
-    return _key(texts, COMMON, CHECKED, ENTRIES, _machine_flags(), _compiler())
+    return _key(texts, COMMON, KERNELS, CHECKED, ENTRIES, _machine_flags(), _compiler())
 
 
 def _compile(arguments: Sequence[str], target: Path) -> None:
@@ -121,9 +123,7 @@ def kernels(source: str, expressions: Sequence[str], options: Sequence[str], arc
     unit.write_text(text + ENTRIES.format(entries=entries, count=len(expressions)), encoding="utf-8")
     # Names that #line gives begin with ".", the compiler's folder: all others are paths, those of our headers too.
     flags = [f"-fdebug-prefix-map={os.getcwd()}=.", f"-fdebug-prefix-map={HERE}=/emulation"]
-    # A kernel runs for a moment, and compiling it takes longer: of the levels that leave out dead reads the quickest.
-    flags += ["-Og", *COMMON, "-fno-semantic-interposition"]
-    flags += [*_machine_flags(), *(CHECKED if checked else ())]
+    flags += [*COMMON, *KERNELS, *_machine_flags(), *(CHECKED if checked else ())]
     flags += [f"-D__CUDA_ARCH__={architecture.rstrip('af')}0", "-I", str(HERE)]
     if architecture == "90a":
         flags.append("-D__CUDA_ARCH_FEAT_SM90_ALL")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import importlib.util
 import itertools
 import json
 import math

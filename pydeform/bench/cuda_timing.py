@@ -7,7 +7,6 @@ device never waits for the host in between, however short the kernels are.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import itertools
 import subprocess
 import sys
@@ -107,7 +106,7 @@ def waiter() -> Callable[[float], None]:
 @contextmanager
 def one_stream() -> Iterator[None]:
     """Torch and CuPy on one stream that is not the default."""
-    if importlib.util.find_spec("torch") is None:
+    if not timing.installed("torch"):
         with importlib.import_module("cupy").cuda.Stream(non_blocking=True):
             yield
         return

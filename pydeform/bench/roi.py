@@ -13,7 +13,6 @@ that input it is compared with us.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple

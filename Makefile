@@ -19,6 +19,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # What a commit's sample of tests and random problems are drawn from: the same for all who test it.
 COMMIT := $(or $(shell git rev-parse --short=12 HEAD 2>/dev/null),0)
 
+# Tests start some hundred processes, each of which would compile all modules again where this is set.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-all bench fuzz mutants gpu clean
 .DELETE_ON_ERROR:
 

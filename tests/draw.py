@@ -8,6 +8,7 @@ Plain `pytest` runs all of them, and so does `make test-all`.
 from __future__ import annotations
 
 import collections
+import heapq
 import random
 import re
 from collections.abc import Sequence
@@ -24,11 +25,16 @@ def drawn(ids: Sequence[str], seed: str) -> set[int]:
     random.Random(seed).shuffle(order)
     kept = set()
     left = set().union(*values)
+    # By how many each had of those that were left when last counted. It only loses: who still has as many has most.
+    queue = [(-len(values[place]), turn, place) for turn, place in enumerate(order)]
+    heapq.heapify(queue)
     while left:
-        # The one that has most of those that are left; of several the first in the seed's order.
-        most = max(order, key=lambda place: len(values[place] & left))
-        kept.add(most)
-        left -= values[most]
+        counted, turn, most = queue[0]
+        has = len(values[most] & left)
+        if has == -counted:  # of several the first in the seed's order
+            kept.add(most)
+            left -= values[most]
+        heapq.heapreplace(queue, (-len(values[most] & left), turn, most))
     return kept
 
 

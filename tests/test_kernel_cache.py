@@ -17,7 +17,7 @@ import numba
 import numpy as np
 import pytest
 
-from pydeform.cpu.core import kernel_cache
+from pydeform.cpu.core import jit, kernel_cache
 from pydeform.cpu.core.kernel_cache import KernelCache
 from tests.test_cpu_kernels import TINY, run_python
 
@@ -442,7 +442,7 @@ def test_a_missing_or_closed_stderr_stops_nothing(monkeypatch, tmp_path):
 KILLED = """
 import itertools, os, random, signal, sys, time
 from pathlib import Path
-from pydeform.cpu.core import kernel_cache
+from pydeform.cpu.core import jit, kernel_cache
 from tests.test_kernel_cache import kept_in, loaded
 
 folder = Path(sys.argv[1])
@@ -596,3 +596,49 @@ def test_a_compile_is_announced_and_later_processes_load_in_silence(tmp_path):
     assert again.stdout.strip() == "9.0"
     assert [SAID in line or "compiling kernels" in line for line in again.stderr.splitlines()] == [True, True]
     assert {path for path in tmp_path.rglob("*.nbc") if path.stat().st_size > 1000} == set(kept)
+
+
+LOADED = """
+import numpy as np, pydeform
+from numba.core.cpu import CPUContext
+from pydeform.cpu.core import jit
+
+refresh, CPUContext.refresh = CPUContext.refresh, None  # is called by whoever compiles
+x = np.ones((1, 1, 3, 3), np.float32)
+print(pydeform.conv2d(x, x).item())
+CPUContext.refresh = refresh
+
+@jit.Kernel
+def sums(thread, values, output):
+    for value in values:
+        output[0] += value * value
+
+values, output = np.arange(4.0), np.zeros(1)
+sums.prepare("test", (0, values, output))(0, values, output)
+print(output[0])
+"""
+
+
+def test_to_load_a_kernel_sets_up_nothing_of_numbas_compiler():
+    """That takes longer than all the rest of a first call. What compiles afterwards sets it up."""
+    done = run_python(TINY)  # compiles, where nobody has
+    assert done.returncode == 0, done.stderr
+    done = run_python(LOADED)
+    assert (done.returncode, done.stdout) == (0, "9.0\n14.0\n"), done.stderr
+
+
+def test_a_file_has_machine_code_and_names_and_no_text():
+    @jit.Kernel
+    def add_one(thread, values):
+        values[thread] += 1
+
+    values = np.zeros(2)
+    add_one.prepare("test", (0, values))(1, values)
+    (compiled,) = add_one.call.overloads.values()
+    _, kind, (code, names) = compiled.library.serialize_using_object_code()
+    module = llvmlite.binding.parse_bitcode(names)
+    assert kind == "object" and len(code) > len(names)
+    assert not list(module.functions)
+    names = {variable.name for variable in module.global_variables}
+    assert {compiled.fndesc.llvm_func_name, compiled.fndesc.llvm_cpython_wrapper_name} <= names
+    assert values.tolist() == [0, 1]

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import llvmlite.binding.ffi
+import llvmlite.binding
 import numba
 from numba import _dynfunc
 from numba.core import cgutils, ir
@@ -56,6 +56,15 @@ class _KernelCode(JITCodeLibrary):  # type: ignore[misc]
                 if isinstance(library, _PartOfKernels):
                     library._add_called(called)
                 called[library] = None
+
+    def serialize_using_object_code(self) -> tuple[str, str, tuple[bytes, bytes]]:
+        """What is kept on disk: machine code, and the names of its functions. Numba would keep their text too, for
+        functions that call them. No kernel calls another, and to parse the text is most of the time that loading takes.
+        """
+        self._ensure_finalized()
+        defined = [function.name for function in self._final_module.functions if not function.is_declaration]
+        names = llvmlite.binding.parse_assembly("".join(f'@"{name}" = global i8 0\n' for name in defined))
+        return self.name, "object", (self._get_compiled_object(), names.as_bitcode())
 
 
 class _PartOfKernels(_KernelCode):

@@ -149,7 +149,7 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
         self._closure = serialize.dumps([cell.cell_contents for cell in function.__closure__ or ()])
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        target_context.refresh()
+        # Numba would set up its tables first, for a third of a second: only who compiles reads them.
         path, identity = self._entry(sig, target_context.codegen())
         try:
             payload = _read(path, identity)
@@ -162,7 +162,7 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
         if source_digest() != _loaded_sources:  # upgraded while this process runs: others would load it as new
             return
         path, identity = self._entry(sig, compiled.codegen)
-        payload = serialize.dumps(compiled._reduce())
+        payload = serialize.dumps(compiled._replace(type_annotation="")._reduce())  # a long text, for people
         try:
             _write(path, hashlib.sha256(identity + payload).digest() + identity + payload)
         except OSError as error:  # a full disk is no reason to fail

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -351,3 +353,25 @@ def test_what_has_the_type_and_order_is_not_copied():
     turned = a.transpose()
     assert turned.astype(float, copy=False) is turned
     assert turned.astype(float, order="C", copy=False).get().flags.c_contiguous
+
+
+def test_a_source_is_read_once_for_all_its_kernels(monkeypatch, tmp_path):
+    build.runtime()  # stays where it is
+    monkeypatch.setenv("PYDEFORM_EMULATION_CACHE", str(tmp_path))
+    source = "template <int n> __global__ void adds(float* x) { x[0] += n; }"
+
+    def compiled(source, number):
+        return build.kernels(source, (f"adds<{number}>",), ("-std=c++17",), "80", True)
+
+    one = compiled(source, 1)
+    (read,) = tmp_path.glob("*.gch")
+    first = read.stat().st_ino
+    assert compiled(source, 2) != one and [read] == list(tmp_path.glob("*.gch"))
+    assert read.stat().st_ino == first  # the same file
+    compiled(source.replace("+=", "-="), 1)
+    assert len(list(tmp_path.glob("*.gch"))) == 2
+    unused = time.time() - build.UNUSED - 1
+    os.utime(read, (unused, unused))
+    compiled(source.replace("+=", "*="), 1)
+    assert len(list(tmp_path.glob("*.gch"))) == 2 and not read.exists()
+    assert compiled(source, 3).exists() and read.exists()

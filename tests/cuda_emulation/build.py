@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +37,7 @@ CHECKED = (
 )
 PRIMITIVES = "core/primitives.cuh"
 FEATURES = ("avx2", "f16c", "fma")
+UNUSED = 3600  # seconds
 # Ends every translation unit: the kernels that Python may launch, and where the library lies in memory.
 ENTRIES = """
 #line 1 "entries"
@@ -111,6 +114,27 @@ def runtime() -> Path:
     return library
 
 
+def _parsed(source: str, flags: Sequence[str]) -> Path:
+    """A header that g++ has read already, with all that one source's kernels have in common: half of what each takes.
+
+    It is larger than a hundred kernels. So those that nobody has used for an hour are removed.
+    """
+    header = cache_folder() / f"{_key(_runtime_key(), source, flags)}.h"
+    read = header.with_suffix(".h.gch")
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(read)
+        return header
+    for other in cache_folder().glob("*.gch"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - other.stat().st_mtime > UNUSED:
+                other.unlink()
+    aside = header.with_suffix(f".{os.getpid()}")
+    aside.write_text(f'#include "primitives_emulated.h"\n#line 1 "source.cu"\n{source}\n', encoding="utf-8")
+    os.replace(aside, header)
+    _compile([*flags, "-x", "c++-header", str(header)], read)
+    return header
+
+
 def kernels(source: str, expressions: Sequence[str], options: Sequence[str], architecture: str, checked: bool) -> Path:
     """A library with the kernels of `source` that the C++ expressions name, for an architecture such as "90a"."""
     folder = cache_folder()
@@ -119,18 +143,19 @@ def kernels(source: str, expressions: Sequence[str], options: Sequence[str], arc
         return library
     entries = ", ".join(f'entry("{expression}", &::{expression})' for expression in expressions)
     unit = folder / f"{library.stem}.{os.getpid()}.cpp"
-    text = f'#include "primitives_emulated.h"\n#line 1 "source.cu"\n{source}\n'
-    unit.write_text(text + ENTRIES.format(entries=entries, count=len(expressions)), encoding="utf-8")
     # Names that #line gives begin with ".", the compiler's folder: all others are paths, those of our headers too.
     flags = [f"-fdebug-prefix-map={os.getcwd()}=.", f"-fdebug-prefix-map={HERE}=/emulation"]
     flags += [*COMMON, *KERNELS, *_machine_flags(), *(CHECKED if checked else ())]
     flags += [f"-D__CUDA_ARCH__={architecture.rstrip('af')}0", "-I", str(HERE)]
     if architecture == "90a":
         flags.append("-D__CUDA_ARCH_FEAT_SM90_ALL")
+    flags += options
+    text = f'#include "{_parsed(source, flags).name}"' + ENTRIES.format(entries=entries, count=len(expressions))
+    unit.write_text(text, encoding="utf-8")
     try:
         # The sanitizer's option is for the compiler alone: the runtime has the functions that the code calls.
         compiled = unit.with_suffix(".o")
-        _compile([*flags, *options, "-c", str(unit)], compiled)
+        _compile([*flags, "-c", str(unit)], compiled)
         # Without the libraries that the runtime brings anyway: reading them takes most of the time of a link.
         _compile(["-shared", "-nostdlib", str(compiled), str(runtime()), "-lgcc"], library)
         compiled.unlink()

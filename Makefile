@@ -64,6 +64,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
 	  f"pydeform needs Python 3.10 or newer, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip  # that of Python 3.11 takes three times as long to choose versions
 
 # Editable, so that the next edit of a source needs no further install. pip would compile all modules on one core, with
 # the packages' own tests and hundreds of models that nobody imports; some are for other Pythons, and do not compile.

@@ -28,6 +28,11 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: $(VENV)/.installed-demo
 	$(BIN)/pydeform demo
 
+# A core is one worker's of pytest: there several threads of PyTorch or BLAS would only wait for each other. Our own, which
+# NUMBA_NUM_THREADS counts, are what is tested.
+test test-all: export OMP_NUM_THREADS := 1
+test test-all: export NUMBA_NUM_THREADS := $(shell getconf _NPROCESSORS_ONLN)
+
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,12 +69,13 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
 	  f"pydeform needs Python 3.10 or newer, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	@$(PIP) --upgrade pip  # that of Python 3.11 takes three times as long to choose versions
+	@$(PIP) --upgrade pip  # that of Python 3.11 takes 20 seconds longer
 
-# Editable, so that the next edit of a source needs no further install. pip would compile all modules on one core, with
-# the packages' own tests and hundreds of models that nobody imports; some are for other Pythons, and do not compile.
+# Editable, so that the next edit of a source needs no further install; setuptools warns that this mode, which type checkers
+# can follow, may go one day. pip would compile all modules on one core, with the packages' own tests and hundreds of models
+# that nobody imports; some are for other Pythons, and do not compile.
 $(VENV)/.installed-%: setup.cfg pyproject.toml | $(BIN)/python
 	@echo "installing pydeform[$*] into $(VENV) ..."
-	@$(PIP) --no-compile --config-settings editable_mode=compat --editable '.[$*]'
+	@PYTHONWARNINGS=ignore $(PIP) --no-compile --config-settings editable_mode=compat --editable '.[$*]'
 	@$(BIN)/python -m compileall -q -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib > /dev/null || true
 	@touch $@

@@ -53,6 +53,12 @@ HAS_TEN_ARGUMENTS = {"to_channels_last", "block_to_channels_first"}
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 DOCUMENTS = ("README.md", "docs/conventions.md")
 TOUR = "docs/how-it-works.md"
+NAMED_IN_DOCSTRINGS = {
+    *("...", ".npz", ".safetensors", "Axes.quiver", "Figure.subplots", "data.pkl", "jax.ffi.include_dir()"),
+    *("jax.ffi.pycapsule", "mask_fc", "math.prod", "no_trans", "numpy.memmap", "offset_fc", "onnx.inliner"),
+    *("pydeform.NAME", "pydeform.jax.NAME", "scipy.ndimage.map_coordinates", "threadpoolctl.threadpool_limits"),
+    *("of_width", "patience", "previous", "tile_size", "to_dlpack"),
+}
 MOST_LINES_ON_CUDA = 120  # of a function
 BEFORE_NAME = re.compile(  # of a CUDA function, in brackets
     r"__launch_bounds__\(.*?\)(?=\s*\w+\()|\btemplate\s*<.*?>\s*(?=__|PYD|static|const)", re.DOTALL
@@ -346,6 +352,14 @@ def test_tour_names_what_is_there():
     drawn = "```\n  drawn_nowhere()  -> locate_tap()\n```\n"
     known = "`locate_tap` `cpu/conv/plan.py` `conv.cu` `parallel.run()` `x is None`"
     assert not_there(f"{drawn}{known} " + " ".join(f"`{name}`" for name in wrong)) == wrong | {"drawn_nowhere()"}
+
+
+def test_docstrings_name_what_is_there():
+    """Or what others have, or a name that is not written as a definition."""
+    modules = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "pydeform").rglob("*.py")]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for module in modules for node in ast.walk(module) if isinstance(node, documented)]
+    assert not_there("\n".join(ast.get_docstring(node) or "" for node in nodes)) == NAMED_IN_DOCSTRINGS
 
 
 def test_a_wheel_has_every_file_of_the_package():

@@ -388,13 +388,15 @@ while interrupts < 500:
     except Interrupt:
         interrupts += 1
 assert len(parallel._helpers) == 1 and all_are_free()
-before = parallel._helpers[0].place[parallel._DONE]
-for _ in range(100):
+(helper,) = parallel._helpers
+calls, before = 0, int(helper.place[parallel._DONE])
+while calls < 100 or helper.place[parallel._DONE] == before:  # on a busy machine it may miss a hundred
     assert_same_results(solve(PROBLEMS[0], "float32"), want)
-print(int(parallel._helpers[0].place[parallel._DONE] - before) > 0)
+    calls += 1
+print("it helps")
 """
     done = run_python(code)
-    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "it helps\n"), done.stderr
 
 
 def test_one_thread_where_kernels_may_raise(monkeypatch, no_helpers):

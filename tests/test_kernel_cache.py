@@ -442,7 +442,7 @@ def test_a_missing_or_closed_stderr_stops_nothing(monkeypatch, tmp_path):
 KILLED = """
 import itertools, os, random, signal, sys, time
 from pathlib import Path
-from pydeform.cpu.core import jit, kernel_cache
+from pydeform.cpu.core import kernel_cache
 from tests.test_kernel_cache import kept_in, loaded
 
 folder = Path(sys.argv[1])

@@ -20,6 +20,8 @@ def get_num_threads() -> int:
     The first of: the innermost `with num_threads(...)`; what `set_num_threads` or threadpoolctl said; the environment
     variables NUMBA_NUM_THREADS and OMP_NUM_THREADS; the processors of this process.
 
+    Examples
+    --------
     >>> import pydeform
     >>> pydeform.get_num_threads() >= 1
     True
@@ -41,6 +43,8 @@ def get_num_threads() -> int:
 def set_num_threads(count: int) -> None:
     """Let every later call in this process use up to `count` threads. Results stay the same, bit for bit.
 
+    Examples
+    --------
     >>> import pydeform
     >>> before = pydeform.get_num_threads()
     >>> pydeform.set_num_threads(1)
@@ -55,6 +59,8 @@ def set_num_threads(count: int) -> None:
 def num_threads(count: int) -> AbstractContextManager[None]:
     """A context in which calls use up to `count` threads: those of this Python thread or task, nobody else's.
 
+    Examples
+    --------
     >>> import pydeform
     >>> with pydeform.num_threads(1):
     ...     pydeform.get_num_threads()

@@ -20,9 +20,14 @@ def softmax_cross_entropy(logits: Any, labels: Any) -> tuple[float, Any]:
     logits : NumPy or CuPy array (N, classes), float64, float32, float16 or bfloat16
     labels : integer array (N,) of the same kind, each in [0, classes)
 
-    Returns   (loss, grad), grad (N, classes) of the kind and dtype of `logits`; an empty batch has loss 0. Half types
-              are computed in float32, and what overflows there in float64.
+    Returns
+    -------
+    (loss, grad)
+        grad (N, classes) of the kind and dtype of `logits`; an empty batch has loss 0. Half types are computed in
+        float32, and what overflows there in float64.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> loss, grad = softmax_cross_entropy(np.zeros((1, 2)), np.array([1]))
     >>> print(round(loss, 4), grad)
@@ -72,9 +77,14 @@ def smooth_l1(prediction: Any, target: Any, beta: float = 1.0) -> tuple[float, A
     prediction, target : NumPy or CuPy arrays of one shape; the prediction float64, float32, float16 or bfloat16
     beta : where the parabola meets the line; 0 is the absolute difference
 
-    Returns   (loss, grad), grad of the kind, shape and dtype of `prediction`; empty arrays have loss 0. Half types are
-              computed in float32, and what overflows there in float64.
+    Returns
+    -------
+    (loss, grad)
+        grad of the kind, shape and dtype of `prediction`; empty arrays have loss 0. Half types are computed in float32,
+        and what overflows there in float64.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> loss, grad = smooth_l1(np.array([0.5, 3.0]), np.zeros(2))
     >>> print(loss, grad)

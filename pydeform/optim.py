@@ -151,6 +151,8 @@ class SGD(Optimiser):
         no parameter is a ValueError
     clip : when not None, all gradients are scaled down together so that their common norm is at most `clip`
 
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform.layers import Linear
     >>> layer = Linear(1, 1, rng=0)
@@ -197,8 +199,12 @@ class AdamW(Optimiser):
     eps : added to the root of the latter, at least 0
     weight_decay : each step multiplies the parameters by 1 - lr*weight_decay
 
+    Notes
+    -----
     A gradient whose square is infinite makes its parameter NaN, where a division by that would keep it from training.
 
+    Examples
+    --------
     >>> from pydeform.layers import Linear
     >>> layer = Linear(1, 1, rng=0)
     >>> layer.grads["bias"][...] = 2

@@ -35,6 +35,8 @@ def panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (4, 4), 
 
     `size` is the (width, height) of one panel in inches; `options` go to `Figure.subplots`.
 
+    Examples
+    --------
     >>> panels(2, 3).shape
     (2, 3)
     """
@@ -65,10 +67,18 @@ def sampling_points(
     group : which offset group
     color, size : of the points; the position itself is a cross
 
-    Returns   `ax`. With n levels of K taps there are up to K**n points: a tap of one level lies between outputs of the
-              level below, and is followed into the nearest of them. A tap outside that map reads zero and ends there.
-    Source    arXiv:1703.06211 figure 6; its code drops taps outside before it looks up offsets, which misaligns them
+    Returns
+    -------
+    ax
+        With n levels of K taps there are up to K**n points: a tap of one level lies between outputs of the level below,
+        and is followed into the nearest of them. A tap outside that map reads zero and ends there.
 
+    References
+    ----------
+    arXiv:1703.06211 figure 6; its code drops taps outside before it looks up offsets, which misaligns them.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> ax = sampling_points(panels()[0, 0], np.zeros((8, 8)), Level(np.zeros((18, 8, 8)), padding=1), (4, 4))
     >>> len(ax.collections[0].get_offsets())
@@ -87,6 +97,8 @@ def sampling_points(
 def trace(levels: Sequence[Level], position: tuple[int, int], group: int = 0) -> Any:
     """Points (P, 2) in (y, x) that `position` of the last level samples in the input of the first.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> trace([Level(np.zeros((2, 4, 4)), kernel_size=1, stride=2)], (1, 1)).tolist()
     [[2.0, 2.0]]
@@ -125,6 +137,8 @@ def offset_field(
     kernel_size, stride, group : of the layer; which of its offset groups
     options : for `Axes.quiver`
 
+    Examples
+    --------
     >>> import numpy as np
     >>> len(offset_field(panels()[0, 0], np.ones((18, 5, 6)), tap=8).collections)
     1
@@ -164,9 +178,17 @@ def roi_parts(
     image : drawn under the box, (H, W) grey or (H, W, 3), in whose pixels the box is given
     color, box_color : of the moved bins; of the box and its regular bins
 
-    Returns   `ax`. Its patches are the regular bins row by row, the box, and the moved bins row by row.
-    Source    arXiv:1703.06211 figure 7
+    Returns
+    -------
+    ax
+        Its patches are the regular bins row by row, the box, and the moved bins row by row.
 
+    References
+    ----------
+    arXiv:1703.06211 figure 7.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> ax = roi_parts(panels()[0, 0], [0, 2, 3, 13, 14], np.ones((2, 3, 3)), image=np.zeros((20, 20)))
     >>> len(ax.patches)
@@ -215,9 +237,14 @@ def roi_bins(
     class_index : which class
     operator : "deform_psroi_pool", which rounds a box to whole pixels and holds the last one, or "deform_roi_pool"
 
-    Returns   array (bins_h, bins_w, 4) of [left, top, right, bottom]. `spatial_scale` plays no part: pixels of the
-              operator's input lie where a resized image has them, (i + 1/2) / spatial_scale - 1/2.
+    Returns
+    -------
+    array (bins_h, bins_w, 4)
+        Of [left, top, right, bottom]. `spatial_scale` plays no part: pixels of the operator's input lie where a resized
+        image has them, (i + 1/2) / spatial_scale - 1/2.
 
+    Examples
+    --------
     >>> roi_bins([0, 2, 3, 13, 14], bins=2)[0].tolist()
     [[1.5, 2.5, 7.5, 8.5], [7.5, 2.5, 13.5, 8.5]]
     """
@@ -244,6 +271,8 @@ def roi_bins(
 def dilation_map(ax: Axes, offset: Any, kernel_size: Any = 3, dilation: Any = 1, *, group: int = 0) -> Axes:
     """Draw the effective dilation (colour) of each output position of one image, offset (2*offset_groups*K, h, w).
 
+    Examples
+    --------
     >>> import numpy as np
     >>> float(dilation_map(panels()[0, 0], np.zeros((18, 5, 6)), dilation=2).images[0].get_array().max())
     2.0
@@ -258,6 +287,8 @@ def dilation_map(ax: Axes, offset: Any, kernel_size: Any = 3, dilation: Any = 1,
 def dilation_curve(ax: Axes, scales: Any, dilation: Mapping[str, Any]) -> Axes:
     """Draw effective dilation against object scale: name -> (runs, scales) or (scales,); line the mean, band the range.
 
+    Examples
+    --------
     >>> dilation_curve(panels()[0, 0], [1, 2], {"layer 1": [[2, 3], [3, 4]]}).get_xlabel()
     'object scale'
     """
@@ -269,6 +300,8 @@ def dilation_curve(ax: Axes, scales: Any, dilation: Mapping[str, Any]) -> Axes:
 def learning_curves(ax: Axes, curves: Mapping[str, Any], label: str = "test accuracy") -> Axes:
     """Draw values by epoch: name -> (runs, epochs) or (epochs,); line the mean, band the range.
 
+    Examples
+    --------
     >>> learning_curves(panels()[0, 0], {"plain": [0.5, 0.75]}).get_ylabel()
     'test accuracy'
     """
@@ -281,6 +314,8 @@ def learning_curves(ax: Axes, curves: Mapping[str, Any], label: str = "test accu
 def show(ax: Axes, image: Any) -> Axes:
     """Draw an image (H, W) or (H, W, 3) without axis marks.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> len(show(panels()[0, 0], np.zeros((4, 5))).images)
     1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import inspect
 import re
 import shutil
 import subprocess
@@ -53,6 +54,7 @@ HAS_TEN_ARGUMENTS = {"to_channels_last", "block_to_channels_first"}
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 DOCUMENTS = ("README.md", "docs/conventions.md")
 TOUR = "docs/how-it-works.md"
+SECTIONS = ("Parameters", "Attributes", "Methods", "Returns", "Raises", "Notes", "References", "Examples")
 NAMED_IN_DOCSTRINGS = {
     *("...", ".npz", ".safetensors", "Axes.quiver", "Figure.subplots", "data.pkl", "jax.ffi.include_dir()"),
     *("jax.ffi.pycapsule", "mask_fc", "math.prod", "no_trans", "numpy.memmap", "offset_fc", "onnx.inliner"),
@@ -360,6 +362,85 @@ def test_docstrings_name_what_is_there():
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     nodes = [node for module in modules for node in ast.walk(module) if isinstance(node, documented)]
     assert not_there("\n".join(ast.get_docstring(node) or "" for node in nodes)) == NAMED_IN_DOCSTRINGS
+
+
+def sections(doc: str) -> dict[str, list[str]]:
+    """The lines of each section of a docstring, without those around it. An error where numpydoc would see another."""
+    lines, found, name = doc.splitlines(), {}, None
+    for number, line in enumerate(lines):
+        under = lines[number + 1] if number + 1 < len(lines) else ""
+        if set(under) == {"-"} and line in SECTIONS:
+            assert len(under) == len(line) and not lines[number - 1], line
+            assert line not in found and all(SECTIONS.index(other) < SECTIONS.index(line) for other in found), line
+            name, found[line] = line, []
+        else:
+            assert re.split("  |$", line)[0] not in (*SECTIONS, "Source", "Example"), f"no section: {line}"
+            if name and set(line) != {"-"}:
+                found[name].append(line)
+    for name, body in found.items():
+        found[name] = "\n".join(body).strip("\n").splitlines()
+        assert found[name], f"{name} is empty"
+    return found
+
+
+def parameters(section: list[str]) -> list[str]:
+    """The names in a section of parameters, which nothing else may stand in."""
+    heads = [line for line in section if not line.startswith("    ")]
+    assert all(" : " in line for line in heads), heads
+    names = [name.lstrip("*") for line in heads for name in line.split(" : ")[0].split(", ")]
+    assert all(map(str.isidentifier, names)), names
+    return names
+
+
+def documented(package: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    """Public functions and classes, but those of the kernels."""
+    for path in package.rglob("*.py"):
+        if path.relative_to(package).parts[0] in ("cpu", "cuda"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                yield f"{path.relative_to(package)}: {node.name}", node
+
+
+def test_sections_of_public_docstrings_are_numpydocs():
+    for where, node in documented(ROOT / "pydeform"):
+        found = sections(ast.get_docstring(node) or "")
+        assert ("Examples" in found) == (">>>" in (ast.get_docstring(node) or "")), where
+        if "Parameters" in found:
+            inits = [child for child in node.body if getattr(child, "name", "") == "__init__"]
+            known = ast.unparse((inits[0] if inits else node).args) if inits or hasattr(node, "args") else None
+            names = parameters(found["Parameters"])
+            assert known is None or set(names) <= set(re.findall(r"\w+", known)), where
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in pydeform.__all__
+        if ".ops." in getattr(getattr(pydeform, name), "__module__", "") and name.islower()
+    ],
+)
+def test_an_operators_docstring_has_all_sections_and_arguments(name):
+    function = getattr(pydeform, name)
+    found = sections(inspect.getdoc(function))
+    assert list(found) == ["Parameters", "Returns", "Raises", "Notes", "References", "Examples"]
+    assert sorted(parameters(found["Parameters"])) == sorted(inspect.signature(function).parameters)
+
+
+def test_sections_that_numpydoc_would_not_see_are_found():
+    good = "Compute.\n\nParameters\n----------\na, b : numbers\n    Both.\n\nReturns\n-------\nnumber"
+    assert sections(good) == {"Parameters": ["a, b : numbers", "    Both."], "Returns": ["number"]}
+    assert parameters(sections(good)["Parameters"]) == ["a", "b"]
+    inline = good.replace("Returns\n-------\n", "Returns   ")
+    short = good.replace("-------\nnumber", "------\nnumber")
+    close, empty = good.replace("\n\nReturns", "\nReturns"), good.removesuffix("\nnumber")
+    order = "Compute.\n\nReturns\n-------\nnumber\n\nParameters\n----------\na : number"
+    for bad in (inline, short, close, empty, order, good + "\n\nExample\n>>> 1\n1"):
+        with pytest.raises(AssertionError):
+            sections(bad)
+    with pytest.raises(AssertionError):
+        parameters(["a : number", "", "All of them at once."])
 
 
 def test_a_wheel_has_every_file_of_the_package():

@@ -32,6 +32,8 @@ def save(layer: _layer.Layer, path: str | os.PathLike[str], optimiser: Stateful 
     With its `optimiser`, the state of that too: training that loads both goes on as if it had not been interrupted,
     with the same bits. The file is complete or not there: a file that was there before is replaced at the end.
 
+    Examples
+    --------
     >>> import os, tempfile
     >>> from pydeform.layers import Linear, load, save
     >>> a, b = Linear(3, 2, rng=0), Linear(3, 2, rng=1)

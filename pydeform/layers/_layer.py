@@ -49,6 +49,8 @@ class Layer:
         They are replaced in the dicts of the layer and of the layers in it. Optimisers follow; a backprop from before
         the move does not.
 
+        Examples
+        --------
         >>> from pydeform.layers import Linear
         >>> Linear(3, 2, rng=0).to("cpu")
         Linear(in_features=3, out_features=2): 8 parameters

@@ -12,6 +12,8 @@ from pydeform.layers import _layer
 class ReLU(_layer.Layer):
     """max(x, 0); the gradient at 0 is 0.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> y, backprop = ReLU()(np.array([-1.0, 2.0]))
     >>> print(y, backprop(np.array([3.0, 4.0])))
@@ -37,6 +39,8 @@ class ReLU(_layer.Layer):
 class Sigmoid(_layer.Layer):
     """1 / (1 + exp(-x)), without overflow.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> y, backprop = Sigmoid()(np.array([0.0, -1000.0]))
     >>> print(y, backprop(np.ones(2)))
@@ -60,6 +64,8 @@ class Sigmoid(_layer.Layer):
 class Softmax(_layer.Layer):
     """exp(x) / sum of exp(x) along `axis`. To train a classifier use `losses.softmax_cross_entropy` on the logits.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> y, backprop = Softmax()(np.zeros((1, 4)))
     >>> print(y)

@@ -22,11 +22,23 @@ class ActiveConv2d(PlainConvolution):
     in_channels, out_channels, kernel_size, stride, padding, groups, bias, rng, dtype : as in `Conv2d`
     position_groups : how many groups of input channels have positions of their own
 
-    Call      x (N, in_channels, H, W) -> y (N, out_channels, out_h, out_w)
-    params    "weight", "bias" as in `Conv2d`; "positions" (2 * position_groups * kernel_h * kernel_w,), (y, x) of each
-              tap in input pixels
-    Source    arXiv:1703.09076
+    Attributes
+    ----------
+    params : dict of arrays
+        "weight", "bias" as in `Conv2d`; "positions" (2 * position_groups * kernel_h * kernel_w,), (y, x) of each tap in
+        input pixels.
 
+    Methods
+    -------
+    __call__(x, train=True)
+        x (N, in_channels, H, W) -> y (N, out_channels, out_h, out_w).
+
+    References
+    ----------
+    arXiv:1703.09076.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> layer = ActiveConv2d(3, 8, 3, padding=1, rng=0)
     >>> y, backprop = layer(np.ones((2, 3, 6, 5), np.float32))

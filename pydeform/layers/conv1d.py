@@ -9,11 +9,20 @@ class Conv1d(PlainConvolution):
 
     Parameters
     ----------
-    in_channels ... dtype : as in `Conv2d`
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, rng, dtype : as in `Conv2d`
 
-    Call      x (N, in_channels, L) -> y (N, out_channels, out)
-    params    "weight" (out_channels, in_channels/groups, kernel), "bias" (out_channels,)
+    Attributes
+    ----------
+    params : dict of arrays
+        "weight" (out_channels, in_channels/groups, kernel), "bias" (out_channels,).
 
+    Methods
+    -------
+    __call__(x, train=True)
+        x (N, in_channels, L) -> y (N, out_channels, out).
+
+    Examples
+    --------
     >>> import numpy as np
     >>> y, backprop = Conv1d(3, 8, 3, padding=1, rng=0)(np.ones((2, 3, 9), np.float32))
     >>> y.shape, backprop(y).shape

@@ -14,9 +14,18 @@ class Conv2d(PlainConvolution):
     rng : numpy.random.Generator or seed for the weight: He normal, variance 2 / fan_in; the bias starts at 0
     dtype : of the parameters, and of the input it takes
 
-    Call      x (N, in_channels, H, W) -> y (N, out_channels, out_h, out_w)
-    params    "weight" (out_channels, in_channels/groups, kernel_h, kernel_w), "bias" (out_channels,)
+    Attributes
+    ----------
+    params : dict of arrays
+        "weight" (out_channels, in_channels/groups, kernel_h, kernel_w), "bias" (out_channels,).
 
+    Methods
+    -------
+    __call__(x, train=True)
+        x (N, in_channels, H, W) -> y (N, out_channels, out_h, out_w).
+
+    Examples
+    --------
     >>> import numpy as np
     >>> y, backprop = Conv2d(3, 8, 3, padding=1, rng=0)(np.ones((2, 3, 6, 5), np.float32))
     >>> y.shape, backprop(y).shape

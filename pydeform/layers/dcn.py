@@ -90,13 +90,25 @@ class DCNv3(_Dcn):
         convolution He normal; biases start at 0
     dtype : of the parameters, and of the input it takes
 
-    Call      x (N, H, W, channels) -> y (N, out_h, out_w, channels)
-    params    "dw_conv.0.weight" (channels, 1, dw_kernel_h, dw_kernel_w), "dw_conv.0.bias", "dw_conv.1.1.weight" and
-              "dw_conv.1.1.bias" (channels,) of the norm, "offset.weight" (groups*P*2, channels), "offset.bias",
-              "mask.weight" (groups*P, channels), "mask.bias", "input_proj.weight", "input_proj.bias",
-              "output_proj.weight", "output_proj.bias"; P points of the kernel
-    Source    arXiv:2211.05778 section 3.1; InternImage's ops_dcnv3
+    Attributes
+    ----------
+    params : dict of arrays
+        "dw_conv.0.weight" (channels, 1, dw_kernel_h, dw_kernel_w), "dw_conv.0.bias", "dw_conv.1.1.weight" and
+        "dw_conv.1.1.bias" (channels,) of the norm, "offset.weight" (groups*P*2, channels), "offset.bias", "mask.weight"
+        (groups*P, channels), "mask.bias", "input_proj.weight", "input_proj.bias", "output_proj.weight",
+        "output_proj.bias"; P points of the kernel.
 
+    Methods
+    -------
+    __call__(x, train=True)
+        x (N, H, W, channels) -> y (N, out_h, out_w, channels).
+
+    References
+    ----------
+    arXiv:2211.05778 section 3.1; InternImage's ops_dcnv3.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> layer = DCNv3(8, groups=2, rng=0)
     >>> y, backprop = layer(np.ones((2, 5, 6, 8), np.float32))
@@ -184,12 +196,24 @@ class DCNv4(_Dcn):
     output_bias : whether output_proj has a bias
     projections : False leaves out value_proj and output_proj (the authors' without_pointwise)
 
-    Call      x (N, H, W, channels) -> y (N, out_h, out_w, channels)
-    params    "offset_mask.weight" (ceil(groups*P*3 / 8)*8, channels), "offset_mask.bias", "value_proj.weight",
-              "value_proj.bias", "output_proj.weight", "output_proj.bias"; with dw_kernel_size "offset_mask_dw.weight"
-              (channels, 1, dw_kernel_h, dw_kernel_w), "offset_mask_dw.bias"
-    Source    arXiv:2401.06197 section 3; DCNv4_op
+    Attributes
+    ----------
+    params : dict of arrays
+        "offset_mask.weight" (ceil(groups*P*3 / 8)*8, channels), "offset_mask.bias", "value_proj.weight",
+        "value_proj.bias", "output_proj.weight", "output_proj.bias"; with dw_kernel_size "offset_mask_dw.weight"
+        (channels, 1, dw_kernel_h, dw_kernel_w), "offset_mask_dw.bias".
 
+    Methods
+    -------
+    __call__(x, train=True)
+        x (N, H, W, channels) -> y (N, out_h, out_w, channels).
+
+    References
+    ----------
+    arXiv:2401.06197 section 3; DCNv4_op.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> layer = DCNv4(8, groups=2, rng=0)
     >>> y, backprop = layer(np.ones((2, 5, 6, 8), np.float32))

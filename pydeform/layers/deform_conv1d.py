@@ -13,12 +13,21 @@ class DeformConv1d(DeformableConvolution):
 
     Parameters
     ----------
-    in_channels ... dtype : as in `DeformConv2d`
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, offset_groups : as in `DeformConv2d`
+    bias, modulated, mask_scale, boundary, rng, dtype : as there
 
-    Call      x (N, in_channels, L) -> y (N, out_channels, out)
-    params    "weight", "bias"; "offset.weight" (K or 2K * offset_groups, in_channels, kernel),
-              "offset.bias"
+    Attributes
+    ----------
+    params : dict of arrays
+        "weight", "bias"; "offset.weight" (K or 2K * offset_groups, in_channels, kernel), "offset.bias".
 
+    Methods
+    -------
+    __call__(x, train=True)
+        x (N, in_channels, L) -> y (N, out_channels, out).
+
+    Examples
+    --------
     >>> import numpy as np
     >>> layer = DeformConv1d(3, 8, 3, padding=1, modulated=True, rng=0)
     >>> y, backprop = layer(np.ones((2, 3, 9), np.float32))

@@ -16,17 +16,30 @@ class DeformConv2d(DeformableConvolution):
 
     Parameters
     ----------
-    in_channels ... bias : as in `Conv2d`; `bias` is that of the main convolution, the offset branch always has one
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, rng, dtype : as in `Conv2d`
+    bias : of the main convolution; the offset branch always has one
     offset_groups : how many groups of channels move independently
     modulated : version 2, with a mask
     mask_scale : 1 as in the paper (mask starts at 1/2), or 2 as in its code (starts at 1)
     boundary : "torchvision" | "dcnv2" | "dcnv1", as in `pydeform.deform_conv2d`
 
-    Call      x (N, in_channels, H, W) -> y (N, out_channels, out_h, out_w)
-    params    "weight", "bias"; "offset.weight" (2K or 3K * offset_groups, in_channels, kernel_h, kernel_w),
-              "offset.bias". The papers train the last two at 0.1 times the learning rate: `lr_mult={"*offset.*": 0.1}`.
-    Source    arXiv:1703.06211 sections 2.1, 4.1; arXiv:1811.11168 eq. 1
+    Attributes
+    ----------
+    params : dict of arrays
+        "weight", "bias"; "offset.weight" (2K or 3K * offset_groups, in_channels, kernel_h, kernel_w), "offset.bias".
+        The papers train the last two at 0.1 times the learning rate: `lr_mult={"*offset.*": 0.1}`.
 
+    Methods
+    -------
+    __call__(x, train=True)
+        x (N, in_channels, H, W) -> y (N, out_channels, out_h, out_w).
+
+    References
+    ----------
+    arXiv:1703.06211 sections 2.1, 4.1; arXiv:1811.11168 eq. 1.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> layer = DeformConv2d(3, 8, 3, padding=1, modulated=True, rng=0)
     >>> y, backprop = layer(np.ones((2, 3, 6, 5), np.float32))

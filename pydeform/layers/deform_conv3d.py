@@ -14,12 +14,22 @@ class DeformConv3d(DeformableConvolution):
 
     Parameters
     ----------
-    in_channels ... dtype : as in `DeformConv2d`
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, offset_groups : as in `DeformConv2d`
+    bias, modulated, mask_scale, boundary, rng, dtype : as there
 
-    Call      x (N, in_channels, D, H, W) -> y (N, out_channels, out_d, out_h, out_w)
-    params    "weight", "bias"; "offset.weight" (3K or 4K * offset_groups, in_channels, kernel_d, kernel_h, kernel_w),
-              "offset.bias"
+    Attributes
+    ----------
+    params : dict of arrays
+        "weight", "bias"; "offset.weight" (3K or 4K * offset_groups, in_channels, kernel_d, kernel_h, kernel_w),
+        "offset.bias".
 
+    Methods
+    -------
+    __call__(x, train=True)
+        x (N, in_channels, D, H, W) -> y (N, out_channels, out_d, out_h, out_w).
+
+    Examples
+    --------
     >>> import numpy as np
     >>> layer = DeformConv3d(3, 8, 3, padding=1, modulated=True, rng=0)
     >>> y, backprop = layer(np.ones((2, 3, 4, 6, 5), np.float32))

@@ -21,9 +21,18 @@ class Linear(_layer.Layer):
     rng : numpy.random.Generator or seed for the weight: He normal, variance 2 / in_features; the bias starts at 0
     dtype : of the parameters, and of the input it takes; half types are multiplied and summed in float32
 
-    Call      x (N, in_features) -> y (N, out_features)
-    params    "weight" (out_features, in_features), "bias" (out_features,)
+    Attributes
+    ----------
+    params : dict of arrays
+        "weight" (out_features, in_features), "bias" (out_features,).
 
+    Methods
+    -------
+    __call__(x, train=True)
+        x (N, in_features) -> y (N, out_features).
+
+    Examples
+    --------
     >>> import numpy as np
     >>> y, backprop = Linear(4, 3, rng=0)(np.ones((2, 4), np.float32))
     >>> y.shape, backprop(y).shape
@@ -72,6 +81,8 @@ class Linear(_layer.Layer):
 class Flatten(_layer.Layer):
     """(N, ...) -> (N, product of the rest).
 
+    Examples
+    --------
     >>> import numpy as np
     >>> y, backprop = Flatten()(np.ones((2, 3, 4, 5)))
     >>> y.shape, backprop(y).shape

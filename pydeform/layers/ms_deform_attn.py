@@ -38,16 +38,28 @@ class MSDeformAttn(_layer.Layer):
     rng : numpy.random.Generator or seed of the projections: uniform, variance 1 / embed_dim (Glorot); biases start at 0
     dtype : of the parameters, and of the arrays it takes; reference_points may be float32 beside a half type
 
-    Call      query (N, Lq, embed_dim), reference_points (N, Lq, 1 or levels, 2 or 4), input (N, S, embed_dim),
-              spatial_shapes (levels, 2), padding_mask bool (N, S) or None -> y (N, Lq, embed_dim). Where padding_mask
-              is true there is nothing to see, as in Deformable-DETR; transformers' masks are the opposite. backprop
-              returns (grad_query, grad_reference_points, grad_input), the second None with method "discrete".
-    params    "sampling_offsets.weight" (2*heads*sum(points), embed_dim), "sampling_offsets.bias",
-              "attention_weights.weight" (heads*sum(points), embed_dim), "attention_weights.bias"; "value_proj.weight",
-              "value_proj.bias", "output_proj.weight", "output_proj.bias". The paper trains the first two at 0.1 times
-              the learning rate: `lr_mult={"*sampling_offsets.*": 0.1}`.
-    Source    arXiv:2010.04159 section 4.1 and appendix A.3
+    Attributes
+    ----------
+    params : dict of arrays
+        "sampling_offsets.weight" (2*heads*sum(points), embed_dim), "sampling_offsets.bias", "attention_weights.weight"
+        (heads*sum(points), embed_dim), "attention_weights.bias"; "value_proj.weight", "value_proj.bias",
+        "output_proj.weight", "output_proj.bias". The paper trains the first two at 0.1 times the learning rate:
+        `lr_mult={"*sampling_offsets.*": 0.1}`.
 
+    Methods
+    -------
+    __call__(query, reference_points, input, spatial_shapes, padding_mask=None, *, train=True)
+        query (N, Lq, embed_dim), reference_points (N, Lq, 1 or levels, 2 or 4), input (N, S, embed_dim), spatial_shapes
+        (levels, 2), padding_mask bool (N, S) or None -> y (N, Lq, embed_dim). Where padding_mask is true there is
+        nothing to see, as in Deformable-DETR; transformers' masks are the opposite. backprop returns (grad_query,
+        grad_reference_points, grad_input), the second None with method "discrete".
+
+    References
+    ----------
+    arXiv:2010.04159 section 4.1 and appendix A.3.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> layer = MSDeformAttn(8, levels=2, heads=2, points=(3, 1), rng=0)
     >>> query, reference = np.ones((1, 5, 8), np.float32), np.full((1, 5, 1, 2), 0.5, np.float32)

@@ -26,10 +26,20 @@ class BatchNorm2d(_layer.Layer):
     momentum : from 0 to 1
     dtype : of the parameters, and of the input it takes
 
-    Call      x (N, channels, H, W) -> y of the same shape
-    params    "weight", "bias" (channels,), starting at 1 and 0
-    state     "running_mean", "running_var" (channels,), starting at 0 and 1; saved, not learned
+    Attributes
+    ----------
+    params : dict of arrays
+        "weight", "bias" (channels,), starting at 1 and 0.
+    state : dict of arrays
+        "running_mean", "running_var" (channels,), starting at 0 and 1; saved, not learned.
 
+    Methods
+    -------
+    __call__(x, train=True)
+        x (N, channels, H, W) -> y of the same shape.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> y, backprop = BatchNorm2d(3)(np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2))
     >>> y.shape, bool(abs(y.mean()) < 1e-6), backprop(y).shape

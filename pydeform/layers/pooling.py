@@ -14,6 +14,8 @@ from pydeform.layers import _layer
 class GlobalAvgPool2d(_layer.Layer):
     """Mean over the image: (N, C, H, W) -> (N, C).
 
+    Examples
+    --------
     >>> import numpy as np
     >>> y, backprop = GlobalAvgPool2d()(np.ones((2, 3, 4, 5)))
     >>> y.shape, backprop(y).shape
@@ -48,8 +50,13 @@ class MaxPool2d(_layer.Layer):
     kernel_size, stride, padding : int or (vertical, horizontal); stride is kernel_size when None; padding adds
         pixels that never win, at most half a window of them
 
-    Call      x (N, C, H, W) -> y (N, C, (H + 2*padding - kernel_h)//stride + 1, likewise)
+    Methods
+    -------
+    __call__(x, train=True)
+        x (N, C, H, W) -> y (N, C, (H + 2*padding - kernel_h)//stride + 1, likewise).
 
+    Examples
+    --------
     >>> import numpy as np
     >>> y, backprop = MaxPool2d(2)(np.arange(16.0).reshape(1, 1, 4, 4))
     >>> print(y[0, 0], backprop(np.ones((1, 1, 2, 2)))[0, 0, 3])

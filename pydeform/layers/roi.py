@@ -29,9 +29,17 @@ class RoIAlign(_layer.Layer):
     ----------
     output_size, spatial_scale, sampling_ratio, aligned, mode : as in `pydeform.roi_align`
 
-    Call      x (N, C, H, W), boxes (R, 5) -> y (R, C, output_h, output_w); backprop returns the gradient of x
-    Source    arXiv:1703.06870 section 3
+    Methods
+    -------
+    __call__(x, boxes, *, train=True)
+        x (N, C, H, W), boxes (R, 5) -> y (R, C, output_h, output_w); backprop returns the gradient of x.
 
+    References
+    ----------
+    arXiv:1703.06870 section 3.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> x, boxes = np.ones((2, 3, 9, 8)), np.array([[0, 1, 1, 6, 6.0], [1, 0, 2, 5, 8]])
     >>> y, backprop = RoIAlign((3, 2), aligned=True)(x, boxes)
@@ -94,13 +102,25 @@ class DeformRoIPool(_layer.Layer):
     rng : numpy.random.Generator or seed of the hidden layers, as in `Linear` (the paper: normal(0, 0.01))
     dtype : of the parameters, and of the arrays it takes
 
-    Call      x (N, in_channels, H, W), boxes (R, 5) -> y (R, in_channels, output_h, output_w);
-              backprop returns the gradient of x
-    params    "offset.0.weight", "offset.0.bias", the same of "offset.2" and "offset.4", and of "mask.0" and "mask.2".
-              The second paper trains them at the learning rate of the rest, the first paper its own branch (see
-              `DeformPSRoIPool`) at 0.01 times: `lr_mult={"*offset.*": 0.01}`.
-    Source    arXiv:1703.06211 section 2.2; arXiv:1811.11168 eq. 2 and section 4.1
+    Attributes
+    ----------
+    params : dict of arrays
+        "offset.0.weight", "offset.0.bias", the same of "offset.2" and "offset.4", and of "mask.0" and "mask.2". The
+        second paper trains them at the learning rate of the rest, the first paper its own branch (see
+        `DeformPSRoIPool`) at 0.01 times: `lr_mult={"*offset.*": 0.01}`.
 
+    Methods
+    -------
+    __call__(x, boxes, *, train=True)
+        x (N, in_channels, H, W), boxes (R, 5) -> y (R, in_channels, output_h, output_w); backprop returns the gradient
+        of x.
+
+    References
+    ----------
+    arXiv:1703.06211 section 2.2; arXiv:1811.11168 eq. 2 and section 4.1.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> layer = DeformRoIPool(3, in_channels=4, hidden=16, modulated=True, rng=0)
     >>> y, backprop = layer(np.ones((1, 4, 9, 8), np.float32), np.array([[0, 1, 1, 6, 7]], np.float32))
@@ -200,7 +220,8 @@ class DeformPSRoIPool(_layer.Layer):
 
     Parameters
     ----------
-    output_dim ... spatial_scale : as in `pydeform.deform_psroi_pool`
+    output_dim, pooled_size, group_size, part_size : as in `pydeform.deform_psroi_pool`
+    sample_per_part, trans_std, spatial_scale : as in `pydeform.deform_psroi_pool`
     classes : groups of output channels that move independently
     hidden : None: the fully connected branch is one layer; else it is three, the first two with so many outputs and
         a ReLU
@@ -209,14 +230,26 @@ class DeformPSRoIPool(_layer.Layer):
     rng : numpy.random.Generator or seed of the hidden layers, as in `Linear`
     dtype : of the parameters, and of the arrays it takes
 
-    Call      x (N, output_dim*group_size**2, H, W), boxes (R, 5) -> y (R, output_dim, pooled_size, pooled_size);
-              backprop returns the gradient of x. With feature_channels: layer(x, boxes, features), features
-              (N, feature_channels, H, W) is usually what x was computed from; backprop returns (grad_x, grad_features).
-    params    "offset.weight", "offset.bias", or with hidden those of "offset.0", "offset.2" and "offset.4". Rows of
-              linear are (channel*part_size + ty)*part_size + tx, of conv (channel*group_size + gy)*group_size + gx;
-              channel 2*class moves x, 2*class + 1 y. `lr_mult={"*offset.*": 0.01}` is the Faster R-CNN's.
-    Source    arXiv:1703.06211 section 2.2; arXiv:1811.11168 eq. 2. Layout as in the authors' code for both papers.
+    Attributes
+    ----------
+    params : dict of arrays
+        "offset.weight", "offset.bias", or with hidden those of "offset.0", "offset.2" and "offset.4". Rows of linear
+        are (channel*part_size + ty)*part_size + tx, of conv (channel*group_size + gy)*group_size + gx; channel 2*class
+        moves x, 2*class + 1 y. `lr_mult={"*offset.*": 0.01}` is the Faster R-CNN's.
 
+    Methods
+    -------
+    __call__(x, boxes, features=None, *, train=True)
+        x (N, output_dim*group_size**2, H, W), boxes (R, 5) -> y (R, output_dim, pooled_size, pooled_size); backprop
+        returns the gradient of x. With feature_channels: layer(x, boxes, features), features (N, feature_channels, H,
+        W) is usually what x was computed from; backprop returns (grad_x, grad_features).
+
+    References
+    ----------
+    arXiv:1703.06211 section 2.2; arXiv:1811.11168 eq. 2. Layout as in the authors' code for both papers.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> scores, features = np.ones((1, 2 * 9, 8, 8), np.float32), np.ones((1, 5, 8, 8), np.float32)
     >>> layer = DeformPSRoIPool(2, 3, group_size=3, classes=2, feature_channels=5)

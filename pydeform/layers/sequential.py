@@ -15,6 +15,8 @@ class Sequential(_layer.Layer):
     A layer that stands at two places, here or in a Sequential inside, is listed once, under the first; its gradients
     of both places add up.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform.layers import Conv2d, GlobalAvgPool2d, Linear, ReLU
     >>> network = Sequential(Conv2d(1, 4, 3, rng=0), ReLU(), GlobalAvgPool2d(), Linear(4, 2, rng=1))

@@ -34,10 +34,22 @@ class SpatialTransformer(_layer.Layer):
     axes : 2 for images; 3 for volumes, whose matrices have 12 numbers instead of 6
     dtype : of the head, and of the arrays it takes
 
-    Call      x (N, C, H, W) -> y (N, C, *output_size), or x (N, C, D, H, W) with `axes` 3; `theta(x)` is the matrices
-    params    "localisation.*"; "head.weight" (axes*(axes + 1), features), zeros; "head.bias", the identity row by row
-    Source    arXiv:1506.02025 sections 3.1 to 3.3
+    Attributes
+    ----------
+    params : dict of arrays
+        "localisation.*"; "head.weight" (axes*(axes + 1), features), zeros; "head.bias", the identity row by row.
 
+    Methods
+    -------
+    __call__(x, train=True)
+        x (N, C, H, W) -> y (N, C, *output_size), or x (N, C, D, H, W) with `axes` 3; `theta(x)` is the matrices.
+
+    References
+    ----------
+    arXiv:1506.02025 sections 3.1 to 3.3.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform.layers import Conv2d, GlobalAvgPool2d, ReLU, Sequential
     >>> layer = SpatialTransformer(Sequential(Conv2d(3, 8, 3, rng=0), ReLU(), GlobalAvgPool2d()), output_size=(4, 5))

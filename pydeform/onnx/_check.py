@@ -17,6 +17,8 @@ Runtime = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 class Difference(NamedTuple):
     """What `check` found at one output of one node.
 
+    Examples
+    --------
     >>> from pydeform.onnx import Difference
     >>> print(Difference("sample", "GridSample", "y", "differs by 0.5 at [0, 0, 1, 2], where 2 is expected"))
     node sample (GridSample), output y: differs by 0.5 at [0, 0, 1, 2], where 2 is expected
@@ -54,12 +56,25 @@ def check(
         types have 4 times their own precision at least. Integers, bools and strings have to be equal
     providers : of onnxruntime, in its terms
 
-    Returns   Difference, or None where there is none
-    Raises    ValueError (an input is missing or unknown; `runtime` tells no result of any node), TypeError (kind)
-    Notes     Nodes that the reference has no code for are taken to be right, and random ones differ. A runtime that is
-              asked for all results may fuse fewer nodes than it does otherwise. Graphs inside If, Loop and Scan
-              count as one node.
-    Example
+    Returns
+    -------
+    Difference or None
+        None where nothing differs.
+
+    Raises
+    ------
+    ValueError
+        An input is missing or unknown; `runtime` tells no result of any node.
+    TypeError
+        The kind of an array does not fit.
+
+    Notes
+    -----
+    Nodes that the reference has no code for are taken to be right, and random ones differ. A runtime that is asked for
+    all results may fuse fewer nodes than it does otherwise. Graphs inside If, Loop and Scan count as one node.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from onnx import parser
     >>> from pydeform.onnx import check

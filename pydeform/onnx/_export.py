@@ -375,9 +375,20 @@ def export(
     opset : 20 or newer. onnxruntime 1.32 has no RoiAlign in 22 on the CPU, and DeformConv over two axes alone in
         any, so that it runs no DeformConv3d; DeformConv1d is written as images of one row
 
-    Returns   onnx.ModelProto, which onnx.checker has checked; its output is called "y"
-    Raises    ValueError (a shape or opset does not fit; a layer that has no equal, with its name), TypeError (kind)
-    Example
+    Returns
+    -------
+    onnx.ModelProto
+        Checked by onnx.checker; its output is called "y".
+
+    Raises
+    ------
+    ValueError
+        A shape or opset does not fit; a layer that has no equal, with its name.
+    TypeError
+        The kind of an array does not fit.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform.layers import DeformConv2d, ReLU, Sequential
     >>> from pydeform.onnx import export, run

@@ -168,8 +168,12 @@ def new_ops() -> list[type]:
     channel for each tap and offset group on all of them. float16 and bfloat16 are summed in float32. In a model's own
     functions the reference keeps its nodes: `onnx.inliner` puts them in place, as `run` and `check` do.
 
-    Returns   list of subclasses of onnx.reference.op_run.OpRun
-    Example
+    Returns
+    -------
+    list of subclasses of onnx.reference.op_run.OpRun
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from onnx import parser
     >>> from onnx.reference import ReferenceEvaluator
@@ -239,10 +243,24 @@ def run(model: Any, feed: Mapping[str, Any], *, opset: int | None = None) -> dic
     feed : NumPy array for the name of each input; one with an initialiser may be left out
     opset : of a node alone; None: the newest of the installed onnx
 
-    Returns   dict from the names of the outputs to arrays, which share no memory with `feed`
-    Raises    ValueError (an input is missing or unknown, a shape or attribute does not fit), TypeError (kind, dtype)
-    Notes     `new_ops` says which nodes are ours. The reference is not fast: a model of mostly other nodes takes long.
-    Example
+    Returns
+    -------
+    dict of arrays
+        By the names of the outputs. They share no memory with `feed`.
+
+    Raises
+    ------
+    ValueError
+        An input is missing or unknown, a shape or attribute does not fit.
+    TypeError
+        The kind or dtype of an array does not fit.
+
+    Notes
+    -----
+    `new_ops` says which nodes are ours. The reference is not fast: a model of mostly other nodes takes long.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from onnx.helper import make_node
     >>> from pydeform.onnx import run

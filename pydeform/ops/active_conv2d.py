@@ -11,6 +11,8 @@ from pydeform.ops import _conv
 class ActiveConv2dGrads(NamedTuple):
     """What `active_conv2d_backward` returns: as `DeformConv2dGrads`.
 
+    Examples
+    --------
     >>> from pydeform import ActiveConv2dGrads
     >>> ActiveConv2dGrads._fields
     ('input', 'positions', 'weight', 'bias')
@@ -47,13 +49,31 @@ def active_conv2d(
         multiple of groups_of_positions. Beside float16 or bfloat16 it may be float32
     weight, bias, stride, padding, allow_tf32 : as in `deform_conv2d`
 
-    Returns   array (N, O, out_h, out_w) of the kind, device and dtype of `input`
-    Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     As `deform_conv2d` with boundary "torchvision": outside the image, NaN, bits. Memory
-              beyond the result: as there, whatever the size of the image.
-    Source    arXiv:1703.09076 eq. 3, whose positions are counted from the kernel's middle: those are tap k's place in
-              the kernel, less its middle, plus these.
-    Example
+    Returns
+    -------
+    array (N, O, out_h, out_w)
+        Of the kind, device and dtype of `input`.
+
+    Raises
+    ------
+    ValueError
+        A shape or option does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    As `deform_conv2d` with boundary "torchvision": outside the image, NaN, bits.
+
+    Memory beyond the result: as there, whatever the size of the image.
+
+    References
+    ----------
+    arXiv:1703.09076 eq. 3, whose positions are counted from the kernel's middle: those are tap k's place in the kernel,
+    less its middle, plus these.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import active_conv2d
     >>> image, positions = np.arange(12.0).reshape(1, 1, 3, 4), np.array([0.5, 0.25])
@@ -88,12 +108,31 @@ def active_conv2d_backward(
     input, positions, weight, bias, stride, padding, allow_tf32 : exactly the forward's
     needs, deterministic : as in `deform_conv2d_backward`
 
-    Returns   ActiveConv2dGrads, of the kind, device and dtype of `grad_output`; that of positions has their dtype
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     As `deform_conv2d_backward`: kinks, NaN, bits. Memory beyond the gradients: as there, and two numbers for
-              each block of positions and tap, whatever the size of the image.
-    Source    docs/math/deform_conv.md; arXiv:1703.09076 eq. 5 to 8
-    Example
+    Returns
+    -------
+    ActiveConv2dGrads
+        Of the kind, device and dtype of `grad_output`; that of positions has their dtype.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    As `deform_conv2d_backward`: kinks, NaN, bits.
+
+    Memory beyond the gradients: as there, and two numbers for each block of positions and tap, whatever the size of the
+    image.
+
+    References
+    ----------
+    Docs/math/deform_conv.md; arXiv:1703.09076 eq. 5 to 8.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import active_conv2d_backward
     >>> image, positions, weight = np.ones((1, 4, 8, 8)), np.zeros(18), np.ones((6, 4, 3, 3))

@@ -16,6 +16,8 @@ from pydeform.ops import _call
 class AffineGridGrads(NamedTuple):
     """What `affine_grid_backward` returns.
 
+    Examples
+    --------
     >>> from pydeform import AffineGridGrads
     >>> AffineGridGrads._fields
     ('theta',)
@@ -37,11 +39,28 @@ def affine_grid(theta: Array, size: Sequence[Int], align_corners: bool = False) 
     size : (N, C, H, W) or (N, C, D, H, W), the shape of what `grid_sample` will return
     align_corners : as will be given to `grid_sample`. An axis of length 1 lies in the middle either way
 
-    Returns   array (N, H, W, 2) or (N, D, H, W, 3) of the kind, device and dtype of `theta`
-    Raises    ValueError (a shape does not fit), TypeError (kind or dtype)
-    Notes     float16 and bfloat16 are computed in float32 and rounded at the end. The same bits on every run.
-    Source    arXiv:1506.02025 eq. 1. As torch.nn.functional.affine_grid.
-    Example
+    Returns
+    -------
+    array (N, H, W, 2) or (N, D, H, W, 3)
+        Of the kind, device and dtype of `theta`.
+
+    Raises
+    ------
+    ValueError
+        A shape does not fit.
+    TypeError
+        The kind or dtype of an array does not fit.
+
+    Notes
+    -----
+    float16 and bfloat16 are computed in float32 and rounded at the end. The same bits on every run.
+
+    References
+    ----------
+    arXiv:1506.02025 eq. 1. As torch.nn.functional.affine_grid.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import affine_grid
     >>> quarter_turn = np.array([[[0, -1, 0], [1, 0, 0.0]]])
@@ -72,11 +91,28 @@ def affine_grid_backward(
     theta, size, align_corners : exactly the forward's
     needs : ("theta",), or () for none; None computes it
 
-    Returns   AffineGridGrads, of the kind and device of `grad_output` and the dtype of `theta`
-    Raises    ValueError (a shape or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     The same bits on every run.
-    Source    docs/math/grid.md
-    Example
+    Returns
+    -------
+    AffineGridGrads
+        Of the kind and device of `grad_output` and the dtype of `theta`.
+
+    Raises
+    ------
+    ValueError
+        A shape or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    The same bits on every run.
+
+    References
+    ----------
+    Derived in docs/math/grid.md.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import affine_grid_backward
     >>> affine_grid_backward(np.ones((1, 2, 2, 2)), np.zeros((1, 2, 3)), (1, 1, 2, 2)).theta.tolist()

@@ -49,12 +49,29 @@ def sampling_locations(
         "same" is dilation*(kernel - 1)//2 before; with a stride above 1 it depends on the size of the input, which
         is not an argument here: give numbers then.
 
-    Returns   array (N, offset_groups, K, out_h, out_w, 2), (y, x) with pixel centres at integers, of the kind and dtype
-              of `offset`. Locations may lie outside the image.
-    Raises    ValueError (a shape or option does not fit, "same" with a stride), TypeError (kind or dtype)
-    Notes     float16 and bfloat16 are computed in float32 and rounded at the end. NaN and infinities stay as they are.
-    Source    arXiv:1703.06211 eq. 2. Same result each run.
-    Example
+    Returns
+    -------
+    array (N, offset_groups, K, out_h, out_w, 2)
+        (y, x) with pixel centres at integers, of the kind and dtype of `offset`. Locations may lie outside the image.
+
+    Raises
+    ------
+    ValueError
+        A shape or option does not fit; "same" with a stride.
+    TypeError
+        The kind or dtype of an array does not fit.
+
+    Notes
+    -----
+    float16 and bfloat16 are computed in float32 and rounded at the end. NaN and infinities stay as they are.
+    The same bits on every run.
+
+    References
+    ----------
+    arXiv:1703.06211 eq. 2.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import sampling_locations
     >>> locations = sampling_locations(np.zeros((1, 18, 4, 4)), 3, padding=1)
@@ -101,13 +118,30 @@ def effective_dilation(offset: Array, kernel_size: Size, dilation: Size = 1) -> 
     kernel_size : int or (height, width), of at least two taps
     dilation : int or one per axis
 
-    Returns   array (N, offset_groups, out_h, out_w), in input pixels, of the kind and dtype of `offset`. Zero offsets
-              give `dilation` exactly (where it is equal on both axes).
-    Raises    ValueError (a shape or option does not fit), TypeError (kind or dtype)
-    Notes     float16 and bfloat16 are computed in float32. NaN or infinite offsets give NaN or infinity at their output
-              pixel only.
-    Source    arXiv:1703.06211 section 4.2, "effective dilation". Same result each run.
-    Example
+    Returns
+    -------
+    array (N, offset_groups, out_h, out_w)
+        In input pixels, of the kind and dtype of `offset`. Zero offsets give `dilation` exactly (where it is equal on
+        both axes).
+
+    Raises
+    ------
+    ValueError
+        A shape or option does not fit.
+    TypeError
+        The kind or dtype of an array does not fit.
+
+    Notes
+    -----
+    float16 and bfloat16 are computed in float32. NaN or infinite offsets give NaN or infinity at their output pixel
+    only. The same bits on every run.
+
+    References
+    ----------
+    arXiv:1703.06211 section 4.2, "effective dilation".
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import effective_dilation
     >>> effective_dilation(np.zeros((1, 18, 1, 1)), 3, dilation=2).tolist()
@@ -149,12 +183,29 @@ def convert_offset(offset: Array, kernel_size: Size, source: str, target: str) -
     kernel_size : int or (height, width)
     source, target : one of the names above
 
-    Returns   array of the shape that `target` has, of the kind and dtype of `offset`, never the same memory
-    Raises    ValueError (a shape or option does not fit), TypeError (kind or dtype)
-    Notes     What offsets mean is the same for all, pixels of the input, where DCNv3's offset_scale is 1. DCNv4 packs
-              its offsets, which are as DCNv3's, with masks.
-    Source    the code of these systems. Same result each run.
-    Example
+    Returns
+    -------
+    array of the shape that `target` has
+        Of the kind and dtype of `offset`, never the same memory.
+
+    Raises
+    ------
+    ValueError
+        A shape or option does not fit.
+    TypeError
+        The kind or dtype of an array does not fit.
+
+    Notes
+    -----
+    What offsets mean is the same for all, pixels of the input, where DCNv3's offset_scale is 1. DCNv4 packs its
+    offsets, which are as DCNv3's, with masks. The same bits on every run.
+
+    References
+    ----------
+    The code of these systems.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import convert_offset
     >>> offset = np.arange(4.0).reshape(1, 4, 1, 1)  # dy, dx of the upper tap, dy, dx of the lower one

@@ -11,6 +11,8 @@ from pydeform.ops import _conv
 class Conv1dGrads(NamedTuple):
     """What `conv1d_backward` returns: as `Conv2dGrads`.
 
+    Examples
+    --------
     >>> from pydeform import Conv1dGrads
     >>> Conv1dGrads._fields
     ('input', 'weight', 'bias')
@@ -44,13 +46,31 @@ def conv1d(
     weight : array (O, C/groups, kernel)
     bias, stride, padding, dilation, groups, allow_tf32 : as in `conv2d`, one stride, dilation and padding per axis
 
-    Returns   array (N, O, out) of the kind, device and dtype of `input`
-    Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     As `conv2d`: sums, NaN, the same bits on every run and any number of threads. Memory beyond the result: at
-              most 64 numbers for each product that is summed and for each weight, and some MB for each thread, whatever
-              the size of the image; on CUDA an input that is not contiguous is copied.
-    Source    Layout as torch.nn.functional.conv1d.
-    Example
+    Returns
+    -------
+    array (N, O, out)
+        Of the kind, device and dtype of `input`.
+
+    Raises
+    ------
+    ValueError
+        A shape or option does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    As `conv2d`: sums, NaN, the same bits on every run and any number of threads.
+
+    Memory beyond the result: at most 64 numbers for each product that is summed and for each weight, and some MB for
+    each thread, whatever the size of the image; on CUDA an input that is not contiguous is copied.
+
+    References
+    ----------
+    Layout as torch.nn.functional.conv1d.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import conv1d
     >>> conv1d(np.ones((1, 4, 8)), np.ones((6, 2, 3)), padding="same", groups=2)[0, 0].tolist()
@@ -82,11 +102,30 @@ def conv1d_backward(
     input, weight, bias, stride, padding, dilation, groups, allow_tf32 : exactly the forward's
     needs, deterministic : as in `conv2d_backward`
 
-    Returns   Conv1dGrads, of the kind, device and dtype of `grad_output`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     As `conv2d_backward`. The forward is linear in each argument, so the gradients are exact. Memory
-              beyond the gradients: as there, whatever the size of the image.
-    Example
+    Returns
+    -------
+    Conv1dGrads
+        Of the kind, device and dtype of `grad_output`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    As `conv2d_backward`. The forward is linear in each argument, so the gradients are exact.
+
+    Memory beyond the gradients: as there, whatever the size of the image.
+
+    References
+    ----------
+    Derived in docs/math/deform_conv.md, with offset 0 and mask 1.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import conv1d_backward
     >>> grads = conv1d_backward(np.ones((1, 6, 6)), np.ones((1, 4, 8)), np.ones((6, 4, 3)))

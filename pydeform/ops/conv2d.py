@@ -13,6 +13,8 @@ class Conv2dGrads(NamedTuple):
 
     None stands where the argument was absent, and where `needs` did not ask for the gradient.
 
+    Examples
+    --------
     >>> from pydeform import Conv2dGrads
     >>> Conv2dGrads._fields
     ('input', 'weight', 'bias')
@@ -51,17 +53,33 @@ def conv2d(
     groups : int; output channel o sees only the C/groups input channels of its own group
     allow_tf32 : on CUDA, float32 products may keep 10 bits of a factor's mantissa; elsewhere nothing changes
 
-    Returns   array (N, O, out_h, out_w) of the kind, device and dtype of `input`;
-              out = (in + before + after - dilation*(kernel - 1) - 1)//stride + 1
-    Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     float16 and bfloat16 sum in float32. NaN and infinite pixels give what the sum gives; on CUDA, in float32,
-              infinite ones may give NaN. Where the processor multiplies bfloat16 faster than float32 (AMX, or
-              AVX512-BF16 of AMD) its subnormal numbers are zeros.
-              The same bits on every run and, on the CPU, for any number of threads. Memory
-              beyond the result: at most 64 numbers for each product that is summed and for each weight, and some MB for
-              each thread, whatever the size of the image; on CUDA an input that is not contiguous is copied.
-    Source    The regular grid R of arXiv:1703.06211 eq. 1. Layout as torch.nn.functional.conv2d.
-    Example
+    Returns
+    -------
+    array (N, O, out_h, out_w)
+        Of the kind, device and dtype of `input`; out = (in + before + after - dilation*(kernel - 1) - 1)//stride + 1.
+
+    Raises
+    ------
+    ValueError
+        A shape or option does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    float16 and bfloat16 sum in float32. NaN and infinite pixels give what the sum gives; on CUDA, in float32, infinite
+    ones may give NaN. Where the processor multiplies bfloat16 faster than float32 (AMX, or AVX512-BF16 of AMD) its
+    subnormal numbers are zeros. The same bits on every run and, on the CPU, for any number of threads.
+
+    Memory beyond the result: at most 64 numbers for each product that is summed and for each weight, and some MB for
+    each thread, whatever the size of the image; on CUDA an input that is not contiguous is copied.
+
+    References
+    ----------
+    The regular grid R of arXiv:1703.06211 eq. 1. Layout as torch.nn.functional.conv2d.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import conv2d
     >>> conv2d(np.ones((1, 4, 8, 8)), np.ones((6, 2, 3, 3)), padding="same", groups=2)[0, 0, 0].tolist()
@@ -96,13 +114,32 @@ def conv2d_backward(
     needs : names of the gradients to compute, say ("input", "weight"); None computes all
     deterministic : accepted as by the other backwards; this one has the same bits on every run, always
 
-    Returns   Conv2dGrads, of the kind, device and dtype of `grad_output`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Same bits for any number of threads on the CPU. Memory beyond the gradients: at most 64 numbers for each
-              product that is summed, 256 for each weight, 16 MB (on CUDA 64 MB), and for each thread some MB and 256
-              numbers for each output channel, whatever the size of the image; for that of input up to four times its
-              own in float32; on CUDA an input that is not contiguous is copied.
-    Example
+    Returns
+    -------
+    Conv2dGrads
+        Of the kind, device and dtype of `grad_output`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    Same bits for any number of threads on the CPU.
+
+    Memory beyond the gradients: at most 64 numbers for each product that is summed, 256 for each weight, 16 MB (on CUDA
+    64 MB), and for each thread some MB and 256 numbers for each output channel, whatever the size of the image; for
+    that of input up to four times its own in float32; on CUDA an input that is not contiguous is copied.
+
+    References
+    ----------
+    Derived in docs/math/deform_conv2d.md, with offset 0 and mask 1.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import conv2d_backward
     >>> grads = conv2d_backward(np.ones((1, 6, 6, 6)), np.ones((1, 4, 8, 8)), np.ones((6, 4, 3, 3)), needs=("weight",))

@@ -12,6 +12,8 @@ from pydeform.ops import _call, _gather
 class Dcnv3Grads(NamedTuple):
     """What `dcnv3_backward` returns.
 
+    Examples
+    --------
     >>> from pydeform import Dcnv3Grads
     >>> Dcnv3Grads._fields
     ('input', 'offset', 'mask')
@@ -55,13 +57,31 @@ def dcnv3(
     offset_scale : of the offsets, and of the kernel around its middle
     remove_center : the kernel, square and of odd size, has no middle point: P is one less
 
-    Returns   array (N, out_h, out_w, C) of the kind, device and dtype of `input`
-    Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     NaN in an offset gives NaN; an infinite one is outside and gives 0. The same bits on every run and, on the
-              CPU, for any number of threads. Memory beyond the result: as `ms_deform_attn`, whatever the size of the
-              maps.
-    Source    arXiv:2211.05778 eq. 2; InternImage's ops_dcnv3
-    Example
+    Returns
+    -------
+    array (N, out_h, out_w, C)
+        Of the kind, device and dtype of `input`.
+
+    Raises
+    ------
+    ValueError
+        A shape or option does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    NaN in an offset gives NaN; an infinite one is outside and gives 0. The same bits on every run and, on the CPU, for
+    any number of threads.
+
+    Memory beyond the result: as `ms_deform_attn`, whatever the size of the maps.
+
+    References
+    ----------
+    arXiv:2211.05778 eq. 2; InternImage's ops_dcnv3.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import dcnv3
     >>> image, offset = np.arange(16.0).reshape(1, 4, 4, 1), np.zeros((1, 4, 4, 18))
@@ -102,12 +122,30 @@ def dcnv3_backward(
         forward's
     needs, deterministic : as in `ms_deform_attn_backward`
 
-    Returns   Dcnv3Grads, of the kind, device and dtype of `grad_output`; that of offset has the dtype of `offset`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Kinks and NaN as in `ms_deform_attn_backward`. Memory beyond the gradients: as there, whatever the size of
-              the maps.
-    Source    docs/math/gather.md
-    Example
+    Returns
+    -------
+    Dcnv3Grads
+        Of the kind, device and dtype of `grad_output`; that of offset has the dtype of `offset`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    Kinks and NaN as in `ms_deform_attn_backward`.
+
+    Memory beyond the gradients: as there, whatever the size of the maps.
+
+    References
+    ----------
+    Derived in docs/math/gather.md.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import dcnv3_backward
     >>> image, offset, mask = np.ones((1, 4, 4, 8)), np.full((1, 4, 4, 36), 0.25), np.ones((1, 4, 4, 18))

@@ -13,6 +13,8 @@ from pydeform.ops.dcnv3 import shape_of
 class Dcnv4Grads(NamedTuple):
     """What `dcnv4_backward` returns.
 
+    Examples
+    --------
     >>> from pydeform import Dcnv4Grads
     >>> Dcnv4Grads._fields
     ('input', 'offset_mask')
@@ -44,12 +46,31 @@ def dcnv4(
     offset_mask : array (N, out_h, out_w, ceil(groups*P*3 / 8)*8); what is left at the end of a row is not read
     kernel_size, stride, padding, dilation, groups, offset_scale, remove_center : as in `dcnv3`
 
-    Returns   array (N, out_h, out_w, C) of the kind, device and dtype of `input`
-    Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     As `dcnv3`. Memory beyond the result: as there, whatever the size of the maps. Any number of
-              channels in a group, any kernel and stride.
-    Source    arXiv:2401.06197 section 3; DCNv4_op
-    Example
+    Returns
+    -------
+    array (N, out_h, out_w, C)
+        Of the kind, device and dtype of `input`.
+
+    Raises
+    ------
+    ValueError
+        A shape or option does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    As `dcnv3`.
+
+    Memory beyond the result: as there, whatever the size of the maps. Any number of channels in a group, any kernel and
+    stride.
+
+    References
+    ----------
+    arXiv:2401.06197 section 3; DCNv4_op.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import dcnv4
     >>> image, packed = np.arange(16.0).reshape(1, 4, 4, 1), np.zeros((1, 4, 4, 32))
@@ -90,12 +111,31 @@ def dcnv4_backward(
         forward's
     needs, deterministic : as in `ms_deform_attn_backward`
 
-    Returns   Dcnv4Grads, of the kind, device and dtype of `grad_output`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Kinks and NaN as in `ms_deform_attn_backward`. Memory beyond the gradients: as there, whatever the size of
-              the maps. What is left at the end of a row has gradient 0.
-    Source    docs/math/gather.md
-    Example
+    Returns
+    -------
+    Dcnv4Grads
+        Of the kind, device and dtype of `grad_output`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    Kinks and NaN as in `ms_deform_attn_backward`.
+
+    Memory beyond the gradients: as there, whatever the size of the maps. What is left at the end of a row has gradient
+    0.
+
+    References
+    ----------
+    Derived in docs/math/gather.md.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import dcnv4_backward
     >>> grads = dcnv4_backward(np.ones((1, 4, 4, 8)), np.ones((1, 4, 4, 8)), np.zeros((1, 4, 4, 56)), groups=2)

@@ -12,6 +12,8 @@ from pydeform.ops import _call, _gather
 class DeformAggregationGrads(NamedTuple):
     """What `deform_aggregation_backward` returns.
 
+    Examples
+    --------
     >>> from pydeform import DeformAggregationGrads
     >>> DeformAggregationGrads._fields
     ('features', 'sampling_locations', 'weights')
@@ -44,13 +46,32 @@ def deform_aggregation(
         float16 or bfloat16 it may be float32
     weights : array (B, anchors, points, cameras, scales, groups); groups divide C
 
-    Returns   array (B, anchors, C) of the kind, device and dtype of `features`
-    Raises    ValueError (a shape does not fit), TypeError (kind, dtype or device)
-    Notes     NaN in a location gives NaN; an infinite one is not seen. Sums are in one order, so bits are the same on
-              every run and, on the CPU, for any number of threads. Memory beyond the result: as `ms_deform_attn`,
-              whatever the size of the maps. What is not seen has no part in any gradient, whatever its weight.
-    Source    arXiv:2311.11722 section 3.3; Sparse4D's deformable_aggregation_function
-    Example
+    Returns
+    -------
+    array (B, anchors, C)
+        Of the kind, device and dtype of `features`.
+
+    Raises
+    ------
+    ValueError
+        A shape does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    NaN in a location gives NaN; an infinite one is not seen. Sums are in one order, so bits are the same on every run
+    and, on the CPU, for any number of threads.
+
+    Memory beyond the result: as `ms_deform_attn`, whatever the size of the maps. What is not seen has no part in any
+    gradient, whatever its weight.
+
+    References
+    ----------
+    arXiv:2311.11722 section 3.3; Sparse4D's deformable_aggregation_function.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import deform_aggregation
     >>> features = np.arange(16.0).reshape(1, 16, 1)
@@ -83,13 +104,31 @@ def deform_aggregation_backward(
     features, spatial_shapes, sampling_locations, weights : exactly the forward's
     needs, deterministic : as in `ms_deform_attn_backward`
 
-    Returns   DeformAggregationGrads, of the kind, device and dtype of `grad_output`; that of sampling_locations has the
-              dtype of `sampling_locations`
-    Raises    ValueError (a shape or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Kinks and NaN as in `ms_deform_attn_backward`. Memory beyond the gradients: as there, whatever the size of
-              the maps.
-    Source    docs/math/gather.md
-    Example
+    Returns
+    -------
+    DeformAggregationGrads
+        Of the kind, device and dtype of `grad_output`; that of sampling_locations has the dtype of
+        `sampling_locations`.
+
+    Raises
+    ------
+    ValueError
+        A shape or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    Kinks and NaN as in `ms_deform_attn_backward`.
+
+    Memory beyond the gradients: as there, whatever the size of the maps.
+
+    References
+    ----------
+    Derived in docs/math/gather.md.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import deform_aggregation_backward
     >>> locations, weights = np.full((1, 5, 2, 1, 2), 0.3), np.ones((1, 5, 2, 1, 1, 4))

@@ -11,6 +11,8 @@ from pydeform.ops import _conv
 class DeformConv1dGrads(NamedTuple):
     """What `deform_conv1d_backward` returns: as `DeformConv2dGrads`.
 
+    Examples
+    --------
     >>> from pydeform import DeformConv1dGrads
     >>> DeformConv1dGrads._fields
     ('input', 'offset', 'weight', 'bias', 'mask')
@@ -54,12 +56,31 @@ def deform_conv1d(
     bias, stride, padding, dilation, boundary, allow_tf32 : as in `deform_conv2d`, with one stride, dilation and padding
         per axis, and each rule of `boundary` along each axis
 
-    Returns   array (N, O, out) of the kind, device and dtype of `input`
-    Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     As `deform_conv2d`: NaN and infinite coordinates, roundings; the same bits on every run and, on
-              the CPU, for any number of threads. Memory beyond the result: as there, whatever the size of the image.
-    Source    arXiv:1703.06211 eq. 2, arXiv:1811.11168 eq. 1; torchvision's operator on images of height 1.
-    Example
+    Returns
+    -------
+    array (N, O, out)
+        Of the kind, device and dtype of `input`.
+
+    Raises
+    ------
+    ValueError
+        A shape or option does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    As `deform_conv2d`: NaN and infinite coordinates, roundings; the same bits on every run and, on the CPU, for any
+    number of threads.
+
+    Memory beyond the result: as there, whatever the size of the image.
+
+    References
+    ----------
+    arXiv:1703.06211 eq. 2, arXiv:1811.11168 eq. 1; torchvision's operator on images of height 1.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import deform_conv1d
     >>> image, offset = np.arange(8.0).reshape(1, 1, 8), np.full((1, 1, 8), 0.25)
@@ -95,13 +116,30 @@ def deform_conv1d_backward(
     input, offset, weight, bias, stride, padding, dilation, mask, boundary, allow_tf32 : exactly the forward's
     needs, deterministic : as in `deform_conv2d_backward`
 
-    Returns   DeformConv1dGrads, of the kind, device and dtype of `grad_output`;
-              that of offset has the dtype of `offset`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     As `deform_conv2d_backward`: kinks, where the offset's gradient is the derivative from the right, NaN,
-              bits. Memory beyond the gradients: as there, whatever the size of the image.
-    Source    docs/math/deform_conv.md
-    Example
+    Returns
+    -------
+    DeformConv1dGrads
+        Of the kind, device and dtype of `grad_output`; that of offset has the dtype of `offset`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    As `deform_conv2d_backward`: kinks, where the offset's gradient is the derivative from the right, NaN, bits.
+
+    Memory beyond the gradients: as there, whatever the size of the image.
+
+    References
+    ----------
+    Derived in docs/math/deform_conv.md.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import deform_conv1d_backward
     >>> image, offset = np.ones((1, 4, 8)), np.full((1, 3, 6), 0.25)

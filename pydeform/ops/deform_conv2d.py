@@ -13,6 +13,8 @@ class DeformConv2dGrads(NamedTuple):
 
     None stands where the argument was absent, and where `needs` did not ask for the gradient.
 
+    Examples
+    --------
     >>> from pydeform import DeformConv2dGrads
     >>> DeformConv2dGrads._fields
     ('input', 'offset', 'weight', 'bias', 'mask')
@@ -64,18 +66,35 @@ def deform_conv2d(
         "dcnv1": on [0, H) x [0, W), last row and column repeated (the first paper's code, MXNet)
     allow_tf32 : on CUDA, float32 products may keep 10 bits of a factor's mantissa; elsewhere nothing changes
 
-    Returns   array (N, O, out_h, out_w) of the kind, device and dtype of `input`;
-              out = (in + before + after - dilation*(kernel - 1) - 1)//stride + 1
-    Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     A NaN coordinate gives NaN wherever its sample is used, an infinite one is outside. float16 and bfloat16
-              sum in float32. A sample is rounded to them before it is multiplied, on CUDA to both, on the CPU to
-              bfloat16 alone and where the processor multiplies that faster (AMX, or AVX512-BF16 of AMD; subnormal
-              numbers then are zeros). On CUDA an infinite pixel or weight in float32 may give NaN. The same bits on
-              every run and, on the CPU, for any number of threads.
-              Memory beyond the result: at most 64 numbers for each product that is summed and for each weight, and some
-              MB for each thread, whatever the size of the image; on CUDA an input that is not contiguous is copied.
-    Source    arXiv:1703.06211 eq. 2; arXiv:1811.11168 eq. 1. Layout as torchvision.ops.deform_conv2d.
-    Example
+    Returns
+    -------
+    array (N, O, out_h, out_w)
+        Of the kind, device and dtype of `input`; out = (in + before + after - dilation*(kernel - 1) - 1)//stride + 1.
+
+    Raises
+    ------
+    ValueError
+        A shape or option does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    A NaN coordinate gives NaN wherever its sample is used, an infinite one is outside. float16 and bfloat16 sum in
+    float32. A sample is rounded to them before it is multiplied, on CUDA to both, on the CPU to bfloat16 alone and
+    where the processor multiplies that faster (AMX, or AVX512-BF16 of AMD; subnormal numbers then are zeros). On CUDA
+    an infinite pixel or weight in float32 may give NaN. The same bits on every run and, on the CPU, for any number of
+    threads.
+
+    Memory beyond the result: at most 64 numbers for each product that is summed and for each weight, and some MB for
+    each thread, whatever the size of the image; on CUDA an input that is not contiguous is copied.
+
+    References
+    ----------
+    arXiv:1703.06211 eq. 2; arXiv:1811.11168 eq. 1. Layout as torchvision.ops.deform_conv2d.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import deform_conv2d
     >>> image, offset = np.ones((1, 4, 8, 8)), np.full((1, 18, 8, 8), 0.25)
@@ -115,19 +134,36 @@ def deform_conv2d_backward(
     deterministic : on CUDA, the same bits of grad.input on every run, without float atomics; all else has them always,
         and on the CPU everything
 
-    Returns   DeformConv2dGrads, of the kind, device and dtype of `grad_output`;
-              that of offset has the dtype of `offset`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Where an offset puts a sample on a row or column of pixels the image has a kink: the offset's gradient is
-              the derivative from the right (towards larger coordinates), at exactly -1 what `boundary` says. A NaN
-              coordinate gives NaN in its own gradients; a sample outside gives zeros. The input's gradient is exact.
-              Nothing there waits for the device; the first call compiles. Memory beyond the gradients: at most 64
-              numbers for each product that is summed, 256 for each weight, 16 MB (on CUDA 64 MB), and for each thread
-              some MB and 256 numbers for each output channel, whatever the size of the image; for that of input up to
-              four times its own in float32; beside bfloat16 up to twice `grad_output` in float32; on CUDA an input that
-              is not contiguous is copied.
-    Source    arXiv:1703.06211 appendix A; arXiv:1811.11168. Same bits for any number of threads on the CPU.
-    Example
+    Returns
+    -------
+    DeformConv2dGrads
+        Of the kind, device and dtype of `grad_output`; that of offset has the dtype of `offset`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    Where an offset puts a sample on a row or column of pixels the image has a kink: the offset's gradient is the
+    derivative from the right (towards larger coordinates), at exactly -1 what `boundary` says. A NaN coordinate gives
+    NaN in its own gradients; a sample outside gives zeros. The input's gradient is exact. Nothing there waits for the
+    device; the first call compiles. The same bits for any number of threads on the CPU.
+
+    Memory beyond the gradients: at most 64 numbers for each product that is summed, 256 for each weight, 16 MB (on CUDA
+    64 MB), and for each thread some MB and 256 numbers for each output channel, whatever the size of the image; for
+    that of input up to four times its own in float32; beside bfloat16 up to twice `grad_output` in float32; on CUDA an
+    input that is not contiguous is copied.
+
+    References
+    ----------
+    arXiv:1703.06211 appendix A; arXiv:1811.11168.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import deform_conv2d_backward
     >>> image, offset, weight = np.ones((1, 4, 8, 8)), np.full((1, 18, 8, 8), 0.25), np.ones((6, 4, 3, 3))

@@ -12,6 +12,8 @@ from pydeform.ops import _roi
 class DeformPsroiPoolGrads(NamedTuple):
     """What `deform_psroi_pool_backward` returns; `boxes` has no gradient and is None.
 
+    Examples
+    --------
     >>> from pydeform import DeformPsroiPoolGrads
     >>> DeformPsroiPoolGrads._fields
     ('input', 'boxes', 'trans', 'mask')
@@ -65,16 +67,34 @@ def deform_psroi_pool(
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
     mask : array (R, 1, pooled_size, pooled_size), optional; used as given, without a sigmoid
 
-    Returns   array (R, output_dim, pooled_size, pooled_size) of the kind, device and dtype of `input`
-    Raises    ValueError (a shape, option or, on the CPU, batch index does not fit), TypeError (kind, dtype or device)
-    Notes     A point beyond [-1/2, H - 1/2] x [-1/2, W - 1/2] is left out of the mean; one before the first or past the
-              last pixel reads that pixel. A bin without points gives 0. A NaN in a box or in trans gives NaN, an
-              infinite coordinate is outside; on CUDA a batch index outside the batch gives NaN. The same bits on every
-              run and, on the CPU, for any number of threads. Memory beyond the result: at most 128 numbers for each of
-              its own, and some MB for each thread, whatever the size of the image; on CUDA an input that is not
-              contiguous is copied.
-    Source    arXiv:1703.06211 eq. 5 and 6, arXiv:1811.11168 eq. 2. As mxnet.contrib.DeformablePSROIPooling.
-    Example
+    Returns
+    -------
+    array (R, output_dim, pooled_size, pooled_size)
+        Of the kind, device and dtype of `input`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or, on the CPU, batch index does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    A point beyond [-1/2, H - 1/2] x [-1/2, W - 1/2] is left out of the mean; one before the first or past the last
+    pixel reads that pixel. A bin without points gives 0. A NaN in a box or in trans gives NaN, an infinite coordinate
+    is outside; on CUDA a batch index outside the batch gives NaN. The same bits on every run and, on the CPU, for any
+    number of threads.
+
+    Memory beyond the result: at most 128 numbers for each of its own, and some MB for each thread, whatever the size of
+    the image; on CUDA an input that is not contiguous is copied.
+
+    References
+    ----------
+    arXiv:1703.06211 eq. 5 and 6, arXiv:1811.11168 eq. 2. As mxnet.contrib.DeformablePSROIPooling.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import deform_psroi_pool
     >>> image, boxes = np.arange(64.0).reshape(1, 1, 8, 8), np.array([[0, 0, 0, 3, 3.0]])
@@ -109,21 +129,39 @@ def deform_psroi_pool_backward(
     Parameters
     ----------
     grad_output : array (R, output_dim, pooled_size, pooled_size), the gradient of the forward's result
-    input, boxes, trans, output_dim ... mask : exactly the forward's
+    input, boxes, trans, mask : exactly the forward's
+    output_dim, pooled_size, group_size, part_size, sample_per_part, trans_std, spatial_scale : exactly the forward's
     needs : names of the gradients to compute, say ("input", "trans"); None computes all
     deterministic : accepted as by the other backwards; this one has the same bits on every run, always
 
-    Returns   DeformPsroiPoolGrads, of the kind, device and dtype of `grad_output`;
-              that of trans has the dtype of `trans`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     How many points a mean is over counts as constant. On the axis on which a point lies exactly on a row or
-              column of pixels, or beyond the first or last, its derivative is 0, as in MXNet: the interpolation there
-              is between a pixel and itself. A NaN coordinate gives NaN in its own gradients, nothing to the input's.
-              Memory beyond the gradients: at most 128 numbers for each of grad_output, and some MB for each thread,
-              whatever the size of the image; in half precision that of input once in float32; on CUDA an input that is
-              not contiguous is copied.
-    Source    arXiv:1703.06211 appendix B; arXiv:1811.11168
-    Example
+    Returns
+    -------
+    DeformPsroiPoolGrads
+        Of the kind, device and dtype of `grad_output`; that of trans has the dtype of `trans`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    How many points a mean is over counts as constant. On the axis on which a point lies exactly on a row or column of
+    pixels, or beyond the first or last, its derivative is 0, as in MXNet: the interpolation there is between a pixel
+    and itself. A NaN coordinate gives NaN in its own gradients, nothing to the input's.
+
+    Memory beyond the gradients: at most 128 numbers for each of grad_output, and some MB for each thread, whatever the
+    size of the image; in half precision that of input once in float32; on CUDA an input that is not contiguous is
+    copied.
+
+    References
+    ----------
+    arXiv:1703.06211 appendix B; arXiv:1811.11168.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import deform_psroi_pool_backward
     >>> image, boxes, trans = np.ones((1, 8, 8, 8)), np.array([[0, 2, 2, 6, 6.0]]), np.zeros((1, 2, 3, 3))

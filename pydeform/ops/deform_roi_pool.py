@@ -12,6 +12,8 @@ from pydeform.ops import _roi
 class DeformRoiPoolGrads(NamedTuple):
     """What `deform_roi_pool_backward` returns; `boxes` has no gradient and is None.
 
+    Examples
+    --------
     >>> from pydeform import DeformRoiPoolGrads
     >>> DeformRoiPoolGrads._fields
     ('input', 'boxes', 'offset', 'mask')
@@ -57,15 +59,33 @@ def deform_roi_pool(
     gamma : the size of an offset of 1, as a part of the box
     mask : array (R, 1, output_h, output_w), optional; used as given, without a sigmoid
 
-    Returns   array (R, C, output_h, output_w) of the kind, device and dtype of `input`
-    Raises    ValueError (a shape, option or, on the CPU, batch index does not fit), TypeError (kind, dtype or device)
-    Notes     A point beyond [-1, H] x [-1, W] reads 0 and counts; between there and the pixels it reads the nearest. A
-              bin without points gives 0. A NaN in a box or offset gives NaN, an infinite coordinate is outside; on CUDA
-              a batch index outside the batch gives NaN. The same bits on every run and, on the CPU, for any number of
-              threads. Memory beyond the result: at most 128 numbers for each of its own, and some MB for each thread,
-              whatever the size of the image; on CUDA an input that is not contiguous is copied.
-    Source    arXiv:1703.06211 eq. 5, arXiv:1811.11168 eq. 2. As mmcv.ops.deform_roi_pool and its modulated layer.
-    Example
+    Returns
+    -------
+    array (R, C, output_h, output_w)
+        Of the kind, device and dtype of `input`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or, on the CPU, batch index does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    A point beyond [-1, H] x [-1, W] reads 0 and counts; between there and the pixels it reads the nearest. A bin
+    without points gives 0. A NaN in a box or offset gives NaN, an infinite coordinate is outside; on CUDA a batch index
+    outside the batch gives NaN. The same bits on every run and, on the CPU, for any number of threads.
+
+    Memory beyond the result: at most 128 numbers for each of its own, and some MB for each thread, whatever the size of
+    the image; on CUDA an input that is not contiguous is copied.
+
+    References
+    ----------
+    arXiv:1703.06211 eq. 5, arXiv:1811.11168 eq. 2. As mmcv.ops.deform_roi_pool and its modulated layer.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import deform_roi_pool
     >>> image, boxes = np.arange(64.0).reshape(1, 1, 8, 8), np.array([[0, 2, 2, 6, 6.0]])
@@ -103,17 +123,34 @@ def deform_roi_pool_backward(
     needs : names of the gradients to compute, say ("input", "offset"); None computes all
     deterministic : accepted as by the other backwards; this one has the same bits on every run, always
 
-    Returns   DeformRoiPoolGrads, of the kind, device and dtype of `grad_output`;
-              that of offset has the dtype of `offset`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     The offset's gradient is the derivative of the forward: from the right where a point lies on a row or
-              column of pixels, 0 from the last one on and up to and on the first, where a point reads the nearest pixel
-              or nothing. mmcv's own is not the derivative there. A NaN coordinate gives NaN in its own gradients and
-              nothing to the input's. Memory beyond the gradients: at most 128 numbers for each of grad_output, and some
-              MB for each thread, whatever the size of the image; in half precision that of input once in float32; on
-              CUDA an input that is not contiguous is copied.
-    Source    arXiv:1703.06211 appendix B; arXiv:1811.11168
-    Example
+    Returns
+    -------
+    DeformRoiPoolGrads
+        Of the kind, device and dtype of `grad_output`; that of offset has the dtype of `offset`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    The offset's gradient is the derivative of the forward: from the right where a point lies on a row or column of
+    pixels, 0 from the last one on and up to and on the first, where a point reads the nearest pixel or nothing. mmcv's
+    own is not the derivative there. A NaN coordinate gives NaN in its own gradients and nothing to the input's.
+
+    Memory beyond the gradients: at most 128 numbers for each of grad_output, and some MB for each thread, whatever the
+    size of the image; in half precision that of input once in float32; on CUDA an input that is not contiguous is
+    copied.
+
+    References
+    ----------
+    arXiv:1703.06211 appendix B; arXiv:1811.11168.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import deform_roi_pool_backward
     >>> image, boxes, offset = np.ones((1, 3, 8, 8)), np.array([[0, 2, 2, 6, 6.0]]), np.zeros((1, 2, 7, 7))

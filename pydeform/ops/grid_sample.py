@@ -12,6 +12,8 @@ from pydeform.ops import _call, _grid
 class GridSampleGrads(NamedTuple):
     """What `grid_sample_backward` returns.
 
+    Examples
+    --------
     >>> from pydeform import GridSampleGrads
     >>> GridSampleGrads._fields
     ('input', 'grid')
@@ -47,15 +49,33 @@ def grid_sample(
         pixels, the others to the point
     align_corners : -1 and 1 are the centres of the first and last pixel; False: they are the outer edges of the image
 
-    Returns   array (N, C, out_h, out_w) or (N, C, out_d, out_h, out_w) of the kind, device and dtype of `input`
-    Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     NaN in a coordinate gives NaN. An infinite one is outside: 0, or the border's pixel; nothing is its mirror
-              image, so "reflection" gives 0 too (PyTorch gives other numbers there). The same bits on every run and, on
-              the CPU, for any number of threads. Memory beyond the result: some 100 kB for each
-              thread, whatever the size of the image; on the CPU arrays of half types, and everywhere those that are not
-              contiguous, are copied.
-    Source    arXiv:1506.02025 eq. 3 to 5. As torch.nn.functional.grid_sample.
-    Example
+    Returns
+    -------
+    array (N, C, out_h, out_w) or (N, C, out_d, out_h, out_w)
+        Of the kind, device and dtype of `input`.
+
+    Raises
+    ------
+    ValueError
+        A shape or option does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    NaN in a coordinate gives NaN. An infinite one is outside: 0, or the border's pixel; nothing is its mirror image, so
+    "reflection" gives 0 too (PyTorch gives other numbers there). The same bits on every run and, on the CPU, for any
+    number of threads.
+
+    Memory beyond the result: some 100 kB for each thread, whatever the size of the image; on the CPU arrays of half
+    types, and everywhere those that are not contiguous, are copied.
+
+    References
+    ----------
+    arXiv:1506.02025 eq. 3 to 5. As torch.nn.functional.grid_sample.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import grid_sample
     >>> image = np.arange(16.0).reshape(1, 1, 4, 4)
@@ -88,16 +108,34 @@ def grid_sample_backward(
     needs : names of the gradients to compute; None computes all
     deterministic : the same bits on every run, on CUDA too; the CPU always has them
 
-    Returns   GridSampleGrads, of the kind, device and dtype of `grad_output`; that of grid has the dtype of `grid`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     As PyTorch's: at a kink, where a point lies on a row or column of pixels, the gradient of the grid is the
-              derivative from the right; that along an axis is 0 where "border" or "reflection" holds the point at the
-              first or last pixel, and everywhere for "nearest". NaN in a coordinate gives NaN in its point's gradient.
-              Memory beyond the gradients: some 100 kB for each thread, whatever the size of the image, and the copies
-              of the forward; on CUDA one of the input's gradient in float32 where its dtype is a half type and, if
-              deterministic, some numbers for each pixel that a point reads.
-    Source    docs/math/grid.md
-    Example
+    Returns
+    -------
+    GridSampleGrads
+        Of the kind, device and dtype of `grad_output`; that of grid has the dtype of `grid`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    As PyTorch's: at a kink, where a point lies on a row or column of pixels, the gradient of the grid is the derivative
+    from the right; that along an axis is 0 where "border" or "reflection" holds the point at the first or last pixel,
+    and everywhere for "nearest". NaN in a coordinate gives NaN in its point's gradient.
+
+    Memory beyond the gradients: some 100 kB for each thread, whatever the size of the image, and the copies of the
+    forward; on CUDA one of the input's gradient in float32 where its dtype is a half type and, if deterministic, some
+    numbers for each pixel that a point reads.
+
+    References
+    ----------
+    Derived in docs/math/grid.md.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import grid_sample_backward
     >>> image, grid = np.arange(16.0).reshape(1, 1, 4, 4), np.array([[[[0, 0]]]]) + 0.25

@@ -14,6 +14,8 @@ NAMES = "sampling_locations", "attention_weights"
 class MsDeformAttnGrads(NamedTuple):
     """What `ms_deform_attn_backward` returns; with method "discrete" `sampling_locations` has no gradient and is None.
 
+    Examples
+    --------
     >>> from pydeform import MsDeformAttnGrads
     >>> MsDeformAttnGrads._fields
     ('value', 'sampling_locations', 'attention_weights')
@@ -54,14 +56,32 @@ def ms_deform_attn(
     method : "bilinear", or "discrete" (RT-DETRv2's): the pixel trunc(location * size + 1/2), or the nearest of the
         level
 
-    Returns   array (N, Lq, heads*channels) of the kind, device and dtype of `value`
-    Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     NaN in a location gives NaN. An infinite one is outside and gives 0; "discrete" reads the nearest pixel.
-              The same bits on every run and, on the CPU, for any number of threads. Memory beyond the result: some
-              100 kB for each thread, whatever the size of the maps; on the CPU arrays of half types, and everywhere
-              those that are not contiguous, are copied.
-    Source    arXiv:2010.04159 eq. 3; arXiv:2407.17140 for "discrete". Deformable-DETR's and transformers' operator.
-    Example
+    Returns
+    -------
+    array (N, Lq, heads*channels)
+        Of the kind, device and dtype of `value`.
+
+    Raises
+    ------
+    ValueError
+        A shape or option does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    NaN in a location gives NaN. An infinite one is outside and gives 0; "discrete" reads the nearest pixel. The same
+    bits on every run and, on the CPU, for any number of threads.
+
+    Memory beyond the result: some 100 kB for each thread, whatever the size of the maps; on the CPU arrays of half
+    types, and everywhere those that are not contiguous, are copied.
+
+    References
+    ----------
+    arXiv:2010.04159 eq. 3; arXiv:2407.17140 for "discrete". Deformable-DETR's and transformers' operator.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import ms_deform_attn
     >>> value = np.arange(20.0).reshape(1, 20, 1, 1)  # levels of 4x4 and 2x2
@@ -97,16 +117,34 @@ def ms_deform_attn_backward(
     needs : names of the gradients to compute; None computes all
     deterministic : the same bits on every run, on CUDA too; the CPU always has them
 
-    Returns   MsDeformAttnGrads, of the kind, device and dtype of `grad_output`; that of sampling_locations has the
-              dtype of `sampling_locations`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     At a kink, where a sample lies on a row or column of pixels, the gradient of its location is the
-              derivative from the right; one pixel before the first, where the forward starts to see the map, it is 0,
-              as in the authors' kernels. NaN in a location gives NaN there and in the weight's gradient. Memory beyond
-              the gradients: some 100 kB for each thread, whatever the size of the maps, and the copies of the forward;
-              on CUDA, if deterministic, some numbers for each sample.
-    Source    docs/math/gather.md
-    Example
+    Returns
+    -------
+    MsDeformAttnGrads
+        Of the kind, device and dtype of `grad_output`; that of sampling_locations has the dtype of
+        `sampling_locations`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    At a kink, where a sample lies on a row or column of pixels, the gradient of its location is the derivative from the
+    right; one pixel before the first, where the forward starts to see the map, it is 0, as in the authors' kernels. NaN
+    in a location gives NaN there and in the weight's gradient.
+
+    Memory beyond the gradients: some 100 kB for each thread, whatever the size of the maps, and the copies of the
+    forward; on CUDA, if deterministic, some numbers for each sample.
+
+    References
+    ----------
+    Derived in docs/math/gather.md.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import ms_deform_attn_backward
     >>> value, locations, weights = np.ones((1, 20, 2, 8)), np.full((1, 5, 2, 2, 3, 2), 0.3), np.ones((1, 5, 2, 2, 3))

@@ -15,6 +15,8 @@ class MsDeformAttnFusedGrads(NamedTuple):
     """What `ms_deform_attn_fused_backward` returns; with method "discrete" `reference_points` and `sampling_offsets`
     have no gradient and are None.
 
+    Examples
+    --------
     >>> from pydeform import MsDeformAttnFusedGrads
     >>> MsDeformAttnFusedGrads._fields
     ('value', 'reference_points', 'sampling_offsets', 'attention_logits')
@@ -57,12 +59,31 @@ def ms_deform_attn_fused(
     attention_logits : array (N, Lq, heads, L, P), or (N, Lq, heads, sum(points))
     offset_scale : of offsets beside boxes; Deformable-DETR, RT-DETR, D-FINE and RF-DETR have 0.5
 
-    Returns   array (N, Lq, heads*channels) of the kind, device and dtype of `value`
-    Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     As `ms_deform_attn`. Memory beyond the result: as there, whatever the size of the maps. A
-              logit that is NaN, or infinite and positive, makes its query and head NaN.
-    Source    arXiv:2010.04159 section 4.1 and appendix A.3
-    Example
+    Returns
+    -------
+    array (N, Lq, heads*channels)
+        Of the kind, device and dtype of `value`.
+
+    Raises
+    ------
+    ValueError
+        A shape or option does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    As `ms_deform_attn`.
+
+    Memory beyond the result: as there, whatever the size of the maps. A logit that is NaN, or infinite and positive,
+    makes its query and head NaN.
+
+    References
+    ----------
+    arXiv:2010.04159 section 4.1 and appendix A.3.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import ms_deform_attn_fused
     >>> value, reference = np.arange(16.0).reshape(1, 16, 1, 1), np.full((1, 1, 1, 2), 0.5)
@@ -106,13 +127,31 @@ def ms_deform_attn_fused_backward(
         the forward's
     needs, deterministic : as in `ms_deform_attn_backward`
 
-    Returns   MsDeformAttnFusedGrads, of the kind, device and dtype of `grad_output`; those of reference_points and
-              sampling_offsets have the dtypes of these
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Kinks and NaN as in `ms_deform_attn_backward`. Memory beyond the gradients: as there, whatever the size of
-              the maps.
-    Source    docs/math/gather.md
-    Example
+    Returns
+    -------
+    MsDeformAttnFusedGrads
+        Of the kind, device and dtype of `grad_output`; those of reference_points and sampling_offsets have the dtypes
+        of these.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    Kinks and NaN as in `ms_deform_attn_backward`.
+
+    Memory beyond the gradients: as there, whatever the size of the maps.
+
+    References
+    ----------
+    Derived in docs/math/gather.md.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import ms_deform_attn_fused_backward
     >>> value, reference = np.ones((1, 16, 2, 4)), np.full((1, 3, 1, 4), 0.5)

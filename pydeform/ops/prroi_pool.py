@@ -12,6 +12,8 @@ from pydeform.ops import _roi
 class PrroiPoolGrads(NamedTuple):
     """What `prroi_pool_backward` returns.
 
+    Examples
+    --------
     >>> from pydeform import PrroiPoolGrads
     >>> PrroiPoolGrads._fields
     ('input', 'boxes')
@@ -38,15 +40,33 @@ def prroi_pool(input: Array, boxes: AnyArray, output_size: Size, spatial_scale: 
     output_size : int, or (output_h, output_w)
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
 
-    Returns   array (R, C, output_h, output_w) of the kind, device and dtype of `input`
-    Raises    ValueError (a shape, option or, on the CPU, batch index does not fit), TypeError (kind, dtype or device)
-    Notes     A box with x2 <= x1 or y2 <= y1 gives 0. A box costs no more than the image is large, however long it is.
-              A NaN in a box gives NaN, an infinite coordinate a box outside; on CUDA a batch index outside the batch
-              gives NaN. The same bits on every run and, on the CPU, for any number of threads. Memory beyond the
-              result: at most 128 numbers for each of its own, and some MB for each thread, whatever the size of the
-              image; on CUDA an input that is not contiguous is copied.
-    Source    arXiv:1807.11590 section 3.3. As mmcv.ops.prroi_pool.
-    Example
+    Returns
+    -------
+    array (R, C, output_h, output_w)
+        Of the kind, device and dtype of `input`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or, on the CPU, batch index does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    A box with x2 <= x1 or y2 <= y1 gives 0. A box costs no more than the image is large, however long it is. A NaN in a
+    box gives NaN, an infinite coordinate a box outside; on CUDA a batch index outside the batch gives NaN. The same
+    bits on every run and, on the CPU, for any number of threads.
+
+    Memory beyond the result: at most 128 numbers for each of its own, and some MB for each thread, whatever the size of
+    the image; on CUDA an input that is not contiguous is copied.
+
+    References
+    ----------
+    arXiv:1807.11590 section 3.3. As mmcv.ops.prroi_pool.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import prroi_pool
     >>> image = np.arange(64.0).reshape(1, 1, 8, 8)
@@ -77,14 +97,33 @@ def prroi_pool_backward(
     needs : names of the gradients to compute; None computes all
     deterministic : accepted as by the other backwards; this one has the same bits on every run, always
 
-    Returns   PrroiPoolGrads, of the kind and device of `grad_output`; each gradient has the dtype of its argument
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Exact. That of a box is 0 in column 0 (the batch index), and 0 for a box that gives 0; in a box so small
-              that it lies between the same pixels it is continuous. Memory beyond the gradients: at most 128 numbers
-              for each of grad_output, and some MB for each thread, whatever the size of the image; in half precision
-              that of input once in float32; on CUDA an input that is not contiguous is copied.
-    Source    arXiv:1807.11590 section 3.3
-    Example
+    Returns
+    -------
+    PrroiPoolGrads
+        Of the kind and device of `grad_output`; each gradient has the dtype of its argument.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    Exact. That of a box is 0 in column 0 (the batch index), and 0 for a box that gives 0; in a box so small that it
+    lies between the same pixels it is continuous.
+
+    Memory beyond the gradients: at most 128 numbers for each of grad_output, and some MB for each thread, whatever the
+    size of the image; in half precision that of input once in float32; on CUDA an input that is not contiguous is
+    copied.
+
+    References
+    ----------
+    arXiv:1807.11590 section 3.3.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import prroi_pool_backward
     >>> image = np.arange(64.0).reshape(1, 1, 8, 8)

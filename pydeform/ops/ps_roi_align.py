@@ -12,6 +12,8 @@ from pydeform.ops import _roi
 class PsRoiAlignGrads(NamedTuple):
     """What `ps_roi_align_backward` returns; `boxes` has no gradient and is None.
 
+    Examples
+    --------
     >>> from pydeform import PsRoiAlignGrads
     >>> PsRoiAlignGrads._fields
     ('input', 'boxes')
@@ -42,16 +44,34 @@ def ps_roi_align(
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
     sampling_ratio : points of a bin on each axis; 0 and -1: adaptive
 
-    Returns   array (R, C, output_h, output_w) of the kind, device and dtype of `input`
-    Raises    ValueError (a shape, option or, on the CPU, batch index does not fit), TypeError (kind, dtype or device)
-    Notes     A point beyond [-1, H] x [-1, W] reads 0 and counts; between there and the pixels it reads the nearest. A
-              bin without points, which only an adaptive one of a box without area is, gives NaN, as in torchvision. A
-              NaN in a box gives NaN, an infinite coordinate a box outside; on CUDA a batch index outside the batch
-              gives NaN. The same bits on every run and, on the CPU, for any number of threads. Memory beyond the
-              result: at most 128 numbers for each of its own, and some MB for each thread, whatever the size of the
-              image; on CUDA an input that is not contiguous is copied.
-    Source    arXiv:1605.06409 eq. 1 with arXiv:1703.06870's points. As torchvision.ops.ps_roi_align.
-    Example
+    Returns
+    -------
+    array (R, C, output_h, output_w)
+        Of the kind, device and dtype of `input`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or, on the CPU, batch index does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    A point beyond [-1, H] x [-1, W] reads 0 and counts; between there and the pixels it reads the nearest. A bin
+    without points, which only an adaptive one of a box without area is, gives NaN, as in torchvision. A NaN in a box
+    gives NaN, an infinite coordinate a box outside; on CUDA a batch index outside the batch gives NaN. The same bits on
+    every run and, on the CPU, for any number of threads.
+
+    Memory beyond the result: at most 128 numbers for each of its own, and some MB for each thread, whatever the size of
+    the image; on CUDA an input that is not contiguous is copied.
+
+    References
+    ----------
+    arXiv:1605.06409 eq. 1 with arXiv:1703.06870's points. As torchvision.ops.ps_roi_align.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import ps_roi_align
     >>> image = np.ones((1, 4, 8, 8)) * np.arange(4.0).reshape(1, 4, 1, 1)
@@ -83,13 +103,32 @@ def ps_roi_align_backward(
     needs : names of the gradients to compute; None computes all
     deterministic : accepted as by the other backwards; this one has the same bits on every run, always
 
-    Returns   PsRoiAlignGrads, of the kind, device and dtype of `grad_output`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     The transpose of the forward, exactly. A bin without points gives nothing. Memory beyond the gradients: at
-              most 128 numbers for each of grad_output, and some MB for each thread, whatever the size of the image; in
-              half precision that of input once in float32; on CUDA an input that is not contiguous is copied.
-    Source    arXiv:1605.06409, arXiv:1703.06870
-    Example
+    Returns
+    -------
+    PsRoiAlignGrads
+        Of the kind, device and dtype of `grad_output`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    The transpose of the forward, exactly. A bin without points gives nothing.
+
+    Memory beyond the gradients: at most 128 numbers for each of grad_output, and some MB for each thread, whatever the
+    size of the image; in half precision that of input once in float32; on CUDA an input that is not contiguous is
+    copied.
+
+    References
+    ----------
+    arXiv:1605.06409, arXiv:1703.06870.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import ps_roi_align_backward
     >>> grads = ps_roi_align_backward(np.ones((1, 1, 2, 2)), np.ones((1, 4, 8, 8)), np.array([[0, 1, 1, 4, 4.0]]), 2)

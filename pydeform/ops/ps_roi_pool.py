@@ -14,6 +14,8 @@ CONVENTIONS = tuple(_roi_geometry.PS_ROI_POOL)
 class PsRoiPoolGrads(NamedTuple):
     """What `ps_roi_pool_backward` returns; `boxes` has no gradient and is None.
 
+    Examples
+    --------
     >>> from pydeform import PsRoiPoolGrads
     >>> PsRoiPoolGrads._fields
     ('input', 'boxes')
@@ -51,14 +53,32 @@ def ps_roi_pool(
         "torchvision": round(x1*scale) to round(x2*scale), at least 1 long; the last row and column are never read
         "rfcn": round(x1)*scale to (round(x2) + 1)*scale, at least 0.1 long (R-FCN's code, MXNet, Paddle, OpenVINO)
 
-    Returns   array (R, C, output_h, output_w) of the kind, device and dtype of `input`
-    Raises    ValueError (a shape, option or, on the CPU, batch index does not fit), TypeError (kind, dtype or device)
-    Notes     A bin without pixels gives 0. A NaN in a box gives NaN, an infinite coordinate a box outside; on CUDA a
-              batch index outside the batch gives NaN. The same bits on every run and, on the CPU, for any number of
-              threads. Memory beyond the result: at most 128 numbers for each of its own, and some MB for each thread,
-              whatever the size of the image; on CUDA an input that is not contiguous is copied.
-    Source    arXiv:1605.06409 eq. 1. As torchvision.ops.ps_roi_pool and mxnet.contrib.PSROIPooling.
-    Example
+    Returns
+    -------
+    array (R, C, output_h, output_w)
+        Of the kind, device and dtype of `input`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or, on the CPU, batch index does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    A bin without pixels gives 0. A NaN in a box gives NaN, an infinite coordinate a box outside; on CUDA a batch index
+    outside the batch gives NaN. The same bits on every run and, on the CPU, for any number of threads.
+
+    Memory beyond the result: at most 128 numbers for each of its own, and some MB for each thread, whatever the size of
+    the image; on CUDA an input that is not contiguous is copied.
+
+    References
+    ----------
+    arXiv:1605.06409 eq. 1. As torchvision.ops.ps_roi_pool and mxnet.contrib.PSROIPooling.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import ps_roi_pool
     >>> image = np.ones((1, 4, 8, 8)) * np.arange(4.0).reshape(1, 4, 1, 1)
@@ -90,14 +110,33 @@ def ps_roi_pool_backward(
     needs : names of the gradients to compute; None computes all
     deterministic : accepted as by the other backwards; this one has the same bits on every run, always
 
-    Returns   PsRoiPoolGrads, of the kind, device and dtype of `grad_output`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     The transpose of the forward, exactly. torchvision's own backward is not where a box touches the last row
-              or column: it reads those, which its forward does not. Memory beyond the gradients: at most 128 numbers
-              for each of grad_output, and some MB for each thread, whatever the size of the image; in half precision
-              that of input once in float32; on CUDA an input that is not contiguous is copied.
-    Source    arXiv:1605.06409
-    Example
+    Returns
+    -------
+    PsRoiPoolGrads
+        Of the kind, device and dtype of `grad_output`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    The transpose of the forward, exactly. torchvision's own backward is not where a box touches the last row or column:
+    it reads those, which its forward does not.
+
+    Memory beyond the gradients: at most 128 numbers for each of grad_output, and some MB for each thread, whatever the
+    size of the image; in half precision that of input once in float32; on CUDA an input that is not contiguous is
+    copied.
+
+    References
+    ----------
+    arXiv:1605.06409.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import ps_roi_pool_backward
     >>> grads = ps_roi_pool_backward(np.ones((1, 1, 2, 2)), np.ones((1, 4, 8, 8)), np.array([[0, 0, 0, 4, 4.0]]), 2)

@@ -14,6 +14,8 @@ MODES = ("avg", "max")
 class RoiAlignGrads(NamedTuple):
     """What `roi_align_backward` returns; `boxes` is None unless it is asked for.
 
+    Examples
+    --------
     >>> from pydeform import RoiAlignGrads
     >>> RoiAlignGrads._fields
     ('input', 'boxes')
@@ -53,16 +55,34 @@ def roi_align(
     aligned : pixel centres lie half a pixel inside the image; False: no such shift, and a box has at least size 1
     mode : "avg", or "max" of the interpolated points (mmcv's; ONNX's old max took single weighted pixels)
 
-    Returns   array (R, C, output_h, output_w) of the kind, device and dtype of `input`
-    Raises    ValueError (a shape, option or, on the CPU, batch index does not fit), TypeError (kind, dtype or device)
-    Notes     A point beyond [-1, H] x [-1, W] reads 0 and counts; between there and the pixels it reads the nearest. A
-              bin without points gives 0. NaN is the largest of all. A NaN in a box gives NaN, an infinite coordinate a
-              box outside; on CUDA a batch index outside the batch gives NaN. The same bits on every run and, on the
-              CPU, for any number of threads. Memory beyond the result: at most 128 numbers for each of its own, and
-              some MB for each thread, whatever the size of the image; on CUDA an input that is not contiguous is
-              copied.
-    Source    arXiv:1703.06870 section 3. As torchvision.ops.roi_align; "max" as mmcv.ops.roi_align.
-    Example
+    Returns
+    -------
+    array (R, C, output_h, output_w)
+        Of the kind, device and dtype of `input`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or, on the CPU, batch index does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    A point beyond [-1, H] x [-1, W] reads 0 and counts; between there and the pixels it reads the nearest. A bin
+    without points gives 0. NaN is the largest of all. A NaN in a box gives NaN, an infinite coordinate a box outside;
+    on CUDA a batch index outside the batch gives NaN. The same bits on every run and, on the CPU, for any number of
+    threads.
+
+    Memory beyond the result: at most 128 numbers for each of its own, and some MB for each thread, whatever the size of
+    the image; on CUDA an input that is not contiguous is copied.
+
+    References
+    ----------
+    arXiv:1703.06870 section 3. As torchvision.ops.roi_align; "max" as mmcv.ops.roi_align.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import roi_align
     >>> image = np.arange(64.0).reshape(1, 1, 8, 8)
@@ -97,16 +117,35 @@ def roi_align_backward(
     needs : names of the gradients to compute; None: ("input",), since that of `boxes` is seldom wanted
     deterministic : accepted as by the other backwards; this one has the same bits on every run, always
 
-    Returns   RoiAlignGrads, of the kind and device of `grad_output`; each gradient has the dtype of its argument
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Exact for "avg". For "max" the first of equal points, row by row, gets the gradient. That of a box is its
-              derivative for a number of points that stays, times spatial_scale; 0 in column 0; at pixels the one from
-              the right; points at or beyond the first and last pixel do not move; by x2 and y2 it is 0 where a box
-              that is not `aligned` has less than size 1. Memory beyond the gradients: at most 128 numbers for each of
-              grad_output, and some MB for each thread, whatever the size of the image; in half precision that of input
-              once in float32; on CUDA an input that is not contiguous is copied.
-    Source    arXiv:1703.06870 section 3
-    Example
+    Returns
+    -------
+    RoiAlignGrads
+        Of the kind and device of `grad_output`; each gradient has the dtype of its argument.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    Exact for "avg". For "max" the first of equal points, row by row, gets the gradient. That of a box is its derivative
+    for a number of points that stays, times spatial_scale; 0 in column 0; at pixels the one from the right; points at
+    or beyond the first and last pixel do not move; by x2 and y2 it is 0 where a box that is not `aligned` has less than
+    size 1.
+
+    Memory beyond the gradients: at most 128 numbers for each of grad_output, and some MB for each thread, whatever the
+    size of the image; in half precision that of input once in float32; on CUDA an input that is not contiguous is
+    copied.
+
+    References
+    ----------
+    arXiv:1703.06870 section 3.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import roi_align_backward
     >>> grads = roi_align_backward(np.ones((1, 3, 7, 7)), np.ones((1, 3, 8, 8)), np.array([[0, 1, 1, 6, 6.0]]), 7)

@@ -12,6 +12,8 @@ from pydeform.ops import _roi
 class RoiAlignRotatedGrads(NamedTuple):
     """What `roi_align_rotated_backward` returns; `boxes` has no gradient and is None.
 
+    Examples
+    --------
     >>> from pydeform import RoiAlignRotatedGrads
     >>> RoiAlignRotatedGrads._fields
     ('input', 'boxes')
@@ -52,16 +54,34 @@ def roi_align_rotated(
     aligned : pixel centres lie half a pixel inside the image; False: no such shift, and a box has at least size 1
     clockwise : which way a positive theta turns a box, as seen in the image with y downwards; False: counterclockwise
 
-    Returns   array (R, C, output_h, output_w) of the kind, device and dtype of `input`
-    Raises    ValueError (a shape, option or, on the CPU, batch index does not fit), TypeError (kind, dtype or device)
-    Notes     A point beyond [-1, H] x [-1, W] reads 0 and counts; between there and the pixels it reads the nearest. A
-              bin without points gives 0. A NaN in a box gives NaN, an infinite number a box outside; on CUDA a batch
-              index outside the batch gives NaN. Time follows the points in the image, not those of the box. The same
-              bits on every run and, on the CPU, for any number of threads. Memory beyond the result: at most 128
-              numbers for each of its own, and some MB for each thread, whatever the size of the image; on CUDA an input
-              that is not contiguous is copied.
-    Source    arXiv:1703.06870 section 3, turned. As mmcv.ops.roi_align_rotated.
-    Example
+    Returns
+    -------
+    array (R, C, output_h, output_w)
+        Of the kind, device and dtype of `input`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or, on the CPU, batch index does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    A point beyond [-1, H] x [-1, W] reads 0 and counts; between there and the pixels it reads the nearest. A bin
+    without points gives 0. A NaN in a box gives NaN, an infinite number a box outside; on CUDA a batch index outside
+    the batch gives NaN. Time follows the points in the image, not those of the box. The same bits on every run and, on
+    the CPU, for any number of threads.
+
+    Memory beyond the result: at most 128 numbers for each of its own, and some MB for each thread, whatever the size of
+    the image; on CUDA an input that is not contiguous is copied.
+
+    References
+    ----------
+    arXiv:1703.06870 section 3, turned. As mmcv.ops.roi_align_rotated.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import roi_align_rotated
     >>> image = np.arange(64.0).reshape(1, 1, 8, 8)
@@ -97,13 +117,32 @@ def roi_align_rotated_backward(
     needs : names of the gradients to compute; None computes all
     deterministic : accepted as by the other backwards; this one has the same bits on every run, always
 
-    Returns   RoiAlignRotatedGrads, of the kind, device and dtype of `grad_output`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     The transpose of the forward, exactly. Memory beyond the gradients: at most 128 numbers for each of
-              grad_output, and some MB for each thread, whatever the size of the image; in half precision that of input
-              once in float32; on CUDA an input that is not contiguous is copied.
-    Source    arXiv:1703.06870 section 3
-    Example
+    Returns
+    -------
+    RoiAlignRotatedGrads
+        Of the kind, device and dtype of `grad_output`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    The transpose of the forward, exactly.
+
+    Memory beyond the gradients: at most 128 numbers for each of grad_output, and some MB for each thread, whatever the
+    size of the image; in half precision that of input once in float32; on CUDA an input that is not contiguous is
+    copied.
+
+    References
+    ----------
+    arXiv:1703.06870 section 3.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import roi_align_rotated_backward
     >>> boxes = np.array([[0, 4, 4, 5, 3, 0.5]])

@@ -12,6 +12,8 @@ from pydeform.ops import _roi
 class RoiPoolGrads(NamedTuple):
     """What `roi_pool_backward` returns; `boxes` has no gradient and is None.
 
+    Examples
+    --------
     >>> from pydeform import RoiPoolGrads
     >>> RoiPoolGrads._fields
     ('input', 'boxes')
@@ -39,15 +41,33 @@ def roi_pool(input: Array, boxes: AnyArray, output_size: Size, spatial_scale: Nu
     output_size : int, or (output_h, output_w)
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16
 
-    Returns   array (R, C, output_h, output_w) of the kind, device and dtype of `input`
-    Raises    ValueError (a shape, option or, on the CPU, batch index does not fit), TypeError (kind, dtype or device)
-    Notes     A bin without pixels gives 0. A NaN pixel is the largest. A NaN in a box gives NaN, an infinite coordinate
-              a box outside; on CUDA a batch index outside the batch gives NaN. The same bits on every run and, on the
-              CPU, for any number of threads. Memory beyond the result: at most 128 numbers for each of its own, and
-              some MB for each thread, whatever the size of the image; on CUDA an input that is not contiguous is
-              copied.
-    Source    arXiv:1504.08083 section 2.1. As torchvision.ops.roi_pool.
-    Example
+    Returns
+    -------
+    array (R, C, output_h, output_w)
+        Of the kind, device and dtype of `input`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or, on the CPU, batch index does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    A bin without pixels gives 0. A NaN pixel is the largest. A NaN in a box gives NaN, an infinite coordinate a box
+    outside; on CUDA a batch index outside the batch gives NaN. The same bits on every run and, on the CPU, for any
+    number of threads.
+
+    Memory beyond the result: at most 128 numbers for each of its own, and some MB for each thread, whatever the size of
+    the image; on CUDA an input that is not contiguous is copied.
+
+    References
+    ----------
+    arXiv:1504.08083 section 2.1. As torchvision.ops.roi_pool.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import roi_pool
     >>> image = np.arange(64.0).reshape(1, 1, 8, 8)
@@ -78,13 +98,32 @@ def roi_pool_backward(
     needs : names of the gradients to compute; None computes all
     deterministic : accepted as by the other backwards; this one has the same bits on every run, always
 
-    Returns   RoiPoolGrads, of the kind, device and dtype of `grad_output`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Of equal pixels in a bin the first one, row by row, gets the gradient. Memory beyond the gradients: at
-              most 128 numbers for each of grad_output, and some MB for each thread, whatever the size of the image; in
-              half precision that of input once in float32; on CUDA an input that is not contiguous is copied.
-    Source    arXiv:1504.08083 eq. 4
-    Example
+    Returns
+    -------
+    RoiPoolGrads
+        Of the kind, device and dtype of `grad_output`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    Of equal pixels in a bin the first one, row by row, gets the gradient.
+
+    Memory beyond the gradients: at most 128 numbers for each of grad_output, and some MB for each thread, whatever the
+    size of the image; in half precision that of input once in float32; on CUDA an input that is not contiguous is
+    copied.
+
+    References
+    ----------
+    arXiv:1504.08083 eq. 4.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import roi_pool_backward
     >>> image, boxes = np.arange(16.0).reshape(1, 1, 4, 4), np.array([[0, 0, 0, 3, 3.0]])

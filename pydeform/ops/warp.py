@@ -12,6 +12,8 @@ from pydeform.ops import _call, _grid
 class WarpGrads(NamedTuple):
     """What `warp_backward` returns.
 
+    Examples
+    --------
     >>> from pydeform import WarpGrads
     >>> WarpGrads._fields
     ('input', 'displacement')
@@ -42,13 +44,31 @@ def warp(
     mode, padding_mode : as of `grid_sample`. "bilinear" is SciPy's order 1; "zeros", "border" and "reflection" are its
         modes "grid-constant", "nearest" and "mirror"
 
-    Returns   array shaped like `input`, of its kind, device and dtype
-    Raises    ValueError (a shape or option does not fit), TypeError (kind, dtype or device)
-    Notes     What is not finite, and determinism, as of `grid_sample`. Memory beyond the result: some 100 kB for each
-              thread, whatever the size of the image; on the CPU arrays of half types, and everywhere those that are not
-              contiguous, are copied.
-    Source    arXiv:1506.02025 eq. 3 to 5
-    Example
+    Returns
+    -------
+    array shaped like `input`
+        Of its kind, device and dtype.
+
+    Raises
+    ------
+    ValueError
+        A shape or option does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    What is not finite, and determinism, as of `grid_sample`.
+
+    Memory beyond the result: some 100 kB for each thread, whatever the size of the image; on the CPU arrays of half
+    types, and everywhere those that are not contiguous, are copied.
+
+    References
+    ----------
+    arXiv:1506.02025 eq. 3 to 5.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import warp
     >>> image, right = np.arange(8.0).reshape(1, 1, 2, 4), np.zeros((1, 2, 2, 4))
@@ -81,14 +101,31 @@ def warp_backward(
     needs : names of the gradients to compute; None computes all
     deterministic : the same bits on every run, on CUDA too; the CPU always has them
 
-    Returns   WarpGrads, of the kind, device and dtype of `grad_output`; that of displacement has the dtype of
-              `displacement`
-    Raises    ValueError (a shape, option or name in `needs` does not fit), TypeError (kind, dtype or device)
-    Notes     Kinks, and what is not finite, as of `grid_sample_backward`. Memory beyond the gradients: some 100 kB for
-              each thread, whatever the size of the image, and the copies of the forward; on CUDA as of
-              `grid_sample_backward`.
-    Source    docs/math/grid.md
-    Example
+    Returns
+    -------
+    WarpGrads
+        Of the kind, device and dtype of `grad_output`; that of displacement has the dtype of `displacement`.
+
+    Raises
+    ------
+    ValueError
+        A shape, option or name in `needs` does not fit.
+    TypeError
+        The kind, dtype or device of an array does not fit.
+
+    Notes
+    -----
+    Kinks, and what is not finite, as of `grid_sample_backward`.
+
+    Memory beyond the gradients: some 100 kB for each thread, whatever the size of the image, and the copies of the
+    forward; on CUDA as of `grid_sample_backward`.
+
+    References
+    ----------
+    Derived in docs/math/grid.md.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform import warp_backward
     >>> image = np.arange(8.0).reshape(1, 1, 2, 4)

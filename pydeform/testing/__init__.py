@@ -29,6 +29,8 @@ class GradcheckReport(NamedTuple):
 def off_integers(array: np.ndarray, margin: float) -> np.ndarray:
     """A copy of `array` in which no element is closer than `margin` to an integer (they move to that distance).
 
+    Examples
+    --------
     >>> off_integers(np.array([0.5, 2.001, -0.999, 3.0]), 0.01).tolist()
     [0.5, 2.01, -0.99, 3.01]
     """

@@ -50,6 +50,8 @@ def extrapolate(values: Sequence[float], orders: Sequence[int]) -> tuple[float, 
     Returns the limit, how much the last two levels of the extrapolation disagree, and the factor by which it amplifies
     rounding.
 
+    Examples
+    --------
     >>> extrapolate([h + h**2 for h in (4, 2, 1)], (1, 2))
     (0.0, 8.0, 5.0)
     """

@@ -23,6 +23,8 @@ ours: Any = sys.modules["pydeform.torch"]  # which imports this module first, an
 class DeformConv2d(nn.Module):
     """torchvision.ops.DeformConv2d. `boundary` is that of `pydeform.deform_conv2d`.
 
+    Examples
+    --------
     >>> import torch
     >>> layer = DeformConv2d(4, 6, 3, padding=1)
     >>> layer(torch.ones(1, 4, 8, 8), torch.zeros(1, 18, 8, 8)).shape, list(layer.state_dict())

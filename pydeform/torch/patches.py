@@ -63,7 +63,10 @@ def patch_torchvision() -> contextlib.AbstractContextManager[None]:
         with patch_torchvision():
             loss = model(images, targets)
 
-    Raises    ImportError (torchvision cannot be imported)
+    Raises
+    ------
+    ImportError
+        torchvision cannot be imported.
     """
     return _TORCHVISION.block()
 
@@ -78,7 +81,12 @@ def patch_transformers() -> contextlib.AbstractContextManager[None]:
         with patch_transformers():
             outputs = model(pixel_values)
 
-    Raises    ImportError (transformers cannot be imported), RuntimeError (no such model has been imported)
+    Raises
+    ------
+    ImportError
+        transformers cannot be imported.
+    RuntimeError
+        No such model has been imported.
     """
     return _TRANSFORMERS.block()
 

@@ -42,11 +42,21 @@ def load(
     names : what a part of the layer is called, in full, where its name is not known: torchvision's module has no
         branch for offsets, yours may be {"offset": "backbone.layer3.0.my_offsets"}
 
-    Raises    ValueError (an array is missing, has another shape, or is under `prefix` and not of the layer; values that
-              do not fit the layer's dtype), TypeError (kind or dtype). Then nothing has been changed.
-    Notes     mmcv's modulated packs have modulated=True; MXNet's layers have mask_scale=2 and boundary="dcnv2", its
-              DeformableConvolution has boundary="dcnv1".
+    Raises
+    ------
+    ValueError
+        An array is missing, has another shape, or is under `prefix` and not of the layer; values that do not fit the
+        layer's dtype.
+    TypeError
+        The kind or dtype of an array does not fit.
 
+    Notes
+    -----
+    mmcv's modulated packs have modulated=True; MXNet's layers have mask_scale=2 and boundary="dcnv2", its
+    DeformableConvolution has boundary="dcnv1". After an error nothing has been changed.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from pydeform.layers import DeformConv2d
     >>> layer = DeformConv2d(4, 8, 3, bias=False, modulated=True, rng=0)

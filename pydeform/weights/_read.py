@@ -21,11 +21,24 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         .pth .pt .bin       of torch.save, as it writes since PyTorch 1.6 and as it did before; PyTorch is not needed
         .params             of MXNet 1 (mx.nd.save, save_parameters, save_checkpoint)
 
-    Returns   dict of NumPy arrays. What lies in dicts or lists within a file has names with dots, as
-              "state_dict.conv1.weight". MXNet's "arg:" and "aux:" are left out. Tensors that share memory still do.
-    Raises    ValueError (not such a file, a damaged one, or one that holds more than tensors, numbers and texts: the
-              error names the first object that would have been imported), OSError, ImportError (safetensors)
+    Returns
+    -------
+    dict of NumPy arrays
+        What lies in dicts or lists within a file has names with dots, as "state_dict.conv1.weight". MXNet's "arg:" and
+        "aux:" are left out. Tensors that share memory still do.
 
+    Raises
+    ------
+    ValueError
+        Not such a file, a damaged one, or one that holds more than tensors, numbers and texts: the error names the
+        first object that would have been imported.
+    OSError
+        The file cannot be read.
+    ImportError
+        safetensors, for its files, is not there.
+
+    Examples
+    --------
     >>> import os, tempfile
     >>> import numpy as np
     >>> with tempfile.TemporaryDirectory() as folder:

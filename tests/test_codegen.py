@@ -33,7 +33,7 @@ NUMBER, FLAG, INDEX = types.int64, types.boolean, types.CPointer(types.int32)
 def arguments_of(name: str, real: Any, lanes: int) -> tuple[list[Any], dict[int, int]]:
     """Types of a primitive's arguments, and those of them that kernels give as constants."""
     p = types.CPointer(real)
-    corners = [types.UniTuple(NUMBER, 4), types.UniTuple(real, 4)]
+    cells = {axes: [types.Tuple((p, INDEX, p, NUMBER, NUMBER)), types.UniTuple(NUMBER, axes)] for axes in (2, 3)}
     pixels = types.Tuple((p, INDEX, p, NUMBER, NUMBER))
     listed = types.none if name in ("scatter_samples", "corner_dots") else types.CPointer(NUMBER)
     samples = types.Tuple((p, types.CPointer(NUMBER), p, NUMBER, NUMBER, listed))
@@ -50,9 +50,12 @@ def arguments_of(name: str, real: Any, lanes: int) -> tuple[list[Any], dict[int,
         "multiply_narrow": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 336, 2: 1, 4: 2 * lanes}),
         "copy_vectors": ([p, p, NUMBER], {}),
         "multiply_tile transposed": ([p, NUMBER, NUMBER, p, NUMBER, NUMBER, p, NUMBER, FLAG], {1: 1, 8: 0}),
-        "blend": ([p, p, *corners, NUMBER], {}),
-        "blend_dots": ([p, p, p, p, *corners, NUMBER], {}),
-        "blend_dots_scatter": ([p, p, p, p, *corners, NUMBER], {}),
+        "blend": ([p, *cells[2], NUMBER], {}),
+        "blend over three axes": ([p, *cells[3], NUMBER], {}),
+        "blend_dots": ([p, p, p, *cells[2], NUMBER], {}),
+        "blend_dots over three axes": ([p, p, p, *cells[3], NUMBER], {}),
+        "blend_dots_scatter": ([p, p, p, *cells[2], NUMBER], {}),
+        "blend_dots_scatter over three axes": ([p, p, p, *cells[3], NUMBER], {}),
         "transpose_block": ([p, NUMBER, p, NUMBER, p], {}),
         "transpose_block_shifted": ([p, NUMBER, p, NUMBER, p], {}),
         "sum_values": ([p, NUMBER], {}),
@@ -76,8 +79,11 @@ PRIMITIVES = (
     "copy_vectors",
     "multiply_tile transposed",
     "blend",
+    "blend over three axes",
     "blend_dots",
+    "blend_dots over three axes",
     "blend_dots_scatter",
+    "blend_dots_scatter over three axes",
     "transpose_block",
     "transpose_block_shifted",
     "sum_values",
@@ -102,9 +108,12 @@ LOADS = {
     "multiply_narrow": 1.13,
     "multiply_tile transposed": 0.67,
     "blend": 1.34,
-    "blend_dots": 0.72,
+    "blend over three axes": 1.15,
+    "blend_dots": 0.86,
+    "blend_dots over three axes": 0.9,
 }
-LOADS |= {"blend_dots_scatter": 0.82, "weighted_sum": 1.13, "weighted_dots": 1.1, "scatter": 1.13}
+LOADS |= {"blend_dots_scatter": 0.91, "blend_dots_scatter over three axes": 0.98}
+LOADS |= {"weighted_sum": 1.13, "weighted_dots": 1.1, "scatter": 1.13}
 # A run's gradient, four vectors for sixteen multiply-adds, is read before its loop, where it is counted too; sample by
 # sample it is read again for each.
 LOADS |= {"sum_samples": 1.34, "scatter_samples": 1.34, "corner_dots": 1.25}
@@ -112,6 +121,14 @@ LOADS |= {"scatter_samples of shared places": 1.57, "corner_dots of shared place
 # Processors of 2008, in which a multiply-add takes one more register.
 STACK_STORES = {("weighted_sum", "nehalem", 32): 1}
 STACK_STORES |= {(name, "nehalem", bits): 4 for name in ("sum_samples", "corner_dots") for bits in (32, 64)}
+STACK_STORES |= {("blend_dots_scatter", "nehalem", bits): 6 for bits in (32, 64)}
+# The dots of eight corners lie in memory: a few numbers for sixty multiply-adds and more.
+STACK_STORES |= {("blend_dots over three axes", name, bits): 13 for name in PROCESSORS for bits in (32, 64)}
+STACK_STORES |= {
+    ("blend_dots_scatter over three axes", name, bits): most
+    for name, most in (("nehalem", 25), ("neoverse-n1", 10))
+    for bits in (32, 64)
+}
 
 
 @functools.cache

@@ -110,55 +110,62 @@ def test_copy_vectors(simd, dtype, rng, vectors):
     assert out[0] == 99 and (out[1 + count :] == 99).all()
 
 
-def corners_of(rng, dtype, pixels, channels):
+AXES = {2: (0,), 4: (0, 0), 8: (0, 0, 0)}  # by corners of a cell
+
+
+def corners_of(rng, dtype, pixels, channels, number):
+    """An image, and pixels of it with weights, in tables with a column beside theirs."""
     image = rng.standard_normal((pixels, channels)).astype(dtype)
-    corners = np.array([2, 0, 2, pixels - 1])  # two of them are one pixel
-    weights = rng.random(4).astype(dtype)
-    return image, corners, weights
-
-
-@pytest.mark.parametrize("vectors", [0, 1, 3])
-def test_blend(simd, dtype, rng, vectors):
-    blend = simd.blend
-    channels = vectors * simd.vector_bytes // dtype.itemsize + 3
-    image, corners, weights = corners_of(rng, dtype, 5, channels)
-
-    @njit
-    def run(out, image, i, w, vectors):
-        blend(at(out, (1,)), at(image, (0, 2)), (i[0], i[1], i[2], i[3]), (w[0], w[1], w[2], w[3]), vectors)
-
-    out = np.full(channels + 2, 99, dtype)
-    run(out, image, corners * channels, weights, vectors)
-    count = channels - 3
-    close(out[1 : 1 + count], weights @ image[corners, 2 : 2 + count], dtype, 10)
-    assert (out[1 + count :] == 99).all() and out[0] == 99
+    corners, weights = rng.integers(0, pixels, (number, 2)), rng.random((number, 2)).astype(dtype)
+    corners[-1] = corners[0]  # two of them are one pixel
+    corners[:, 0], weights[:, 0] = 10**6, np.nan  # of another sample
+    return image, corners.astype(np.int32), weights
 
 
 @functools.cache
-def runs_blend_dots(width, scatter):
-    blend_dots = WIDTHS[width].blend_dots_scatter if scatter else WIDTHS[width].blend_dots
+def runs_blend(width, number, listed):
+    blend, axes = WIDTHS[width].blend, AXES[number]
 
     @njit
-    def run(out, grad, image, grad_image, i, w, channels):
-        return blend_dots(
-            at(out, (0,)),
-            at(grad, (0,)),
-            at(image, (0, 2)),
-            at(grad_image, (0, 2)),
-            (i[0], i[1], i[2], i[3]),
-            (w[0], w[1], w[2], w[3]),
-            channels,
-        )
+    def run(out, image, i, w, vectors):
+        index = at(i, (0, 1)) if listed else np.int64(0)
+        blend(at(out, (1,)), (at(image, (0, 2)), index, at(w, (0, 1)), w.shape[1], image.shape[1]), axes, vectors)
 
     return run
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4, 8, 21, 32])
+@pytest.mark.parametrize("vectors", [0, 1, 3])
+@pytest.mark.parametrize("number", AXES)
+@pytest.mark.parametrize("listed", [True, False])
+def test_blend(simd, dtype, rng, vectors, number, listed):
+    count = vectors * simd.vector_bytes // dtype.itemsize
+    image, corners, weights = corners_of(rng, dtype, 9, count + 3, number)
+    out = np.full(count + 5, 99, dtype)
+    runs_blend(simd.vector_bytes, number, listed)(out, image, corners, weights, vectors)
+    pixels = corners[:, 1] if listed else np.arange(number)
+    close(out[1 : 1 + count], weights[:, 1] @ image[pixels, 2 : 2 + count], dtype, 10)
+    assert (out[1 + count :] == 99).all() and out[0] == 99
+
+
+@functools.cache
+def runs_blend_dots(width, number, scatter):
+    blend_dots = WIDTHS[width].blend_dots_scatter if scatter else WIDTHS[width].blend_dots
+    axes = AXES[number]
+
+    @njit
+    def run(out, grad, image, grad_image, i, w, channels):
+        cell = at(image, (0, 2)), at(i, (0, 1)), at(w, (0, 1)), w.shape[1], image.shape[1]
+        return blend_dots(at(out, (0,)), at(grad, (0,)), at(grad_image, (0, 2)), cell, axes, channels)
+
+    return run
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 8, 21, 32, 75])
+@pytest.mark.parametrize("number", AXES)
 @pytest.mark.parametrize("scatter", [False, True])
-def test_blend_backward(simd, dtype, rng, channels, scatter):
-    run = runs_blend_dots(simd.vector_bytes, scatter)
+def test_blend_backward(simd, dtype, rng, channels, number, scatter):
     width = channels + 4  # what stands right and left belongs to others
-    image, corners, weights = corners_of(rng, dtype, 5, width)
+    image, corners, weights = corners_of(rng, dtype, 9, width, number)
     room = simd.vector_bytes // dtype.itemsize
     grad = np.full(channels + room, np.inf, dtype)  # behind the channels, nor may these
     grad[:channels] = rng.standard_normal(channels)
@@ -167,12 +174,13 @@ def test_blend_backward(simd, dtype, rng, channels, scatter):
     out = np.zeros(channels + room, dtype)
     grad_image = rng.standard_normal(image.shape).astype(dtype)
     want = grad_image.astype(np.float64)
-    dots = run(out, grad, image, grad_image, corners * width, weights, channels)
-    inside = image[:, 2 : 2 + channels].astype(np.float64)
-    close(out[:channels], weights @ inside[corners], dtype, 10)
-    close(dots, inside[corners] @ grad[:channels], dtype, 40)
+    run = runs_blend_dots(simd.vector_bytes, number, scatter)
+    dots = run(out, grad, image, grad_image, corners, weights, channels)
+    inside = image[corners[:, 1], 2 : 2 + channels].astype(np.float64)
+    close(out[:channels], weights[:, 1] @ inside, dtype, 10)
+    close(dots, inside @ grad[:channels], dtype, 40)
     if scatter:
-        for k, w in zip(corners, weights, strict=True):
+        for k, w in zip(corners[:, 1], weights[:, 1], strict=True):
             want[k, 2 : 2 + channels] += w * grad[:channels]
     close(grad_image, want, dtype, 10)
 

@@ -82,14 +82,13 @@ def test_what_is_blended_is_rounded_to_even(kind):
     copy_vectors, mix, put, lanes = blend.copy_vectors, blend.blend, pair_products.put, simd.VECTOR_BYTES // 4
 
     @njit
-    def run(out, source, vectors):
+    def run(out, source, weights, vectors):
         copy_vectors(at(out, (0, 1)), at(source, (1,)), vectors)
-        mix(at(out, (1, 1)), at(source, (1,)), (0, 0, 0, 0), weights, vectors)
+        mix(at(out, (1, 1)), (at(source, (1,)), 0, at(weights, (0,)), 1, 0), (0, 0), vectors)
         for c in range(source.size - 1):
             put(at(out, (2, 1)), c, source[1 + c])
 
-    one, none = np.float32(1), np.float32(0)
-    weights = (one, none, none, none)
+    weights = np.array([1, 0, 0, 0], np.float32)
     rng = np.random.default_rng(1)
     source = rng.integers(0, 2**32, 1 + 64 * lanes, dtype=np.uint32).view(np.float32)
     source[np.abs(source) < 2e-38] = 1  # some instructions round subnormal numbers to zero
@@ -99,7 +98,7 @@ def test_what_is_blended_is_rounded_to_even(kind):
         want = source[1:].astype(BFLOAT16)
     # NaN and infinity times a weight of 0 are NaN.
     out = np.full((3, source.size + 1), 99, kind)
-    run(out, source, 64)
+    run(out, source, weights, 64)
     for row, what in enumerate((want, np.where(np.isfinite(source[1:]), want, np.nan).astype(BFLOAT16), want)):
         assert out[row, 0] == 99 and out[row, -1] == 99
         np.testing.assert_array_equal(out[row, 1:-1].view(BFLOAT16).astype(np.float32), what.astype(np.float32))
@@ -351,9 +350,9 @@ def test_tiles_in_machine_code(vectors):
 @pytest.mark.parametrize("processor, features", [("znver5", {"avx512bf16"}), ("znver3", set()), ("neoverse-n1", set())])
 def test_samples_are_rounded_in_a_few_instructions(monkeypatch, name, processor, features):
     """By one, where there is such; elsewhere without LLVM's own way, a call of what not every C library has."""
-    out, p, real = types.CPointer(types.uint16), types.CPointer(types.float32), types.float32
+    out, p = types.CPointer(types.uint16), types.CPointer(types.float32)
     kinds = {
-        "blend": [out, p, types.UniTuple(COUNT, 4), types.UniTuple(real, 4), COUNT],
+        "blend": [out, types.Tuple((p, types.CPointer(COUNT), p, COUNT, COUNT)), types.UniTuple(COUNT, 2), COUNT],
         "copy_vectors": [out, p, COUNT],
     }[name]
     monkeypatch.setattr(lanes, "host_features", lambda: features)

@@ -17,7 +17,7 @@ from pydeform.cpu.core.planes import gather_corners
 from pydeform.cpu.core.simd import advance, at, column, corner_numbers, put_column, times, vectors_of
 from pydeform.cpu.core.sizes import volume
 from pydeform.cpu.core.weighted import plane_scatter
-from pydeform.cpu.sampling.corners import infinite_sample, places, samples_of
+from pydeform.cpu.sampling.corners import cell_of, gathered_cell, infinite_sample, samples_of
 
 
 @inline_always
@@ -31,8 +31,7 @@ def copy_columns(columns: Any, row: int, source: Any, samples: Any, count: int, 
 def blend_columns(columns: Any, row: int, source: Any, samples: Any, count: int, channels: int, axes: Any) -> None:
     vectors = vectors_of(source, channels)
     for i in range(count):
-        weights = column(advance(samples.weights, i), samples.row, axes)
-        blend(advance(columns, i * row), source, places(samples, i, channels, axes), weights, vectors)
+        blend(advance(columns, i * row), cell_of(samples, i, source, channels), axes, vectors)
 
 
 @inline
@@ -41,14 +40,14 @@ def gather_columns(
 ) -> None:
     """The columns of one tap of a tile from planes as they lie. Apart from the kernel, where its code would be in the
     way of the usual loop."""
-    channels, gathered = entry.channels, times(corner_numbers(axes), entry.channels)
-    row, pixels = pick(columns, ROW, PAIRS_ROW), at(scratch.pixels, (tile.thread, 0))
+    channels, row, pixels = entry.channels, pick(columns, ROW, PAIRS_ROW), at(scratch.pixels, (tile.thread, 0))
     vectors = vectors_of(pixels, channels)
     for i in range(tile.positions):
         out, corners = advance(columns, i * row), column(advance(samples.corners, i), samples.row, axes)
         gather_corners(planes, tile.image, entry.channel, channels, corners, g, pixels)
-        blend(out, pixels, gathered, column(advance(samples.weights, i), samples.row, axes), vectors)
+        blend(out, gathered_cell(samples, i, pixels, channels), axes, vectors)
         if mask[i] - mask[i] != 0:
+            gathered = times(corner_numbers(axes), channels)
             infinite_sample(out, mask[i], pixels, gathered, i, channels, samples, axes)
 
 
@@ -67,16 +66,14 @@ def sample_backward(
     """One tap of a tile: its columns, eq. 5 into grad_image, and the dots for eq. 3 and 4."""
     vectors = vectors_of(image, channels)
     for i in range(count):
-        corners = places(samples, i, channels, axes)
-        weights = column(advance(samples.weights, i), samples.row, axes)
+        cell, dots = cell_of(samples, i, image, channels), advance(samples.dots, i)
         out, grad = advance(columns, i * COLUMN_ROW), advance(grad_columns, i * COLUMN_ROW)
-        dots = advance(samples.dots, i)
         if p.need_input:
-            put_column(dots, samples.row, blend_dots_scatter(out, grad, image, grad_image, corners, weights, channels))
+            put_column(dots, samples.row, blend_dots_scatter(out, grad, grad_image, cell, axes, channels))
         elif p.need_dots:
-            put_column(dots, samples.row, blend_dots(out, grad, image, grad_image, corners, weights, channels))
+            put_column(dots, samples.row, blend_dots(out, grad, grad_image, cell, axes, channels))
         else:
-            blend(out, image, corners, weights, vectors)
+            blend(out, cell, axes, vectors)
 
 
 @inline
@@ -94,18 +91,19 @@ def sample_planes(
     """`sample_backward` on planes as they lie, in the same order: the same bits."""
     thread, channels, samples = part.thread, row.channels, samples_of(part.thread, scratch)
     columns, grad_columns = at(scratch.columns, (thread, 0, 0, 0)), at(scratch.columns, (thread, 1, 0, 0))
-    pixels, gathered = at(scratch.pixels, (thread, 0)), times(corner_numbers(axes), channels)
+    pixels = at(scratch.pixels, (thread, 0))
     for i in range(part.positions):
         out, grad = advance(columns, i * COLUMN_ROW), advance(grad_columns, i * COLUMN_ROW)
         corners = column(advance(samples.corners, i), samples.row, axes)
         weights = column(advance(samples.weights, i), samples.row, axes)
         gather_corners(planes, part.image, row.channel, channels, corners, g, pixels)
+        cell = gathered_cell(samples, i, pixels, channels)
         if p.need_input | p.need_dots:
-            dots = blend_dots(out, grad, pixels, pixels, gathered, weights, channels)
-            put_column(advance(samples.dots, i), samples.row, dots)
+            put_column(advance(samples.dots, i), samples.row, blend_dots(out, grad, pixels, cell, axes, channels))
         else:
-            blend(out, pixels, gathered, weights, vectors_of(pixels, channels))
+            blend(out, cell, axes, vectors_of(pixels, channels))
         if mask[i] - mask[i] != 0:
+            gathered = times(corner_numbers(axes), channels)
             infinite_sample(out, mask[i], pixels, gathered, i, channels, samples, axes)
         if p.need_input:
             _scatter_to_planes(grad, grad_input, part, row, corners, weights, scratch, g)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
-from pydeform.cpu.core.lanes import Vectors, for_any_width
-from pydeform.cpu.core.primitive import const, loop, merged
+from pydeform.cpu.core.lanes import Vectors, for_any_width, in_runs, place_of
+from pydeform.cpu.core.primitive import const, loop
 
 
 @for_any_width
@@ -28,6 +30,23 @@ def copy_vectors(vector_bytes: int, out: Any, source: Any, vectors: Any) -> Any:
     return types.void(out, source, vectors), emit
 
 
+class Cell(NamedTuple):
+    """The corners of one sample. Number k has its channels from image[index[k * step] * channels] on where `index` is a
+    pointer, from image[k * channels] on where it is an int, and its weight in weights[k * step]."""
+
+    image: Any
+    index: Any
+    weights: Any
+    step: Any
+    channels: Any
+
+    def corner(self, v: Vectors, k: Any) -> tuple[Any, Any]:
+        """Where it begins in its image, and its weight in all lanes."""
+        place = v.builder.mul(k, self.step)
+        number = place_of(v.builder, self.index, place) if isinstance(self.index.type, ir.PointerType) else k
+        return v.builder.mul(number, self.channels), v.load_splat(self.weights, place)
+
+
 def blended(v: Vectors, weights: list[Any], values: list[Any]) -> Any:
     total = v.builder.fmul(weights[0], values[0])
     for w, value in zip(weights[1:], values[1:], strict=True):
@@ -36,80 +55,86 @@ def blended(v: Vectors, weights: list[Any], values: list[Any]) -> Any:
 
 
 @for_any_width
-def blend(vector_bytes: int, out: Any, image: Any, corners: Any, weights: Any, vectors: Any) -> Any:
-    """out[c] = sum_k weights[k] * image[corners[k] + c], of two tuples of any length."""
+def blend(vector_bytes: int, out: Any, cell: Any, axes: Any, vectors: Any) -> Any:
+    """out[c] = sum_k weights[k] * corner_k[c], of a `Cell` that has an axis for each item of `axes`, a tuple."""
 
-    def emit(builder: Any, out_: Any, image_: Any, corners_: Any, weights_: Any, vectors_: Any) -> None:
-        v = Vectors(builder, image.dtype, vector_bytes)
-        starts, factors = [v.offset(image_, i) for i in corners_], [v.splat(w) for w in weights_]
+    def emit(builder: Any, out_: Any, cell_: Any, _axes: Any, vectors_: Any) -> None:
+        v, sample = Vectors(builder, cell[0].dtype, vector_bytes), Cell(*cell_)
+        corners = [sample.corner(v, const(k)) for k in range(2 ** len(axes))]
+        starts, weights = [v.offset(sample.image, start) for start, _ in corners], [w for _, w in corners]
 
         def body(i: Any, _: list[Any]) -> list[Any]:
             c = builder.mul(i, const(v.lanes))
-            v.store(blended(v, factors, [v.load(v.offset(start, c)) for start in starts]), v.offset(out_, c))
+            v.store(blended(v, weights, [v.load(v.offset(start, c)) for start in starts]), v.offset(out_, c))
             return []
 
         loop(builder, vectors_, [], body)
 
-    return types.void(out, image, corners, weights, vectors), emit
+    return types.void(out, cell, axes, vectors), emit
 
 
 def _define_blend_dots(
-    vector_bytes: int,
-    scatters: bool,
-    out: Any,
-    grad: Any,
-    image: Any,
-    grad_image: Any,
-    corners: Any,
-    weights: Any,
-    channels: Any,
+    vector_bytes: int, scatters: bool, out: Any, grad: Any, grad_image: Any, cell: Any, axes: Any, count: Any
 ) -> Any:
-    """`blend` into out, and the dots sum_c grad[c] * image[corners[k] + c]. If it `scatters`, the transpose of `blend`
-    is added to grad_image."""
+    """`blend` of `count` channels into out, and the dots sum_c grad[c] * corner_k[c]. If it `scatters`, the transpose
+    of `blend` is added to grad_image.
 
-    def emit(builder: Any, *values: Any) -> list[Any]:
-        out_, grad_, image_, grad_image_, corners_, weights_, channels_ = values
-        v = Vectors(builder, out.dtype, vector_bytes)
-        sources, targets = ([v.offset(start, i) for i in corners_] for start in (image_, grad_image_))
-        factors = [v.splat(w) for w in weights_]
+    Corner by corner, a few vectors of channels at a time: these, their sums and their gradients stay in registers. The
+    weights, dots and places of all corners would not, and it took twice as long.
+    """
+    corners = 2 ** len(axes)
 
-        def step(c: Any, dots: list[Any], load: Any, store: Any) -> list[Any]:
-            g = v.load(v.offset(grad_, c))
-            values = [load(v.offset(source, c)) for source in sources]
-            v.store(blended(v, factors, values), v.offset(out_, c))
-            if scatters:  # one corner after the other: several may be the same pixel
-                for w, target in zip(factors, targets, strict=True):
-                    pointer = v.offset(target, c)
-                    store(v.fma(w, g, load(pointer)), pointer)
-            return [v.fma(g, value, dot) for value, dot in zip(values, dots, strict=True)]
+    def emit(builder: Any, out_: Any, grad_: Any, grad_image_: Any, cell_: Any, _axes: Any, count_: Any) -> list[Any]:
+        v, sample = Vectors(builder, out.dtype, vector_bytes), Cell(*cell_)
+        dots = cgutils.alloca_once(builder, v.type, size=const(corners))
+        for k in range(corners):
+            builder.store(v.zero, builder.gep(dots, [const(k)]))
 
-        total = v.sum_each(_all_channels(v, channels_, [v.zero] * len(sources), step))
-        return [builder.extract_element(total, const(k)) for k in range(len(sources))]
+        def run(places: list[Any], load: Any, store: Any, whole: Any) -> None:
+            grads = [v.load(v.offset(grad_, p)) for p in places]
 
-    return weights(out, grad, image, grad_image, corners, weights, channels), emit
+            def add(k: Any, sums: list[Any]) -> list[Any]:
+                start, w = sample.corner(v, k)
+                starts, dot = [builder.add(start, p) for p in places], builder.gep(dots, [k])
+                total, following = builder.load(dot), []
+                for place, g, earlier in zip(starts, grads, sums, strict=True):
+                    value = load(v.offset(sample.image, place))
+                    total = whole(v.fma(g, value, total), total)
+                    following.append(v.fma(w, value, earlier))
+                    if scatters:
+                        target = v.offset(grad_image_, place)
+                        store(v.fma(w, g, load(target)), target)
+                builder.store(total, dot)
+                return following
+
+            for p, total in zip(places, loop(builder, const(corners), [v.minus_zero] * len(places), add), strict=True):
+                v.store(total, v.offset(out_, p))
+
+        _all_channels(v, count_, run)
+        total = v.sum_each([builder.load(builder.gep(dots, [const(k)])) for k in range(corners)])
+        return [builder.extract_element(total, const(k)) for k in range(corners)]
+
+    return types.UniTuple(out.dtype, corners)(out, grad, grad_image, cell, axes, count), emit
 
 
-def _all_channels(v: Vectors, count: Any, sums: list[Any], step: Callable[..., list[Any]]) -> list[Any]:
-    """sums = step(c, sums, load, store) for each vector of channels from c on, the last of which is masked: the lanes
-    beyond belong to another block and another thread. There, gradients may be infinite: 0 times that is NaN, and stays
-    out of the sums."""
+def _all_channels(v: Vectors, count: Any, run: Callable[..., None]) -> None:
+    """run(places of some vectors, load, store, whole) for all channels. The last vector is masked: the lanes beyond
+    belong to another block and another thread. There, gradients may be infinite: 0 times that is NaN, and `whole` keeps
+    it out of sums."""
     builder, lanes = v.builder, const(v.lanes)
-    whole = builder.sdiv(count, lanes)
-    sums = loop(builder, whole, sums, lambda i, sums: step(builder.mul(i, lanes), sums, v.load, v.store))
-    done = builder.mul(whole, lanes)
+    done = builder.mul(builder.sdiv(count, lanes), lanes)
     left = builder.sub(count, done)
-    before = builder.block
+    in_runs(
+        builder, builder.sdiv(count, lanes), v.lanes, lambda p: run(p, v.load, v.store, lambda new, _: new), (4, 2, 1)
+    )
     with builder.if_then(builder.icmp_signed(">", left, const(0))):
         mask = v.first_lanes(left)
-        more = step(
-            done,
-            sums,
+        run(
+            [done],
             lambda pointer: v.masked_load(pointer, mask),
             lambda value, pointer: v.masked_store(value, pointer, mask),
+            lambda new, old: builder.select(mask, new, old),
         )
-        more = [builder.select(mask, *pair) for pair in zip(more, sums, strict=True)]
-        inside = builder.block
-    return merged(builder, sums, before, more, inside)
 
 
 blend_dots, blend_dots_scatter = (for_any_width(_define_blend_dots, scatters) for scatters in (False, True))

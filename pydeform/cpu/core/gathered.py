@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 
 from pydeform.cpu.core.blend import blended
-from pydeform.cpu.core.lanes import Vectors, for_any_width, in_lanes
+from pydeform.cpu.core.lanes import Vectors, for_any_width, in_lanes, in_runs
 from pydeform.cpu.core.primitive import INT, const, loop, primitive
 from pydeform.cpu.core.simd import CACHE_LINE, VECTOR_BYTES, ask_for
 from pydeform.cpu.core.vector import Vector
@@ -112,19 +112,9 @@ def _beyond(v: Vectors, place: Any, number: int) -> Any:
 
 def _in_pieces(v: Vectors, channels: Any, body: Callable[[list[Any], Any, Any], None]) -> None:
     """body(places of some vectors, load, store): as many at a time as there may be, the last of them masked."""
-    builder, done = v.builder, const(0)
-    whole = builder.sdiv(channels, const(v.lanes))
-    for size in AT_ONCE:
-        runs = builder.sdiv(builder.sub(whole, done), const(size))
-
-        def step(i: Any, _: list[Any], start: Any = done, size: int = size) -> list[Any]:
-            first = builder.add(start, builder.mul(i, const(size)))
-            body([builder.mul(builder.add(first, const(j)), const(v.lanes)) for j in range(size)], v.load, v.store)
-            return []
-
-        loop(builder, runs, [], step)
-        done = builder.add(done, builder.mul(runs, const(size)))
-    place = builder.mul(done, const(v.lanes))
+    builder, whole = v.builder, v.builder.sdiv(channels, const(v.lanes))
+    in_runs(builder, whole, v.lanes, lambda places: body(places, v.load, v.store), AT_ONCE)
+    place = builder.mul(whole, const(v.lanes))
     left = builder.sub(channels, place)
     with builder.if_then(builder.icmp_signed(">", left, const(0))):
         mask = v.first_lanes(left)

@@ -12,9 +12,10 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from pydeform.cpu.core.primitive import INT, const, function_of, primitive
+from pydeform.cpu.core.primitive import INT, const, function_of, loop, primitive
 from pydeform.cpu.core.simd import VECTOR_BYTES, host_features
 
+AT_ONCE = (8, 4, 2, 1)  # vectors of sums in registers: what all of them take is loaded once for as many
 LANE = ir.IntType(32)
 BITS = ir.IntType(16)
 
@@ -62,6 +63,29 @@ def for_any_width(define: Callable[..., Any], *given: Any) -> Any:
     return made
 
 
+def place_of(builder: Any, index: Any, i: Any) -> Any:
+    """index[i], where `index` points to ints of any width."""
+    place = builder.load(builder.gep(index, [i]))
+    return builder.sext(place, INT) if place.type.width < 64 else place
+
+
+def in_runs(
+    builder: Any, vectors: Any, lanes: int, body: Callable[[list[Any]], Any], sizes: tuple[int, ...] = AT_ONCE
+) -> Any:
+    """body(where some vectors begin): all `vectors`, as many at a time as there may be. The last size is 1."""
+    done = const(0)
+    for size in sizes:
+        runs = builder.sdiv(builder.sub(vectors, done), const(size))
+
+        def step(i: Any, _: list[Any], start: Any = done, size: int = size) -> list[Any]:
+            first = builder.add(start, builder.mul(i, const(size)))
+            body([builder.mul(builder.add(first, const(j)), const(lanes)) for j in range(size)])
+            return []
+
+        loop(builder, runs, [], step)
+        done = builder.add(done, builder.mul(runs, const(size)))
+
+
 def shuffle(builder: Any, low: Any, high: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(LANE, len(lanes)), lanes))
 
@@ -97,6 +121,7 @@ class Vectors:
         self.lanes = max(vector_bytes // self.itemsize, 1)
         self.type = ir.VectorType(self.element, self.lanes)
         self.zero = ir.Constant(self.type, [0.0] * self.lanes)
+        self.minus_zero = ir.Constant(self.type, [-0.0] * self.lanes)  # plus a product is the product, -0 too
 
     def offset(self, pointer: Any, elements: Any) -> Any:
         return self.builder.gep(pointer, [elements])

@@ -8,17 +8,14 @@ same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from pydeform.cpu.core.lanes import Vectors, for_any_width, in_lanes
-from pydeform.cpu.core.primitive import INT, const, loop, merged
-
-AT_ONCE = (8, 4, 2, 1)  # vectors of sums in registers: each weight is loaded once for as many
+from pydeform.cpu.core.lanes import Vectors, for_any_width, in_lanes, in_runs, place_of
+from pydeform.cpu.core.primitive import const, loop, merged
 
 
 class Pixels(NamedTuple):
@@ -34,26 +31,6 @@ class Pixels(NamedTuple):
 def _channels_of(v: Vectors, pixels: Pixels, i: Any) -> Any:
     """Pointer to pixel i of the list."""
     return v.offset(pixels.image, v.builder.mul(place_of(v.builder, pixels.index, i), pixels.stride))
-
-
-def place_of(builder: Any, index: Any, i: Any) -> Any:
-    place = builder.load(builder.gep(index, [i]))
-    return builder.sext(place, INT) if place.type.width < 64 else place
-
-
-def _in_runs(v: Vectors, vectors: Any, body: Callable[[list[Any]], None], sizes: tuple[int, ...] = AT_ONCE) -> None:
-    """body(the places of some vectors): all `vectors`, as many at a time as there may be."""
-    builder, done = v.builder, const(0)
-    for size in sizes:
-        runs = builder.sdiv(builder.sub(vectors, done), const(size))
-
-        def step(i: Any, _: list[Any], start: Any = done, size: int = size) -> list[Any]:
-            first = builder.add(start, builder.mul(i, const(size)))
-            body([builder.mul(builder.add(first, const(j)), const(v.lanes)) for j in range(size)])
-            return []
-
-        loop(builder, runs, [], step)
-        done = builder.add(done, builder.mul(runs, const(size)))
 
 
 @for_any_width
@@ -77,7 +54,7 @@ def weighted_sum(vector_bytes: int, out: Any, pixels: Any, vectors: Any, scale: 
             for p, total in zip(places, loop(builder, listed.number, sums, add), strict=True):
                 v.store(builder.fmul(total, factor), v.offset(out_, p))
 
-        _in_runs(v, vectors_, run)
+        in_runs(builder, vectors_, v.lanes, run)
 
     return types.void(out, pixels, vectors, scale, accumulate), emit
 
@@ -108,7 +85,7 @@ def weighted_dots(vector_bytes: int, grad: Any, pixels: Any, vectors: Any) -> An
             for dot, total in zip(dots, totals, strict=True):
                 builder.store(dot, total)
 
-        _in_runs(v, vectors_, run)
+        in_runs(builder, vectors_, v.lanes, run)
         return [v.sum(builder.load(total)) for total in totals]
 
     lists = pixels[Pixels._fields.index("weights")]
@@ -146,7 +123,7 @@ def scatter(
 
             loop(builder, listed.number, [], add)
 
-        _in_runs(v, vectors_, run)
+        in_runs(builder, vectors_, v.lanes, run)
 
     return types.void(grad, image, index, weights, count, stride, vectors, scale), emit
 
@@ -194,7 +171,7 @@ def _define_largest(
             v.store(best, out_place)
             builder.store(chosen, winner_place).align = v.itemsize
 
-        _in_runs(v, vectors_, run, (1,))
+        in_runs(builder, vectors_, v.lanes, run, (1,))
 
     return types.void(out, winner, pixels, vectors, first, accumulate), emit
 

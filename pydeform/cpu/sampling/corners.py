@@ -58,6 +58,18 @@ def samples_of(thread: int, scratch: Any) -> Samples:
 
 
 @inline_always
+def cell_of(samples: Samples, i: int, image: Any, channels: int) -> Any:
+    """Sample i in an image of so many channels: see `blend.Cell`."""
+    return image, advance(samples.corners, i), advance(samples.weights, i), samples.row, channels
+
+
+@inline_always
+def gathered_cell(samples: Samples, i: int, pixels: Any, channels: int) -> Any:
+    """Of sample i, where its corners lie side by side."""
+    return pixels, np.int64(0), advance(samples.weights, i), samples.row, channels
+
+
+@inline_always
 def places(samples: Samples, i: int, channels: int, axes: Any) -> Any:
     """Where the corners of sample i begin in an image of so many channels."""
     return times(column(advance(samples.corners, i), samples.row, axes), channels)

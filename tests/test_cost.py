@@ -26,6 +26,7 @@ from pydeform.cpu.conv import plan as conv_plan
 from pydeform.cpu.roi import plan as roi_plan
 from tests.cases.deform_conv2d import CASES, dtype_of, make, make_grad_output
 from tests.conftest import assert_same_bits
+from tests.docstrings import sections
 from tests.test_cpu_memory import _run_fenced
 from tests.test_roi import CORNERS, OPERATORS, VARIANTS, Variant, problem, wide
 
@@ -178,11 +179,8 @@ def test_every_operator_has_its_cost():
     operators = {name for name in pydeform.__all__ if f"{name}_backward" in pydeform.__all__} - {"affine_grid"}
     assert operators == set(NAMES) == {work.operator for work in WORK.values()}
     for name in itertools.chain(operators, (f"{name}_backward" for name in operators)):
-        notes = re.split(r"\n    (?=\w)", inspect.getdoc(getattr(pydeform, name)).replace("\n", "\n    "))
-        (notes,) = [part for part in notes if part.startswith("Notes")]
-        assert re.search(
-            r"Memory beyond the (result|gradients): .* whatever the size of the (image|maps)", " ".join(notes.split())
-        )
+        notes = " ".join(sections(inspect.getdoc(getattr(pydeform, name)))["Notes"])
+        assert re.search(r"Memory beyond the (result|gradients): .* whatever the size of the (image|maps)", notes)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ import pydeform
 import pydeform.layers
 from pydeform import _selfcheck, cli
 from tests import mutants
+from tests.docstrings import parameters, sections
 
 ROOT = Path(__file__).parents[1]
 OPERATORS = _selfcheck.operators()
@@ -54,7 +55,6 @@ HAS_TEN_ARGUMENTS = {"to_channels_last", "block_to_channels_first"}
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 DOCUMENTS = ("README.md", "docs/conventions.md")
 TOUR = "docs/how-it-works.md"
-SECTIONS = ("Parameters", "Attributes", "Methods", "Returns", "Raises", "Notes", "References", "Examples")
 NAMED_IN_DOCSTRINGS = {
     *("...", ".npz", ".safetensors", "Axes.quiver", "Figure.subplots", "data.pkl", "jax.ffi.include_dir()"),
     *("jax.ffi.pycapsule", "mask_fc", "math.prod", "no_trans", "numpy.memmap", "offset_fc", "onnx.inliner"),
@@ -362,34 +362,6 @@ def test_docstrings_name_what_is_there():
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     nodes = [node for module in modules for node in ast.walk(module) if isinstance(node, documented)]
     assert not_there("\n".join(ast.get_docstring(node) or "" for node in nodes)) == NAMED_IN_DOCSTRINGS
-
-
-def sections(doc: str) -> dict[str, list[str]]:
-    """The lines of each section of a docstring, without those around it. An error where numpydoc would see another."""
-    lines, found, name = doc.splitlines(), {}, None
-    for number, line in enumerate(lines):
-        under = lines[number + 1] if number + 1 < len(lines) else ""
-        if set(under) == {"-"} and line in SECTIONS:
-            assert len(under) == len(line) and not lines[number - 1], line
-            assert line not in found and all(SECTIONS.index(other) < SECTIONS.index(line) for other in found), line
-            name, found[line] = line, []
-        else:
-            assert re.split("  |$", line)[0] not in (*SECTIONS, "Source", "Example"), f"no section: {line}"
-            if name and set(line) != {"-"}:
-                found[name].append(line)
-    for name, body in found.items():
-        found[name] = "\n".join(body).strip("\n").splitlines()
-        assert found[name], f"{name} is empty"
-    return found
-
-
-def parameters(section: list[str]) -> list[str]:
-    """The names in a section of parameters, which nothing else may stand in."""
-    heads = [line for line in section if not line.startswith("    ")]
-    assert all(" : " in line for line in heads), heads
-    names = [name.lstrip("*") for line in heads for name in line.split(" : ")[0].split(", ")]
-    assert all(map(str.isidentifier, names)), names
-    return names
 
 
 def documented(package: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:

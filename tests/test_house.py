@@ -364,7 +364,7 @@ def test_docstrings_name_what_is_there():
     assert not_there("\n".join(ast.get_docstring(node) or "" for node in nodes)) == NAMED_IN_DOCSTRINGS
 
 
-def documented(package: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+def public_definitions(package: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
     """Public functions and classes, but those of the kernels."""
     for path in package.rglob("*.py"):
         if path.relative_to(package).parts[0] in ("cpu", "cuda"):
@@ -375,7 +375,7 @@ def documented(package: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.Class
 
 
 def test_sections_of_public_docstrings_are_numpydocs():
-    for where, node in documented(ROOT / "pydeform"):
+    for where, node in public_definitions(ROOT / "pydeform"):
         found = sections(ast.get_docstring(node) or "")
         assert ("Examples" in found) == (">>>" in (ast.get_docstring(node) or "")), where
         if "Parameters" in found:

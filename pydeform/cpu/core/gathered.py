@@ -13,12 +13,12 @@ from llvmlite import ir
 from numba import types
 
 from pydeform.cpu.core.blend import blended
-from pydeform.cpu.core.lanes import Vectors, for_any_width, in_lanes, in_runs
+from pydeform.cpu.core.lanes import Vectors, for_any_width, in_lanes, in_pieces
 from pydeform.cpu.core.primitive import INT, const, loop, primitive
 from pydeform.cpu.core.simd import CACHE_LINE, VECTOR_BYTES, ask_for
 from pydeform.cpu.core.vector import Vector
 
-AT_ONCE = (4, 2, 1)  # vectors of sums in registers
+AT_ONCE = (4, 2, 1)  # vectors
 
 
 class Corners(NamedTuple):
@@ -110,21 +110,6 @@ def _beyond(v: Vectors, place: Any, number: int) -> Any:
     return v.builder.add(place, const(number))
 
 
-def _in_pieces(v: Vectors, channels: Any, body: Callable[[list[Any], Any, Any], None]) -> None:
-    """body(places of some vectors, load, store): as many at a time as there may be, the last of them masked."""
-    builder, whole = v.builder, v.builder.sdiv(channels, const(v.lanes))
-    in_runs(builder, whole, v.lanes, lambda places: body(places, v.load, v.store), AT_ONCE)
-    place = builder.mul(whole, const(v.lanes))
-    left = builder.sub(channels, place)
-    with builder.if_then(builder.icmp_signed(">", left, const(0))):
-        mask = v.first_lanes(left)
-        body(
-            [place],
-            lambda pointer: v.masked_load(pointer, mask),
-            lambda value, pointer: v.masked_store(value, pointer, mask),
-        )
-
-
 class Runs(NamedTuple):
     """Runs of samples, one after the other, and how far one has what is its own from the next."""
 
@@ -185,7 +170,7 @@ def sum_samples(
 
             _for_each(v, apart, all_samples, sum_run)
 
-        _in_pieces(v, channels_, run)
+        in_pieces(v, channels_, AT_ONCE, run)
 
     return types.void(out, corners, runs, axes, weights, step, count, channels), emit
 
@@ -301,13 +286,13 @@ def _in_order(
             def some(places: list[Any], load: Any, store: Any) -> None:
                 body(i, own, prepare(number, places, load), places, load, store)
 
-            _in_pieces(v, channels, some)
+            in_pieces(v, channels, AT_ONCE, some)
 
         _for_each(v, runs, samples, of_run)
         return []
 
     if samples.listed is None:
-        _in_pieces(v, channels, of_runs)
+        in_pieces(v, channels, AT_ONCE, of_runs)
     else:
         loop(builder, count, [], of_sample)
 

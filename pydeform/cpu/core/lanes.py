@@ -15,7 +15,6 @@ from numba import types
 from pydeform.cpu.core.primitive import INT, const, function_of, loop, primitive
 from pydeform.cpu.core.simd import VECTOR_BYTES, host_features
 
-AT_ONCE = (8, 4, 2, 1)  # vectors of sums in registers: what all of them take is loaded once for as many
 LANE = ir.IntType(32)
 BITS = ir.IntType(16)
 
@@ -69,21 +68,36 @@ def place_of(builder: Any, index: Any, i: Any) -> Any:
     return builder.sext(place, INT) if place.type.width < 64 else place
 
 
-def in_runs(
-    builder: Any, vectors: Any, lanes: int, body: Callable[[list[Any]], Any], sizes: tuple[int, ...] = AT_ONCE
-) -> Any:
-    """body(where some vectors begin): all `vectors`, as many at a time as there may be. The last size is 1."""
-    done = const(0)
+def in_runs(v: Vectors, vectors: Any, sizes: tuple[int, ...], body: Callable[[list[Any]], None]) -> None:
+    """body(where some vectors begin): all `vectors`, as many at a time as `sizes` say, the last of which is 1. So many
+    vectors of sums stay in registers, and what all of them take is loaded once for as many."""
+    builder, done = v.builder, const(0)
     for size in sizes:
         runs = builder.sdiv(builder.sub(vectors, done), const(size))
 
         def step(i: Any, _: list[Any], start: Any = done, size: int = size) -> list[Any]:
             first = builder.add(start, builder.mul(i, const(size)))
-            body([builder.mul(builder.add(first, const(j)), const(lanes)) for j in range(size)])
+            body([builder.mul(builder.add(first, const(j)), const(v.lanes)) for j in range(size)])
             return []
 
         loop(builder, runs, [], step)
         done = builder.add(done, builder.mul(runs, const(size)))
+
+
+def in_pieces(v: Vectors, channels: Any, sizes: tuple[int, ...], body: Callable[[list[Any], Any, Any], None]) -> None:
+    """body(where some vectors begin, load, store): `in_runs` for all channels. The last vector is masked: what lies
+    beyond belongs to others, and to another thread."""
+    builder, whole = v.builder, v.builder.sdiv(channels, const(v.lanes))
+    in_runs(v, whole, sizes, lambda places: body(places, v.load, v.store))
+    place = builder.mul(whole, const(v.lanes))
+    left = builder.sub(channels, place)
+    with builder.if_then(builder.icmp_signed(">", left, const(0))):
+        mask = v.first_lanes(left)
+        body(
+            [place],
+            lambda pointer: v.masked_load(pointer, mask),
+            lambda value, pointer: v.masked_store(value, pointer, mask),
+        )
 
 
 def shuffle(builder: Any, low: Any, high: Any, lanes: list[int]) -> Any:

@@ -17,6 +17,8 @@ from numba.core import cgutils
 from pydeform.cpu.core.lanes import Vectors, for_any_width, in_lanes, in_runs, place_of
 from pydeform.cpu.core.primitive import const, loop, merged
 
+AT_ONCE = (8, 4, 2, 1)  # vectors
+
 
 class Pixels(NamedTuple):
     """A list of pixels: number i has its channels from image[index[i] * stride] on."""
@@ -54,7 +56,7 @@ def weighted_sum(vector_bytes: int, out: Any, pixels: Any, vectors: Any, scale: 
             for p, total in zip(places, loop(builder, listed.number, sums, add), strict=True):
                 v.store(builder.fmul(total, factor), v.offset(out_, p))
 
-        in_runs(builder, vectors_, v.lanes, run)
+        in_runs(v, vectors_, AT_ONCE, run)
 
     return types.void(out, pixels, vectors, scale, accumulate), emit
 
@@ -85,7 +87,7 @@ def weighted_dots(vector_bytes: int, grad: Any, pixels: Any, vectors: Any) -> An
             for dot, total in zip(dots, totals, strict=True):
                 builder.store(dot, total)
 
-        in_runs(builder, vectors_, v.lanes, run)
+        in_runs(v, vectors_, AT_ONCE, run)
         return [v.sum(builder.load(total)) for total in totals]
 
     lists = pixels[Pixels._fields.index("weights")]
@@ -123,7 +125,7 @@ def scatter(
 
             loop(builder, listed.number, [], add)
 
-        in_runs(builder, vectors_, v.lanes, run)
+        in_runs(v, vectors_, AT_ONCE, run)
 
     return types.void(grad, image, index, weights, count, stride, vectors, scale), emit
 
@@ -171,7 +173,7 @@ def _define_largest(
             v.store(best, out_place)
             builder.store(chosen, winner_place).align = v.itemsize
 
-        in_runs(builder, vectors_, v.lanes, run, (1,))
+        in_runs(v, vectors_, (1,), run)
 
     return types.void(out, winner, pixels, vectors, first, accumulate), emit
 

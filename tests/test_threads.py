@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,6 +156,44 @@ def test_a_workspace_is_kept_where_it_is_small_and_lent_to_one_call():
     arrays = large.take()
     large.give_back(arrays)
     assert large.take() is not arrays
+
+
+def end_of(array: np.ndarray) -> int:
+    return array.ctypes.data + array.nbytes
+
+
+def test_what_threads_write_lies_apart():
+    asked = (
+        ((3, 5), np.float32),
+        ((7,), np.int64),
+        ((2, 3, 33), np.float64),
+        ((1000, 80), np.float32),
+        ((0, 9), np.int32),
+    )
+    own = tuple((shape, np.dtype(dtype)) for shape, dtype in asked)
+    shared = ((11,), np.dtype(np.uint8))
+    for threads in (2, 3, 8):
+        first, *arrays = memory.Workspace(shared, threads=threads, own=own).take()
+        assert first.shape == (11,)
+        ends = [end_of(first)]
+        for array, (shape, dtype) in zip(arrays, own, strict=True):
+            assert array.dtype == dtype and array.flags.c_contiguous
+            assert len(array) == threads and array.shape[2:] == shape[1:] and array.shape[1] >= shape[0]
+            for thread in range(threads if array.size else 0):
+                mine = array[thread, : shape[0]]
+                assert mine.ctypes.data % memory.ALIGNMENT == 0
+                assert mine.ctypes.data - ends[-1] >= (memory.APART if thread else memory.ALIGNMENT)
+                ends.append(end_of(mine))
+            ends[-1] = end_of(array)
+    for array, (shape, _) in zip(memory.Workspace(own=own).take(), own, strict=True):
+        assert array.shape == (1, *shape)
+
+
+def test_plans_ask_for_the_memory_of_one_thread():
+    """What all threads have side by side, `Workspace` alone makes."""
+    for path in Path(memory.__file__).parents[1].rglob("*.py"):
+        if path.name != "memory.py":
+            assert not re.search(r"\(\(threads\b", path.read_text()), path
 
 
 def test_no_helper_keeps_the_memory_of_a_call(threads):

@@ -170,7 +170,7 @@ def _prepare_backward(
             if pairs is not None:
                 b = (unit - packing_too) // p.tiles
                 start = (unit - packing_too - b * p.tiles) * p.positions
-                turned = at(scratch.columns, (thread, 0, 0, 0))
+                turned = at(scratch.columns, (thread, 0, 0))
                 pair_gradients(grad_output, b, start, pairs.by_position, pairs.by_output, turned, g, p)
         elif unit >= converting:
             row, squares = blocks[unit - converting], at(scratch.squares, (thread, 0))
@@ -207,7 +207,7 @@ def _block_of_tile(
     thread, b, start, count = part.thread, part.image, part.start, part.positions
     row, taps = tables.blocks[part.block], volume(g.kernel)
     has_mask, samples, axes = p.has_mask != 0, samples_of(thread, scratch), tables.axes
-    columns, grad_columns = at(scratch.columns, (thread, 0, 0, 0)), at(scratch.columns, (thread, 1, 0, 0))
+    columns, grad_columns = at(scratch.columns, (thread, 0, 0)), at(scratch.grad_columns, (thread, 0, 0))
     origin = (b * g.in_channels + row.channel) * (volume(g.in_size) + 1)
     source = at(scratch.image, (origin,))
     target = at(scratch.grad_image, ((part.piece * p.apart + origin) * p.need_input,))

@@ -80,15 +80,16 @@ class Gradients(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """A call's own memory; squares, and from `grads` on, each thread's."""
+    """A call's own memory. All but the first four are a thread's each."""
 
     image: Any  # block by block of channels, channels last
     grad_image: Any  # its gradient, for each piece
     packed: Any  # the weight, as products read it
-    squares: Any  # of the weight, while it is turned
     partial: Any  # the weight's gradient, for each range of pieces
+    squares: Any  # of the weight, while it is turned
     grads: Any  # the output's gradient in a tile: (output channel, position), depthwise (position, channel)
-    columns: Any  # of a tap of a tile: (position, channel), and their gradient
+    columns: Any  # of a tap of a tile: (position, channel),
+    grad_columns: Any  # and their gradient
     bases: Any  # and the tables of a tap's samples: see `Samples`
     corners: Any
     weights: Any
@@ -215,14 +216,18 @@ def _workspace(
         ((0 if planes else p.apart,), dtype),
         ((p.pieces * p.apart if p.need_input and not planes else lanes,), dtype),
         ((packed_size,), numbers),
-        ((threads, squares_size(g, lanes)), dtype),
         ((p.splits if p.need_weight else 0, p.weight_size), dtype),
-        ((threads, grads, ROW), dtype),
-        ((threads, 2, p.positions, COLUMN_ROW), dtype),
-        *sample_tables(threads, len(g.out_size), len(axes), p.positions, pixel_dtype, dtype, has_dots=True),
-        ((threads, corners_size(blocks, axes) if planes else 0), dtype),
-        ((threads, 2 ** len(axes)), pixel_dtype),
-        ((threads, 2 ** len(axes)), dtype),
+        threads=threads,
+        own=(
+            ((squares_size(g, lanes),), dtype),
+            ((grads, ROW), dtype),
+            ((p.positions, COLUMN_ROW), dtype),
+            ((p.positions, COLUMN_ROW), dtype),
+            *sample_tables(len(g.out_size), len(axes), p.positions, pixel_dtype, dtype, has_dots=True),
+            ((corners_size(blocks, axes) if planes else 0,), dtype),
+            ((2 ** len(axes),), pixel_dtype),
+            ((2 ** len(axes),), dtype),
+        ),
     )
 
 
@@ -232,7 +237,8 @@ def _pairs(g: Any, p: Any, threads: int, numbers: Any) -> Workspace:
     return Workspace(
         ((g.batch, g.groups, places, _odd_lines(p.depth)), numbers),
         ((g.batch * g.out_channels + lines, _odd_lines(places)), numbers),
-        ((threads, p.positions // 2, COLUMN_ROW, 2), numbers),
+        threads=threads,
+        own=(((p.positions // 2, COLUMN_ROW, 2), numbers),),
     )
 
 

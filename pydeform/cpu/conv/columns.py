@@ -90,7 +90,7 @@ def sample_planes(
 ) -> None:
     """`sample_backward` on planes as they lie, in the same order: the same bits."""
     thread, channels, samples = part.thread, row.channels, samples_of(part.thread, scratch)
-    columns, grad_columns = at(scratch.columns, (thread, 0, 0, 0)), at(scratch.columns, (thread, 1, 0, 0))
+    columns, grad_columns = at(scratch.columns, (thread, 0, 0)), at(scratch.grad_columns, (thread, 0, 0))
     pixels = at(scratch.pixels, (thread, 0))
     for i in range(part.positions):
         out, grad = advance(columns, i * COLUMN_ROW), advance(grad_columns, i * COLUMN_ROW)

@@ -112,7 +112,7 @@ def _prepare_forward(thread: int, counters: Any, given: Any, scratch: Any, table
             else:
                 for e in range(first, first + taps):
                     entry = tables.entries[e]
-                    start = tables.chunks[entry.chunk].packed_at + entry.column
+                    start = tables.chunks[entry.chunk].packed_at
                     pack_depthwise(given.weight, scratch.packed, entry.channel, entry.channels, entry.tap, start)
         elif given.planes is None:
             b, part = unit // parts, unit % parts
@@ -136,13 +136,8 @@ def _compute_tile(tile: Any, given: Any, output: Any, scratch: Any, tables: Any,
         add = product.is_first == 0
         _sample_chunk(tile, product, given, scratch, tables, g, p)
         if tables.depthwise is not None:
-            for e in range(product.first_entry, product.last_entry):
-                column = tables.entries[e].column
-                scale = at(scratch.packed, (product.packed_at + column,))
-                more = add or e > product.first_entry
-                multiply_channels(
-                    advance(columns, column), scale, sums, sum_row, tile.positions, tables.entries[e].channels, more
-                )
+            scale = at(scratch.packed, (product.packed_at,))
+            multiply_channels(columns, scale, sums, sum_row, tile.positions, product.outs, add)
         else:
             for j in range(p.panels):
                 weights = at(scratch.packed, (product.packed_at + j * product.depth * panel,))

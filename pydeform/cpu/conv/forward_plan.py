@@ -30,6 +30,7 @@ from pydeform.cpu.sampling.corners import sample_tables
 # Sizes that keep a tile's columns and sums in the second-level cache and a panel of weights in the first. The more
 # positions, the less often are all weights read, which may come from further away.
 POSITIONS, MOST_POSITIONS = 192, 384
+DEPTHWISE_POSITIONS = 128  # a depthwise convolution reads weights hardly at all; its image is to stay in that cache
 DEPTH, PAIRS_DEPTH = 512 // PANEL, 256  # of one product, or as many channels more as a block has
 # Elements from a sample's columns to the next one's: a number that the compiler knows, so that one register is the
 # address of all rows of a product. No power of two, which would crowd them into few cache lines; of pairs, whole lines.
@@ -104,7 +105,8 @@ def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_
     itemsize = numbers.itemsize
     row = ROW if numbers == dtype else PAIRS_ROW
     of_position = row * itemsize + panels * panel * dtype.itemsize
-    tiles = -(-out_positions // max(POSITIONS, min(second_level_cache() * 2 // (5 * of_position), MOST_POSITIONS)))
+    most = max(POSITIONS, min(second_level_cache() * 2 // (5 * of_position), MOST_POSITIONS))
+    tiles = -(-out_positions // (DEPTHWISE_POSITIONS if is_depthwise(g) else most))
     if threads > 1:  # enough tiles for all, and as many for each; no sum depends on where a tile ends
         tiles = max(tiles, min(-(-4 * threads // g.batch), -(-out_positions // (4 * ROWS))))
         tiles = round_up(tiles, threads // math.gcd(threads, g.batch))
@@ -129,11 +131,14 @@ def _kept(g: Any, dtype: Any, numbers: Any, threads: int, has_offset: bool, has_
     arrays = Workspace(
         ((0 if planes else channels_last_size(g) + lanes,), dtype),
         ((packed_size,), numbers),
-        ((threads, squares_size(g, lanes)), dtype),
-        ((threads, multiplied, row), numbers),
-        ((threads, multiplied, panels * panel), dtype),
-        *sample_tables(threads, len(g.out_size), len(axes), positions, pixel_dtype, dtype, has_dots=False),
-        ((threads, corners_size(blocks, axes) if planes else 0), dtype),
+        threads=threads,
+        own=(
+            ((squares_size(g, lanes),), dtype),
+            ((multiplied, row), numbers),
+            ((multiplied, panels * panel), dtype),
+            *sample_tables(len(g.out_size), len(axes), positions, pixel_dtype, dtype, has_dots=False),
+            ((corners_size(blocks, axes) if planes else 0,), dtype),
+        ),
     )
     depthwise = 1 if is_depthwise(g) else None
     key = kernel_key(g, dtype, numbers, pixel_dtype, planes, has_offset)
@@ -164,7 +169,8 @@ def _steps(g: Any, panel: int, has_pairs: bool) -> tuple[Any, Any, Any, int, int
 
 
 def _steps_of_period(g: Any, panel: int, depthwise: bool, has_pairs: bool) -> tuple[Any, Any, Any, int, int]:
-    """The blocks of channels, the entries in the order of a tile's work, and the chunks of entries multiplied at once.
+    """The blocks of channels, the entries in the order of a tile's work, and the chunks of entries multiplied at once:
+    depthwise each by itself, while its columns are in the first cache.
 
     An entry has `width` columns, its channels and what fills up pairs and, at the end of a chunk, a product's depth.
     `is_first` and `is_last` say whether a chunk begins or ends the sums of its outputs. After the tables: the panels of
@@ -187,7 +193,7 @@ def _steps_of_period(g: Any, panel: int, depthwise: bool, has_pairs: bool) -> tu
     for first_out, out_channels, first_in, blocks_in in products:
         steps = [(tap, *block) for block in blocks_in for tap in range(taps)]
         total = sum(step[3] for step in steps)
-        most = PAIRS_DEPTH if has_pairs else DEPTH
+        most = 1 if depthwise else PAIRS_DEPTH if has_pairs else DEPTH
         target = -(-total // -(-total // most))  # chunks of about equal depth
         first_chunk = len(chunks)
         depth, first = 0, len(entries)

@@ -72,7 +72,7 @@ def gradient_of_columns(
 ) -> None:
     """grad_columns[i, c] = sum_o grad_output[o, i] * weight[o, c, tap]."""
     thread, width, outs, count = part.thread, row.width, g.out_channels // g.groups, part.positions
-    target = Rows(at(scratch.columns, (thread, 1, 0, 0)), COLUMN_ROW)
+    target = Rows(at(scratch.grad_columns, (thread, 0, 0)), COLUMN_ROW)
     if depthwise is not None:
         scale = at(scratch.packed, (row.packed_at + tap * width,))
         scale_channels(at(scratch.grads, (thread, 0, 0)), scale, target.start, COLUMN_ROW, count, row.channels)
@@ -93,7 +93,7 @@ def gradient_of_weight(part: Any, row: Any, tap: int, scratch: Any, pairs: Any, 
     """Eq. 6 for one tap of one tile: partial[o, c] += sum_i grad_output[o, i] * columns[i, c]."""
     use_widest_vectors()
     thread, width, outs, count = part.thread, row.width, g.out_channels // g.groups, part.positions
-    columns, more = at(scratch.columns, (thread, 0, 0, 0)), not part.is_first
+    columns, more = at(scratch.columns, (thread, 0, 0)), not part.is_first
     if depthwise is not None:
         sums = at(scratch.partial, (part.split, row.partial_at + tap * width))
         sum_channels(at(scratch.grads, (thread, 0, 0)), columns, sums, COLUMN_ROW, count, row.channels, more)

@@ -14,6 +14,10 @@ from pydeform.cpu.core import half
 FLOAT64, FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
 MOST_KEPT = 3 << 18  # bytes of a workspace
 ALIGNMENT = 64  # a cache line, the widest vector, and what JAX takes without a copy
+# Between what one thread writes and what the next one does: a processor that reads ahead of the one, behind its end,
+# would take these lines from the other, again and again.
+APART = 2048
+Part = tuple[tuple[int, ...], Any]  # shape and dtype of an array
 
 
 def compute_dtype(dtype: Any) -> Any:
@@ -33,7 +37,7 @@ def _aligned(size: int) -> tuple[Any, int]:
     return block, -ctypes.addressof(ctypes.c_char.from_buffer(block)) % ALIGNMENT
 
 
-def workspace(*parts: tuple[tuple[int, ...], Any]) -> list[Any]:
+def workspace(*parts: Part) -> list[Any]:
     """An uninitialised array for each (shape, dtype), aligned to a cache line, all of them in one allocation."""
     total, starts = _layout(parts)
     block, origin = _aligned(total)
@@ -42,7 +46,7 @@ def workspace(*parts: tuple[tuple[int, ...], Any]) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(parts: tuple[tuple[tuple[int, ...], Any], ...]) -> tuple[int, tuple[int, ...]]:
+def _layout(parts: tuple[Part, ...]) -> tuple[int, tuple[int, ...]]:
     """Bytes of all arrays, and where each begins."""
     starts, start = [], 0
     for shape, dtype in parts:
@@ -53,12 +57,24 @@ def _layout(parts: tuple[tuple[tuple[int, ...], Any], ...]) -> tuple[int, tuple[
     return start, tuple(starts)
 
 
-class Workspace:
-    """The workspace of problems of one kind. A small one is kept for the next call."""
+def _of_threads(threads: int, shape: tuple[int, ...], dtype: Any) -> Part:
+    """An array for each thread, in one. The first axis is longer than was asked for, and what it has more lies between
+    two threads."""
+    row = math.prod(shape[1:]) * dtype.itemsize
+    if threads == 1 or shape[0] * row == 0:
+        return (threads, *shape), dtype
+    lines = ALIGNMENT // math.gcd(row, ALIGNMENT)  # so many rows are whole cache lines
+    return (threads, -(-(shape[0] + -(-APART // row)) // lines) * lines, *shape[1:]), dtype
 
-    def __init__(self, *parts: tuple[tuple[int, ...], Any]) -> None:
-        self._parts, self._spare = parts, list[list[Any]]()
-        self._size, _ = _layout(parts)
+
+class Workspace:
+    """The workspace of problems of one kind: `parts`, which threads share, and behind them, for each thread, its `own`,
+    given as one thread's. A small workspace is kept for the next call."""
+
+    def __init__(self, *parts: Part, threads: int = 1, own: tuple[Part, ...] = ()) -> None:
+        self._parts = (*parts, *(_of_threads(threads, *part) for part in own))
+        self._spare = list[list[Any]]()
+        self._size, _ = _layout(self._parts)
 
     def take(self) -> list[Any]:
         try:

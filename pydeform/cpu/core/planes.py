@@ -54,13 +54,9 @@ def planes_of(array: Any) -> Planes:
     return Planes(array.__array_interface__["data"][0], image, channel, tuple(steps), _KINDS[array.dtype.name])
 
 
-def reader_parts(threads: int, count: int, width: int, index_dtype: Any, dtype: Any) -> tuple[Any, ...]:
-    """Shapes and dtypes of the arrays of `Reader`, for each thread: `count` pixels of `width` channels, 0 if none."""
-    return (
-        ((threads, count), index_dtype),
-        ((threads, count), np.dtype(np.int64)),
-        ((threads, count * width), dtype),
-    )
+def reader_parts(count: int, width: int, index_dtype: Any, dtype: Any) -> tuple[Any, ...]:
+    """Shapes and dtypes of a thread's arrays of `Reader`: `count` pixels of `width` channels, 0 if none."""
+    return ((count,), index_dtype), ((count,), np.dtype(np.int64)), ((count * width,), dtype)
 
 
 @inline_always

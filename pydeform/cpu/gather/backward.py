@@ -108,7 +108,7 @@ def _do(thread: int, work: Any, given: Any, grads: Any, scratch: Any, tables: An
         low, high = tables.bounds[work.range], tables.bounds[work.range + 1]
         maps = Maps(maps.pixel, maps.nothing, low * maps.pixel, high * maps.pixel)
     if work.apart:
-        value, grad = at(scratch.maps, (thread, 0, 0)), at(scratch.maps, (thread, 1, 0))
+        value, grad = at(scratch.maps, (thread, 0)), at(scratch.grad_maps, (thread, 0))
         maps = Maps(p.block, g.pixels * p.block, 0, g.pixels * p.block)
         _set_apart(thread, work, given, scratch, g, p)
     elif p.lists is not None and work.scatters:
@@ -141,7 +141,7 @@ def _channel_of(work: Any, g: Any) -> int:
 @inline_always
 def _set_apart(thread: int, work: Any, given: Any, scratch: Any, g: Any, p: Any) -> None:
     """The groups' pixels side by side, behind them one of zeros; and zeros to add their gradient to."""
-    value, grad = at(scratch.maps, (thread, 0, 0)), at(scratch.maps, (thread, 1, 0))
+    value, grad = at(scratch.maps, (thread, 0)), at(scratch.grad_maps, (thread, 0))
     if work.scatters:
         for i in range(g.pixels * p.block):
             grad[i] = 0
@@ -153,7 +153,7 @@ def _set_apart(thread: int, work: Any, given: Any, scratch: Any, g: Any, p: Any)
 def _bring_back(thread: int, work: Any, grads: Any, scratch: Any, g: Any, p: Any) -> None:
     for pixel in range(g.pixels):
         target = at(grads.value, (work.image, pixel, work.group * g.channels))
-        copy(at(scratch.maps, (thread, 1, pixel * p.block)), target, g.channels)
+        copy(at(scratch.grad_maps, (thread, pixel * p.block)), target, g.channels)
 
 
 @inline_always

@@ -50,7 +50,7 @@ def gather(thread: int, counters: Any, given: Any, output: Any, scratch: Any, ta
         if p.apart:
             maps = Maps(p.block, g.pixels * p.block, 0, g.pixels * p.block)
             image, group = unit // g.groups, unit % g.groups
-            value = at(scratch.maps, (thread, 0, 0))
+            value = at(scratch.maps, (thread, 0))
             copy_group(image, group, given.value, value, g, p)
             work = Work(image, group, 1, 0, g.queries, value, maps)
         else:

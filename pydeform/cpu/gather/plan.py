@@ -9,7 +9,7 @@ import numpy as np
 
 from pydeform._gather_geometry import BILINEAR_INSIDE, DISCRETE, Gather
 from pydeform.cpu.core import parallel
-from pydeform.cpu.core.memory import Workspace, contiguous
+from pydeform.cpu.core.memory import Part, Workspace, contiguous
 from pydeform.cpu.core.simd import CACHE_LINE, VECTOR_BYTES, second_level_cache
 from pydeform.cpu.core.sizes import PAGE, SERIAL_FLOPS, round_up
 
@@ -47,7 +47,8 @@ class Scratch(NamedTuple):
     firsts: Any  # where each query's begin,
     scales: Any  # and, of their maps, what is in a table else
     nothing: Any  # a row of zeros, and one to write to, for all that is outside
-    maps: Any  # a group's pixels, which lie together here, and their gradients; behind each what is outside
+    maps: Any  # a group's pixels, which lie together here,
+    grad_maps: Any  # and their gradients; behind each what is outside
 
 
 class Tables(NamedTuple):
@@ -117,21 +118,23 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs: Needs, thre
     units = g.batch * g.groups
     is_balanced = units % threads == 0 or units >= UNITS_OF_THREAD * threads
     is_apart = blocks == 1 and _goes_apart(g, corners, block, dtype.itemsize, has_reference, needs, is_balanced)
-    workspace = Workspace(
-        ((threads, 2 * row + lanes), dtype),
-        ((threads, 2, row), dtype),
-        ((threads, corners * row), np.dtype(np.int64)),
-        ((threads, corners * row), dtype),
-        ((threads, 2, row), dtype),
-        ((threads, corners * row * (g.groups if is_seen else 1) * needs.dots), dtype),
-        ((threads, row), dtype),
-        ((threads, row * needs.dots), dtype),
-        ((threads, 2, row * needs.dots), dtype),
-        ((threads, row * is_seen), np.dtype(np.int64)),
-        ((threads, (queries + 1) * is_seen), np.dtype(np.int64)),
-        ((threads, 2, row * is_seen), dtype),
-        ((threads, 2, round_up(g.groups * g.channels, lanes)), dtype),
-        ((threads, 1 + needs.value, (g.pixels + 1) * block * is_apart), dtype),
+    of_map = (g.pixels + 1) * block * is_apart
+    own: tuple[Part, ...] = (
+        ((2 * row + lanes,), dtype),
+        ((2, row), dtype),
+        ((corners * row,), np.dtype(np.int64)),
+        ((corners * row,), dtype),
+        ((2, row), dtype),
+        ((corners * row * (g.groups if is_seen else 1) * needs.dots,), dtype),
+        ((row,), dtype),
+        ((row * needs.dots,), dtype),
+        ((2, row * needs.dots), dtype),
+        ((row * is_seen,), np.dtype(np.int64)),
+        (((queries + 1) * is_seen,), np.dtype(np.int64)),
+        ((2, row * is_seen), dtype),
+        ((2, round_up(g.groups * g.channels, lanes)), dtype),
+        ((of_map,), dtype),
+        ((of_map * needs.value,), dtype),
     )
     plan = Plan(
         axes=() if is_discrete else (0, 0),
@@ -150,7 +153,8 @@ def prepared(gather: Gather, dtype: Any, has_reference: bool, needs: Needs, thre
         lines=tuple(_lines(n * dtype.itemsize, dtype) for n in (g.channels, 2 * g.samples, g.samples)),
     )
     key = dtype.char + "d" * is_discrete + "r" * has_reference + "l" * is_seen
-    return Prepared(key, threads, workspace, _tables(samples, row, dtype, g, parts if is_seen else 1), plan)
+    tables = _tables(samples, row, dtype, g, parts if is_seen else 1)
+    return Prepared(key, threads, Workspace(threads=threads, own=own), tables, plan)
 
 
 def _goes_apart(

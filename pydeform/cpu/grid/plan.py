@@ -72,13 +72,13 @@ def prepared(g: GridGeometry, dtype: Any, needs_dots: bool, threads: int) -> Pre
     queries = round_up(max(1, min(TILE, g.queries, fair)), lanes)
     blocks = min(-(-threads // g.batch), g.channels)  # of an image
     block = -(-g.channels // blocks)
-    workspace = Workspace(
-        ((threads, axes, queries), dtype),
-        ((threads, taps * needs_dots, queries), dtype),
-        ((threads, taps * needs_dots, queries), dtype),
-        ((threads, corners, queries), integer),
-        ((threads, corners, queries), dtype),
-        ((threads, corners * needs_dots, queries), dtype),
+    own = (
+        ((axes, queries), dtype),
+        ((taps * needs_dots, queries), dtype),
+        ((taps * needs_dots, queries), dtype),
+        ((corners, queries), integer),
+        ((corners, queries), dtype),
+        ((corners * needs_dots, queries), dtype),
     )
     plan = Plan(
         nearest=1 if is_nearest else None,
@@ -91,7 +91,8 @@ def prepared(g: GridGeometry, dtype: Any, needs_dots: bool, threads: int) -> Pre
         blocks=-(-g.channels // block),
         block=block,
     )
-    return Prepared(dtype.char + str(axes) + str(bits) + "p" * has_pairs, threads, workspace, plan)
+    key = dtype.char + str(axes) + str(bits) + "p" * has_pairs
+    return Prepared(key, threads, Workspace(threads=threads, own=own), plan)
 
 
 def given_arrays(arrays: Any, g: GridGeometry, dtype: Any) -> Given:

@@ -78,7 +78,7 @@ class Bin(NamedTuple):
 @inline_always
 def lists_of(thread: int, given: Any, scratch: Any) -> Lists:
     starts, entries = at(scratch.starts, (thread, 0, 0)), at(scratch.entries, (thread, 0))
-    slots = scratch.index.shape[1]
+    slots = scratch.starts.shape[2]
     return Lists(
         starts,
         advance(starts, slots),

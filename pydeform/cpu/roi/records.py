@@ -36,6 +36,7 @@ class Scratch(NamedTuple):
     image: Any  # copies with channels last: see copies.py
     grad_image: Any
     grads: Any
+    turns: Any  # of boxes: see rotated.Turn; None if they are not turned
     tiles: Any  # results of some bins: (bin, channel)
     winners: Any  # which pixel or point of a bin is the largest
     starts: Any  # from here on: see lists.Lists
@@ -49,7 +50,6 @@ class Scratch(NamedTuple):
     own: Any
     offsets: Any
     pixels: Any
-    turns: Any  # of boxes: see rotated.Turn; None if they are not turned
 
 
 class Tables(NamedTuple):

@@ -16,7 +16,7 @@ from pydeform._geometry import BOUNDARIES
 from pydeform.cpu.core.blend import sum_values
 from pydeform.cpu.core.jit import inline, inline_always
 from pydeform.cpu.core.pair_products import put
-from pydeform.cpu.core.simd import VECTOR_BYTES, advance, at, column, times
+from pydeform.cpu.core.simd import CACHE_LINE, VECTOR_BYTES, advance, at, column, fetch_ahead, times
 from pydeform.cpu.core.sizes import round_up, volume
 from pydeform.cpu.core.vector import convert, lanes_of, load, load_beside, load_first, select, store
 from pydeform.cpu.sampling.axes import axis_corners
@@ -37,12 +37,12 @@ class Samples(NamedTuple):
 
 
 def sample_tables(
-    threads: int, axes: int, cell: int, positions: int, pixel_dtype: Any, dtype: Any, has_dots: bool
+    axes: int, cell: int, positions: int, pixel_dtype: Any, dtype: Any, has_dots: bool
 ) -> tuple[Any, ...]:
-    """Shapes and dtypes of the tables of `Samples`. `cell`: axes of a cell, none where taps do not move."""
+    """Shapes and dtypes of a thread's tables of `Samples`. `cell`: axes of a cell, none where taps do not move."""
     corners, base, row = 2**cell, np.dtype(np.int32), round_up(positions, VECTOR_BYTES // dtype.itemsize)
     tables = ((axes, base), (corners, pixel_dtype), (corners, dtype), (cell, dtype), (corners * has_dots, dtype))
-    return tuple(((threads, rows, row), kind) for rows, kind in tables)
+    return tuple(((rows, row), kind) for rows, kind in tables)
 
 
 @inline_always
@@ -120,6 +120,9 @@ def locate_tap(offset: Any, first: Any, mask: Any, tap: int, count: int, samples
             _name_pixels(mask, axis, tap, count, samples, g)
         else:
             offset_of_axis = at(offset, (first[0], first[1], first[2], axis, first[4]))
+            # The next tap's lie far away, on another page.
+            following = at(offset, (first[0], first[1], first[2] + 1, axis, first[4]))
+            fetch_ahead(following, count * offset.itemsize // CACHE_LINE + 1)
             _name_corners(offset_of_axis, mask, axis, tap, count, samples, g)
 
 

@@ -18,7 +18,8 @@ from pydeform.cpu.core.vector import fma, lanes_of, load, load_first, store
 from pydeform.cpu.grid.forward import tile_of
 from pydeform.cpu.grid.places import corner_values, locate, pair_values, tap_of
 
-TOGETHER = 8  # channels: neighbouring queries add to the same pixels, and wait for one another in each channel
+# Channels: neighbouring queries add to the same pixels, and wait for one another in each channel. See forward.py.
+TOGETHER = 4
 
 
 class Gradients(NamedTuple):

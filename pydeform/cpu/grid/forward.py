@@ -20,7 +20,8 @@ from pydeform.cpu.core.vector import (
 )
 from pydeform.cpu.grid.places import Tile, corner_values, locate, pair_values
 
-TOGETHER = 8  # channels
+# Channels: what is read and written of more than so many, often a power of two apart, has no room in a cache's set.
+TOGETHER = 4
 
 
 @Kernel

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from pydeform._gather_geometry import DISCRETE
+from pydeform._gather_geometry import BILINEAR, DISCRETE
 from pydeform.cpu.core import parallel
 from pydeform.cpu.core.memory import compute_dtype, contiguous, empty, to_result
 from pydeform.cpu.gather.backward import Gradients, gather_backward
@@ -52,17 +52,20 @@ def backward(grad_output: Any, arrays: Any, gathering: Any, needs: Any, **_optio
         needs = needs - {"locations", "reference"}
     needs_dots = bool(needs - {"value"})
 
-    def made(like: Any, is_needed: bool) -> Any:
-        # Not all numbers have an owner: pixels that nobody reads, and what fills up a packed row.
-        return np.zeros(like.shape if is_needed else (0,) * like.ndim, dtype)
+    output = contiguous(grad_output, dtype, (g.batch, g.queries, g.groups * g.channels))
+    # Not all numbers have an owner: pixels that nobody reads, samples that are not seen, what fills up a packed row.
+    make = empty if output.size and g.rule == BILINEAR and arrays.weights is not None else np.zeros
 
-    locations = made(given.locations, needs_dots)
+    def made(make: Any, like: Any, is_needed: bool) -> Any:
+        return make(like.shape if is_needed else (0,) * like.ndim, dtype)
+
+    locations = made(make, given.locations, needs_dots)
     grads = Gradients(
-        contiguous(grad_output, dtype, (g.batch, g.queries, g.groups * g.channels)),
-        made(given.value, "value" in needs),
+        output,
+        made(np.zeros, given.value, "value" in needs),
         locations,
-        locations if arrays.weights is None else made(given.weights, needs_dots),
-        None if given.reference is None else made(given.reference, needs_dots),
+        locations if arrays.weights is None else made(make, given.weights, needs_dots),
+        None if given.reference is None else made(make, given.reference, needs_dots),
     )
     if grads.output.size:
         threads = threads_for(g, 1 + needs_dots, g.batch * (g.groups * g.channels + g.queries))

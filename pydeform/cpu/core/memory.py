@@ -61,10 +61,8 @@ def _of_threads(threads: int, shape: tuple[int, ...], dtype: Any) -> Part:
     """An array for each thread, in one. The first axis is longer than was asked for, and what it has more lies between
     two threads."""
     row = math.prod(shape[1:]) * dtype.itemsize
-    if threads == 1 or shape[0] * row == 0:
-        return (threads, *shape), dtype
-    lines = ALIGNMENT // math.gcd(row, ALIGNMENT)  # so many rows are whole cache lines
-    return (threads, -(-(shape[0] + -(-APART // row)) // lines) * lines, *shape[1:]), dtype
+    between = -(-APART // row) if threads > 1 and shape[0] * row else 0
+    return (threads, shape[0] + between, *shape[1:]), dtype
 
 
 class Workspace:

@@ -192,8 +192,8 @@ def locator() -> jit.Kernel:
 def cpu_axis(coordinates: np.ndarray, g: _geometry.ConvGeometry) -> dict[str, np.ndarray]:
     count, dtype = len(coordinates), coordinates.dtype
     assert Samples._fields[1:] == Tables._fields
-    tables = sample_tables(1, 1, 1, count, np.dtype(np.int32), dtype, has_dots=False)
-    scratch = Tables(*(memory.empty(shape, np.dtype(kind)) for shape, kind in tables))
+    tables = sample_tables(1, 1, count, np.dtype(np.int32), dtype, has_dots=False)
+    scratch = Tables(*memory.Workspace(own=tables).take())
     offset, mask = coordinates.reshape(1, 1, 1, 1, -1), np.ones((1, 1, 1, count), dtype)
     arguments = offset, mask, scratch, g
     locator().prepare(dtype.name, arguments)(*arguments)

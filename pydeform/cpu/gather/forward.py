@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydeform.cpu.core.gathered import sum_samples
 from pydeform.cpu.core.jit import Kernel, inline
-from pydeform.cpu.core.parallel import call_helpers, claim, finish, let_helpers_go, wait_for
+from pydeform.cpu.core.parallel import call_helpers, claim_near, finish, let_helpers_go, wait_for
 from pydeform.cpu.core.simd import at
 from pydeform.cpu.gather.places import (
     Maps,
@@ -45,7 +45,7 @@ def gather(thread: int, counters: Any, given: Any, output: Any, scratch: Any, ta
     clear_nothing(thread, scratch)
     tiles = -(-g.queries // p.queries)
     units = g.batch * (g.groups if p.apart else tiles)
-    unit = claim(counters, 0)
+    unit = claim_near(counters, 0, thread, units)
     while unit < units:
         if p.apart:
             maps = Maps(p.block, g.pixels * p.block, 0, g.pixels * p.block)
@@ -61,7 +61,7 @@ def gather(thread: int, counters: Any, given: Any, output: Any, scratch: Any, ta
             work = Work(image, 0, g.groups, query, min(query + p.queries, g.queries), value, maps)
         _do(thread, work, given, output, scratch, tables, g, p)
         finish(counters, 0)
-        unit = claim(counters, 0)
+        unit = claim_near(counters, 0, thread, units)
     wait_for(counters, 0, units)
     let_helpers_go(thread, counters)
 

@@ -168,6 +168,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=others)
 
 
+# Modules that have had CuPy itself since tests were collected, and would keep it in tests on the emulated device.
+HOLDERS_OF_CUPY = pytest.StashKey[list[str]]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    holders = [name for name, module in sys.modules.items() if name.startswith("pydeform.") and hasattr(module, "cupy")]
+    session.config.stash[HOLDERS_OF_CUPY] = holders
+
+
 # Tests that choose what device they run on. One process has either CuPy or its stand-in.
 needs_emulation = pytest.mark.skipif(
     "emulated" not in _kinds(), reason="not on the emulated device (PYDEFORM_TEST_BACKENDS=cpu,emulated chooses it)"

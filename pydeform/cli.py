@@ -68,7 +68,11 @@ def _run(arguments: list[str]) -> int:
     parser_warmup = commands.add_parser("warmup", help="compile kernels now, so that no first call has to")
     parser_warmup.add_argument("names", nargs="*", type=operator, metavar="OPERATOR", help="say deform_conv2d; all")
     parser_warmup.add_argument(
-        "--dtype", nargs="+", choices=FLOAT_DTYPES, dest="dtypes", help="float32 float64 on the CPU, all four on a GPU"
+        "--dtype",
+        action="append",
+        choices=FLOAT_DTYPES,
+        dest="dtypes",
+        help="may be given several times; without it float32 and float64 on the CPU, all four on a GPU",
     )
     parser_warmup.set_defaults(run=warmup)
     commands.add_parser("demo", help="train deformable networks on real digits; `pydeform demo --help`")

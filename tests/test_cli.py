@@ -124,7 +124,7 @@ for name in ("float32", "float64"):
 """
     for arguments, said in (
         (["dcnv4", "--dtype", "float32"], "cpu: 2 kernels compiled, 0 loaded"),
-        (["dcnv4", "dcnv3", "--dtype", "float32"], "cpu: 0 kernels compiled, 2 loaded"),
+        (["--dtype", "float32", "dcnv4", "dcnv3"], "cpu: 0 kernels compiled, 2 loaded"),
         ([], "cpu: 2 kernels compiled, 2 loaded"),
     ):
         environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}

@@ -33,13 +33,13 @@ def main(turns: int = 2000, blocks: int = 4, stride: int = 1 << 18) -> None:
     device = cupy.cuda.Device()
     hopper = device.compute_capability == "90"
     processors = int(device.attributes["MultiProcessorCount"])
-    expressions = ["add_rate", *(("share<4>", "share<8>", "fence_cost") if hopper else ())]
-    options = ("-std=c++17", *(("-arch=sm_90a",) if hopper else ()))
-    module = cupy.RawModule(code=source(), options=options, name_expressions=expressions)
-    measure_adds(module, blocks * processors, turns // 10 or 1)
+    module = cupy.RawModule(code=source(), options=("-std=c++17",), name_expressions=["add_rate"])
+    measure_adds(module.get_function("add_rate"), blocks * processors, turns // 10 or 1)
     if hopper:
-        measure_sharing(module, processors, turns)
-        measure_fences(module, min(turns, 200), stride)
+        from pydeform.cuda.core import sm_90a
+
+        measure_sharing(lambda expression: sm_90a.kernel(source(), expression), processors, turns)
+        measure_fences(sm_90a.kernel(source(), "fence_cost"), min(turns, 200), stride)
     else:
         print("wgmma and its fences are for compute capability 9.0")
 
@@ -59,24 +59,23 @@ def seconds_of(launch: Callable[[], None]) -> float:
     return max(min(found), 1e-9)
 
 
-def measure_adds(module: Any, blocks: int, turns: int, places: int = 20_000) -> None:
+def measure_adds(function: Any, blocks: int, turns: int, places: int = 20_000) -> None:
     import cupy
 
     sums, added = cupy.zeros(places * 128, np.float32), blocks * 8 * 512 * turns
     for together in (1, 9, 36):
         numbers = np.int32(places), np.int32(together), np.int32(turns)
-        function = module.get_function("add_rate")
         seconds = seconds_of(lambda n=numbers, f=function: f((blocks,), (256,), (sums, *n)))
         print(f"adds, {together:2} warps at one place: {added / seconds / 1e9:.0f} GB/s")
     print(f"sum of all {float(cupy.asnumpy(sums).sum(dtype=np.float64)):.0f}, of {3 * REPEATS * added / 4:.0f}")
 
 
-def measure_sharing(module: Any, blocks: int, turns: int) -> None:
+def measure_sharing(kernel: Callable[[str], Any], blocks: int, turns: int) -> None:
     import cupy
 
     data, out = cupy.zeros(64 * 8 * 8 * 4, np.uint32), cupy.zeros(blocks * 512, np.float32)
     for lines in (4, 8):
-        function, times = module.get_function(f"share<{lines}>"), {}
+        function, times = kernel(f"share<{lines}>"), {}
         for name, work in (("multiply", 1), ("load", 2), ("both", 3)):
             arguments = data, out, np.int32(turns), np.int32(work)
             times[name] = seconds_of(
@@ -87,11 +86,11 @@ def measure_sharing(module: Any, blocks: int, turns: int) -> None:
         print(f"a turn of 48 KB each, {lines} lines a load: {each}; both / sum {times['both'] / alone:.2f}")
 
 
-def measure_fences(module: Any, turns: int, stride: int) -> None:
+def measure_fences(function: Any, turns: int, stride: int) -> None:
     """`stride` words lie between the loads of two turns."""
     import cupy
 
-    far, function = cupy.zeros((turns + 1) * stride, np.uint32), module.get_function("fence_cost")
+    far = cupy.zeros((turns + 1) * stride, np.uint32)
     for loads in (0, 1):
         cycles = cupy.zeros((turns, 32), np.int64)
         function((1,), (32,), (far, cycles, np.int32(turns), np.int32(stride), np.int32(loads)))

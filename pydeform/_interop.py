@@ -125,8 +125,8 @@ def _take_torch(must_be: str, tensor: Any) -> Taken:
             plain = plain.resolve_conj().resolve_neg()
         if is_bfloat16:
             plain = plain.view(torch.int16)
-        stream = _torch_stream(tensor.device) if cuda else None
-        native = cuda.from_dlpack(plain, stream) if cuda else plain.numpy()
+        memory = TorchMemory(tensor.device) if cuda else None
+        native = cuda.from_dlpack(plain, memory.stream) if cuda and memory else plain.numpy()
     except UNREADABLE as error:  # fake tensors, tensors under vmap; float8 and other foreign dtypes
         raise TypeError(
             f"{must_be} a tensor whose memory NumPy can read, got {_type_name(tensor)} of dtype {tensor.dtype} "
@@ -134,15 +134,11 @@ def _take_torch(must_be: str, tensor: Any) -> Taken:
         ) from None
     if is_bfloat16:
         native = native.view(_bfloat16())
-    return Taken(native, _torch_from_cuda if cuda else _torch_from_numpy, stream)
+    return Taken(native, memory.tensor, memory.stream) if memory else Taken(native, _torch_from_numpy)
 
 
 def _torch_from_numpy(result: Any) -> Any:
     return _to_torch(sys.modules["torch"].from_numpy, result)
-
-
-def _torch_from_cuda(result: Any) -> Any:
-    return _to_torch(sys.modules["torch"].from_dlpack, result)
 
 
 def _to_torch(to_tensor: Callable[[Any], Any], result: Any) -> Any:
@@ -150,19 +146,45 @@ def _to_torch(to_tensor: Callable[[Any], Any], result: Any) -> Any:
     return to_tensor(result) if is_float else to_tensor(result.view(np.int16)).view(sys.modules["torch"].bfloat16)
 
 
-def _torch_stream(device: Any) -> Stream:
-    cuda, at_the_end = sys.modules["torch"].cuda, sys.is_finalizing
-    stream = cuda.current_stream(device)
-    pointer = stream.cuda_stream
+class TorchMemory:
+    """A call's memory, on torch's current stream of a device: torch's own tensors.
 
-    def allocate(nbytes: int, device: int) -> int:
-        return int(cuda.caching_allocator_alloc(nbytes, device, pointer))
+    A result is one of them, and not their memory through DLPack. Of foreign memory torch does not know which other
+    streams use it (`record_stream` would do nothing), and graphs of torch.compile refuse it.
+    """
 
-    def free(address: int, _: int) -> None:
-        if not at_the_end():  # of the program, when parts of torch are gone already
-            cuda.caching_allocator_delete(address)
+    def __init__(self, device: Any) -> None:
+        self._torch = sys.modules["torch"]
+        self._at_the_end = sys.is_finalizing  # of the program, when parts of modules are gone already
+        self._blocks: dict[int, Any] = {}  # by address
+        stream = self._torch.cuda.current_stream(device)
+        self.stream = Stream(stream.device_index, stream.cuda_stream, self._allocate, self._free)
 
-    return Stream(stream.device_index, pointer, allocate, free)
+    def _allocate(self, nbytes: int, device: int) -> int:
+        torch = self._torch
+        block = torch.empty(nbytes, dtype=torch.uint8, device=torch.device("cuda", device))
+        try:
+            address = int(block.data_ptr())
+        except RuntimeError:  # inside of torch.func.grad, which wraps what is made there
+            return int(torch.cuda.caching_allocator_alloc(nbytes, device, self.stream.pointer))
+        self._blocks[address] = block
+        return address
+
+    def _free(self, address: int, _: int) -> None:
+        if self._blocks.pop(address, None) is None and not self._at_the_end():
+            self._torch.cuda.caching_allocator_delete(address)
+
+    def tensor(self, result: Any) -> Any:
+        """A CuPy array in this memory, or in CuPy's, without a copy."""
+        torch, data = self._torch, result.data
+        block = self._blocks.get(data.mem.ptr)
+        if block is None:
+            return _to_torch(torch.from_dlpack, result)
+        size = result.dtype.itemsize
+        place = (data.ptr - data.mem.ptr) // size, result.shape, tuple(step // size for step in result.strides)
+        # No view of the block, which autograd would follow.
+        empty = torch.empty(0, dtype=getattr(torch, result.dtype.name), device=block.device)
+        return empty.set_(block.untyped_storage(), *place)
 
 
 def _take_jax(must_be: str, array: Any) -> Taken:

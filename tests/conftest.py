@@ -194,6 +194,7 @@ def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in device.stand_ins.values():
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(device.build.cache_folder()))
 
 
 def sizes_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -43,16 +43,16 @@ EXPRESSIONS = ("takes", "takes_shared", "takes_static<49152>", "takes_static<491
 
 @functools.cache
 def module():
-    return cupy.RawModule(code=SOURCE, options=("-arch=sm_90",), name_expressions=EXPRESSIONS)
+    return cupy.RawModule(code=SOURCE, architecture="90", name_expressions=EXPRESSIONS)
 
 
 def function(expression):
     return module().get_function(expression)
 
 
-def small(body, *options):
+def small(body, *options, **others):
     code = f"__global__ void small(float* y) {{ {body} }}"
-    return cupy.RawModule(code=code, options=options, name_expressions=("small",)).get_function("small")
+    return cupy.RawModule(code=code, options=options, name_expressions=("small",), **others).get_function("small")
 
 
 PAIR = np.dtype([("first", np.int32), ("second", np.int32)])
@@ -158,7 +158,7 @@ def test_limits_of_static_shared_memory():
 )
 def test_code_runs_on_devices_it_is_for(architecture, capability, runs):
     with device.settings(capability=capability):
-        kernel = small("y[0] = __CUDA_ARCH__;", f"-arch=sm_{architecture}")
+        kernel = small("y[0] = __CUDA_ARCH__;", architecture=architecture)
         y = cupy.zeros(1, np.float32)
         if runs:
             kernel((1,), (32,), (y,))

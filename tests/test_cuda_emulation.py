@@ -93,7 +93,7 @@ def module():
     expressions += [f"reads_again<{flag}>" for flag in flags]
     expressions += [*(f"wgmma_with<{fault}>" for fault in (*WGMMA, "NONE")), "wgmma_of"]
     code = build.inlined("faults.cu")
-    return cupy.RawModule(code=code, options=("-arch=sm_90a",), name_expressions=expressions)
+    return cupy.RawModule(code=code, architecture="90a", name_expressions=expressions)
 
 
 def function(expression):
@@ -340,7 +340,7 @@ def test_wgmma_reads_its_operands_over_the_same_path():
 
 def test_mma_is_counted():
     code = build.inlined("conformance.cu")
-    kernel = cupy.RawModule(code=code, options=("-arch=sm_80",), name_expressions=("products<bf16>",))
+    kernel = cupy.RawModule(code=code, architecture="80", name_expressions=("products<bf16>",))
     with device.settings(profile=True, capability="80") as run:
         kernel.get_function("products<bf16>")((1,), (32,), (cupy.zeros(320, np.uint32), cupy.zeros(128, np.float32)))
     (found,) = run.kernels().values()

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulati
 CODE = build.inlined("conformance.cu")
 PTX_CODE = CODE  # a fault may be in the one and not in the other
 PRIMITIVES = CODE.partition('#line 1 "core/primitives.cuh"')[2].partition("\n#line")[0]
+WGMMA = "warpgroup_products"
 ARCHITECTURES = ("75", "80", "90a")
 NEW_ONLY = ("80", "90a")  # with bf16, tf32 and cp.async
 DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16), "float": np.dtype(np.float32)}
@@ -54,19 +55,27 @@ def expressions(architecture):
         names += ["products<bf16>", "products<float>", "products_from_zero"]
     if architecture == "90a":
         kinds = [*((T, "true") for T in DTYPES), ("float", "false")]
-        names += [f"warpgroup_products<{T}, {N}, {add}>" for T, add in kinds for N in (64, 128, 256)]
+        names += [f"{WGMMA}<{T}, {N}, {add}>" for T, add in kinds for N in (64, 128, 256)]
     return (*names, "denormals", "double_denormals")
 
 
 @functools.cache
 def module(cupy, architecture):
-    options = ("-std=c++17", f"-arch=sm_{architecture}")
-    return cupy.RawModule(code=CODE, options=options, name_expressions=expressions(architecture))
+    """On a device all but those that CuPy does not compile."""
+    if cupy is device.cupy:
+        return cupy.RawModule(code=CODE, architecture=architecture, name_expressions=expressions(architecture))
+    return cupy.RawModule(code=CODE, options=("-std=c++17",), name_expressions=expressions(architecture.rstrip("a")))
+
+
+def kernel_of(cupy, architecture, expression):
+    if cupy is not device.cupy and expression.startswith(WGMMA):
+        return importlib.import_module("pydeform.cuda.core.sm_90a").kernel(CODE, expression)
+    return module(cupy, architecture).get_function(expression)
 
 
 def run_on(cupy, architecture, expression, inputs, outputs, block, grid, shared_mem):
     """The kernel's arguments: input arrays, outputs, scalars."""
-    kernel = module(cupy, architecture).get_function(expression)
+    kernel = kernel_of(cupy, architecture, expression)
     arrays = [cupy.asarray(a) for a in inputs if isinstance(a, np.ndarray)]
     scalars = [a for a in inputs if not isinstance(a, np.ndarray)]
     results = [cupy.asarray(a) for a in outputs]

@@ -88,7 +88,10 @@ class Imported:
 
 
 class TorchMemory:
-    """Torch's caching allocator. What is taken on a stream while it captures belongs to the graph, also when freed."""
+    """Torch's caching allocator. What is taken on a stream while it captures belongs to the graph, also when freed.
+
+    `record_stream` works on what the allocator gave to a tensor, and on nothing else.
+    """
 
     def __init__(self):
         self.blocks, self.graph = {}, []
@@ -112,8 +115,18 @@ class CUDAGraph:
         self.captured.launch(kept=[(block.pointer, block.nbytes) for block in self.memory])
 
 
+class Storage:
+    """Memory of the allocator, given back with the last tensor that has it."""
+
+    def __init__(self, memory, pointer):
+        self.bytes = memory.blocks[pointer].bytes
+        weakref.finalize(self, memory.delete, pointer)
+
+
 class Tensor(Producer):
     """As much of torch.Tensor on CUDA as we look at."""
+
+    storage = None
 
     requires_grad, layout, is_quantized, is_nested = False, "strided", False, False
     is_cpu, is_cuda = False, True
@@ -134,6 +147,23 @@ class Tensor(Producer):
 
     is_conj = is_neg
 
+    def data_ptr(self):
+        return self.host.ctypes.data
+
+    def untyped_storage(self):
+        return self.storage
+
+    def set_(self, storage, offset, shape, strides):
+        dtype = self.host.dtype
+        typed = storage.bytes[: storage.bytes.nbytes // dtype.itemsize * dtype.itemsize].view(dtype)
+        steps = [step * dtype.itemsize for step in strides]
+        self.host = np.lib.stride_tricks.as_strided(typed[offset:], shape, steps)
+        self.storage = storage
+        return self
+
+    def record_stream(self, stream):
+        assert self.storage is not None, "torch does nothing for memory that is not its own"
+
     def view(self, dtype):
         viewed = Tensor(self.host.view(getattr(ml_dtypes, dtype, dtype)), self.number)
         viewed.asked = self.asked
@@ -150,6 +180,19 @@ def torch(cupy, monkeypatch):
     module, current, memory = types.ModuleType("torch"), [OTHER_STREAM], TorchMemory()
     module.Tensor, module.strided, module.bfloat16, module.int16 = Tensor, "strided", "bfloat16", "int16"
     module.is_grad_enabled = lambda: True
+    module.uint8, module.float32, module.device = "uint8", "float32", lambda kind, index: (kind, index)
+
+    def empty(count, *, dtype, device):
+        number = device[1] if isinstance(device, tuple) else device.index
+        if count == 0:
+            return Tensor(np.empty(0, getattr(ml_dtypes, dtype, dtype)), number)
+        assert dtype == "uint8"
+        pointer = memory.allocate(count, number, current[-1] + number)
+        block = Tensor(memory.blocks[pointer].bytes, number)
+        block.storage = Storage(memory, pointer)
+        return block
+
+    module.empty = empty
     module.from_dlpack = lambda array: Tensor(dlpack.to_host(array, current[-1]), array.__dlpack_device__()[1])
 
     @contextmanager
@@ -342,8 +385,49 @@ def test_memory_for_torchs_stream_is_torchs(torch, cupy, monkeypatch):
     assert mine.data.ptr not in torch.memory.blocks
 
 
+def test_a_result_is_a_tensor_of_torchs_own_memory(torch, cupy, monkeypatch):
+    """So that torch knows who else uses it. Wherever in its memory a result lies."""
+    from pydeform.cuda import conv
+
+    for place, dtype in ((slice(None), np.float32), (slice(1, None), np.float32), (slice(None), ml_dtypes.bfloat16)):
+
+        def forward(arrays, *_, place=place, **__):
+            x = arrays.input
+            found = x.copy() if place.start is None else cupy.concatenate([x, x], 1)[:, 2:]
+            return found.transpose(0, 1, 3, 2)
+
+        monkeypatch.setattr(conv, "forward", forward)
+        given = arrays(Tensor, dtype=dtype)
+        result = pydeform.conv2d(**given)
+        result.record_stream("another")
+        assert result.dtype == np.dtype(dtype).name
+        np.testing.assert_array_equal(result.host, given["input"].host.transpose(0, 1, 3, 2))
+
+
+def under_torch_func(monkeypatch):
+    """Where torch wraps what is made there, and does not say where it is."""
+
+    def data_ptr(self):
+        raise RuntimeError("Cannot access data pointer of Tensor that doesn't have storage")
+
+    monkeypatch.setattr(Tensor, "data_ptr", data_ptr)
+
+
+def test_under_torch_func_memory_is_the_allocators(torch, cupy, monkeypatch):
+    from pydeform.cuda import conv
+
+    under_torch_func(monkeypatch)
+    monkeypatch.setattr(conv, "forward", lambda arrays, *_, **__: cupy.ones(arrays.input.shape, arrays.input.dtype))
+    result = pydeform.conv2d(**arrays(Tensor))
+    assert list(torch.memory.blocks) == [result.host.ctypes.data] and (result.host == 1).all()
+    del result
+    gc.collect()
+    assert torch.memory.blocks == {}
+
+
 def test_a_result_may_outlive_torch(torch, cupy, launches, monkeypatch):
     """At the end of the program, when functions of torch find its modules empty."""
+    under_torch_func(monkeypatch)
     monkeypatch.setattr(torch.cuda, "caching_allocator_delete", lambda address: 1 / 0)
     monkeypatch.setattr(sys, "is_finalizing", lambda: True)
     result = pydeform.conv2d(**arrays(Tensor))
@@ -371,7 +455,7 @@ def test_no_memory_of_torch_when_kinds_are_mixed(torch, cupy, monkeypatch):
 def test_an_error_leaves_cupys_allocator(torch, cupy, monkeypatch):
     from pydeform.cuda import conv
 
-    monkeypatch.setattr(torch.cuda, "caching_allocator_alloc", lambda *_: 1 / 0)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(conv, "forward", lambda arrays, *_, **__: cupy.empty(arrays.input.shape, arrays.input.dtype))
     with pytest.raises(ZeroDivisionError):
         pydeform.conv2d(**arrays(Tensor))
@@ -532,6 +616,24 @@ def test_kernels_compute_on_foreign_memory(torch):
     assert got.bias is None
     for name in ("input", "offset", "weight", "mask"):
         np.testing.assert_allclose(getattr(got, name).host, getattr(want, name), rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@needs_torch
+@pytest.mark.parametrize("inference", [False, True])
+def test_torch_makes_tensors_of_parts_of_a_block(inference):
+    """Which are no views, and whose memory is still the allocator's. On the CPU, as tensors everywhere."""
+    import torch
+
+    with torch.inference_mode(inference):
+        block = torch.arange(64, dtype=torch.uint8)
+        result = types.SimpleNamespace(ptr=block.data_ptr() + 4, mem=types.SimpleNamespace(ptr=block.data_ptr()))
+        result = types.SimpleNamespace(data=result, dtype=np.dtype(np.int16), shape=(2, 3), strides=(2, 4))
+        memory = object.__new__(_interop.TorchMemory)
+        memory._torch, memory._blocks = torch, {block.data_ptr(): block}
+        found = memory.tensor(result)
+    np.testing.assert_array_equal(found.numpy() & 0xFF, [[4, 8, 12], [6, 10, 14]])
+    assert not found._is_view()
+    assert torch._C._has_Standard_Deleter(found.untyped_storage()._cdata)
 
 
 @needs_torch

@@ -13,7 +13,7 @@ from pydeform.cuda.core.source import Code
 
 # A kernel of 256 threads may take 255 registers of a multiprocessor's 65,536; 128 let two blocks run side by side.
 CAPABILITIES = {75: ("75",), 80: ("80", "90"), 90: ("90a",)}
-EVERY = ("75", "80", "90", "90a")
+EVERY = ("75", "80", "90")
 OUTPUTS = (256, 64, 128)  # of a group: for each there is a width of tile
 
 
@@ -49,6 +49,8 @@ def instances(code: Code) -> list[Instance]:
     else:
         expressions = _expressions() if code.axes == 2 else _of_axes(code.axes)
     for expression, architectures, registers in expressions:
+        if "Wgmma" not in expression:
+            architectures = tuple(name.rstrip("a") for name in architectures)
         listed, budget = found.setdefault(expression, (set(), registers))
         found[expression] = listed | set(architectures), max(budget, registers)
     return [

@@ -67,6 +67,10 @@ class Memory:
         self._cells: int | None = None
         self._give_back: Callable[[], None] | None = None
 
+    @property
+    def ptr(self) -> int:
+        return self.pointer if self.nbytes else 0
+
     @classmethod
     def of_allocator(cls, pointer: int, nbytes: int, give_back: Callable[[], None]) -> Memory:
         """What a function of another library allocated."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.cuda_emulation import arrays, build, launch, streams, traffic
+from tests.cuda_emulation import arrays, build, launch, programs, streams, traffic
 from tests.cuda_emulation.launch import Counter, EmulationError, RawModule
 from tests.cuda_emulation.streams import configuration
 
@@ -100,7 +101,7 @@ def _modules() -> dict[str, ModuleType]:
     names = ("Device", "Event", "ExternalStream", "Stream", "get_current_stream", "get_elapsed_time", "using_allocator")
     vars(cuda).update({name: getattr(streams, name) for name in names})
     vars(cuda).update({name: getattr(arrays, name) for name in ("MemoryPointer", "PythonFunctionAllocator")})
-    vars(cuda).update(runtime=_runtime_module(), compiler=compiler, is_available=_is_available)
+    vars(cuda).update(runtime=_runtime_module(), compiler=compiler, nvrtc=programs, is_available=_is_available)
     functions = (
         *("array", "asarray", "ascontiguousarray", "asnumpy", "cumsum", "empty", "empty_like", "from_dlpack", "full"),
         *(
@@ -138,6 +139,7 @@ def install() -> None:
     if present is not None and present is not cupy:
         raise RuntimeError("the real CuPy is imported already")
     sys.modules.update(stand_ins)
+    os.environ["CUPY_CACHE_DIR"] = str(build.cache_folder())  # for machine code on disk
 
 
 def uninstall() -> None:

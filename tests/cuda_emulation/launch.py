@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import re
 import struct
 import threading
@@ -14,12 +15,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.cuda_emulation import build, streams
+from tests.cuda_emulation import build, programs, streams
 from tests.cuda_emulation.arrays import Memory, ndarray
 from tests.cuda_emulation.streams import configuration
 
 # Options of NVRTC that change nothing here.
-IGNORED = re.compile(r"-{1,2}(lineinfo|generate-line-info|default-device|ftz=|fmad=|ptxas-options|maxrregcount)")
+IGNORED = re.compile(
+    r"-{1,2}(lineinfo|generate-line-info|default-device|device-as-default-execution-space|ftz=|fmad=|ptxas-options|maxrregcount)"
+)
+ARCHITECTURE = ("-arch=sm_", "--gpu-architecture=sm_")
 ACCESS = ("read", "write", "atomic")
 _lock = threading.Lock()  # the runtime runs one launch at a time
 _dynamic_limits: dict[tuple[object, ...], int] = {}  # bytes of shared memory that a function may be launched with
@@ -145,23 +149,34 @@ def take_counters() -> dict[tuple[str, str, str], Counter]:
 
 
 class RawModule:
-    """Compiled like CuPy's when a function is first asked for."""
+    """Compiled like CuPy's when a function is first asked for. `path`: of a file of machine code, from programs.py."""
 
     def __init__(
         self,
         *,
-        code: str,
+        code: str | None = None,
+        path: str | None = None,
         options: Sequence[str] = (),
         name_expressions: Sequence[str] = (),
         backend: str = "nvrtc",
+        architecture: str = "",
     ):
-        self._code, self._expressions = code, tuple(name_expressions)
+        """`architecture`, such as "90a", instead of the device's: CuPy has no such argument."""
+        if (code is None) == (path is None):
+            raise TypeError("one of code and path")
         if not isinstance(options, tuple):
             raise TypeError("options must be a tuple")
-        self._architecture: str | None = None
+        if path is not None:
+            program = json.loads(Path(path).read_text("utf-8"))
+            code, options, name_expressions = program["code"], program["options"], (program["expression"],)
+        elif any(option.startswith(ARCHITECTURE) for option in options):
+            raise build.CompileException("--gpu-architecture (-arch) defined more than once: CuPy gives one of its own")
+        self._code, self._expressions = str(code), tuple(name_expressions)
+        self._names = {programs.lowered(e) if path else e: e for e in self._expressions}  # of functions
+        self._architecture = architecture
         self._options: list[str] = ["-std=c++17"]
         for option in options:
-            if option.startswith(("-arch=sm_", "--gpu-architecture=sm_")):
+            if option.startswith(ARCHITECTURE):
                 self._architecture = option.partition("sm_")[2]
             elif option.startswith(("-D", "-U", "-I", "-std=")):
                 self._options.append(option)
@@ -169,10 +184,9 @@ class RawModule:
                 raise build.CompileException(f"unknown option {option}")
 
     def get_function(self, name: str) -> Function:
-        if name not in self._expressions:
-            raise KeyError(f"{name} is not among name_expressions {self._expressions}")
-        device = streams.Device().compute_capability
-        return Function(self, name, self._architecture or device)
+        if name not in self._names:
+            raise KeyError(f"{name} is not among name_expressions {tuple(self._names)}")
+        return Function(self, self._names[name], self._architecture or streams.Device().compute_capability)
 
     def compiled(self, architecture: str, checked: bool) -> _Library:
         return _library(build.kernels(self._code, self._expressions, self._options, architecture, checked))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
+from pydeform.cuda.core import sm_90a
 from pydeform.cuda.core.source import Code, c_fields, source
 
 OLDEST = 75  # compute capability
@@ -77,11 +78,11 @@ def kernel(code: Code, expression: str, shared: int = 0) -> Any:
 
 
 @functools.cache
-def _kernel(code: Code, expression: str, on: Device) -> Any:
-    # wgmma exists only for sm_90a, the features of sm_90 that no later device has. For all others CuPy knows best what
-    # this NVRTC can compile for.
-    architecture = ("-arch=sm_90a",) if on.capability == 90 else ()
-    module = cupy.RawModule(code=source(code), options=("-std=c++17", *architecture), name_expressions=(expression,))
+def _kernel(code: Code, expression: str, _on: Device) -> Any:
+    if "Wgmma" in expression:
+        return sm_90a.kernel(source(code), expression)
+    # CuPy knows best what this NVRTC can compile for this device.
+    module = cupy.RawModule(code=source(code), options=("-std=c++17",), name_expressions=(expression,))
     return module.get_function(expression)
 
 

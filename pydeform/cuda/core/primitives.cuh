@@ -3,6 +3,9 @@
 // the two lane by lane; then all that is made of them in plain C++, which is the same text on both.
 #pragma once
 #define PYDEFORM_DEVICE __device__ __forceinline__
+#if __CUDA_ARCH__ >= 900 && !(__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ == 0)  // the PTX of CUDA 12.0 has none
+#define PYDEFORM_RED_V4
+#endif
 #ifdef PYDEFORM_EMULATED
 #include "primitives_emulated.h"
 #else
@@ -76,7 +79,7 @@ template <int N> PYDEFORM_DEVICE void cp_async_wait_group() {
 }
 #endif
 
-#if __CUDA_ARCH__ >= 900
+#ifdef PYDEFORM_RED_V4
 PYDEFORM_DEVICE void red_add_v4(float* p, float a, float b, float c, float d) {
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
@@ -251,7 +254,7 @@ template <int N> PYDEFORM_DEVICE void cp_async_wait() {
 
 // p[0..3] += a, b, c, d in no order that anybody knows; p is a multiple of 16 bytes.
 PYDEFORM_DEVICE void red_add4(float* p, float a, float b, float c, float d) {
-#if __CUDA_ARCH__ >= 900
+#ifdef PYDEFORM_RED_V4
   ptx::red_add_v4(p, a, b, c, d);
 #else
   atomicAdd(p, a);

@@ -21,7 +21,7 @@ def namespace(op: str, name: str, array: Any) -> ModuleType:
         return sys.modules["cupy"]
     if isinstance(array, np.ndarray):
         raise TypeError(f"{op}: {name} must be a plain array, got {_kind(array)}")
-    advice = f"pass numpy.asarray({name}) with a float dtype"
+    advice = f"pass numpy.asarray({name})"
     if hasattr(array, "__dlpack__") and not isinstance(array, np.generic):
         advice = (
             f"pass numpy.asarray({name}), or cupy.from_dlpack({name}) of a CUDA array "

@@ -9,6 +9,8 @@ import operator as _operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
+
 from pydeform._types import Needs
 
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -71,6 +73,13 @@ def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
+def flag(op: str, name: str, value: Any) -> bool:
+    """Any other value would be true or false without a word."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{op}: {name} must be True or False, got {shown(value)}")
+    return bool(value)
+
+
 def shown(value: Any) -> str:
     """What came, for an error's text: no value may spoil it by being long or having no text."""
     try:
@@ -100,7 +109,7 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool) or ("bool" in str(getattr(value, "dtype", "")) and getattr(value, "ndim", 0) == 0)
 
 
-def _items(value: Any, most: int) -> tuple[Any, ...] | None:
+def items_of(value: Any, most: int) -> tuple[Any, ...] | None:
     """What a list, a tuple, or an array of one axis or more has, not much more than `most`; None: it must be a number.
 
     Texts, sets, dicts and iterators, which may have no end, have no items that count.
@@ -114,7 +123,7 @@ def _items(value: Any, most: int) -> tuple[Any, ...] | None:
     return tuple(itertools.islice(value, most + 1))
 
 
-def _as_int(op: str, name: str, item: Any, minimum: int, expected: str, value: Any) -> int:
+def as_int(op: str, name: str, item: Any, minimum: int, expected: str, value: Any) -> int:
     """`item` of the argument `value` as an int."""
     if type(item) is int and minimum <= item <= MOST:
         return item
@@ -156,12 +165,12 @@ def per_axis(op: str, name: str, value: Any, axes: int, minimum: int) -> tuple[i
     if type(value) is int and minimum <= value <= MOST:  # the usual case is a quick one
         return (value,) * axes
     expected = f"an int >= {minimum}" + (f" or {axes} of them" if axes > 1 else "")
-    items = _items(value, axes)
+    items = items_of(value, axes)
     if items is None:
-        return (_as_int(op, name, value, minimum, expected, value),) * axes
+        return (as_int(op, name, value, minimum, expected, value),) * axes
     if len(items) != axes:
         raise ValueError(f"{op}: {name} must be {expected}, got {shown(value)}")
-    return tuple(_as_int(op, name, item, minimum, expected, value) for item in items)
+    return tuple(as_int(op, name, item, minimum, expected, value) for item in items)
 
 
 def padding_pairs(
@@ -185,18 +194,18 @@ def padding_pairs(
             for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)
         ]
         return tuple((total // 2, total - total // 2) for total in totals)
-    items = _items(padding, axes)
+    items = items_of(padding, axes)
     if items is None:
-        return ((_as_int(op, "padding", padding, 0, expected, padding),) * 2,) * axes
+        return ((as_int(op, "padding", padding, 0, expected, padding),) * 2,) * axes
     if len(items) != axes:
         raise ValueError(f"{op}: padding must be {expected}, got {shown(padding)}")
     pairs = []
     for item in items:
-        pair = _items(item, 2)
+        pair = items_of(item, 2)
         if pair is not None and len(pair) != 2:
             raise ValueError(f"{op}: padding must be {expected}, got {shown(padding)}")
         sides = (item, item) if pair is None else pair
-        before, after = (_as_int(op, "padding", side, 0, expected, padding) for side in sides)
+        before, after = (as_int(op, "padding", side, 0, expected, padding) for side in sides)
         pairs.append((before, after))
     return tuple(pairs)
 

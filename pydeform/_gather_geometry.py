@@ -100,8 +100,9 @@ def levels_of(op: str, spatial_shapes: Any) -> tuple[tuple[int, int], ...]:
 
 
 def _levels_of(op: str, spatial_shapes: Any) -> tuple[tuple[int, int], ...]:
-    rows = _rows(op, spatial_shapes, "(L, 2), rows (h, w)")
-    return tuple((int(h), int(w)) for h, w in (_checks.per_axis(op, "spatial_shapes", row, 2, 1) for row in rows))
+    formula = "(L, 2), rows (h, w)"
+    rows = _rows(op, spatial_shapes, formula)
+    return tuple(_size(op, row, formula, rows) for row in rows)
 
 
 _levels = functools.lru_cache(maxsize=256)(_levels_of)
@@ -110,10 +111,20 @@ _levels = functools.lru_cache(maxsize=256)(_levels_of)
 def _rows(op: str, spatial_shapes: Any, formula: str) -> list[Any]:
     shape = getattr(spatial_shapes, "shape", None)
     given = spatial_shapes.tolist() if hasattr(spatial_shapes, "tolist") else spatial_shapes
-    if not isinstance(given, list | tuple) or not given or not all(isinstance(row, list | tuple) for row in given):
+    if not isinstance(given, list | tuple) or not given or any(_checks.items_of(row, 1) is None for row in given):
         came = f"shape {tuple(shape)}" if shape is not None else _checks.shown(spatial_shapes)
         raise ValueError(f"{op}: spatial_shapes must have shape {formula}, got {came}")
     return list(given)
+
+
+def _size(op: str, row: Any, formula: str, spatial_shapes: list[Any]) -> tuple[int, int]:
+    """A row of all."""
+    sides = _checks.items_of(row, 2)
+    if sides is None or len(sides) != 2:
+        raise ValueError(f"{op}: spatial_shapes must have shape {formula}, got {_checks.shown(spatial_shapes)}")
+    expected = f"ints >= 1 of shape {formula}"
+    h, w = (_checks.as_int(op, "spatial_shapes", side, 1, expected, spatial_shapes) for side in sides)
+    return h, w
 
 
 def attention_geometry(
@@ -243,9 +254,7 @@ def aggregation_geometry(op: str, arrays: dict[str, Any], spatial_shapes: Any) -
     rows = [_rows(op, list(row), formula) for row in _rows(op, spatial_shapes, formula)]
     if len({len(row) for row in rows}) > 1:
         raise ValueError(f"{op}: spatial_shapes must have shape {formula}, got {_checks.shown(spatial_shapes)}")
-    levels = tuple(
-        (int(h), int(w)) for row in rows for h, w in (_checks.per_axis(op, "spatial_shapes", r, 2, 1) for r in row)
-    )
+    levels = tuple(_size(op, size, formula, rows) for row in rows for size in row)
     shapes = (tuple(map(int, arrays[name].shape)) for name in ("features", "sampling_locations", "weights"))
     return _aggregation(op, arrays["features"].dtype.itemsize, levels, len(rows), *shapes)
 
@@ -345,7 +354,7 @@ def dcn_geometry(
         dilations,
         count,
         scale,
-        bool(remove_center),
+        _checks.flag(op, "remove_center", remove_center),
         packed,
     )
     out_h = g.numbers.queries // g.numbers.out_w

@@ -56,7 +56,8 @@ def grid_geometry(op: str, input: Any, grid: Any, mode: str, padding_mode: str, 
     its first and last pixel."""
     _check_choices(op, mode, padding_mode)
     shapes = (tuple(map(int, array.shape)) for array in (input, grid))
-    return _normalised(op, input.dtype.itemsize, *shapes, MODES[mode], PADDINGS[padding_mode], bool(align_corners))
+    corners = _checks.flag(op, "align_corners", align_corners)
+    return _normalised(op, input.dtype.itemsize, *shapes, MODES[mode], PADDINGS[padding_mode], corners)
 
 
 def displaced_geometry(op: str, input: Any, displacement: Any, mode: str, padding_mode: str) -> GridGeometry:

@@ -68,7 +68,8 @@ def to_native(op: str, arrays: dict[str, Any]) -> tuple[dict[str, Any], Back]:
             break
     else:
         return arrays, UNCHANGED  # the usual case pays for this loop and nothing else
-    taken = {name: None if a is None else _take(f"{op}: {name} must be", a) for name, a in arrays.items()}
+    first = next(name for name, a in arrays.items() if a is not None)
+    taken = {n: None if a is None else _take(f"{op}: {n} must be", a, n == first) for n, a in arrays.items()}
     present = [t for t in taken.values() if t is not None]
     native = {name: None if t is None else t.array for name, t in taken.items()}
     return native, Back(present[0].convert, _context(present))
@@ -83,7 +84,8 @@ def _context(present: list[Taken]) -> AbstractContextManager[None] | None:
     return _cuda("").borrowing(stream, alone=all(t.stream for t in present), lent=lent)
 
 
-def _take(must_be: str, array: Any) -> Taken:
+def _take(must_be: str, array: Any, is_first: bool) -> Taken:
+    """`is_first`: results are of its kind."""
     if isinstance(array, np.ndarray):
         if isinstance(array, np.ma.MaskedArray | np.matrix):  # their operators mean something else than an array's
             raise TypeError(f"{must_be} a plain array, got {_type_name(array)}")
@@ -94,7 +96,7 @@ def _take(must_be: str, array: Any) -> Taken:
         return Taken(array)
     if isinstance(array, _loaded("jax", "Array")):
         return _take_jax(must_be, array)
-    return _take_dlpack(must_be, array)
+    return _take_dlpack(must_be, array, is_first)
 
 
 def _loaded(module: str, name: str) -> type | tuple[()]:
@@ -199,7 +201,7 @@ def _take_jax(must_be: str, array: Any) -> Taken:
         raise TypeError(f"{must_be} on one device, got a JAX array sharded over {len(devices)} devices")
     (device,) = devices
     if device.platform != "cpu":
-        return _take_dlpack(must_be, array)._replace(convert=_keeping_float64(jax.dlpack.from_dlpack))
+        return _take_dlpack(must_be, array, False)._replace(convert=_keeping_float64(jax.dlpack.from_dlpack))
     # No copy where the result is 64-byte aligned.
     export = _keeping_float64(lambda result: jax.device_put(result, device, may_alias=True))
     return Taken(np.asarray(array), export)  # the same memory, read-only; bfloat16 too, unlike through DLPack
@@ -218,7 +220,7 @@ def _keeping_float64(to_jax: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return export
 
 
-def _take_dlpack(must_be: str, array: Any) -> Taken:
+def _take_dlpack(must_be: str, array: Any, is_first: bool) -> Taken:
     library = sys.modules.get(type(array).__module__.partition(".")[0])
     if not (hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")):
         to_dlpack = _capsule_function(library, "to_dlpack")
@@ -235,7 +237,8 @@ def _take_dlpack(must_be: str, array: Any) -> Taken:
         native = _from_dlpack_cpu(must_be, array)
     else:
         raise TypeError(f"{must_be} on the CPU or a CUDA device, got DLPack device type {device}")
-    return Taken(native, _exporter(must_be, array, library), lent=device in (CUDA, CUDA_MANAGED))
+    convert = _exporter(must_be, array, library) if is_first else None
+    return Taken(native, convert, lent=device in (CUDA, CUDA_MANAGED))
 
 
 def _from_dlpack_cpu(must_be: str, array: Any) -> Any:

@@ -211,6 +211,9 @@ WRONG = [
     ((THETA, (2, 3, 0, 5)), {}, ValueError, r"affine_grid: size .*\(2, 3, 0, 5\)"),
     ((THETA, (2, 3, 4, -5)), {}, ValueError, r"affine_grid: size .*-5"),
     ((THETA, (2, 3, 4, 5.5)), {}, TypeError, r"affine_grid: size .*5\.5"),
+    ((THETA, (2.0, 3, 4, 5)), {}, TypeError, r"affine_grid: size must be \(N, C, H, W\) .*, ints >= 0, got \(2\.0"),
+    ((THETA, itertools.count(1)), {}, TypeError, r"affine_grid: size .*count\(1\)"),
+    ((THETA, {2, 3, 4, 5}), {}, TypeError, r"affine_grid: size .*\{2, 3, 4, 5\}"),
     ((THETA, 4), {}, TypeError, r"affine_grid: size .*4"),
     ((THETA.astype(int), (2, 3, 4, 5)), {}, TypeError, r"affine_grid: theta .*int64"),
 ]

@@ -78,7 +78,7 @@ def of_attention(operator: str) -> list[Row]:
         ({"spatial_shapes": ((4, 5), (2, 3, 1))}, ValueError, (SIZES, "(2, 3, 1)")),
         ({"spatial_shapes": ((4, 5), (0, 3))}, ValueError, (SIZES, "(0, 3)")),
         ({"spatial_shapes": ((4, 5), (-2, -3))}, ValueError, (SIZES, "(-2, -3)")),
-        ({"spatial_shapes": ((4, 5), (2.0, 3.0))}, TypeError, (SIZES, "(2.0, 3.0)")),
+        ({"spatial_shapes": ((4, 5), (2.0, 3.0))}, TypeError, (SIZES, "ints >= 1 of shape (L, 2)", "(2.0, 3.0)")),
         ({"spatial_shapes": ()}, ValueError, (SIZES, "(L, 2)", "got ()")),
         ({"spatial_shapes": (4, 5)}, ValueError, (SIZES, "(L, 2)", "got (4, 5)")),
         ({"spatial_shapes": Unsent(np.zeros((2, 2)))}, TypeError, (SIZES,)),

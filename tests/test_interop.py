@@ -450,6 +450,11 @@ def test_a_library_without_a_way_back_is_refused_before_the_work(library):
     refused(Standard(np.zeros(3)), r"of a library with a function from_dlpack, got fakelib\.core\.Standard$")
 
 
+def test_only_of_the_first_arrays_library_a_way_back_is_needed(library):
+    x, w = np.arange(8.0).reshape(1, 2, 2, 2), np.ones((2, 2, 1, 1))
+    np.testing.assert_array_equal(pydeform.conv2d(x, Standard(w)), x.sum(1, keepdims=True).repeat(2, 1))
+
+
 # CUDA, as far as a machine without one goes --------------------------------------------------------------------------
 def test_cuda_arrays_without_cupy(library, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)  # imports as if it were not installed

@@ -373,6 +373,11 @@ def test_errors_are_those_of_numpy_functions_while_jax_traces(change):
         assert str(caught.value).splitlines()[0] == str(expected.value)
 
 
+def test_a_size_that_is_not_the_arrays():
+    with pytest.raises(ValueError, match=r"affine_grid: theta must have shape .* = \(0, 2, 3\), got \(2, 2, 3\)"):
+        pydeform.jax.affine_grid(np.ones((2, 2, 3), np.float32), (0, 3, 4, 5))
+
+
 def test_what_is_no_array():
     with pytest.raises(TypeError, match=r"conv2d: input must be a JAX or NumPy array, got list"):
         pydeform.jax.conv2d([[1.0]], SMALL["weight"])

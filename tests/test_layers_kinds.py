@@ -230,7 +230,7 @@ KINDS = {
     "torch": (torch_tensor, r"a NumPy or CuPy array, got torch\.Tensor: pass numpy\.asarray\({name}\), or cupy\."),
     "jax": (jax_array, r"a NumPy or CuPy array, got jax\.Array: pass numpy\.asarray\({name}\), or cupy\.from_dlpack"),
     "tensorflow": (Tensor, r"a NumPy or CuPy array, got tensorflow\.python\.Tensor: pass numpy\.asarray\({name}\), or"),
-    "list": (np.ndarray.tolist, r"a NumPy or CuPy array, got list: pass numpy\.asarray\({name}\) with a float dtype"),
+    "list": (np.ndarray.tolist, r"a NumPy or CuPy array, got list: pass numpy\.asarray\({name}\)$"),
     "masked": (np.ma.array, r"a plain array, got numpy\.ma(\.core)?\.MaskedArray"),
     "None": (lambda a: None, r"a NumPy or CuPy array, got NoneType: pass"),
     "number": (lambda a: a.ravel()[0], r"a NumPy or CuPy array, got .*float"),

@@ -119,7 +119,13 @@ def test_discrete_nan_is_nan(backend, dtype):
 
 
 @pytest.mark.parametrize(
-    "of", [np.array, list, tuple, lambda s: np.array(s, np.int32), lambda s: np.array(s).T.copy().T]
+    "of",
+    [
+        *(np.array, list, tuple),
+        lambda s: np.array(s, np.int32),
+        lambda s: np.array(s).T.copy().T,
+        lambda s: [np.array(size) for size in s],
+    ],
 )
 def test_sizes_as_array_or_sequence(backend, of):
     problem = make(OPERATOR, "ragged")

@@ -98,3 +98,17 @@ def test_one_number_that_is_not_finite(backend, name, where, argument, value):
             check(backend, "float32", name, where, argument, place, value)
     elif argument == "mask":
         check(backend, "float16", name, where, argument, 0.0, value)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", CASES)
+def test_an_output_reads_no_pixel_at_exactly_minus_1(backend, name, value):
+    """Where the rule of torchvision has a slope, which values have nothing of."""
+    arrays, options = planted(name, "on pixels", "input", 0.0, value), CASES[name].options
+    del arrays["grad_output"]
+    with np.errstate(invalid="ignore"):
+        want = reference.forward(**arrays, **options)
+    for dtype in ("float64", "float16"):
+        sent = {n: backend.array(a.astype(dtype)) for n, a in arrays.items()}
+        assert_close(backend.numpy(pydeform.deform_conv2d(**sent, **options)), want, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 from fractions import Fraction
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import pydeform
-from pydeform import _geometry
+from pydeform import _geometry, _selfcheck
 from pydeform.layers import Conv2d, DeformConv2d, RoIAlign
 from tests.conftest import Backend, assert_same_bits
 from tests.reference import deform_conv2d as reference
@@ -19,6 +20,35 @@ from tests.reference import deform_conv2d as reference
 RNG = np.random.default_rng(5)
 IMAGE, WEIGHT = RNG.normal(size=(1, 2, 9, 8)), RNG.normal(size=(3, 2, 3, 2))
 BOXES = np.array([[0, 0.7, 1.2, 5.4, 6.3]])
+
+
+# What is true or false -------------------------------------------------------------------------------------------
+OPTIONS_OF_CALLS = ("aligned", "clockwise", "align_corners", "remove_center", "deterministic", "allow_tf32")
+
+
+def flags() -> list[tuple[str, str]]:
+    """(function, argument) of all operators."""
+    return [
+        (name, argument)
+        for operator in _selfcheck.operators()
+        for name in (operator, f"{operator}_backward")
+        for argument in OPTIONS_OF_CALLS
+        if argument in inspect.signature(getattr(pydeform, name)).parameters
+    ]
+
+
+@pytest.mark.parametrize(("name", "argument"), flags())
+def test_a_flag_is_a_bool_and_nothing_else(name, argument):
+    """Anything else is true or false as well: "False" is true."""
+    given, function = _selfcheck.problem(name.removesuffix("_backward")), getattr(pydeform, name)
+    first = (given.grad_output,) if name.endswith("_backward") else ()
+    usual = given.options.get(argument, inspect.signature(function).parameters[argument].default)
+    for value in (usual, np.bool_(usual)):
+        function(*first, **{**given.arrays, **given.options, argument: value})
+    for value in ("False", 0, 1.0, None, np.nan, [], np.array([True, False])):
+        text = rf"{name}: {argument} must be True or False, got {re.escape(repr(value))}"
+        with pytest.raises(TypeError, match=text):
+            function(*first, **{**given.arrays, **given.options, argument: value})
 
 
 # What stands for a number ------------------------------------------------------------------------------------------

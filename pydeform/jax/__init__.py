@@ -86,7 +86,7 @@ def _static(op: str, name: str, value: Any) -> Any:
 def _check(operator: Operator, arrays: Arrays, options: Options) -> None:
     """The operator's own checks, with its own errors, while JAX traces: on zeros that take no memory."""
     batches = {array.shape[:1] for name, array in arrays.items() if name not in operator.shared}
-    if len(batches) == 1 and () not in batches:
+    if len(batches) == 1 and () not in batches and "size" not in options:  # affine_grid's says how many there are
         try:  # an empty batch has all checks and no work
             return _call_on_zeros(operator, arrays, options, empty=True)
         except (TypeError, ValueError):

@@ -225,10 +225,7 @@ def integer(layer: Layer, argument: str, value: Any) -> int:
 
 
 def flag(layer: Layer, argument: str, value: Any) -> bool:
-    """Any other value would be true or false without a word."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{layer.name}: {argument} must be True or False, got {value!r}")
-    return bool(value)
+    return _checks.flag(layer.name, argument, value)
 
 
 def float_dtype(layer: Layer, dtype: Any) -> Any:

@@ -58,7 +58,7 @@ def check_arrays(op: str, arrays: dict[str, Any], *needed: str) -> None:
 
 
 def forward(op: str, family: str, arrays: dict[str, Any], back: _interop.Back, g: Any, **options: bool) -> Any:
-    twin = _backend.backend_for(op, family, arrays)
+    twin = _of_options(op, family, arrays, options)
     with back:
         return back(twin.forward(_of_family(family, arrays), g, **options))
 
@@ -76,7 +76,7 @@ def backward(
 ) -> dict[str, Any]:
     """The fields of the operator's Grads. `arrays`: grad_output and those of the forward; `fixed`: which of these have
     no gradient."""
-    twin = _backend.backend_for(op, family, arrays)
+    twin = _of_options(op, family, arrays, options)
     forwards = {name: array for name, array in arrays.items() if name != "grad_output"}
     wanted = _checks.needed(op, needs, {name: array for name, array in forwards.items() if name not in fixed})
     called = CALLED[family]
@@ -85,6 +85,13 @@ def backward(
         grads = twin.backward(arrays["grad_output"], _of_family(family, forwards), g, renamed, **options)
         found = {name: None if grad is None else back(grad) for name, grad in grads.items()}
     return {name: found.get(called.get(name, name)) for name in forwards}
+
+
+def _of_options(op: str, family: str, arrays: dict[str, Any], options: dict[str, bool]) -> Any:
+    """The backend, for options that it may not look at."""
+    for name, value in options.items():
+        _checks.flag(op, name, value)
+    return _backend.backend_for(op, family, arrays)
 
 
 def _of_family(family: str, arrays: dict[str, Any]) -> Any:

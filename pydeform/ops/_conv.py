@@ -23,6 +23,8 @@ def forward(
 ) -> Any:
     """`arrays` by the names of the operator's arguments; where taps are moved, groups follow from the weight."""
     arrays, back = _interop.to_native(op, arrays)
+    if isinstance(boundary, str) and boundary == "torchvision":
+        boundary = "dcnv2"  # has the same values, and at exactly -1 reads no pixel, for want of a derivative
     g = _geometry_of(op, axes, arrays, stride, padding, dilation, groups, boundary)
     return _call.forward(op, "conv", arrays, back, g, **options)
 

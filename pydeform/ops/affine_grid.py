@@ -69,7 +69,7 @@ def affine_grid(theta: Array, size: Sequence[Int], align_corners: bool = False) 
     """
     op = "affine_grid"
     arrays, back = _interop.to_native(op, {"theta": theta})
-    sizes = _sizes_of(op, arrays, size)
+    sizes, align_corners = _sizes_of(op, arrays, size), _checks.flag(op, "align_corners", align_corners)
     with back:
         wide = _arrays.wide(arrays["theta"])
         xp = _arrays.namespace(op, "theta", wide)
@@ -120,7 +120,7 @@ def affine_grid_backward(
     """
     op = "affine_grid_backward"
     arrays, back = _interop.to_native(op, {"grad_output": grad_output, "theta": theta})
-    sizes = _sizes_of(op, arrays, size)
+    sizes, align_corners = _sizes_of(op, arrays, size), _checks.flag(op, "align_corners", align_corners)
     given, grad, axes = arrays["theta"], arrays["grad_output"], len(sizes)
     _checks.check_shape(op, "grad_output", grad.shape, GRIDS[axes], (given.shape[0], *sizes, axes))
     if not _checks.needed(op, needs, {"theta": given}):
@@ -139,13 +139,12 @@ def _sizes_of(op: str, arrays: dict[str, Any], size: Any) -> tuple[int, ...]:
     _call.check_arrays(op, arrays, "theta")
     theta = arrays["theta"]
     expected = "(N, C, H, W) or (N, C, D, H, W)"
-    try:
-        numbers = tuple(size)
-    except TypeError:
-        raise TypeError(f"{op}: size must be {expected}, got {_checks.shown(size)}") from None
+    numbers = _checks.items_of(size, 5)
+    if numbers is None:
+        raise TypeError(f"{op}: size must be {expected}, got {_checks.shown(size)}")
     if len(numbers) not in (4, 5):
         raise ValueError(f"{op}: size must be {expected}, got {_checks.shown(size)}")
-    batch, _, *sizes = _checks.per_axis(op, "size", numbers, len(numbers), 0)
+    batch, _, *sizes = (_checks.as_int(op, "size", number, 0, f"{expected}, ints >= 0", size) for number in numbers)
     axes = len(sizes)
     if min(sizes) < 1:
         raise ValueError(f"{op}: size must have {SIZES[axes]} >= 1, got {_checks.shown(size)}")
@@ -161,6 +160,6 @@ def _coordinates(xp: ModuleType, sizes: tuple[int, ...], dtype: Any, align_corne
     for axis in reversed(range(len(sizes))):
         count = sizes[axis]
         steps = 2 * xp.arange(count, dtype="int64") + (1 - count)  # exact, and symmetric
-        along = steps.astype(dtype) / max(count - bool(align_corners), 1)
+        along = steps.astype(dtype) / max(count - align_corners, 1)
         found.append(along.reshape(-1, *(1,) * (len(sizes) - 1 - axis)))
     return found

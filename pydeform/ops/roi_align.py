@@ -170,7 +170,8 @@ def _geometry_of(
 ) -> _roi_geometry.RoiGeometry:
     _roi.check_arrays(op, arrays)
     _checks.check_choice(op, "mode", mode, MODES)
-    rules = _roi_geometry.ROI_ALIGN_ALIGNED if aligned else _roi_geometry.ROI_ALIGN
+    is_aligned = _checks.flag(op, "aligned", aligned)
+    rules = _roi_geometry.ROI_ALIGN_ALIGNED if is_aligned else _roi_geometry.ROI_ALIGN
     return _roi_geometry.roi_geometry(
         op,
         arrays["input"],

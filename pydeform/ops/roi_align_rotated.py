@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pydeform import _interop, _roi_geometry
+from pydeform import _checks, _interop, _roi_geometry
 from pydeform._types import AnyArray, Array, Int, Needs, Number, Size
 from pydeform.ops import _roi
 
@@ -166,11 +166,12 @@ def _geometry_of(
     clockwise: bool,
 ) -> _roi_geometry.RoiGeometry:
     _roi.check_arrays(op, arrays)
+    flags = _checks.flag(op, "aligned", aligned), _checks.flag(op, "clockwise", clockwise)
     return _roi_geometry.roi_geometry(
         op,
         arrays["input"],
         arrays["boxes"],
-        _roi_geometry.ROI_ALIGN_ROTATED[bool(aligned), bool(clockwise)],
+        _roi_geometry.ROI_ALIGN_ROTATED[flags],
         _roi.pair(op, "output_size", output_size),
         spatial_scale,
         samples=_roi.integer(op, "sampling_ratio", sampling_ratio, -1),

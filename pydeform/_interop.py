@@ -107,7 +107,7 @@ def _take_torch(must_be: str, tensor: Any) -> Taken:
     torch = sys.modules["torch"]
     if tensor.is_cpu and type(tensor) is torch.Tensor and tensor.dtype in (torch.float32, torch.float64):
         try:  # the usual case is a quick one
-            return Taken(tensor.numpy(), _torch_from_numpy)
+            return Taken(_with_memory(must_be, tensor, tensor.numpy()), _torch_from_numpy)
         except UNREADABLE:
             pass  # below is why, or what to do
     if tensor.requires_grad and torch.is_grad_enabled():
@@ -136,7 +136,14 @@ def _take_torch(must_be: str, tensor: Any) -> Taken:
         ) from None
     if is_bfloat16:
         native = native.view(_bfloat16())
+    native = _with_memory(must_be, tensor, native)
     return Taken(native, memory.tensor, memory.stream) if memory else Taken(native, _torch_from_numpy)
+
+
+def _with_memory(must_be: str, tensor: Any, native: Any) -> Any:
+    if native.size and not tensor.untyped_storage().nbytes():  # NumPy makes numbers up for it
+        raise ValueError(f"{must_be} a tensor with memory, got one whose storage was freed")
+    return native
 
 
 def _torch_from_numpy(result: Any) -> Any:
@@ -152,7 +159,7 @@ class TorchMemory:
     """A call's memory, on torch's current stream of a device: torch's own tensors.
 
     A result is one of them, and not their memory through DLPack. Of foreign memory torch does not know which other
-    streams use it (`record_stream` would do nothing), and graphs of torch.compile refuse it.
+    streams use it (record_stream would do nothing), and graphs of torch.compile refuse it.
     """
 
     def __init__(self, device: Any) -> None:

@@ -29,9 +29,13 @@ EXTRAS = {
     "cuda12 or cuda13": ("cupy",),
     "torch": ("torch",),
     "jax": ("jax",),
+    "onnx": ("onnx",),
+    "dask": ("dask", "distributed", "zarr"),
     "viz": ("matplotlib",),
     "demo": ("matplotlib", "sklearn", "tqdm"),
     "test": (
+        "dask",
+        "distributed",
         "hypothesis",
         "matplotlib",
         "onnx",
@@ -41,6 +45,7 @@ EXTRAS = {
         "sklearn",
         "threadpoolctl",
         "tqdm",
+        "zarr",
     ),
 }
 VECTOR_FEATURES = "sse2 avx avx2 fma f16c avx512f avx512bf16 avx512fp16 amx-bf16 neon sve".split()

@@ -1,4 +1,7 @@
-"""Optimisers: `step()` changes the parameters of a layer, in place, by its gradients."""
+"""Optimisers: `step()` changes the parameters of a layer, in place, by its gradients.
+
+It leaves the gradients as they are, and `backprop` adds to them: `layer.zero_grads()` comes before each backward pass.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ class Optimiser:
         return lr if isinstance(lr, int | float | np.floating) else found
 
     def step(self, lr: float | None = None) -> None:
-        """Change the parameters; `lr` instead of the optimiser's for this step."""
+        """Change the parameters; `lr` instead of the optimiser's for this step. Gradients stay as they are."""
         raise NotImplementedError
 
     def _zeros(self) -> dict[str, Any]:

@@ -397,3 +397,12 @@ def test_compiling_leaves_the_garbage_collector_as_it_was(monkeypatch, was_on):
         assert gc.isenabled() == was_on and seen == [False, False]
     finally:
         gc.enable()
+
+
+def test_without_a_compiler_there_are_no_kernels():
+    """And whoever switched it off is told so."""
+    program = "import numpy as np, pydeform; pydeform.conv2d(np.ones((1, 1, 3, 3)), np.ones((1, 1, 1, 1)))"
+    done = run_python(program, NUMBA_DISABLE_JIT="1")
+    assert done.returncode == 1
+    said = "RuntimeError: pydeform computes in kernels that Numba compiles, which NUMBA_DISABLE_JIT forbids"
+    assert done.stderr.splitlines()[-1] == said

@@ -764,3 +764,25 @@ def test_page_runs():
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert blocks
     exec("\n".join(blocks), {})
+
+
+# Tensors without numbers ----------------------------------------------------------------------------------------------
+def test_a_meta_tensor_beside_others_is_refused():
+    """PyTorch would take memory that nobody has written for the result."""
+    x, offset = torch.rand(1, 2, 3, 3), torch.zeros(1, 18, 3, 3)
+    with torch.device("meta"):
+        module = pydeform.torch.DeformConv2d(2, 2, 3, padding=1)
+    text = "deform_conv2d: all arrays must be on one device, got input is on cpu, offset is on cpu, weight is on meta"
+    with pytest.raises(TypeError, match=text):
+        module(x, offset)
+    with pytest.raises(TypeError, match=r"roi_align: all arrays must be on one device, .* boxes is on meta"):
+        pydeform.torch.roi_align(x, torch.zeros(1, 5, device="meta"), 2)
+    assert module(x.to("meta"), offset.to("meta")).shape == (1, 2, 3, 3)
+
+
+@pytest.mark.parametrize("functions", [pydeform, pydeform.torch])
+def test_a_tensor_whose_storage_is_freed_is_refused(functions):
+    x, offset, weight = torch.ones(1, 1, 3, 3), torch.zeros(1, 2, 3, 3), torch.ones(1, 1, 1, 1)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="weight must be a tensor with memory, got one whose storage was freed"):
+        functions.deform_conv2d(x, offset, weight)

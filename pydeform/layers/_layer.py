@@ -40,6 +40,7 @@ class Layer:
         return type(self).__name__
 
     def zero_grads(self) -> None:
+        """Before each step of training: every `backprop` adds to `grads`."""
         for grad in self.grads.values():
             grad[...] = 0
 

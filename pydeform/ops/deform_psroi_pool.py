@@ -54,7 +54,7 @@ def deform_psroi_pool(
     Parameters
     ----------
     input : array (N, output_dim*group_size**2, H, W), float64, float32, float16 or bfloat16, as every other array
-    boxes : array (R, 5), rows [batch index, x1, y1, x2, y2], in pixels of an image spatial_scale times smaller.
+    boxes : array (R, 5), rows [batch index, x1, y1, x2, y2], which times spatial_scale are pixels of `input`.
         Beside float16 or bfloat16 they may be float32, and must be for more images than these count, 2048 or 256
     trans : array (R, 2*classes, part_size, part_size): channel 2*class moves x, 2*class + 1 y, in units of trans_std
         times the box; output_dim is a multiple of classes. None: no offsets (the `no_trans` of other systems).

@@ -49,7 +49,7 @@ def deform_roi_pool(
     Parameters
     ----------
     input : array (N, C, H, W), float64, float32, float16 or bfloat16, as every other array
-    boxes : array (R, 5), rows [batch index, x1, y1, x2, y2], in pixels of an image spatial_scale times smaller.
+    boxes : array (R, 5), rows [batch index, x1, y1, x2, y2], which times spatial_scale are pixels of `input`.
         Beside float16 or bfloat16 they may be float32, and must be for more images than these count, 2048 or 256
     offset : array (R, 2, output_h, output_w), optional: channel 0 moves x, channel 1 y, in units of gamma times the
         box. Beside float16 or bfloat16 it may be float32

@@ -35,7 +35,7 @@ def prroi_pool(input: Array, boxes: AnyArray, output_size: Size, spatial_scale: 
     Parameters
     ----------
     input : array (N, C, H, W), float64, float32, float16 or bfloat16, as every other array
-    boxes : array (R, 5), rows [batch index, x1, y1, x2, y2], in pixels of an image spatial_scale times smaller.
+    boxes : array (R, 5), rows [batch index, x1, y1, x2, y2], which times spatial_scale are pixels of `input`.
         Beside float16 or bfloat16 they may be float32, and must be for more images than these count, 2048 or 256
     output_size : int, or (output_h, output_w)
     spatial_scale : what turns the boxes' coordinates into those of `input`, say 1/16

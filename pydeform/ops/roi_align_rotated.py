@@ -45,7 +45,7 @@ def roi_align_rotated(
     Parameters
     ----------
     input : array (N, C, H, W), float64, float32, float16 or bfloat16, as every other array
-    boxes : array (R, 6), rows [batch index, cx, cy, w, h, theta], in pixels of an image spatial_scale times smaller;
+    boxes : array (R, 6), rows [batch index, cx, cy, w, h, theta], which times spatial_scale are pixels of `input`;
         theta in radians. Beside float16 or bfloat16 they may be float32, and must be for more images than these count,
         2048 or 256
     output_size : int, or (output_h, output_w)

@@ -145,13 +145,15 @@ def _register(operator: Operator) -> tuple[Callable[..., Any], Callable[..., Any
 
     def forward_fake(*arguments: Any) -> Any:
         options = {**operator.options, **_options.unpacked(*arguments[count:])}
+        _check_device(name, names, arguments)
         return arguments[0].new_empty(operator.result_shape(dict(zip(names, arguments, strict=False)), options))
 
     def backward(grad_output: Any, *arguments: Any) -> list[Any]:
         return compute_backward(grad_output, arguments[:count], _options.unpacked(*arguments[count:-1]), arguments[-1])
 
-    def backward_fake(_grad_output: Any, *arguments: Any) -> list[Any]:
+    def backward_fake(grad_output: Any, *arguments: Any) -> list[Any]:
         forwards, needs = dict(zip(names, arguments, strict=False)), arguments[-1]
+        _check_device(f"{name}_backward", ("grad_output", *names), (grad_output, *arguments))
         return [forwards[key].new_empty(forwards[key].shape) for key in needs]
 
     def save(ctx: Any, inputs: Sequence[Any]) -> None:
@@ -199,6 +201,14 @@ def _register(operator: Operator) -> tuple[Callable[..., Any], Callable[..., Any
     rule = functools.partial(_over_a_new_axis, operator, call_backward, ("grad_output", *names))
     torch.library.register_vmap(f"pydeform::{name}_backward", rule, lib=LIBRARY)
     return call, compute, Alone.apply
+
+
+def _check_device(op: str, names: Sequence[str], arguments: Sequence[Any]) -> None:
+    """One meta tensor is enough for PyTorch to compute nothing, and to take what nobody has written for the result."""
+    devices = {key: a.device for key, a in zip(names, arguments, strict=False) if a is not None}
+    if len(set(devices.values())) > 1:
+        got = ", ".join(f"{key} is on {device}" for key, device in devices.items())
+        raise TypeError(f"{op}: all arrays must be on one device, got {got}")
 
 
 def _define(name: str, schema: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> Any:

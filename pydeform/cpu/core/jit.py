@@ -254,6 +254,8 @@ class Kernel:
     """An entry point: a Numba function that runs without the GIL, compiled at its first call for a dtype."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
+        if numba.config.DISABLE_JIT:
+            raise RuntimeError("pydeform computes in kernels that Numba compiles, which NUMBA_DISABLE_JIT forbids")
         self.call = numba.njit(pipeline_class=_CompilerOfKernels, **_OPTIONS)(function)
         self._compiled: dict[Any, Callable[..., None]] = {}
 

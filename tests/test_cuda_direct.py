@@ -19,8 +19,10 @@ from tests import conftest
 from tests.cases.deform_conv2d import ARRAYS, Case, make, make_grad_output
 from tests.conftest import assert_close, assert_same_bits
 from tests.cuda_emulation import device
+from tests.cuda_emulation.launch import Function
 from tests.reference import conv2d as plain_reference
 from tests.reference import deform_conv2d as reference
+from tests.test_cuda_convolution import on
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 SCHEDULES = (0, 1, 5, 23)
@@ -108,6 +110,38 @@ def test_no_schedule_shows(dtype):
                     assert_same_bits(array, results[0][kind][name], f"{kind}: {name}")
     for result in results:
         assert_close(result["atomic"]["input"], result["sorted"]["input"].astype(np.float64), dtype)
+
+
+# Of images of 36 pixels, which a step of a block's threads goes through seven at a time; the last slice is a short one.
+SLICED = Case(24, 2, 6, 7, 2, (1, 2))
+
+
+@pytest.mark.parametrize("index", ["int", "long long"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_over_pixels_in_slices(direct, monkeypatch, dtype, index):
+    """Where there are fewer elements than the device has room for blocks; on a small device one block sums each."""
+    problem, seen = deformable(dtype, SLICED), {}
+    monkeypatch.setattr(direct, "SHORTEST_SLICE", 1)
+    monkeypatch.setattr(direct, "index_type", lambda *sizes: index)
+
+    def record(function: Any, grid: Any, *args: Any, call: Any = Function.__call__, **kwargs: Any) -> Any:
+        seen[function.name.partition("<")[0]] = grid
+        return call(function, grid, *args, **kwargs)
+
+    monkeypatch.setattr(Function, "__call__", record)
+    results = []
+    for schedule in SCHEDULES:
+        with on(check=True, schedule=schedule, processors=5):
+            results.append(run(*problem, deterministic=True))
+    assert (seen["weight_direct"], seen["bias_gradient"], seen["add_parts"]) == ((8, 2), (2, 4), (2,))
+    for other in results[1:]:
+        for name, array in other.items():
+            assert_same_bits(array, results[0][name], name)
+    assert_is_the_oracles(results[0], problem, dtype)
+    with on(processors=1):
+        alone = run(*problem, deterministic=True)
+    assert seen["weight_direct"] == (8, 1)
+    assert_is_the_oracles(alone, problem, dtype)
 
 
 def test_wide_indices_change_no_bit(monkeypatch):

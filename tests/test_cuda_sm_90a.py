@@ -22,6 +22,7 @@ def sm_90a(emulated, monkeypatch, tmp_path):
     from pydeform.cuda.core import sm_90a
 
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    sm_90a._own_folder.cache_clear()
     compile = sm_90a._compiled
     monkeypatch.setattr(sm_90a, "compiled", [], raising=False)
     monkeypatch.setattr(sm_90a, "_compiled", lambda text, e: sm_90a.compiled.append(e) or compile(text, e))
@@ -82,12 +83,21 @@ def test_a_folder_that_cannot_be_written(sm_90a, tmp_path):
 
 
 @needs_emulation
+def test_nothing_is_kept_for_who_wants_no_files(sm_90a, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "1")
+    for _ in range(2):
+        assert_right(sm_90a.kernel(SOURCE, ONE))
+    assert sm_90a.compiled == [ONE] and not (tmp_path / "cache").exists()
+
+
+@needs_emulation
 def test_launches_take_it_where_there_is_wgmma(sm_90a, monkeypatch):
     """And CuPy for all others; nowhere are two architectures given, which NVRTC before 12.9 refuses."""
     from pydeform.cuda.core import launch
     from pydeform.cuda.core.source import Code
     from tests.cuda_emulation import device
 
+    monkeypatch.setattr(launch, "_allowed", {})
     launch._kernel.cache_clear()
     with device.settings(capability="90"):
         launch.kernel(Code("conv"), "forward<Wgmma<f16, 128, 64, false>, int, 1>")

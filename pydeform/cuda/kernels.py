@@ -156,6 +156,7 @@ def _helpers(dtype: str, c: str) -> Iterator[tuple[str, tuple[str, ...], int]]:
     """Kernels without tiles, the same on every architecture."""
     names = [f"to_channels_last<{c}, int>", f"to_channels_first<{c}, int>", f"sum_slices<{c}, int>"]
     names += [f"sum_weight<{c}, int>", f"bias_gradient<{c}, int>", f"convert<{c}, int>"]
+    names += [f"add_parts<{c}>"]
     names += [f"{name}_direct<{c}, int, {moved}>" for name in ("forward", "weight") for moved in ("true", "false")]
     names += [f"backward_data_direct<{c}, int, {store}>" for store in ("false", "true")]
     names += [f"{name}<{c}, int>" for name in ("count_samples", "fill_bins", "gather_bins")]

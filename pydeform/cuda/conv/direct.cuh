@@ -230,14 +230,42 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
   grad_input[i] = from_float<T>(sum);
 }
 
+// The sum over the block's threads into an element of `result`, which is blockIdx.x's; or, where the launch grid has
+// rows, each with a slice of all pixels, into `parts` (element, slice), which add_parts adds up.
+template <class T> PYDEFORM_DEVICE void write_sum(Compute<T> sum, T* result, Compute<T>* parts) {
+  sum = direct_block_sum(sum);
+  if (threadIdx.x > 0) return;
+  if (parts) {
+    parts[(long long)blockIdx.x * gridDim.y + blockIdx.y] = sum;
+  } else {
+    result[blockIdx.x] = from_float<T>(sum);
+  }
+}
+
+// Where this slice of all pixels, `length` in each but the last, begins and ends.
+template <class I> struct Slice {
+  I begin, end;
+  PYDEFORM_DEVICE Slice(I all, I length) : begin(blockIdx.y * length), end(begin + min(length, all - begin)) {}
+};
+
+// Owner: one block per element. Adds the slices of a sum, always in the same order.
+template <class T>
+__global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
+    add_parts(const Compute<T>* __restrict__ parts, T* __restrict__ result, int slices) {
+  Compute<T> sum = 0;
+  for (int i = threadIdx.x; i < slices; i += DIRECT_THREADS) sum += parts[(long long)blockIdx.x * slices + i];
+  write_sum<T>(sum, result, nullptr);
+}
+
 // Eq. 6.
-// Owner: one block per (o, channel of o's group, tap); its threads take every 256th output pixel of all images.
+// Owner: one block per (o, channel of o's group, tap) and slice; its threads take every 256th output pixel there.
 // Reads grad_output of o and the samples of one channel and tap.
-// Writes one element of grad_weight (O, C/groups, K).
+// Writes one element of grad_weight (O, C/groups, K), or its part.
 template <class T, class I, bool DEFORMED, class TOffset = T>
 __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
     weight_direct(const T* __restrict__ grad_output, const T* __restrict__ input, const TOffset* __restrict__ offset,
-                  const T* __restrict__ mask, T* __restrict__ grad_weight, Geometry g) {
+                  const T* __restrict__ mask, T* __restrict__ grad_weight, Compute<T>* __restrict__ parts, Geometry g,
+                  I length) {
   using A = Compute<T>;
   const int taps = taps_of(g), per_group = g.in_channels / g.groups;
   const int row = blockIdx.x / taps, tap = blockIdx.x % taps;  // row: (o, channel of the group)
@@ -247,7 +275,8 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
   const I out_pixels = out_pixels_of<I>(g), in_pixels = in_pixels_of<I>(g);
   const Offsets<T, I, TOffset> offsets{offset, mask};
   A sum = 0;
-  for (I n = threadIdx.x; n < g.batch * out_pixels; n += DIRECT_THREADS) {
+  const Slice<I> slice(g.batch * out_pixels, length);
+  for (I n = slice.begin + threadIdx.x; n < slice.end; n += DIRECT_THREADS) {
     const OutputPixel pixel(n, g);
     A m, w[CORNERS];
     const Sample<A> s = direct_sample<T, I, DEFORMED>(offsets, pixel, og, tap, m, g);
@@ -256,24 +285,28 @@ __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
     const T grad = grad_output[((I)pixel.b * g.out_channels + o) * out_pixels + pixel.p];
     sum += to_float(grad) * direct_value<T, DEFORMED>(image, s, w, m);
   }
-  sum = direct_block_sum(sum);
-  if (threadIdx.x == 0) grad_weight[blockIdx.x] = from_float<T>(sum);
+  write_sum<T>(sum, grad_weight, parts);
 }
 
 // Eq. 7.
-// Owner: one block per o; its threads take every 256th output pixel of all images.
-// Reads grad_output of o. Writes one element of grad_bias.
+// Owner: one block per o and slice; its threads take every 256th output pixel there.
+// Reads grad_output of o. Writes one element of grad_bias, or its part.
 template <class T, class I>
 __global__ void __launch_bounds__(DIRECT_THREADS, DIRECT_BLOCKS)
-    bias_gradient(const T* __restrict__ grad_output, T* __restrict__ grad_bias, Geometry g) {
-  using A = Compute<T>;
+    bias_gradient(const T* __restrict__ grad_output, T* __restrict__ grad_bias, Compute<T>* __restrict__ parts,
+                  Geometry g, I length) {
   const I pixels = out_pixels_of<I>(g);
-  A sum = 0;
+  const Slice<I> slice(g.batch * pixels, length);
+  const I image = slice.begin / pixels;
+  I place = slice.begin - image * pixels + threadIdx.x, plane = (image * g.out_channels + blockIdx.x) * pixels;
+  Compute<T> sum = 0;
 #pragma unroll 4
-  for (I n = threadIdx.x; n < g.batch * pixels; n += DIRECT_THREADS) {
-    const I b = n / pixels;
-    sum += to_float(grad_output[(b * g.out_channels + blockIdx.x) * pixels + (n - b * pixels)]);
+  for (I n = slice.begin + threadIdx.x; n < slice.end; n += DIRECT_THREADS, place += DIRECT_THREADS) {
+    while (place >= pixels) {  // the next image; a division would take longer than the load
+      place -= pixels;
+      plane += g.out_channels * pixels;
+    }
+    sum += to_float(grad_output[plane + place]);
   }
-  sum = direct_block_sum(sum);
-  if (threadIdx.x == 0) grad_bias[blockIdx.x] = from_float<T>(sum);
+  write_sum<T>(sum, grad_bias, parts);
 }

@@ -14,8 +14,9 @@ import numpy as np
 
 from pydeform.cuda.conv import gather
 from pydeform.cuda.conv.plan import pixels, taps
+from pydeform.cuda.conv.plan import slices as slices_of
 from pydeform.cuda.core.copies import to_channels_first
-from pydeform.cuda.core.launch import geometry, kernel, launch
+from pydeform.cuda.core.launch import device, geometry, kernel, launch
 from pydeform.cuda.core.numbers import C_TYPES, ceil_div, compute_dtype, index_type, integer, own_types
 from pydeform.cuda.core.sizes import WORKSPACE
 from pydeform.cuda.core.source import Code
@@ -23,6 +24,8 @@ from pydeform.cuda.core.sums import convert
 
 THREADS = 256
 TILE = 128  # output pixels at least, where an image is taken in parts
+BLOCKS = 4  # of a sum over pixels for each multiprocessor
+SHORTEST_SLICE = 8  # steps, each of a pixel a thread
 
 
 def forward(code: Code, arrays: Any, g: Any, output: Any) -> None:
@@ -60,18 +63,30 @@ def backward(code: Code, grad_output: Any, arrays: Any, g: Any, grads: dict[str,
 def weight_gradient(code: Code, grad_output: Any, input: Any, offset: Any, mask: Any, g: Any, grad_weight: Any) -> None:
     """Eq. 6."""
     index = index_type(input.size, grad_output.size, *_size(offset))
-    _launch(
-        code,
-        f"weight_direct<{C_TYPES[input.dtype.name]}, {index}, {_deformed(input, offset)}>",
-        grad_weight.size * THREADS,
-        (grad_output, input, offset, mask, grad_weight, geometry(g)),
-    )
+    expression = f"weight_direct<{C_TYPES[input.dtype.name]}, {index}, {_deformed(input, offset)}>"
+    _sum_over_pixels(code, expression, (grad_output, input, offset, mask), grad_weight, index, g)
 
 
 def bias_gradient(code: Code, grad_output: Any, g: Any, grad_bias: Any) -> None:
     """Eq. 7."""
-    expression = f"bias_gradient<{C_TYPES[grad_output.dtype.name]}, {index_type(grad_output.size)}>"
-    _launch(code, expression, g.out_channels * THREADS, (grad_output, grad_bias, geometry(g)))
+    index = index_type(grad_output.size)
+    expression = f"bias_gradient<{C_TYPES[grad_output.dtype.name]}, {index}>"
+    _sum_over_pixels(code, expression, (grad_output,), grad_bias, index, g)
+
+
+def _sum_over_pixels(code: Code, expression: str, arrays: Any, result: Any, index: str, g: Any) -> None:
+    """A block sums an element of `result`; where these are few for the device, some blocks sum a slice each."""
+    everything = g.batch * pixels(g)
+    steps = ceil_div(everything, THREADS)
+    slices = slices_of(result.size, steps, BLOCKS * device().processors, SHORTEST_SLICE)
+    length = ceil_div(steps, slices) * THREADS
+    slices = ceil_div(everything, length)  # none is empty
+    parts = None if slices == 1 else cupy.empty((result.size, slices), compute_dtype(result.dtype))
+    arguments = (*arrays, result, parts, geometry(g), integer(index, length))
+    launch(kernel(code, expression), (result.size, slices), THREADS, arguments)
+    if parts is not None:
+        added = f"add_parts<{C_TYPES[result.dtype.name]}>"
+        _launch(code, added, result.size * THREADS, (parts, result, np.int32(slices)))
 
 
 def _input_gradient(code: Code, grad_output: Any, weight: Any, g: Any, grad_input: Any) -> None:

@@ -15,7 +15,7 @@ from pydeform.cuda.core.source import Code, c_fields, source
 OLDEST = 75  # compute capability
 DEFAULT_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel has without asking
 _lock = threading.Lock()
-# Bytes of dynamic shared memory, of an instance on a device of some capability.
+# Bytes of dynamic shared memory, of an instance that is compiled, on a device of some capability.
 _allowed: dict[tuple[Code, str, int, int], int] = {}
 
 
@@ -68,11 +68,13 @@ def _geometry(kind: Any, g: Any) -> Any:
 def kernel(code: Code, expression: str, shared: int = 0) -> Any:
     """The compiled instance on the current device, allowed at least `shared` bytes of dynamic shared memory."""
     on = device()
+    own = code, expression, on.id, on.capability
+    if shared <= _allowed.get(own, -1):  # nobody waits here while others compile
+        return _kernel(code, expression, on)
     with _lock:  # two threads would compile it twice
         function = _kernel(code, expression, on)
         # All plans of an instance have one function, and the driver keeps one limit for it: it must only grow.
-        own = code, expression, on.id, on.capability
-        if shared > _allowed.get(own, DEFAULT_SHARED):
+        if shared > _allowed.setdefault(own, DEFAULT_SHARED):
             function.max_dynamic_shared_size_bytes = _allowed[own] = shared
         return function
 

@@ -23,8 +23,7 @@ def kernel(text: str, expression: str) -> Any:
     """The instance of a template in `text`, compiled or from disk."""
     version = cupy.cuda.nvrtc.getVersion()
     key = hashlib.sha256(repr((version, OPTIONS, expression, text)).encode()).hexdigest()
-    usual = Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
-    cubin = usual / f"pydeform_{key}.cubin"
+    cubin = _folder() / f"pydeform_{key}.cubin"
     name = _name_in(cubin)
     if name is None:
         name, code = _compiled(text, expression)
@@ -34,6 +33,13 @@ def kernel(text: str, expression: str) -> Any:
             cubin = _own_folder() / cubin.name
             _keep(cubin, name, code)
     return cupy.RawModule(path=str(cubin)).get_function(name)
+
+
+def _folder() -> Path:
+    """CuPy's, unless nothing shall be on disk for good."""
+    if os.environ.get("CUPY_CACHE_IN_MEMORY", "0") == "1":
+        return _own_folder()
+    return Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
 
 
 def _compiled(text: str, expression: str) -> tuple[str, bytes]:

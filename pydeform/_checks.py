@@ -75,7 +75,9 @@ def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None
 
 def flag(op: str, name: str, value: Any) -> bool:
     """Any other value would be true or false without a word."""
-    if not isinstance(value, bool | np.bool_):
+    if type(value) is bool:  # the usual case is a quick one
+        return value
+    if not isinstance(value, np.bool_):
         raise TypeError(f"{op}: {name} must be True or False, got {shown(value)}")
     return bool(value)
 

@@ -141,7 +141,7 @@ def _take_torch(must_be: str, tensor: Any) -> Taken:
 
 
 def _with_memory(must_be: str, tensor: Any, native: Any) -> Any:
-    if native.size and not tensor.untyped_storage().nbytes():  # NumPy makes numbers up for it
+    if native.size and not tensor.data_ptr():  # NumPy makes numbers up for it
         raise ValueError(f"{must_be} a tensor with memory, got one whose storage was freed")
     return native
 

@@ -122,9 +122,6 @@ class Storage:
         self.bytes = memory.blocks[pointer].bytes
         weakref.finalize(self, memory.delete, pointer)
 
-    def nbytes(self):
-        return self.bytes.nbytes
-
 
 class Tensor(Producer):
     """As much of torch.Tensor on CUDA as we look at."""
@@ -154,7 +151,7 @@ class Tensor(Producer):
         return self.host.ctypes.data
 
     def untyped_storage(self):
-        return self.storage or types.SimpleNamespace(nbytes=lambda: self.host.nbytes)
+        return self.storage
 
     def set_(self, storage, offset, shape, strides):
         dtype = self.host.dtype
@@ -411,7 +408,9 @@ def under_torch_func(monkeypatch):
     """Where torch wraps what is made there, and does not say where it is."""
 
     def data_ptr(self):
-        raise RuntimeError("Cannot access data pointer of Tensor that doesn't have storage")
+        if self.storage is not None:
+            raise RuntimeError("Cannot access data pointer of Tensor that doesn't have storage")
+        return self.host.ctypes.data
 
     monkeypatch.setattr(Tensor, "data_ptr", data_ptr)
 

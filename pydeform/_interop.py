@@ -68,10 +68,12 @@ def to_native(op: str, arrays: dict[str, Any]) -> tuple[dict[str, Any], Back]:
             break
     else:
         return arrays, UNCHANGED  # the usual case pays for this loop and nothing else
-    first = next(name for name, a in arrays.items() if a is not None)
-    taken = {n: None if a is None else _take(f"{op}: {n} must be", a, n == first) for n, a in arrays.items()}
-    present = [t for t in taken.values() if t is not None]
-    native = {name: None if t is None else t.array for name, t in taken.items()}
+    native: dict[str, Any] = dict.fromkeys(arrays)
+    present: list[Taken] = []
+    for name, array in arrays.items():
+        if array is not None:
+            present.append(_take(f"{op}: {name} must be", array, not present))
+            native[name] = present[-1].array
     return native, Back(present[0].convert, _context(present))
 
 
@@ -107,7 +109,9 @@ def _take_torch(must_be: str, tensor: Any) -> Taken:
     torch = sys.modules["torch"]
     if tensor.is_cpu and type(tensor) is torch.Tensor and tensor.dtype in (torch.float32, torch.float64):
         try:  # the usual case is a quick one
-            return Taken(_with_memory(must_be, tensor, tensor.numpy()), _torch_from_numpy)
+            native = tensor.numpy()
+            if native.size == 0 or tensor.data_ptr():
+                return Taken(native, _torch_from_numpy)
         except UNREADABLE:
             pass  # below is why, or what to do
     if tensor.requires_grad and torch.is_grad_enabled():
@@ -136,14 +140,9 @@ def _take_torch(must_be: str, tensor: Any) -> Taken:
         ) from None
     if is_bfloat16:
         native = native.view(_bfloat16())
-    native = _with_memory(must_be, tensor, native)
-    return Taken(native, memory.tensor, memory.stream) if memory else Taken(native, _torch_from_numpy)
-
-
-def _with_memory(must_be: str, tensor: Any, native: Any) -> Any:
     if native.size and not tensor.data_ptr():  # NumPy makes numbers up for it
         raise ValueError(f"{must_be} a tensor with memory, got one whose storage was freed")
-    return native
+    return Taken(native, memory.tensor, memory.stream) if memory else Taken(native, _torch_from_numpy)
 
 
 def _torch_from_numpy(result: Any) -> Any:

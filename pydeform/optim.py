@@ -266,6 +266,8 @@ def lr_factors(op: str, names: list[str], lr_mult: Mapping[str, float] | None) -
     if lr_mult is not None and not isinstance(lr_mult, Mapping):
         raise TypeError(f"{op}: lr_mult must be a dict of patterns and factors, got {lr_mult!r}")
     for pattern, factor in (lr_mult or {}).items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"{op}: lr_mult must have patterns for keys, got {pattern!r}")
         matching = [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
             raise ValueError(f"{op}: lr_mult must match parameters among {', '.join(names)}, got {pattern!r}")

@@ -30,6 +30,14 @@ class Level(NamedTuple):
     dilation: Any = 1
 
 
+def _one_of(op: str, name: str, value: Any, count: int) -> int:
+    """A number from 0 on of a tap, a group or a place, of which there are `count`."""
+    (number,) = _checks.per_axis(op, name, value, 1, 0)
+    if number >= count:
+        raise ValueError(f"{op}: {name} must be less than {count}, got {number}")
+    return number
+
+
 def panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (4, 4), **options: Any) -> Any:
     """An array (rows, columns) of axes of a new figure, for use without a display; save with `axes[0, 0].figure`.
 
@@ -103,10 +111,14 @@ def trace(levels: Sequence[Level], position: tuple[int, int], group: int = 0) ->
     >>> trace([Level(np.zeros((2, 4, 4)), kernel_size=1, stride=2)], (1, 1)).tolist()
     [[2.0, 2.0]]
     """
-    points = np.array([position], np.float64)
+    if not levels:
+        raise ValueError("trace: levels must have at least one Level, got none")
+    last = np.shape(levels[-1].offset)[1:]
+    points = np.array([[_one_of("trace", "position", p, n) for p, n in zip(position, last, strict=True)]], np.float64)
     for level in reversed(levels):
         options = (level.kernel_size, level.stride, level.padding, level.dilation)
-        where = sampling_locations(np.asarray(level.offset, np.float64)[None], *options)[0, group]  # (K, h, w, 2)
+        found = sampling_locations(np.asarray(level.offset, np.float64)[None], *options)[0]
+        where = found[_one_of("trace", "group", group, len(found))]  # (K, h, w, 2)
         at = np.rint(points)
         inside = ((at >= 0) & (at < where.shape[1:3])).all(axis=1)
         rows, columns = at[inside].astype(np.intp).T
@@ -144,8 +156,15 @@ def offset_field(
     1
     """
     kernel_h, kernel_w = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-    vectors = np.asarray(offset).reshape(-1, kernel_h * kernel_w, 2, *offset.shape[1:])[group]
-    dy, dx = (vectors.mean(axis=0) if tap is None else vectors[tap]) * pixel_stride
+    offset, taps = np.asarray(offset), kernel_h * kernel_w
+    _checks.check_ndim("offset_field", "offset", offset.shape, "(2*offset_groups*K, out_h, out_w)", 3)
+    channels, *size = offset.shape
+    if channels == 0 or channels % (2 * taps):
+        raise ValueError(f"offset_field: offset must have a multiple of 2*K = {2 * taps} channels, got {channels}")
+    groups = offset.reshape(-1, taps, 2, *size)
+    vectors = groups[_one_of("offset_field", "group", group, len(groups))]
+    chosen = vectors.mean(axis=0) if tap is None else vectors[_one_of("offset_field", "tap", tap, taps)]
+    dy, dx = chosen * pixel_stride
     rows, columns = np.indices(dy.shape) * (stride * pixel_stride)
     if image is not None:
         show(ax, image)
@@ -257,14 +276,15 @@ def roi_bins(
     width = max(x2 + rules.last_pixel - x1, rules.least_size)
     height = max(y2 + rules.last_pixel - y1, rules.least_size)
     moves = np.zeros((2, 1, 1)) if offset is None else np.asarray(offset, np.float64)
-    part_h, part_w = moves.shape[1:]
+    classes, part_h, part_w = len(moves) // 2, *moves.shape[1:]
+    first = 2 * _one_of("roi_bins", "class_index", class_index, classes)
     if bins is None:
         bins = 7 if offset is None else (part_h, part_w)
     bins_h, bins_w = (bins, bins) if isinstance(bins, int) else bins
     py, px = np.indices((bins_h, bins_w))
     cell = (py * part_h // bins_h, px * part_w // bins_w)
-    left = x1 + px * (width / bins_w) + scale * width * moves[2 * class_index][cell]
-    top = y1 + py * (height / bins_h) + scale * height * moves[2 * class_index + 1][cell]
+    left = x1 + px * (width / bins_w) + scale * width * moves[first][cell]
+    top = y1 + py * (height / bins_h) + scale * height * moves[first + 1][cell]
     return np.stack((left, top, left + width / bins_w, top + height / bins_h), axis=-1)
 
 
@@ -277,7 +297,8 @@ def dilation_map(ax: Axes, offset: Any, kernel_size: Any = 3, dilation: Any = 1,
     >>> float(dilation_map(panels()[0, 0], np.zeros((18, 5, 6)), dilation=2).images[0].get_array().max())
     2.0
     """
-    values = effective_dilation(np.asarray(offset)[None], kernel_size, dilation)[0, group]
+    groups = effective_dilation(np.asarray(offset)[None], kernel_size, dilation)[0]
+    values = groups[_one_of("dilation_map", "group", group, len(groups))]
     drawn = ax.imshow(values, cmap="viridis")
     ax.figure.colorbar(drawn, ax=ax, shrink=0.8)
     ax.set(xticks=[], yticks=[])

@@ -315,3 +315,19 @@ def test_a_link_stays_a_link(tmp_path):
     link.symlink_to(tmp_path / "real" / "layer.npz")
     layers.save(Linear(3, 2, rng=0), link)
     assert link.is_symlink() and (tmp_path / "real" / "layer.npz").is_file()
+
+
+@pytest.mark.parametrize("function", [layers.save, layers.load])
+def test_what_is_no_layer(function, tmp_path):
+    for layer, kind in (({}, "dict"), (None, "NoneType")):
+        with pytest.raises(
+            TypeError, match=rf"{function.__name__}: layer must be a pydeform\.layers\.Layer, got {kind}"
+        ):
+            function(layer, tmp_path / "a.npz")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layer", [layers.Flatten, layers.GlobalAvgPool2d, layers.ReLU, layers.Sigmoid])
+def test_layers_without_options_take_none(layer):
+    with pytest.raises(TypeError, match="takes 1 positional argument but 2 were given"):
+        layer(1)

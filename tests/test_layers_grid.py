@@ -193,6 +193,8 @@ BAD = [
     (lambda: SpatialTransformer(Flatten()), ValueError, "features must be given, localisation has no weight"),
     (lambda: SpatialTransformer(network(), features=0), ValueError, "features must be"),
     (lambda: SpatialTransformer(network(), axes=1), ValueError, "axes must be 2 or 3, got 1"),
+    (lambda: SpatialTransformer(network(), axes=2.0), ValueError, r"axes must be 2 or 3, got 2\.0"),
+    (lambda: SpatialTransformer(network(), axes=3, mode="bicubic"), ValueError, "mode 'bicubic' needs axes 2, got 3"),
     (lambda: SpatialTransformer(network(), 0), ValueError, "output_size must be"),
     (lambda: SpatialTransformer(network(), (3, 4, 5)), ValueError, "output_size must be"),
     (lambda: SpatialTransformer(network(), mode="linear"), ValueError, "mode must be .*'linear'"),

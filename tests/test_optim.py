@@ -273,3 +273,8 @@ def test_bad_options_of_both(optimiser, options, error, message):
 def test_bad_options_of_one(build, error, message):
     with pytest.raises(error, match=f"^{message}"):
         build()
+
+
+def test_patterns_are_texts():
+    with pytest.raises(TypeError, match=r"SGD: lr_mult must have patterns for keys, got 1"):
+        SGD(Linear(1, 1, rng=0), 0.1, lr_mult={1: 1})

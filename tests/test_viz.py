@@ -402,3 +402,41 @@ def test_the_checks_see_when_an_option_is_ignored(monkeypatch, function, option)
     monkeypatch.setattr(viz, function.__name__, deaf)
     with pytest.raises((AssertionError, ValueError, IndexError)):  # numbers, shapes, or what is not there at all
         EFFECTS[function][option]()
+
+
+ZEROS = np.zeros((18, 7, 9))
+ONE_LEVEL = [viz.Level(ZEROS, padding=1)]
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "text"),
+    [
+        (lambda ax: viz.offset_field(ax, ZEROS, tap=9), ValueError, r"offset_field: tap must be less than 9, got 9"),
+        (lambda ax: viz.offset_field(ax, ZEROS, tap=-1), ValueError, r"offset_field: tap must be an int >= 0, got -1"),
+        (lambda ax: viz.offset_field(ax, ZEROS, group=1), ValueError, r"offset_field: group must be less than 1"),
+        (lambda ax: viz.offset_field(ax, ZEROS[:17]), ValueError, r"offset_field: offset .* 2\*K = 18 .*, got 17"),
+        (
+            lambda ax: viz.offset_field(ax, ZEROS[None]),
+            ValueError,
+            r"offset_field: offset must have shape \(2\*offset",
+        ),
+        (
+            lambda ax: viz.dilation_map(ax, ZEROS, group=4),
+            ValueError,
+            r"dilation_map: group must be less than 1, got 4",
+        ),
+        (lambda ax: viz.trace(ONE_LEVEL, (7, 3)), ValueError, r"trace: position must be less than 7, got 7"),
+        (lambda ax: viz.trace(ONE_LEVEL, (-1, 3)), ValueError, r"trace: position must be an int >= 0, got -1"),
+        (lambda ax: viz.trace(ONE_LEVEL, (1.5, 3)), TypeError, r"trace: position must be an int >= 0, got 1\.5"),
+        (lambda ax: viz.trace(ONE_LEVEL, (1, 3), 1), ValueError, r"trace: group must be less than 1, got 1"),
+        (lambda ax: viz.trace([], (1, 3)), ValueError, r"trace: levels must have at least one Level, got none"),
+        (lambda ax: viz.roi_bins([0, 0, 9, 9], class_index=1), ValueError, r"class_index must be less than 1, got 1"),
+    ],
+)
+def test_what_there_is_not(draw, error, text):
+    with pytest.raises(error, match=text):
+        draw(viz.panels()[0, 0])
+
+
+def test_offsets_as_lists():
+    assert len(viz.offset_field(viz.panels()[0, 0], ZEROS.tolist(), tap=8).collections) == 1

@@ -43,6 +43,7 @@ def save(layer: _layer.Layer, path: str | os.PathLike[str], optimiser: Stateful 
     >>> bool((a.params["weight"] == b.params["weight"]).all())
     True
     """
+    _check_layer("save", layer)
     suffix = _suffix("save", path, READERS)
     held: dict[str, Any] = {**layer.params, **layer.state}
     if optimiser is not None:
@@ -67,6 +68,7 @@ def load(layer: _layer.Layer, path: str | os.PathLike[str], optimiser: Stateful 
     shape or a value that does not fit is a ValueError, and then nothing has been changed. Without `optimiser` its state
     in the file is left there.
     """
+    _check_layer("load", layer)
     if optimiser is not None:
         _check_optimiser("load", layer, optimiser)
     arrays = read("load", path, READERS)
@@ -79,6 +81,11 @@ def load(layer: _layer.Layer, path: str | os.PathLike[str], optimiser: Stateful 
         optimiser.load_state(state)
     for name, array in found.items():
         targets[name][...] = array
+
+
+def _check_layer(op: str, layer: Any) -> None:
+    if not isinstance(layer, _layer.Layer):
+        raise TypeError(f"{op}: layer must be a pydeform.layers.Layer, got {type(layer).__qualname__}")
 
 
 def read(

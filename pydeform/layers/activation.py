@@ -20,6 +20,9 @@ class ReLU(_layer.Layer):
     [0. 2.] [0. 4.]
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
         xp = _layer.check_input(self, x, None)
         wide = _arrays.wide(x)
@@ -46,6 +49,9 @@ class Sigmoid(_layer.Layer):
     >>> print(y, backprop(np.ones(2)))
     [0.5 0. ] [0.25 0.  ]
     """
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
         wide = sigmoid(_layer.check_input(self, x, None), x)

@@ -89,6 +89,9 @@ class Flatten(_layer.Layer):
     ((2, 60), (2, 3, 4, 5))
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
         _layer.check_input(self, x, None)
         if x.ndim < 1:

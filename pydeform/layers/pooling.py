@@ -22,6 +22,9 @@ class GlobalAvgPool2d(_layer.Layer):
     ((2, 3), (2, 3, 4, 5))
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def __call__(self, x: Any, train: bool = True) -> tuple[Any, _layer.Backprop]:
         xp = _layer.check_input(self, x, ("N", "C", "H", "W"))
         shape, dtype = x.shape, x.dtype

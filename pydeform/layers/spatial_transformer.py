@@ -73,9 +73,11 @@ class SpatialTransformer(_layer.Layer):
     ) -> None:
         if not isinstance(localisation, _layer.Layer):
             raise TypeError(f"{self.name}: localisation must be a Layer, got {localisation!r}")
-        if axes not in AXES:
+        if isinstance(axes, bool) or not isinstance(axes, int | np.integer) or axes not in AXES:
             raise ValueError(f"{self.name}: axes must be 2 or 3, got {axes!r}")
         _checks.check_choice(self.name, "mode", mode, tuple(MODES))
+        if mode == "bicubic" and axes != 2:
+            raise ValueError(f"{self.name}: mode 'bicubic' needs axes 2, got {axes!r}")
         _checks.check_choice(self.name, "padding_mode", padding_mode, tuple(PADDINGS))
         size = None if output_size is None else _checks.per_axis(self.name, "output_size", output_size, axes, 1)
         dtype, (count,) = (

@@ -14,6 +14,7 @@ from pydeform import _checks, _roi_geometry
 from pydeform.ops.analysis import effective_dilation, sampling_locations
 
 TAP, CENTRE = "#e4572e", "#ffd23f"
+OFFSETS = "(2*offset_groups*K, out_h, out_w)"
 ROI_RULES = {
     "deform_psroi_pool": _roi_geometry.DEFORM_PSROI_POOL,
     "deform_roi_pool": _roi_geometry.DEFORM_ROI_POOL,
@@ -113,8 +114,10 @@ def trace(levels: Sequence[Level], position: tuple[int, int], group: int = 0) ->
     """
     if not levels:
         raise ValueError("trace: levels must have at least one Level, got none")
-    last = np.shape(levels[-1].offset)[1:]
-    points = np.array([[_one_of("trace", "position", p, n) for p, n in zip(position, last, strict=True)]], np.float64)
+    shape = np.shape(levels[-1].offset)
+    _checks.check_ndim("trace", "offset", shape, OFFSETS, 3)
+    place = _checks.per_axis("trace", "position", position, 2, 0)
+    points = np.array([[_one_of("trace", "position", p, n) for p, n in zip(place, shape[1:], strict=True)]], np.float64)
     for level in reversed(levels):
         options = (level.kernel_size, level.stride, level.padding, level.dilation)
         found = sampling_locations(np.asarray(level.offset, np.float64)[None], *options)[0]
@@ -157,7 +160,7 @@ def offset_field(
     """
     kernel_h, kernel_w = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
     offset, taps = np.asarray(offset), kernel_h * kernel_w
-    _checks.check_ndim("offset_field", "offset", offset.shape, "(2*offset_groups*K, out_h, out_w)", 3)
+    _checks.check_ndim("offset_field", "offset", offset.shape, OFFSETS, 3)
     channels, *size = offset.shape
     if channels == 0 or channels % (2 * taps):
         raise ValueError(f"offset_field: offset must have a multiple of 2*K = {2 * taps} channels, got {channels}")

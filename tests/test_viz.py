@@ -426,8 +426,26 @@ ONE_LEVEL = [viz.Level(ZEROS, padding=1)]
             r"dilation_map: group must be less than 1, got 4",
         ),
         (lambda ax: viz.trace(ONE_LEVEL, (7, 3)), ValueError, r"trace: position must be less than 7, got 7"),
-        (lambda ax: viz.trace(ONE_LEVEL, (-1, 3)), ValueError, r"trace: position must be an int >= 0, got -1"),
-        (lambda ax: viz.trace(ONE_LEVEL, (1.5, 3)), TypeError, r"trace: position must be an int >= 0, got 1\.5"),
+        (
+            lambda ax: viz.trace(ONE_LEVEL, (-1, 3)),
+            ValueError,
+            r"trace: position must be an int >= 0 or 2 of them, got \(-1, 3\)",
+        ),
+        (
+            lambda ax: viz.trace(ONE_LEVEL, (1.5, 3)),
+            TypeError,
+            r"trace: position must be an int >= 0 or 2 of them, got \(1\.5",
+        ),
+        (
+            lambda ax: viz.trace(ONE_LEVEL, (1, 3, 2)),
+            ValueError,
+            r"trace: position must be .* 2 of them, got \(1, 3, 2\)",
+        ),
+        (
+            lambda ax: viz.trace([viz.Level(ZEROS[None])], (1, 3)),
+            ValueError,
+            r"trace: offset must have shape \(2\*offset",
+        ),
         (lambda ax: viz.trace(ONE_LEVEL, (1, 3), 1), ValueError, r"trace: group must be less than 1, got 1"),
         (lambda ax: viz.trace([], (1, 3)), ValueError, r"trace: levels must have at least one Level, got none"),
         (lambda ax: viz.roi_bins([0, 0, 9, 9], class_index=1), ValueError, r"class_index must be less than 1, got 1"),

@@ -30,7 +30,7 @@ def kernel(text: str, expression: str) -> Any:
         try:
             _keep(cubin, name, code)
         except OSError:
-            cubin = _own_folder() / cubin.name
+            cubin = Path(_own_folder().name) / cubin.name
             _keep(cubin, name, code)
     return cupy.RawModule(path=str(cubin)).get_function(name)
 
@@ -38,7 +38,7 @@ def kernel(text: str, expression: str) -> Any:
 def _folder() -> Path:
     """CuPy's, unless nothing shall be on disk for good."""
     if os.environ.get("CUPY_CACHE_IN_MEMORY", "0") == "1":
-        return _own_folder()
+        return Path(_own_folder().name)
     return Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
 
 
@@ -84,11 +84,6 @@ def _digest(code: bytes) -> str:
 
 
 @functools.cache
-def _own_folder() -> Path:
-    """Of this process, where no other can be written."""
-    folder = tempfile.TemporaryDirectory(prefix="pydeform_")
-    _folders.append(folder)
-    return Path(folder.name)
-
-
-_folders: list[Any] = []  # removed when the program ends
+def _own_folder() -> Any:
+    """Of this process, removed when it ends."""
+    return tempfile.TemporaryDirectory(prefix="pydeform_")
